@@ -1,0 +1,28 @@
+"""Exceptions a user can cause. Each message is one sentence that says what to do about it.
+
+The command line prints the message and exits with code 2; library users catch the type.
+"""
+
+
+class FwdllmError(Exception):
+    """Base of everything raised on purpose."""
+
+
+class ModelError(FwdllmError):
+    """A model file that cannot be read, is damaged, or is of an unsupported kind."""
+
+
+class DataError(FwdllmError):
+    """Training or evaluation data that cannot be used; the message names file and line."""
+
+
+class AdapterError(FwdllmError):
+    """An adapter file that cannot be read or does not fit the model."""
+
+
+class ConfigError(FwdllmError):
+    """An option value, target or combination of options that makes no sense."""
+
+
+class NumericsError(FwdllmError):
+    """A loss or derivative that is not finite."""

@@ -1,0 +1,205 @@
+"""CPU backend: the operations of ``kernels.reference`` in C++ (kernels/cpu/*.h).
+
+``isa`` names the instruction set chosen at import; FWDLLM_ISA overrides it ("avx512", "avx2",
+"portable") and FWDLLM_NUM_THREADS the number of threads. With ``exact=True`` matmuls are fp32;
+otherwise activations of quantized weights go to int8 with a scale per 32 values.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fwdllm.kernels.cpu import _native
+from fwdllm.kernels.types import Lanes, LoRA, Weight
+
+isa: str = _native.isa
+num_threads = _native.num_threads
+set_num_threads = _native.set_num_threads
+
+__all__ = [
+    "attention",
+    "cross_entropy",
+    "dequantize",
+    "embedding",
+    "gelu",
+    "isa",
+    "layer_norm",
+    "matmul",
+    "normal",
+    "num_threads",
+    "philox",
+    "rademacher",
+    "rms_norm",
+    "rope",
+    "seeded_axpy",
+    "seeded_dot",
+    "set_num_threads",
+    "swiglu",
+]
+
+
+def _f32(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x, np.float32)
+
+
+def philox(seed: int, start: int, count: int) -> np.ndarray:
+    """Philox-4x32-10 words of counters start .. start+count: uint32 [count, 4]."""
+    out = np.empty((count, 4), np.uint32)
+    _native.philox(int(seed), int(start), out)
+    return out
+
+
+def normal(seed: int, start: int, count: int) -> np.ndarray:
+    """Elements start .. start+count of the normal direction v(seed): float32 [count]."""
+    out = np.empty(count, np.float32)
+    _native.random_values("normal", int(seed), int(start), out)
+    return out
+
+
+def rademacher(seed: int, start: int, count: int) -> np.ndarray:
+    """Elements start .. start+count of the direction of signs: float32 [count], -1 or +1."""
+    out = np.empty(count, np.float32)
+    _native.random_values("rademacher", int(seed), int(start), out)
+    return out
+
+
+def seeded_axpy(
+    theta: np.ndarray,
+    seeds: np.ndarray,
+    coefficients: np.ndarray,
+    *,
+    offset: int = 0,
+    distribution: str = "normal",
+) -> None:
+    """theta += sum_k coefficients[k] v(seeds[k])[offset:], in place; theta float32 [n]."""
+    seeds = np.ascontiguousarray(seeds, np.uint64)
+    _native.seeded_axpy(theta, seeds, _f32(coefficients), int(offset), distribution)
+
+
+def seeded_dot(
+    g: np.ndarray, seeds: np.ndarray, *, offset: int = 0, distribution: str = "normal"
+) -> np.ndarray:
+    """g . v(seeds[k])[offset:] for every k: float64 [k]; g float32 [n]."""
+    out = np.empty(len(seeds), np.float64)
+    seeds = np.ascontiguousarray(seeds, np.uint64)
+    _native.seeded_dot(_f32(g), seeds, int(offset), distribution, out)
+    return out
+
+
+def embedding(weight: Weight, ids: np.ndarray) -> np.ndarray:
+    """Rows ``ids`` (int32 [rows]) of a weight, decoded: float32 [rows, n_in]."""
+    out = np.empty((len(ids), weight.n_in), np.float32)
+    ids = np.ascontiguousarray(ids, np.int32)
+    _native.gather(weight.data, int(weight.type), weight.n_in, ids, out)
+    return out
+
+
+def dequantize(weight: Weight) -> np.ndarray:
+    """The whole weight as float32 [n_out, n_in]."""
+    return embedding(weight, np.arange(weight.n_out, dtype=np.int32))
+
+
+def matmul(
+    x: np.ndarray,
+    weight: Weight,
+    *,
+    bias: np.ndarray | None = None,
+    lora: LoRA | None = None,
+    lanes: Lanes | None = None,
+    exact: bool = False,
+) -> np.ndarray:
+    """x W^T + bias + seeded LoRA, float32 [rows, n_out]; x float32 [rows, n_in].
+
+    Rows of lane l are multiplied by its own variant of the adapter (see ``Lanes``).
+    """
+    x = _f32(x)
+    y = np.empty((len(x), weight.n_out), np.float32)
+    _native.matmul(x, weight.data, int(weight.type), bias, exact, y)
+    if lora is not None:
+        lanes = lanes or Lanes.plain()
+        _native.add_lora(
+            x,
+            _f32(lora.a),
+            _f32(lora.b),
+            lora.scale,
+            lora.offset,
+            lanes.seeds,
+            lanes.coefficients,
+            lanes.distribution,
+            y,
+        )
+    return y
+
+
+def cross_entropy(
+    x: np.ndarray, weight: Weight, labels: np.ndarray, *, exact: bool = False
+) -> np.ndarray:
+    """-log softmax(x W^T)[labels] in nats, float64 [rows]; the logits are never stored."""
+    nll = np.empty(len(x), np.float64)
+    labels = np.ascontiguousarray(labels, np.int32)
+    _native.cross_entropy(_f32(x), weight.data, int(weight.type), labels, exact, nll)
+    return nll
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """x / sqrt(mean(x^2) + eps) * weight along rows; x float32 [rows, d]."""
+    y = np.empty_like(x)
+    _native.rms_norm(x, weight, eps, y)
+    return y
+
+
+def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> np.ndarray:
+    """(x - mean) / sqrt(var + eps) * weight + bias along rows; x float32 [rows, d]."""
+    y = np.empty_like(x)
+    _native.layer_norm(x, weight, bias, eps, y)
+    return y
+
+
+def rope(
+    x: np.ndarray,
+    positions: np.ndarray,
+    cos: np.ndarray,
+    sin: np.ndarray,
+    head_dim: int,
+    interleaved: bool,
+) -> np.ndarray:
+    """Rotary embedding of x [rows, heads * head_dim]; cos, sin [n_positions, rotated / 2].
+
+    interleaved: pairs (2i, 2i+1), the layout of llama GGUF files; else (i, i + rotated / 2).
+    """
+    y = np.empty_like(x)
+    _native.rope(x, positions, cos, sin, head_dim, interleaved, y)
+    return y
+
+
+def attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    starts: np.ndarray,
+    *,
+    head_dim: int,
+    scale: float,
+    causal: bool,
+) -> np.ndarray:
+    """Softmax attention inside each sequence starts[i] .. starts[i+1] of the rows.
+
+    q float32 [rows, heads * head_dim]; k, v [rows, kv_heads * head_dim], kv_heads dividing heads.
+    """
+    y = np.empty_like(q)
+    _native.attention(q, k, v, starts, head_dim, scale, causal, y)
+    return y
+
+
+def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """silu(gate) * up, elementwise on float32 [rows, d]."""
+    y = np.empty_like(gate)
+    _native.swiglu(gate, up, y)
+    return y
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    """GELU by its tanh approximation, as llama.cpp computes it; float32 [rows, d]."""
+    y = np.empty_like(x)
+    _native.gelu(x, y)
+    return y

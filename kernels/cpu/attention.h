@@ -1,0 +1,118 @@
+// Softmax attention of several sequences in one batch, none seeing another. One task is one
+// sequence and key/value head: its keys are transposed once, then all query heads of the group
+// use them. Queries go in blocks, so that a loaded key or value serves several.
+
+constexpr int kQueries = 4;  // 4 queries x 4 vectors of scores fill 16 registers
+
+struct Attention {
+    const float *q, *k, *v;
+    float* y;
+    int64_t n_heads, n_kv_heads, head_dim;
+    float scale;
+    bool causal;
+};
+
+// scores [kQueries][stride] = scale q . k for keys 0 .. n; keys_t [head_dim][stride].
+inline void score(const float* const* q, const float* keys_t, int64_t head_dim, int64_t n,
+                  int64_t stride, float scale, float* scores) {
+    constexpr int kKeys = 2 * kWidth;
+    for (int64_t j = 0; j < n; j += kKeys) {
+        VF acc[kQueries][2] = {};
+        for (int64_t d = 0; d < head_dim; ++d) {
+            const VF k0 = load(keys_t + d * stride + j), k1 = load(keys_t + d * stride + j + kWidth);
+#pragma GCC unroll 4
+            for (int i = 0; i < kQueries; ++i) {
+                const VF x = splat(q[i][d]);
+                acc[i][0] = fmadd(x, k0, acc[i][0]);
+                acc[i][1] = fmadd(x, k1, acc[i][1]);
+            }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < kQueries; ++i) {
+            store(scores + i * stride + j, acc[i][0] * splat(scale));
+            store(scores + i * stride + j + kWidth, acc[i][1] * splat(scale));
+        }
+    }
+}
+
+// scores[0 .. n) -> exp(score - max), zeros up to padded; returns 1 / their sum.
+inline float softmax(float* scores, int64_t n, int64_t padded) {
+    VF top = splat(scores[0]);
+    for (int64_t j = 0; j < n; j += kWidth) {
+        const int64_t m = min_of<int64_t>(kWidth, n - j);
+        VF s = load(scores + j);
+        if (m < kWidth)
+            for (int64_t i = m; i < kWidth; ++i) s[i] = scores[0];
+        top = vmax(top, s);
+    }
+    const float max = largest(top);
+    VF total = {};
+    for (int64_t j = 0; j < padded; j += kWidth) {
+        const int64_t m = max_of<int64_t>(0, min_of<int64_t>(kWidth, n - j));
+        VF e = m > 0 ? vexp(load(scores + j) - splat(max)) : VF{};
+        for (int64_t i = m; i < kWidth; ++i) e[i] = 0.0f;
+        store(scores + j, e);
+        total += e;
+    }
+    return 1.0f / sum(total);
+}
+
+// y [kQueries rows] = weights v for keys 0 .. n.
+inline void mix(const float* weights, int64_t stride, const float* inverse_sums, const float* v,
+                int64_t v_stride, int64_t n, int64_t head_dim, float* const* y, int n_queries) {
+    for (int64_t d = 0; d < head_dim; d += kWidth) {
+        const int64_t m = min_of<int64_t>(kWidth, head_dim - d);
+        VF acc[kQueries] = {};
+        for (int64_t j = 0; j < n; ++j) {
+            const VF value = m == kWidth ? load(v + j * v_stride + d) : load_first(v + j * v_stride + d, m);
+#pragma GCC unroll 4
+            for (int i = 0; i < kQueries; ++i)
+                acc[i] = fmadd(splat(weights[i * stride + j]), value, acc[i]);
+        }
+        for (int i = 0; i < n_queries; ++i) store_first(y[i] + d, acc[i] * splat(inverse_sums[i]), m);
+    }
+}
+
+inline void attend(const Attention& a, int64_t row0, int64_t n, int64_t kv_head) {
+    const int64_t q_stride = a.n_heads * a.head_dim, kv_stride = a.n_kv_heads * a.head_dim;
+    const int64_t stride = ceil_div(n, 2 * kWidth) * 2 * kWidth;
+    float* keys_t = (float*)thread_scratch(4 * stride * (a.head_dim + kQueries));
+    float* scores = keys_t + stride * a.head_dim;
+    const float* keys = a.k + row0 * kv_stride + kv_head * a.head_dim;
+    const float* values = a.v + row0 * kv_stride + kv_head * a.head_dim;
+    for (int64_t j = 0; j < stride; ++j)
+        for (int64_t d = 0; d < a.head_dim; ++d)
+            keys_t[d * stride + j] = j < n ? keys[j * kv_stride + d] : 0.0f;
+
+    const int64_t group = a.n_heads / a.n_kv_heads;
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+        for (int64_t i0 = 0; i0 < n; i0 += kQueries) {
+            const int n_queries = (int)min_of<int64_t>(kQueries, n - i0);
+            const int64_t n_keys = a.causal ? i0 + n_queries : n;
+            const float* q[kQueries];
+            float* y[kQueries];
+            float inverse_sums[kQueries];
+            for (int i = 0; i < kQueries; ++i) {  // the last block repeats its last query
+                const int64_t row = row0 + min_of<int64_t>(i0 + i, n - 1);
+                q[i] = a.q + row * q_stride + head * a.head_dim;
+                y[i] = a.y + row * q_stride + head * a.head_dim;
+            }
+            score(q, keys_t, a.head_dim, n_keys, stride, a.scale, scores);
+            for (int i = 0; i < kQueries; ++i) {
+                const int64_t seen = a.causal ? min_of<int64_t>(i0 + i + 1, n_keys) : n_keys;
+                inverse_sums[i] = softmax(scores + i * stride, seen, ceil_div(n_keys, kWidth) * kWidth);
+            }
+            mix(scores, stride, inverse_sums, values, kv_stride, n_keys, a.head_dim, y, n_queries);
+        }
+    }
+}
+
+void attention(const float* q, const float* k, const float* v, const int32_t* starts, int64_t n_seq,
+               int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, float scale, bool causal,
+               float* y) {
+    const Attention a{q, k, v, y, n_heads, n_kv_heads, head_dim, scale, causal};
+    parallel_for(n_seq * n_kv_heads, [&](int64_t task) {
+        const int64_t s = task / n_kv_heads;
+        attend(a, starts[s], starts[s + 1] - starts[s], task % n_kv_heads);
+    });
+}

@@ -1,0 +1,223 @@
+// Python bindings: they trust nothing about shapes, release the GIL and call the chosen table.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "dispatch.h"
+#include "threads.h"
+
+namespace nb = nanobind;
+using namespace fwdllm;
+
+namespace {
+
+template <typename T, int N>
+using In = nb::ndarray<const T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+template <typename T, int N>
+using Out = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+using Bytes = In<uint8_t, 2>;
+using Vector = In<float, 1>;
+using Matrix = In<float, 2>;
+
+void require(bool ok, const char* what) {
+    if (!ok) throw nb::value_error(what);
+}
+
+int distribution_code(const std::string& name) {
+    if (name == "normal") return kNormal;
+    if (name == "rademacher") return kRademacher;
+    throw nb::value_error("distribution is 'normal' or 'rademacher'");
+}
+
+struct BlockSize {
+    int64_t elements;
+    size_t bytes;
+};
+
+BlockSize block_size(int type) {
+    switch (type) {
+        case F32: return {1, 4};
+        case F16: case BF16: return {1, 2};
+        case Q4_0: return {32, 18};
+        case Q4_1: return {32, 20};
+        case Q8_0: return {32, 34};
+        case Q4_K: return {256, 144};
+        case Q5_K: return {256, 176};
+        case Q6_K: return {256, 210};
+    }
+    throw nb::value_error("unsupported tensor type");
+}
+
+Weight weight_of(const Bytes& data, int type, int64_t n_in) {
+    const BlockSize block = block_size(type);
+    require(n_in > 0 && n_in % block.elements == 0, "a row is not whole blocks");
+    const size_t row_bytes = (size_t)(n_in / block.elements) * block.bytes;
+    require(data.shape(1) == row_bytes, "the bytes of a row do not fit its type and length");
+    return {data.data(), type, (int64_t)data.shape(0), n_in, row_bytes};
+}
+
+void philox(uint64_t seed, uint64_t start, Out<uint32_t, 2> out) {
+    require(out.shape(1) == 4, "out is [count, 4]");
+    nb::gil_scoped_release release_gil;
+    kernels().philox(seed, start, (int64_t)out.shape(0), out.data());
+}
+
+void random_values(const std::string& distribution, uint64_t seed, uint64_t start, Out<float, 1> out) {
+    const int code = distribution_code(distribution);
+    nb::gil_scoped_release release_gil;
+    kernels().random_values(code, seed, start, (int64_t)out.shape(0), out.data());
+}
+
+void seeded_axpy(Out<float, 1> theta, In<uint64_t, 1> seeds, Vector coefficients, uint64_t offset,
+                 const std::string& distribution) {
+    require(seeds.shape(0) == coefficients.shape(0), "one coefficient per seed");
+    const int code = distribution_code(distribution);
+    nb::gil_scoped_release release_gil;
+    kernels().seeded_axpy(theta.data(), (int64_t)theta.shape(0), seeds.data(), coefficients.data(),
+                          (int64_t)seeds.shape(0), offset, code);
+}
+
+void seeded_dot(Vector g, In<uint64_t, 1> seeds, uint64_t offset, const std::string& distribution,
+                Out<double, 1> out) {
+    require(seeds.shape(0) == out.shape(0), "one result per seed");
+    const int code = distribution_code(distribution);
+    nb::gil_scoped_release release_gil;
+    kernels().seeded_dot(g.data(), (int64_t)g.shape(0), seeds.data(), (int64_t)seeds.shape(0), offset,
+                         code, out.data());
+}
+
+void gather(Bytes data, int type, int64_t n_in, In<int32_t, 1> ids, Out<float, 2> out) {
+    const Weight w = weight_of(data, type, n_in);
+    require(out.shape(0) == ids.shape(0) && (int64_t)out.shape(1) == n_in, "out is [rows, n_in]");
+    for (size_t i = 0; i < ids.shape(0); ++i)
+        require(ids.data()[i] >= 0 && ids.data()[i] < w.n_out, "an id is outside the table");
+    nb::gil_scoped_release release_gil;
+    kernels().gather(w, ids.data(), (int64_t)ids.shape(0), out.data());
+}
+
+void matmul(Matrix x, Bytes data, int type, nb::object bias, bool exact, Out<float, 2> y) {
+    const Weight w = weight_of(data, type, (int64_t)x.shape(1));
+    require(y.shape(0) == x.shape(0) && (int64_t)y.shape(1) == w.n_out, "y is [rows, n_out]");
+    const float* b = nullptr;
+    if (!bias.is_none()) {
+        const Vector v = nb::cast<Vector>(bias);
+        require((int64_t)v.shape(0) == w.n_out, "bias is [n_out]");
+        b = v.data();
+    }
+    nb::gil_scoped_release release_gil;
+    kernels().matmul(x.data(), (int64_t)x.shape(0), w, b, exact, y.data());
+}
+
+void add_lora(Matrix x, Matrix a, Matrix b, float scale, uint64_t offset, In<uint64_t, 1> seeds,
+              Vector coefficients, const std::string& distribution, Out<float, 2> y) {
+    const size_t rows = x.shape(0), n_in = x.shape(1), n_out = y.shape(1), rank = a.shape(0);
+    require(y.shape(0) == rows && a.shape(1) == n_in, "shapes of x, a and y do not fit");
+    require(b.shape(0) == n_out && b.shape(1) == rank && rank > 0, "b is [n_out, rank]");
+    require(seeds.shape(0) > 0 && seeds.shape(0) == coefficients.shape(0), "one coefficient per lane");
+    require(rows % seeds.shape(0) == 0, "the rows are not whole lanes");
+    const LoRA lora{a.data(), b.data(), scale, offset, (int64_t)rank};
+    const Lanes lanes{seeds.data(), coefficients.data(), (int64_t)seeds.shape(0),
+                      distribution_code(distribution)};
+    nb::gil_scoped_release release_gil;
+    kernels().add_lora(x.data(), (int64_t)rows, (int64_t)n_in, (int64_t)n_out, lora, lanes, y.data());
+}
+
+void cross_entropy(Matrix x, Bytes data, int type, In<int32_t, 1> labels, bool exact,
+                   Out<double, 1> nll) {
+    const Weight w = weight_of(data, type, (int64_t)x.shape(1));
+    require(labels.shape(0) == x.shape(0) && nll.shape(0) == x.shape(0), "one label and result a row");
+    for (size_t i = 0; i < labels.shape(0); ++i)
+        require(labels.data()[i] >= 0 && labels.data()[i] < w.n_out, "a label is outside the vocabulary");
+    nb::gil_scoped_release release_gil;
+    kernels().cross_entropy(x.data(), (int64_t)x.shape(0), w, labels.data(), exact, nll.data());
+}
+
+void rms_norm(Matrix x, Vector weight, float eps, Out<float, 2> y) {
+    require(weight.shape(0) == x.shape(1) && y.shape(0) == x.shape(0) && y.shape(1) == x.shape(1),
+            "x and y are [rows, d], weight is [d]");
+    nb::gil_scoped_release release_gil;
+    kernels().rms_norm(x.data(), (int64_t)x.shape(0), (int64_t)x.shape(1), weight.data(), eps, y.data());
+}
+
+void layer_norm(Matrix x, Vector weight, Vector bias, float eps, Out<float, 2> y) {
+    require(weight.shape(0) == x.shape(1) && bias.shape(0) == x.shape(1) && y.shape(0) == x.shape(0) &&
+                y.shape(1) == x.shape(1),
+            "x and y are [rows, d], weight and bias are [d]");
+    nb::gil_scoped_release release_gil;
+    kernels().layer_norm(x.data(), (int64_t)x.shape(0), (int64_t)x.shape(1), weight.data(), bias.data(),
+                         eps, y.data());
+}
+
+void rope(Matrix x, In<int32_t, 1> positions, Matrix cos, Matrix sin, int64_t head_dim,
+          bool interleaved, Out<float, 2> y) {
+    const int64_t half = (int64_t)cos.shape(1), width = (int64_t)x.shape(1);
+    require(head_dim > 0 && width % head_dim == 0 && 2 * half <= head_dim, "rows are not whole heads");
+    require(sin.shape(0) == cos.shape(0) && sin.shape(1) == cos.shape(1), "cos and sin differ in shape");
+    require(positions.shape(0) == x.shape(0) && y.shape(0) == x.shape(0) && y.shape(1) == x.shape(1),
+            "one position a row");
+    for (size_t i = 0; i < positions.shape(0); ++i)
+        require(positions.data()[i] >= 0 && positions.data()[i] < (int64_t)cos.shape(0),
+                "a position is outside the table");
+    nb::gil_scoped_release release_gil;
+    kernels().rope(x.data(), (int64_t)x.shape(0), width, head_dim, half, positions.data(), cos.data(),
+                   sin.data(), interleaved, y.data());
+}
+
+void swiglu(Matrix gate, Matrix up, Out<float, 2> y) {
+    require(gate.size() == up.size() && gate.size() == y.size(), "gate, up and y differ in shape");
+    nb::gil_scoped_release release_gil;
+    kernels().swiglu(gate.data(), up.data(), (int64_t)gate.size(), y.data());
+}
+
+void gelu(Matrix x, Out<float, 2> y) {
+    require(x.size() == y.size(), "x and y differ in shape");
+    nb::gil_scoped_release release_gil;
+    kernels().gelu(x.data(), (int64_t)x.size(), y.data());
+}
+
+void attention(Matrix q, Matrix k, Matrix v, In<int32_t, 1> starts, int64_t head_dim, float scale,
+               bool causal, Out<float, 2> y) {
+    const int64_t rows = (int64_t)q.shape(0), n_seq = (int64_t)starts.shape(0) - 1;
+    require(head_dim > 0 && q.shape(1) % head_dim == 0 && k.shape(1) % head_dim == 0,
+            "rows are not whole heads");
+    const int64_t n_heads = (int64_t)q.shape(1) / head_dim, n_kv = (int64_t)k.shape(1) / head_dim;
+    require(n_kv > 0 && n_heads % n_kv == 0, "query heads are not a multiple of key/value heads");
+    require((int64_t)k.shape(0) == rows && (int64_t)v.shape(0) == rows && v.shape(1) == k.shape(1) &&
+                (int64_t)y.shape(0) == rows && y.shape(1) == q.shape(1),
+            "q, k, v and y differ in shape");
+    require(n_seq >= 0 && starts.data()[0] == 0 && starts.data()[n_seq] == rows,
+            "starts run from 0 to the number of rows");
+    for (int64_t s = 0; s < n_seq; ++s)
+        require(starts.data()[s] < starts.data()[s + 1], "starts do not ascend");
+    nb::gil_scoped_release release_gil;
+    kernels().attention(q.data(), k.data(), v.data(), starts.data(), n_seq, n_heads, n_kv, head_dim, scale,
+                        causal, y.data());
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    m.attr("isa") = kernels().name;
+    m.def("num_threads", &num_threads);
+    m.def("set_num_threads", [](int n) {
+        require(n >= 1, "at least one thread");
+        set_num_threads(n);
+    });
+    m.def("philox", &philox);
+    m.def("random_values", &random_values);
+    m.def("seeded_axpy", &seeded_axpy);
+    m.def("seeded_dot", &seeded_dot);
+    m.def("gather", &gather);
+    m.def("matmul", &matmul, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
+    m.def("add_lora", &add_lora);
+    m.def("cross_entropy", &cross_entropy);
+    m.def("rms_norm", &rms_norm);
+    m.def("layer_norm", &layer_norm);
+    m.def("rope", &rope);
+    m.def("swiglu", &swiglu);
+    m.def("gelu", &gelu);
+    m.def("attention", &attention);
+}

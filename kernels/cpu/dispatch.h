@@ -1,0 +1,69 @@
+// The operations of one instruction set as a table of functions, and the choice among them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fwdllm {
+
+// Numbers of ggml's ggml_type, as they stand in GGUF files.
+enum QuantType : int { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14, BF16 = 30 };
+
+enum Distribution : int { kNormal = 0, kRademacher = 1 };
+
+struct Weight {  // W [n_out, n_in], rows of row_bytes in GGUF blocks
+    const uint8_t* data;
+    int type;
+    int64_t n_out, n_in;
+    size_t row_bytes;
+};
+
+struct LoRA {  // y += scale (x A^T) B^T; offset: flat position of A, then B
+    const float* a;
+    const float* b;
+    float scale;
+    uint64_t offset;
+    int64_t rank;
+};
+
+struct Lanes {  // rows of lane l are the l-th of n equal slices
+    const uint64_t* seeds;
+    const float* coefficients;
+    int64_t n;
+    int distribution;
+};
+
+struct Kernels {
+    const char* name;
+    void (*philox)(uint64_t seed, uint64_t start, int64_t count, uint32_t* out);
+    void (*random_values)(int distribution, uint64_t seed, uint64_t start, int64_t count, float* out);
+    void (*seeded_axpy)(float* theta, int64_t n, const uint64_t* seeds, const float* coefficients,
+                        int64_t k, uint64_t offset, int distribution);
+    void (*seeded_dot)(const float* g, int64_t n, const uint64_t* seeds, int64_t k, uint64_t offset,
+                       int distribution, double* out);
+    void (*gather)(const Weight& w, const int32_t* ids, int64_t rows, float* out);
+    void (*matmul)(const float* x, int64_t rows, const Weight& w, const float* bias, bool exact,
+                   float* y);
+    void (*add_lora)(const float* x, int64_t rows, int64_t n_in, int64_t n_out, const LoRA& lora,
+                     const Lanes& lanes, float* y);
+    void (*cross_entropy)(const float* x, int64_t rows, const Weight& w, const int32_t* labels,
+                          bool exact, double* nll);
+    void (*rms_norm)(const float* x, int64_t rows, int64_t d, const float* weight, float eps,
+                     float* y);
+    void (*layer_norm)(const float* x, int64_t rows, int64_t d, const float* weight,
+                       const float* bias, float eps, float* y);
+    void (*rope)(const float* x, int64_t rows, int64_t width, int64_t head_dim, int64_t half,
+                 const int32_t* positions, const float* cos, const float* sin, bool interleaved,
+                 float* y);
+    void (*swiglu)(const float* gate, const float* up, int64_t n, float* y);
+    void (*gelu)(const float* x, int64_t n, float* y);
+    void (*attention)(const float* q, const float* k, const float* v, const int32_t* starts,
+                      int64_t n_seq, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim,
+                      float scale, bool causal, float* y);
+};
+
+// The table of the best instruction set this machine has, or of the one FWDLLM_ISA names.
+// Throws std::runtime_error if FWDLLM_ISA names one that is unknown or not supported here.
+const Kernels& kernels();
+
+}  // namespace fwdllm

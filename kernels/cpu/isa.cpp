@@ -1,0 +1,42 @@
+// All kernels for one instruction set. CMake compiles this file once per set, with its flags and
+// FWDLLM_ISA naming it; everything lives in that namespace and is reached through one table.
+#include <cstdint>
+
+#include "dispatch.h"
+#include "threads.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define FWDLLM_TEXT_(x) #x
+#define FWDLLM_TEXT(x) FWDLLM_TEXT_(x)
+
+namespace fwdllm::FWDLLM_ISA {
+namespace {
+
+#include "simd.h"
+//
+#include "random.h"
+//
+#include "decode.h"
+//
+#include "panel.h"
+//
+#include "matmul.h"
+//
+#include "lora.h"
+//
+#include "layers.h"
+//
+#include "attention.h"
+
+}  // namespace
+
+extern const Kernels table;
+const Kernels table = {FWDLLM_TEXT(FWDLLM_ISA), philox, random_values, seeded_axpy, seeded_dot, gather, matmul,
+                       add_lora, cross_entropy, rms_norm, layer_norm, rope, swiglu, gelu, attention};
+
+}  // namespace fwdllm::FWDLLM_ISA

@@ -1,0 +1,179 @@
+// The vector type of one instruction set, by the compiler's vector extensions, and the few
+// operations those lack. Included only by isa.cpp, inside namespace FWDLLM_ISA.
+//
+// No standard library templates are used in the per-ISA headers: the linker could keep the
+// AVX-512 copy of a shared inline function for every instruction set.
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float VF __attribute__((vector_size(4 * kWidth)));
+typedef int32_t VI __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t VU __attribute__((vector_size(4 * kWidth)));
+
+template <typename T>
+inline T min_of(T a, T b) {
+    return b < a ? b : a;
+}
+template <typename T>
+inline T max_of(T a, T b) {
+    return a < b ? b : a;
+}
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline VF load(const float* p) {
+    VF v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+inline void store(float* p, VF v) { __builtin_memcpy(p, &v, sizeof v); }
+inline VF load_first(const float* p, int64_t n) {  // the rest is zero
+    VF v = {};
+    __builtin_memcpy(&v, p, 4 * n);
+    return v;
+}
+inline void store_first(float* p, VF v, int64_t n) { __builtin_memcpy(p, &v, 4 * n); }
+inline VF splat(float x) { return VF{} + x; }
+inline VF as_float(VI v) { return (VF)v; }
+inline VI as_int(VF v) { return (VI)v; }
+inline VF to_float(VI v) { return __builtin_convertvector(v, VF); }
+inline VF select(VI mask, VF a, VF b) { return (VF)((mask & (VI)a) | (~mask & (VI)b)); }
+inline VF vmax(VF a, VF b) { return select(a > b, a, b); }
+inline VF vmin(VF a, VF b) { return select(a < b, a, b); }
+
+// a * b + c. Explicit, because batch invariance needs every instance of a kernel to round alike,
+// and the compiler is told not to contract on its own.
+inline VF fmadd(VF a, VF b, VF c) {
+#if defined(__AVX512F__)
+    return (VF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+    return (VF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (VF)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
+inline VF vsqrt(VF a) {
+#if defined(__AVX512F__)
+    return (VF)_mm512_sqrt_ps((__m512)a);
+#elif defined(__AVX2__)
+    return (VF)_mm256_sqrt_ps((__m256)a);
+#else
+    VF r;
+    for (int i = 0; i < kWidth; ++i) r[i] = __builtin_sqrtf(a[i]);
+    return r;
+#endif
+}
+
+// High 32 bits of the 64-bit products.
+inline VU umulhi(VU a, uint32_t b) {
+#if defined(__AVX512F__)
+    const __m512i vb = _mm512_set1_epi32((int)b);
+    const __m512i even = _mm512_srli_epi64(_mm512_mul_epu32((__m512i)a, vb), 32);
+    const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), vb);
+    return (VU)_mm512_mask_blend_epi32(0xAAAA, even, odd);
+#elif defined(__AVX2__)
+    const __m256i vb = _mm256_set1_epi32((int)b);
+    const __m256i even = _mm256_srli_epi64(_mm256_mul_epu32((__m256i)a, vb), 32);
+    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), vb);
+    return (VU)_mm256_blend_epi32(even, odd, 0xAA);
+#else
+    VU r;
+    for (int i = 0; i < kWidth; ++i) r[i] = (uint32_t)(((uint64_t)a[i] * b) >> 32);
+    return r;
+#endif
+}
+
+// Sum of the elements, always in the same order.
+inline float sum(VF v) {
+    float s[kWidth];
+    store(s, v);
+    for (int half = kWidth / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) s[i] += s[i + half];
+    return s[0];
+}
+inline float largest(VF v) {
+    float m = v[0];
+    for (int i = 1; i < kWidth; ++i) m = v[i] > m ? v[i] : m;
+    return m;
+}
+
+// exp to about 1 ulp on [-87, 88]; smaller arguments give 0, NaN stays NaN. Cephes expf.
+inline VF vexp(VF x) {
+    const VF clamped = vmin(vmax(x, splat(-87.3f)), splat(88.3f));
+    const VF biased = fmadd(clamped, splat(1.44269504f), splat(12582912.0f));  // round to integer
+    const VF n = biased - splat(12582912.0f);
+    VF r = fmadd(n, splat(-0.693359375f), clamped);
+    r = fmadd(n, splat(2.12194440e-4f), r);
+    VF p = splat(1.9875691500e-4f);
+    p = fmadd(p, r, splat(1.3981999507e-3f));
+    p = fmadd(p, r, splat(8.3334519073e-3f));
+    p = fmadd(p, r, splat(4.1665795894e-2f));
+    p = fmadd(p, r, splat(1.6666665459e-1f));
+    p = fmadd(p, r, splat(5.0000001201e-1f));
+    p = fmadd(p, r * r, r) + splat(1.0f);
+    const VI exponent = (as_int(biased) - 0x4B400000) << 23;
+    const VF y = as_float(as_int(p) + exponent);
+    return select(x != x, x, select(x < -87.3f, splat(0.0f), y));
+}
+
+// log on positive normal numbers, accurate relative to the result near 1. Cephes logf.
+inline VF vlog(VF x) {
+    const VI bits = as_int(x);
+    VI e = (bits >> 23) - 126;
+    VF m = as_float((bits & 0x007FFFFF) | 0x3F000000);  // in [0.5, 1)
+    const VI small = m < 0.707106781186547524f;
+    e += small;
+    m = m + select(small, m, splat(0.0f)) - splat(1.0f);
+    const VF z = m * m;
+    VF p = splat(7.0376836292e-2f);
+    p = fmadd(p, m, splat(-1.1514610310e-1f));
+    p = fmadd(p, m, splat(1.1676998740e-1f));
+    p = fmadd(p, m, splat(-1.2420140846e-1f));
+    p = fmadd(p, m, splat(1.4249322787e-1f));
+    p = fmadd(p, m, splat(-1.6668057665e-1f));
+    p = fmadd(p, m, splat(2.0000714765e-1f));
+    p = fmadd(p, m, splat(-2.4999993993e-1f));
+    p = fmadd(p, m, splat(3.3333331174e-1f));
+    const VF fe = to_float(e);
+    VF y = p * m * z;
+    y = fmadd(fe, splat(-2.12194440e-4f), y);
+    y = fmadd(z, splat(-0.5f), y);
+    return fmadd(fe, splat(0.693359375f), m + y);
+}
+
+// sin and cos on [0, 2 pi]. Cephes sinf/cosf after a three-part reduction by pi/2.
+inline void vsincos(VF x, VF* sin_out, VF* cos_out) {
+    const VF biased = fmadd(x, splat(0.636619772f), splat(12582912.0f));
+    const VF n = biased - splat(12582912.0f);
+    const VI quadrant = as_int(biased);
+    VF r = fmadd(n, splat(-1.5703125f), x);
+    r = fmadd(n, splat(-4.837512969970703125e-4f), r);
+    r = fmadd(n, splat(-7.549789948768648e-8f), r);
+    const VF z = r * r;
+    VF s = splat(-1.9515295891e-4f);
+    s = fmadd(s, z, splat(8.3321608736e-3f));
+    s = fmadd(s, z, splat(-1.6666654611e-1f));
+    s = fmadd(s * z, r, r);
+    VF c = splat(2.443315711809948e-5f);
+    c = fmadd(c, z, splat(-1.388731625493765e-3f));
+    c = fmadd(c, z, splat(4.166664568298827e-2f));
+    c = fmadd(c * z, z, fmadd(z, splat(-0.5f), splat(1.0f)));
+    const VI swap = (quadrant & 1) != 0;
+    const VI sin_sign = (quadrant & 2) << 30;
+    const VI cos_sign = ((quadrant + 1) & 2) << 30;
+    *sin_out = as_float(as_int(select(swap, c, s)) ^ sin_sign);
+    *cos_out = as_float(as_int(select(swap, s, c)) ^ cos_sign);
+}
+
+template <typename F>
+inline void parallel_for(int64_t n, const F& body) {
+    run_tasks(n, [](void* f, int64_t i) { (*static_cast<const F*>(f))(i); }, (void*)&body);
+}

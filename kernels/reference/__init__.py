@@ -1,0 +1,25 @@
+"""The kernels in NumPy: the specification of every backend. Short and slow."""
+
+from fwdllm.kernels.reference.decode import dequantize, embedding
+from fwdllm.kernels.reference.layers import attention, gelu, layer_norm, rms_norm, rope, swiglu
+from fwdllm.kernels.reference.linear import matmul
+from fwdllm.kernels.reference.loss import cross_entropy
+from fwdllm.kernels.reference.random import normal, philox, rademacher, seeded_axpy, seeded_dot
+
+__all__ = [
+    "attention",
+    "cross_entropy",
+    "dequantize",
+    "embedding",
+    "gelu",
+    "layer_norm",
+    "matmul",
+    "normal",
+    "philox",
+    "rademacher",
+    "rms_norm",
+    "rope",
+    "seeded_axpy",
+    "seeded_dot",
+    "swiglu",
+]

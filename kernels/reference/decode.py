@@ -1,0 +1,134 @@
+"""GGUF block formats to float32, as ggml's ``dequantize_row_*`` (ggml-quants.c).
+
+Scale times quant is exact in float32 for every type here (11 + 8 + 5 significant bits at
+most), so an element is rounded once, where a minimum is added, and all backends must agree
+with these functions bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES
+
+from fwdllm.kernels.reference.checks import require_indices
+from fwdllm.kernels.types import QuantType, Weight
+
+
+def dequantize(weight: Weight) -> np.ndarray:
+    """The whole matrix, float32 [n_out, n_in]."""
+    return _decode_rows(weight.data, weight)
+
+
+def embedding(weight: Weight, ids: np.ndarray) -> np.ndarray:
+    """Rows ids of the matrix: int32 [rows] -> float32 [rows, n_in]; only they are decoded.
+
+    IndexError if an id is outside 0 .. n_out - 1.
+    """
+    require_indices(ids, weight.n_out, "token ids")
+    return _decode_rows(weight.data[ids], weight)
+
+
+def _decode_rows(rows: np.ndarray, weight: Weight) -> np.ndarray:
+    _, block_bytes = GGML_QUANT_SIZES[weight.type]
+    values = _DECODERS[weight.type](rows.reshape(-1, block_bytes))
+    return values.astype(np.float32).reshape(len(rows), weight.n_in)
+
+
+# Each decoder takes the bytes of n blocks, uint8 [n, block_bytes], and returns their values;
+# the comment before each is the layout of one block.
+
+
+def _half(data: np.ndarray) -> np.ndarray:
+    """fp16 fields: bytes [n, 2 m] -> float32 [n, m]."""
+    return data.view("<f2").astype(np.float32)
+
+
+def _nibbles(data: np.ndarray) -> np.ndarray:
+    """4-bit fields, all low halves and then all high halves: [..., m] -> [..., 2 m]."""
+    return np.concatenate([data & 15, data >> 4], axis=-1)
+
+
+# f32 value
+def _f32(blocks: np.ndarray) -> np.ndarray:
+    return blocks.view("<f4")
+
+
+# f16 value
+def _f16(blocks: np.ndarray) -> np.ndarray:
+    return _half(blocks)
+
+
+# bf16 value: the upper half of a float32
+def _bf16(blocks: np.ndarray) -> np.ndarray:
+    return (blocks.view("<u2").astype(np.uint32) << 16).view(np.float32)
+
+
+# f16 d; u4 q[32]
+def _q4_0(blocks: np.ndarray) -> np.ndarray:
+    d, q = _half(blocks[:, :2]), _nibbles(blocks[:, 2:])
+    return d * (q.astype(np.float32) - 8)
+
+
+# f16 d; f16 m; u4 q[32]
+def _q4_1(blocks: np.ndarray) -> np.ndarray:
+    d, m, q = _half(blocks[:, :2]), _half(blocks[:, 2:4]), _nibbles(blocks[:, 4:])
+    return d * q + m
+
+
+# f16 d; i8 q[32]
+def _q8_0(blocks: np.ndarray) -> np.ndarray:
+    return _half(blocks[:, :2]) * blocks[:, 2:].view(np.int8)
+
+
+def _scales_and_minima(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """f16 d; f16 dmin; 8 + 8 six-bit integers in 12 bytes: float32 [n, 8, 1] each.
+
+    Bytes 0-3 hold scales 0-3, bytes 4-7 minima 0-3; the low nibbles of bytes 8-11 begin
+    scales 4-7, the high ones minima 4-7, and their top two bits lie above those of bytes 0-7.
+    """
+    d, d_min = _half(blocks[:, 0:2]), _half(blocks[:, 2:4])
+    low_scale, low_min, rest = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
+    scale = np.concatenate([low_scale & 63, (rest & 15) | (low_scale >> 6 << 4)], axis=1)
+    minimum = np.concatenate([low_min & 63, (rest >> 4) | (low_min >> 6 << 4)], axis=1)
+    return (d * scale)[:, :, None], (d_min * minimum)[:, :, None]
+
+
+# 16 bytes of scales and minima for sub-blocks of 32; u4 q[256], 64 to each 32 bytes
+def _q4_k(blocks: np.ndarray) -> np.ndarray:
+    scale, minimum = _scales_and_minima(blocks)
+    q = _nibbles(blocks[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
+    return scale * q - minimum
+
+
+# as Q4_K, with a fifth bit of q before the nibbles: bit j of byte i is that of element i of
+# sub-block j
+def _q5_k(blocks: np.ndarray) -> np.ndarray:
+    scale, minimum = _scales_and_minima(blocks)
+    low = _nibbles(blocks[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
+    high = blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
+    return scale * (low | high << 4) - minimum
+
+
+# u4 low[256]; u2 high[256]; i8 scale[16] for sub-blocks of 16; f16 d. Each half of the block
+# has 64 bytes of low (nibbles as above) and 32 of high (bits 0-1 of all bytes, then 2-3, ...).
+def _q6_k(blocks: np.ndarray) -> np.ndarray:
+    low = _nibbles(blocks[:, :128].reshape(-1, 2, 64)).reshape(-1, 16, 16)
+    high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> np.array([[0], [2], [4], [6]], np.uint8) & 3
+    q = (low | high.reshape(-1, 16, 16) << 4).astype(np.float32) - 32
+    scale = _half(blocks[:, 208:]) * blocks[:, 192:208].view(np.int8)
+    return scale[:, :, None] * q
+
+
+_DECODERS: dict[QuantType, Callable[[np.ndarray], np.ndarray]] = {
+    QuantType.F32: _f32,
+    QuantType.F16: _f16,
+    QuantType.BF16: _bf16,
+    QuantType.Q4_0: _q4_0,
+    QuantType.Q4_1: _q4_1,
+    QuantType.Q8_0: _q8_0,
+    QuantType.Q4_K: _q4_k,
+    QuantType.Q5_K: _q5_k,
+    QuantType.Q6_K: _q6_k,
+}

@@ -1,0 +1,25 @@
+"""Cross-entropy of the output matrix product."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fwdllm.kernels.reference.checks import require_indices
+from fwdllm.kernels.reference.decode import dequantize
+from fwdllm.kernels.reference.linear import row_products
+from fwdllm.kernels.types import Weight
+
+
+def cross_entropy(
+    x: np.ndarray, weight: Weight, labels: np.ndarray, *, exact: bool = False
+) -> np.ndarray:
+    """-log softmax(x W^T)[label] of each row, in nats, float64 [rows].
+
+    x: float32 [rows, n_in].  weight: [n_vocabulary, n_in].  labels: int32 [rows].
+    exact: accepted for the common signature; this backend always is.
+    IndexError if a label is outside the vocabulary.
+    """
+    require_indices(labels, weight.n_out, "labels")
+    logits = row_products(x, dequantize(weight))
+    logits -= logits.max(axis=1, keepdims=True)
+    return np.log(np.sum(np.exp(logits), axis=1)) - logits[np.arange(len(x)), labels]

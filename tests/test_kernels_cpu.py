@@ -1,0 +1,294 @@
+"""The C++ kernels against the NumPy reference, on random shapes, for every instruction set here.
+
+Each test body runs in the instruction set this process was started with; `make test` runs the
+suite once and `test_every_isa` repeats this file in a subprocess for each of the others.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from weights import random_weight
+
+from fwdllm.kernels import cpu, reference
+from fwdllm.kernels.types import SUPPORTED_TYPES, Lanes, LoRA, QuantType
+
+QUANTIZED = [t for t in SUPPORTED_TYPES if t not in (QuantType.F32, QuantType.F16, QuantType.BF16)]
+types = pytest.mark.parametrize("type", SUPPORTED_TYPES, ids=lambda t: t.name)
+distributions = pytest.mark.parametrize("distribution", ["normal", "rademacher"])
+
+
+def relative_error(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.linalg.norm(got - want) / (np.linalg.norm(want) + 1e-30))
+
+
+def random_lanes(rng: np.random.Generator, n: int, distribution: str = "normal") -> Lanes:
+    """Pairs of +c, -c under one seed, and plain lanes, as estimators make them."""
+    seeds = np.repeat(rng.integers(0, 2**64, n, np.uint64), 2)[:n]
+    coefficients = rng.choice([0.0, 0.01, -0.01, 0.5], n).astype(np.float32)
+    return Lanes(seeds, coefficients, distribution)
+
+
+def random_lora(rng: np.random.Generator, n_in: int, n_out: int, rank: int) -> LoRA:
+    a = rng.normal(size=(rank, n_in)).astype(np.float32)
+    b = rng.normal(size=(n_out, rank)).astype(np.float32)
+    return LoRA(a, b, scale=0.7, offset=int(rng.integers(0, 1 << 35)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**40), st.integers(0, 300))
+def test_stream_is_the_reference_stream(seed: int, start: int, count: int) -> None:
+    np.testing.assert_array_equal(
+        cpu.philox(seed, start, count), reference.philox(seed, start, count)
+    )
+    np.testing.assert_array_equal(
+        cpu.rademacher(seed, start, count), reference.rademacher(seed, start, count)
+    )
+    np.testing.assert_allclose(
+        cpu.normal(seed, start, count), reference.normal(seed, start, count), rtol=0, atol=1e-6
+    )
+
+
+def test_normal_agrees_over_a_million() -> None:
+    np.testing.assert_allclose(
+        cpu.normal(2024, 3, 1 << 20), reference.normal(2024, 3, 1 << 20), rtol=0, atol=1e-6
+    )
+
+
+@distributions
+@pytest.mark.parametrize("n", [1, 63, 1024, 40_001])
+def test_seeded_axpy_and_dot(n: int, distribution: str) -> None:
+    rng = np.random.default_rng(n)
+    seeds = rng.integers(0, 2**64, 5, np.uint64)
+    coefficients = rng.normal(size=5).astype(np.float32)
+    theta = rng.normal(size=n).astype(np.float32)
+    want, got = theta.copy(), theta.copy()
+    reference.seeded_axpy(want, seeds, coefficients, offset=7, distribution=distribution)
+    cpu.seeded_axpy(got, seeds, coefficients, offset=7, distribution=distribution)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_allclose(
+        cpu.seeded_dot(theta, seeds, offset=7, distribution=distribution),
+        reference.seeded_dot(theta, seeds, offset=7, distribution=distribution),
+        atol=1e-4 * np.sqrt(n),
+    )
+
+
+@types
+def test_decoding_is_exact(type: QuantType) -> None:
+    rng = np.random.default_rng(1)
+    weight = random_weight(rng, type, n_out=37, n_in=512)
+    np.testing.assert_array_equal(cpu.dequantize(weight), reference.dequantize(weight))
+    ids = rng.integers(0, 37, 11).astype(np.int32)
+    np.testing.assert_array_equal(cpu.embedding(weight, ids), reference.embedding(weight, ids))
+
+
+@types
+@pytest.mark.parametrize(
+    ("rows", "n_in", "n_out"), [(1, 256, 1), (13, 512, 33), (50, 1280, 100), (7, 2304, 300)]
+)
+def test_matmul(type: QuantType, rows: int, n_in: int, n_out: int) -> None:
+    rng = np.random.default_rng(rows)
+    weight = random_weight(rng, type, n_out, n_in)
+    x = rng.normal(size=(rows, n_in)).astype(np.float32)
+    bias = rng.normal(size=n_out).astype(np.float32)
+    want = reference.matmul(x, weight, bias=bias)
+    assert relative_error(cpu.matmul(x, weight, bias=bias, exact=True), want) < 1e-6
+    # int8 activations: rounding noise of about 0.5% of the activations
+    assert relative_error(cpu.matmul(x, weight, bias=bias), want) < 0.012
+
+
+@pytest.mark.parametrize("type", [QuantType.F32, QuantType.F16, QuantType.BF16])
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 90))
+def test_matmul_of_odd_shapes(type: QuantType, rows: int, n_in: int, n_out: int) -> None:
+    rng = np.random.default_rng(0)
+    weight = random_weight(rng, type, n_out, n_in)
+    x = rng.normal(size=(rows, n_in)).astype(np.float32)
+    assert relative_error(cpu.matmul(x, weight), reference.matmul(x, weight)) < 1e-6
+
+
+@pytest.mark.parametrize("type", QUANTIZED, ids=lambda t: t.name)
+def test_int8_route_is_exact_on_representable_activations(type: QuantType) -> None:
+    rng = np.random.default_rng(5)
+    weight = random_weight(rng, type, 48, 512)
+    x = rng.integers(-127, 128, size=(9, 512)).astype(np.float32)
+    x[:, ::32] = 127  # each group's scale becomes 1
+    assert relative_error(cpu.matmul(x, weight), reference.matmul(x, weight)) < 1e-6
+
+
+@distributions
+@settings(max_examples=25, deadline=None)
+@given(
+    n_lanes=st.integers(1, 6),
+    rows=st.integers(1, 11),
+    n_in=st.integers(1, 330),
+    n_out=st.integers(1, 150),
+    rank=st.integers(1, 9),
+)
+def test_seeded_lora(
+    distribution: str, n_lanes: int, rows: int, n_in: int, n_out: int, rank: int
+) -> None:
+    rng = np.random.default_rng(n_in)
+    weight = random_weight(rng, QuantType.F32, n_out, n_in)
+    lora, lanes = random_lora(rng, n_in, n_out, rank), random_lanes(rng, n_lanes, distribution)
+    x = rng.normal(size=(n_lanes * rows, n_in)).astype(np.float32)
+    want = reference.matmul(x, weight, lora=lora, lanes=lanes)
+    assert relative_error(cpu.matmul(x, weight, lora=lora, lanes=lanes), want) < 2e-6
+
+
+@types
+@pytest.mark.parametrize("exact", [True, False])
+def test_batch_invariance(type: QuantType, exact: bool) -> None:
+    """A lane's rows are bit-identical alone, among other lanes, and for any thread count."""
+    rng = np.random.default_rng(3)
+    weight = random_weight(rng, type, 130, 768)
+    lora = random_lora(rng, 768, 130, 8)
+    lanes = random_lanes(rng, 5)
+    rows = 7
+    x = rng.normal(size=(5 * rows, 768)).astype(np.float32)
+    threads = cpu.num_threads()
+    try:
+        cpu.set_num_threads(3)
+        together = cpu.matmul(x, weight, lora=lora, lanes=lanes, exact=exact)
+        cpu.set_num_threads(1)
+        for lane in range(5):
+            one = Lanes(lanes.seeds[lane : lane + 1], lanes.coefficients[lane : lane + 1])
+            alone = cpu.matmul(
+                x[lane * rows : (lane + 1) * rows], weight, lora=lora, lanes=one, exact=exact
+            )
+            np.testing.assert_array_equal(together[lane * rows : (lane + 1) * rows], alone)
+        labels = rng.integers(0, 130, 5 * rows).astype(np.int32)
+        losses = cpu.cross_entropy(x, weight, labels, exact=exact)
+        cpu.set_num_threads(3)
+        single = [
+            cpu.cross_entropy(x[i : i + 1], weight, labels[i : i + 1], exact=exact)[0]
+            for i in range(5 * rows)
+        ]
+        np.testing.assert_array_equal(losses, single)
+    finally:
+        cpu.set_num_threads(threads)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 130))
+def test_norms_and_activations(rows: int, d: int) -> None:
+    rng = np.random.default_rng(d)
+    x, up = (rng.normal(size=(rows, d), scale=3).astype(np.float32) for _ in range(2))
+    w, b = (rng.normal(size=d).astype(np.float32) for _ in range(2))
+    pairs = [
+        (cpu.rms_norm(x, w, 1e-5), reference.rms_norm(x, w, 1e-5)),
+        (cpu.layer_norm(x, w, b, 1e-5), reference.layer_norm(x, w, b, 1e-5)),
+        (cpu.swiglu(x, up), reference.swiglu(x, up)),
+        (cpu.gelu(x), reference.gelu(x)),
+    ]
+    for got, want in pairs:
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("rotated", [16, 10])
+def test_rope(interleaved: bool, rotated: int) -> None:
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=(9, 48)).astype(np.float32)
+    angle = rng.uniform(0, 6, size=(20, rotated // 2))
+    cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    positions = rng.integers(0, 20, 9).astype(np.int32)
+    got = cpu.rope(x, positions, cos, sin, 16, interleaved)
+    want = reference.rope(x, positions, cos, sin, 16, interleaved)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 4),
+    head_dim=st.sampled_from([4, 20, 32, 64]),
+    causal=st.booleans(),
+)
+def test_attention(
+    lengths: list[int], kv_heads: int, group: int, head_dim: int, causal: bool
+) -> None:
+    rng = np.random.default_rng(len(lengths))
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    rows = int(starts[-1])
+    q = rng.normal(size=(rows, kv_heads * group * head_dim)).astype(np.float32)
+    k, v = (rng.normal(size=(rows, kv_heads * head_dim)).astype(np.float32) for _ in range(2))
+    options = {"head_dim": head_dim, "scale": head_dim**-0.5, "causal": causal}
+    got = cpu.attention(q, k, v, starts, **options)
+    np.testing.assert_allclose(got, reference.attention(q, k, v, starts, **options), atol=2e-6)
+    last = slice(int(starts[-2]), rows)  # bit-identical without the other sequences
+    alone = cpu.attention(
+        q[last].copy(),
+        k[last].copy(),
+        v[last].copy(),
+        np.array([0, lengths[-1]], np.int32),
+        **options,
+    )
+    np.testing.assert_array_equal(got[last], alone)
+
+
+@types
+@pytest.mark.parametrize("vocab", [5, 300, 1100])
+def test_cross_entropy(type: QuantType, vocab: int) -> None:
+    rng = np.random.default_rng(vocab)
+    weight = random_weight(rng, type, vocab, 256)
+    x = rng.normal(size=(14, 256)).astype(np.float32)
+    labels = rng.integers(0, vocab, 14).astype(np.int32)
+    want = reference.cross_entropy(x, weight, labels)
+    scale = 1 + np.abs(want).max()
+    assert np.abs(cpu.cross_entropy(x, weight, labels, exact=True) - want).max() < 1e-5 * scale
+    assert np.abs(cpu.cross_entropy(x, weight, labels) - want).max() < 0.03 * scale
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("exact", [True, False])
+def test_non_finite_values_are_not_swallowed(bad: float, exact: bool) -> None:
+    rng = np.random.default_rng(0)
+    weight = random_weight(rng, QuantType.Q4_0, 64, 64)
+    x = rng.normal(size=(3, 64)).astype(np.float32)
+    x[1, 5] = bad
+    y = cpu.matmul(x, weight, exact=exact)
+    assert not np.isfinite(y[1]).any()
+    assert np.isfinite(y[[0, 2]]).all()
+    nll = cpu.cross_entropy(x, weight, np.array([1, 2, 3], np.int32), exact=exact)
+    assert not np.isfinite(nll[1])
+    assert np.isfinite(nll[[0, 2]]).all()
+
+
+def test_bad_shapes_are_refused() -> None:
+    rng = np.random.default_rng(0)
+    weight = random_weight(rng, QuantType.Q4_0, 8, 64)
+    with pytest.raises(ValueError, match="row"):
+        cpu.matmul(np.zeros((2, 32), np.float32), weight)
+    with pytest.raises(ValueError, match="outside"):
+        cpu.embedding(weight, np.array([8], np.int32))
+    with pytest.raises(ValueError, match="whole lanes"):
+        lanes = Lanes(np.zeros(2, np.uint64), np.zeros(2, np.float32))
+        lora = random_lora(rng, 64, 8, 2)
+        cpu.matmul(np.zeros((3, 64), np.float32), weight, lora=lora, lanes=lanes)
+
+
+@pytest.mark.parametrize("isa", ["avx2", "portable"])
+def test_every_isa(isa: str) -> None:
+    if "FWDLLM_ISA" in os.environ:
+        pytest.skip("already running under a chosen instruction set")
+    code = "from fwdllm.kernels import cpu; print(cpu.isa)"
+    env = {**os.environ, "FWDLLM_ISA": isa}
+    probe = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    if probe.returncode:
+        pytest.skip(f"this machine has no {isa}")
+    assert probe.stdout.strip() == isa
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", __file__],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
