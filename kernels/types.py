@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-QuantType = GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as QuantType
 
 SUPPORTED_TYPES: tuple[QuantType, ...] = (
     QuantType.F32,
@@ -88,6 +87,20 @@ class Lanes:
 
     def __len__(self) -> int:
         return len(self.seeds)
+
+    @property
+    def references(self) -> np.ndarray:
+        """The lane whose activations each lane is quantized relative to: int32 [n_lanes].
+
+        That is lane 0 if it is plain, else the first of the neighbours with the same seed; a
+        lane that is its own reference is quantized directly. What lanes have in common is then
+        rounded once and cancels in differences of losses, whatever other seeds are there.
+        """
+        own = np.arange(len(self), dtype=np.int32)
+        if self.coefficients[0] == 0:
+            return np.zeros_like(own)
+        starts = np.concatenate([[True], self.seeds[1:] != self.seeds[:-1]])
+        return np.maximum.accumulate(np.where(starts, own, 0)).astype(np.int32)
 
     @staticmethod
     def plain() -> Lanes:

@@ -144,35 +144,50 @@ def test_seeded_lora(
 
 @types
 @pytest.mark.parametrize("exact", [True, False])
-def test_batch_invariance(type: QuantType, exact: bool) -> None:
-    """A lane's rows are bit-identical alone, among other lanes, and for any thread count."""
+@pytest.mark.parametrize("plain_first", [True, False])
+def test_batch_invariance(type: QuantType, exact: bool, plain_first: bool) -> None:
+    """Lanes of a seed are bit-identical alone, among other seeds, and for any thread count."""
     rng = np.random.default_rng(3)
     weight = random_weight(rng, type, 130, 768)
     lora = random_lora(rng, 768, 130, 8)
-    lanes = random_lanes(rng, 5)
-    rows = 7
-    x = rng.normal(size=(5 * rows, 768)).astype(np.float32)
-    threads = cpu.num_threads()
-    try:
-        cpu.set_num_threads(3)
-        together = cpu.matmul(x, weight, lora=lora, lanes=lanes, exact=exact)
-        cpu.set_num_threads(1)
-        for lane in range(5):
-            one = Lanes(lanes.seeds[lane : lane + 1], lanes.coefficients[lane : lane + 1])
-            alone = cpu.matmul(
-                x[lane * rows : (lane + 1) * rows], weight, lora=lora, lanes=one, exact=exact
-            )
-            np.testing.assert_array_equal(together[lane * rows : (lane + 1) * rows], alone)
-        labels = rng.integers(0, 130, 5 * rows).astype(np.int32)
-        losses = cpu.cross_entropy(x, weight, labels, exact=exact)
-        cpu.set_num_threads(3)
-        single = [
-            cpu.cross_entropy(x[i : i + 1], weight, labels[i : i + 1], exact=exact)[0]
-            for i in range(5 * rows)
-        ]
-        np.testing.assert_array_equal(losses, single)
-    finally:
+    rows, first = 7, 1 if plain_first else 0
+    seeds = np.concatenate([np.zeros(first), [5, 5, 9, 9, 2, 2]]).astype(np.uint64)
+    coefficients = np.concatenate([np.zeros(first), [0.01, -0.01] * 3]).astype(np.float32)
+    lanes = Lanes(seeds, coefficients)
+    x = rng.normal(size=(len(lanes) * rows, 768)).astype(np.float32)
+    labels = rng.integers(0, 130, len(x)).astype(np.int32)
+
+    def run(chosen: list[int], threads: int) -> tuple[np.ndarray, np.ndarray]:
         cpu.set_num_threads(threads)
+        some = Lanes(seeds[chosen], coefficients[chosen])
+        at = np.concatenate([np.arange(i * rows, (i + 1) * rows) for i in chosen])
+        y = cpu.matmul(x[at], weight, lora=lora, lanes=some, exact=exact)
+        nll = cpu.cross_entropy(x[at], weight, labels[at], lanes=some, exact=exact)
+        return y.reshape(len(chosen), rows, -1), nll.reshape(len(chosen), rows)
+
+    before = cpu.num_threads()
+    try:
+        y, nll = run(list(range(len(lanes))), threads=3)
+        for pair in range(3):
+            chosen = [*range(first), first + 2 * pair, first + 2 * pair + 1]
+            y_alone, nll_alone = run(chosen, threads=1)
+            np.testing.assert_array_equal(y[chosen], y_alone)
+            np.testing.assert_array_equal(nll[chosen], nll_alone)
+    finally:
+        cpu.set_num_threads(before)
+
+
+@pytest.mark.parametrize("type", QUANTIZED, ids=lambda t: t.name)
+def test_differences_between_lanes_keep_their_precision(type: QuantType) -> None:
+    """What lanes share is rounded once: their difference is right to 1%, however small."""
+    rng = np.random.default_rng(8)
+    weight = random_weight(rng, type, 64, 512)
+    x = rng.normal(size=(10, 512)).astype(np.float32)
+    step = 1e-3 * rng.normal(size=(10, 512)).astype(np.float32)
+    lanes = Lanes(np.array([4, 4], np.uint64), np.array([1, -1], np.float32))
+    y = cpu.matmul(np.concatenate([x + step, x - step]), weight, lanes=lanes)
+    want = reference.matmul(x + step, weight) - reference.matmul(x - step, weight)
+    assert relative_error(y[:10] - y[10:], want) < 0.012
 
 
 @settings(max_examples=25, deadline=None)
@@ -271,8 +286,9 @@ def test_bad_shapes_are_refused() -> None:
         cpu.embedding(weight, np.array([8], np.int32))
     with pytest.raises(ValueError, match="whole lanes"):
         lanes = Lanes(np.zeros(2, np.uint64), np.zeros(2, np.float32))
-        lora = random_lora(rng, 64, 8, 2)
-        cpu.matmul(np.zeros((3, 64), np.float32), weight, lora=lora, lanes=lanes)
+        cpu.matmul(np.zeros((3, 64), np.float32), weight, lanes=lanes)
+    with pytest.raises(TypeError):
+        cpu.seeded_axpy(np.zeros(4), np.zeros(1, np.uint64), np.zeros(1, np.float32))
 
 
 @pytest.mark.parametrize("isa", ["avx2", "portable"])

@@ -2,7 +2,8 @@
 
 ``isa`` names the instruction set chosen at import; FWDLLM_ISA overrides it ("avx512", "avx2",
 "portable") and FWDLLM_NUM_THREADS the number of threads. With ``exact=True`` matmuls are fp32;
-otherwise activations of quantized weights go to int8 with a scale per 32 values.
+otherwise activations of quantized weights go to int8 with a scale per 32 values, perturbed lanes
+as their difference to a reference lane (``Lanes.references``).
 """
 
 from __future__ import annotations
@@ -113,10 +114,11 @@ def matmul(
     Rows of lane l are multiplied by its own variant of the adapter (see ``Lanes``).
     """
     x = _f32(x)
+    lanes = lanes or Lanes.plain()
     y = np.empty((len(x), weight.n_out), np.float32)
-    _native.matmul(x, weight.data, int(weight.type), bias, exact, y)
+    references = _row_references(lanes, len(x))
+    _native.matmul(x, weight.data, int(weight.type), references, bias, exact, y)
     if lora is not None:
-        lanes = lanes or Lanes.plain()
         _native.add_lora(
             x,
             _f32(lora.a),
@@ -131,13 +133,27 @@ def matmul(
     return y
 
 
+def _row_references(lanes: Lanes, rows: int) -> np.ndarray:
+    per_lane = rows // len(lanes)
+    if per_lane * len(lanes) != rows:
+        raise ValueError(f"{rows} rows are not whole lanes of {len(lanes)}")
+    starts = lanes.references * per_lane
+    return (starts[:, None] + np.arange(per_lane)).astype(np.int32).ravel()
+
+
 def cross_entropy(
-    x: np.ndarray, weight: Weight, labels: np.ndarray, *, exact: bool = False
+    x: np.ndarray,
+    weight: Weight,
+    labels: np.ndarray,
+    *,
+    lanes: Lanes | None = None,
+    exact: bool = False,
 ) -> np.ndarray:
     """-log softmax(x W^T)[labels] in nats, float64 [rows]; the logits are never stored."""
     nll = np.empty(len(x), np.float64)
     labels = np.ascontiguousarray(labels, np.int32)
-    _native.cross_entropy(_f32(x), weight.data, int(weight.type), labels, exact, nll)
+    references = _row_references(lanes or Lanes.plain(), len(x))
+    _native.cross_entropy(_f32(x), weight.data, int(weight.type), references, labels, exact, nll)
     return nll
 
 

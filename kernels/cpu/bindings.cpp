@@ -98,8 +98,19 @@ void gather(Bytes data, int type, int64_t n_in, In<int32_t, 1> ids, Out<float, 2
     kernels().gather(w, ids.data(), (int64_t)ids.shape(0), out.data());
 }
 
-void matmul(Matrix x, Bytes data, int type, nb::object bias, bool exact, Out<float, 2> y) {
+// Rows may only refer to earlier ones, and those to themselves.
+const int32_t* references_of(const In<int32_t, 1>& references, size_t rows) {
+    const int32_t* r = references.data();
+    require(references.shape(0) == rows, "one reference a row");
+    for (size_t i = 0; i < rows; ++i)
+        require(r[i] >= 0 && r[i] <= (int64_t)i && r[r[i]] == r[i], "a reference is not an earlier row");
+    return r;
+}
+
+void matmul(Matrix x, Bytes data, int type, In<int32_t, 1> references, nb::object bias, bool exact,
+            Out<float, 2> y) {
     const Weight w = weight_of(data, type, (int64_t)x.shape(1));
+    const int32_t* r = references_of(references, x.shape(0));
     require(y.shape(0) == x.shape(0) && (int64_t)y.shape(1) == w.n_out, "y is [rows, n_out]");
     const float* b = nullptr;
     if (!bias.is_none()) {
@@ -108,7 +119,7 @@ void matmul(Matrix x, Bytes data, int type, nb::object bias, bool exact, Out<flo
         b = v.data();
     }
     nb::gil_scoped_release release_gil;
-    kernels().matmul(x.data(), (int64_t)x.shape(0), w, b, exact, y.data());
+    kernels().matmul(x.data(), (int64_t)x.shape(0), r, w, b, exact, y.data());
 }
 
 void add_lora(Matrix x, Matrix a, Matrix b, float scale, uint64_t offset, In<uint64_t, 1> seeds,
@@ -125,14 +136,15 @@ void add_lora(Matrix x, Matrix a, Matrix b, float scale, uint64_t offset, In<uin
     kernels().add_lora(x.data(), (int64_t)rows, (int64_t)n_in, (int64_t)n_out, lora, lanes, y.data());
 }
 
-void cross_entropy(Matrix x, Bytes data, int type, In<int32_t, 1> labels, bool exact,
-                   Out<double, 1> nll) {
+void cross_entropy(Matrix x, Bytes data, int type, In<int32_t, 1> references, In<int32_t, 1> labels,
+                   bool exact, Out<double, 1> nll) {
     const Weight w = weight_of(data, type, (int64_t)x.shape(1));
+    const int32_t* refs = references_of(references, x.shape(0));
     require(labels.shape(0) == x.shape(0) && nll.shape(0) == x.shape(0), "one label and result a row");
     for (size_t i = 0; i < labels.shape(0); ++i)
         require(labels.data()[i] >= 0 && labels.data()[i] < w.n_out, "a label is outside the vocabulary");
     nb::gil_scoped_release release_gil;
-    kernels().cross_entropy(x.data(), (int64_t)x.shape(0), w, labels.data(), exact, nll.data());
+    kernels().cross_entropy(x.data(), (int64_t)x.shape(0), refs, w, labels.data(), exact, nll.data());
 }
 
 void rms_norm(Matrix x, Vector weight, float eps, Out<float, 2> y) {
@@ -208,10 +220,11 @@ NB_MODULE(_native, m) {
     });
     m.def("philox", &philox);
     m.def("random_values", &random_values);
-    m.def("seeded_axpy", &seeded_axpy);
+    // theta is changed in place: converting it would change a copy.
+    m.def("seeded_axpy", &seeded_axpy, nb::arg().noconvert(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
     m.def("seeded_dot", &seeded_dot);
     m.def("gather", &gather);
-    m.def("matmul", &matmul, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
+    m.def("matmul", &matmul, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
     m.def("add_lora", &add_lora);
     m.def("cross_entropy", &cross_entropy);
     m.def("rms_norm", &rms_norm);

@@ -33,6 +33,7 @@ struct Lanes {  // rows of lane l are the l-th of n equal slices
     int distribution;
 };
 
+// references: for every row the earlier row (or itself) it is quantized relative to, or null.
 struct Kernels {
     const char* name;
     void (*philox)(uint64_t seed, uint64_t start, int64_t count, uint32_t* out);
@@ -42,12 +43,12 @@ struct Kernels {
     void (*seeded_dot)(const float* g, int64_t n, const uint64_t* seeds, int64_t k, uint64_t offset,
                        int distribution, double* out);
     void (*gather)(const Weight& w, const int32_t* ids, int64_t rows, float* out);
-    void (*matmul)(const float* x, int64_t rows, const Weight& w, const float* bias, bool exact,
-                   float* y);
+    void (*matmul)(const float* x, int64_t rows, const int32_t* references, const Weight& w,
+                   const float* bias, bool exact, float* y);
     void (*add_lora)(const float* x, int64_t rows, int64_t n_in, int64_t n_out, const LoRA& lora,
                      const Lanes& lanes, float* y);
-    void (*cross_entropy)(const float* x, int64_t rows, const Weight& w, const int32_t* labels,
-                          bool exact, double* nll);
+    void (*cross_entropy)(const float* x, int64_t rows, const int32_t* references, const Weight& w,
+                          const int32_t* labels, bool exact, double* nll);
     void (*rms_norm)(const float* x, int64_t rows, int64_t d, const float* weight, float eps,
                      float* y);
     void (*layer_norm)(const float* x, int64_t rows, int64_t d, const float* weight,

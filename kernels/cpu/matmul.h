@@ -13,10 +13,13 @@ struct Buffer {  // freed at the end of the call
     ~Buffer() { release(data); }
 };
 
-// Calls sink(row0, n_rows, out0, n_outs, tile, stride) for all tiles of outputs out0 .. out0+n.
+// A product of packed activations with W. run() calls sink(row0, n_rows, out0, n_outs, tile,
+// stride) for all tiles of outputs out0 .. out0+n, rows ascending. references: see dispatch.h; the
+// tile of a row that has one holds the product of the difference. fp32 products have none.
 struct F32Product {
     const Weight& w;
     int64_t rows;
+    const int32_t* references = nullptr;
     Buffer tiles;
     static constexpr int panel_outputs = kF32Outputs;
 
@@ -55,15 +58,16 @@ template <typename Codec>
 struct Int8Product {
     const Weight& w;
     int64_t rows;
+    const int32_t* references;
     Buffer tiles;
     static constexpr int panel_outputs = kInt8Outputs;
 
-    Int8Product(const float* x, int64_t rows, const Weight& w)
-        : w(w), rows(rows), tiles(ceil_div(rows, kRows) * (w.n_in / 32) * sizeof(TileGroup<Codec>)) {
+    Int8Product(const float* x, int64_t rows, const int32_t* references, const Weight& w)
+        : w(w), rows(rows), references(references), tiles(ceil_div(rows, kRows) * (w.n_in / 32) * sizeof(TileGroup<Codec>)) {
         auto* packed = (TileGroup<Codec>*)tiles.data;
         parallel_for(ceil_div(rows, kRows), [&](int64_t t) {
             const int64_t row0 = t * kRows;
-            pack_tile_int8<Codec>(x + row0 * w.n_in, min_of<int64_t>(kRows, rows - row0), w.n_in,
+            pack_tile_int8<Codec>(x, row0, min_of<int64_t>(kRows, rows - row0), references, w.n_in,
                                   packed + t * (w.n_in / 32));
         });
     }
@@ -95,23 +99,26 @@ struct Int8Product {
 // Calls f(product) with the route for this weight: int8 activations for quantized weights unless
 // exact fp32 arithmetic is asked for.
 template <typename F>
-inline void with_product(const float* x, int64_t rows, const Weight& w, bool exact, const F& f) {
+inline void with_product(const float* x, int64_t rows, const int32_t* references, const Weight& w,
+                         bool exact, const F& f) {
     const bool done = !exact && with_codec(w.type, [&](auto codec) {
-        f(Int8Product<decltype(codec)>(x, rows, w));
+        f(Int8Product<decltype(codec)>(x, rows, references, w));
     });
     if (!done) f(F32Product(x, rows, w));
 }
 
-void matmul(const float* x, int64_t rows, const Weight& w, const float* bias, bool exact, float* y) {
-    const auto write = [&](int64_t row0, int64_t n_rows, int64_t out0, int64_t n, const float* c,
-                           int64_t stride) {
-        for (int64_t r = 0; r < n_rows; ++r) {
-            float* to = y + (row0 + r) * w.n_out + out0;
-            for (int64_t j = 0; j < n; ++j)
-                to[j] = bias ? c[r * stride + j] + bias[out0 + j] : c[r * stride + j];
-        }
-    };
-    with_product(x, rows, w, exact, [&](const auto& product) {
+void matmul(const float* x, int64_t rows, const int32_t* references, const Weight& w, const float* bias,
+            bool exact, float* y) {
+    with_product(x, rows, references, w, exact, [&](const auto& product) {
+        const auto write = [&](int64_t row0, int64_t n_rows, int64_t out0, int64_t n, const float* c,
+                               int64_t stride) {
+            for (int64_t r = row0; r < row0 + n_rows; ++r, c += stride) {
+                float* to = y + r * w.n_out + out0;
+                const float* base = bias ? bias + out0 : nullptr;
+                if (is_difference(product.references, r)) base = y + product.references[r] * w.n_out + out0;
+                for (int64_t j = 0; j < n; ++j) to[j] = base ? base[j] + c[j] : c[j];
+            }
+        };
         const int64_t at_once = product.outputs_at_once();
         parallel_for(ceil_div(w.n_out, at_once), [&](int64_t task) {
             const int64_t out0 = task * at_once;
@@ -152,28 +159,36 @@ inline void extend(PartialSoftmax* p, const float* logits, int64_t n) {
     p->sum += sum(total);
 }
 
-// nll[r] = log sum_j exp(logit[r, j]) - logit[r, labels[r]], logits = x W^T never stored.
-void cross_entropy(const float* x, int64_t rows, const Weight& w, const int32_t* labels, bool exact,
-                   double* nll) {
+// nll[r] = log sum_j exp(logit[r, j]) - logit[r, labels[r]], logits = x W^T, of which only one panel
+// of outputs exists at a time.
+void cross_entropy(const float* x, int64_t rows, const int32_t* references, const Weight& w,
+                   const int32_t* labels, bool exact, double* nll) {
     const int64_t n_chunks = ceil_div(w.n_out, kVocabChunk);
     Buffer partial_buffer(n_chunks * rows * (int64_t)sizeof(PartialSoftmax)), label_buffer(rows * 4);
     auto* partial = (PartialSoftmax*)partial_buffer.data;
     auto* label_logit = (float*)label_buffer.data;
-    with_product(x, rows, w, exact, [&](const auto& product) {
+    with_product(x, rows, references, w, exact, [&](const auto& product) {
         parallel_for(n_chunks, [&](int64_t chunk) {
+            const int64_t width = product.panel_outputs;
+            Buffer logit_buffer(rows * width * 4);
+            float* logits = (float*)logit_buffer.data;
             PartialSoftmax* mine = partial + chunk * rows;
             for (int64_t r = 0; r < rows; ++r) mine[r] = {0.0, -__builtin_inff()};
-            const int64_t begin = chunk * kVocabChunk, end = min_of(begin + kVocabChunk, w.n_out);
-            for (int64_t out0 = begin; out0 < end; out0 += product.panel_outputs)
-                product.run(out0, min_of<int64_t>(product.panel_outputs, end - out0),
-                            [&](int64_t row0, int64_t n_rows, int64_t o, int64_t n, const float* c,
-                                int64_t stride) {
-                                for (int64_t r = 0; r < n_rows; ++r) {
-                                    extend(mine + row0 + r, c + r * stride, n);
-                                    const int64_t j = labels[row0 + r] - o;
-                                    if (j >= 0 && j < n) label_logit[row0 + r] = c[r * stride + j];
-                                }
-                            });
+            const auto add = [&](int64_t row0, int64_t n_rows, int64_t out0, int64_t n, const float* c,
+                                 int64_t stride) {
+                for (int64_t r = row0; r < row0 + n_rows; ++r, c += stride) {
+                    float* to = logits + r * width;
+                    __builtin_memcpy(to, c, 4 * n);
+                    if (is_difference(product.references, r))
+                        for (int64_t j = 0; j < n; ++j) to[j] += logits[product.references[r] * width + j];
+                    extend(mine + r, to, n);
+                    const int64_t label = labels[r] - out0;
+                    if (label >= 0 && label < n) label_logit[r] = to[label];
+                }
+            };
+            const int64_t end = min_of((chunk + 1) * kVocabChunk, w.n_out);
+            for (int64_t out0 = chunk * kVocabChunk; out0 < end; out0 += width)
+                product.run(out0, min_of(width, end - out0), add);
         });
     });
     for (int64_t r = 0; r < rows; ++r) {

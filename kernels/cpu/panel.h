@@ -87,6 +87,10 @@ struct PanelGroup {
     float min[Codec::has_min ? kInt8Outputs : 1];
 };
 
+inline bool is_difference(const int32_t* references, int64_t row) {
+    return references != nullptr && references[row] != row;
+}
+
 // 32 activations as round(x / scale), scale = max|x| / 127; a non-finite x makes scale NaN.
 inline float quantize_group(const float* x, int8_t* q) {
     uint32_t top = 0;
@@ -108,14 +112,26 @@ inline float quantize_group(const float* x, int8_t* q) {
     return finite ? largest / 127.0f : __builtin_nanf("");
 }
 
+// Rows row0 .. row0+rows of x [., k]; a row with an earlier reference row is packed as its
+// difference to that one, with the difference's own scale.
 template <typename Codec>
-inline void pack_tile_int8(const float* x, int64_t rows, int64_t k, TileGroup<Codec>* out) {
+inline void pack_tile_int8(const float* x, int64_t row0, int64_t rows, const int32_t* references,
+                           int64_t k, TileGroup<Codec>* out) {
     constexpr int n_per_scale = 32 / Codec::scales;
     for (int64_t g = 0; g < k / 32; ++g) {
         TileGroup<Codec>& t = out[g];
         for (int r = 0; r < kRows; ++r) {
             int8_t q[32] = {};
-            t.scale[r] = r < rows ? quantize_group(x + r * k + g * 32, q) : 0.0f;
+            float values[32] = {};
+            if (r < rows) {
+                const float* row = x + (row0 + r) * k + g * 32;
+                __builtin_memcpy(values, row, sizeof values);
+                if (is_difference(references, row0 + r)) {
+                    const float* base = x + references[row0 + r] * k + g * 32;
+                    for (int i = 0; i < 32; ++i) values[i] -= base[i];
+                }
+            }
+            t.scale[r] = quantize_group(values, q);
             for (int i = 0; i < 8; ++i) __builtin_memcpy(t.x[i][r], q + 4 * i, 4);
             for (int s = 0; s < Codec::scales; ++s) {
                 int32_t total = 0;

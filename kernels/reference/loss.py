@@ -7,16 +7,21 @@ import numpy as np
 from fwdllm.kernels.reference.checks import require_indices
 from fwdllm.kernels.reference.decode import dequantize
 from fwdllm.kernels.reference.linear import row_products
-from fwdllm.kernels.types import Weight
+from fwdllm.kernels.types import Lanes, Weight
 
 
 def cross_entropy(
-    x: np.ndarray, weight: Weight, labels: np.ndarray, *, exact: bool = False
+    x: np.ndarray,
+    weight: Weight,
+    labels: np.ndarray,
+    *,
+    lanes: Lanes | None = None,
+    exact: bool = False,
 ) -> np.ndarray:
     """-log softmax(x W^T)[label] of each row, in nats, float64 [rows].
 
     x: float32 [rows, n_in].  weight: [n_vocabulary, n_in].  labels: int32 [rows].
-    exact: accepted for the common signature; this backend always is.
+    lanes, exact: accepted for the common signature; this backend always computes exactly.
     IndexError if a label is outside the vocabulary.
     """
     require_indices(labels, weight.n_out, "labels")

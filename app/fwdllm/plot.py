@@ -1,0 +1,67 @@
+"""The loss curve of a run as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+_TRAIN, _HELD_OUT, _TEXT, _GRID = "#4c78a8", "#e4572e", "#444444", "#e6e6e6"
+
+
+def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw loss and held-out loss over steps as a PNG.
+
+    records: the lines of metrics.jsonl. The batch loss is drawn faintly, with its running
+    mean on top, as single batches scatter more than training moves.
+    """
+    train = _series(records, "step")
+    held_out = _series(records, "eval")
+    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)  # no global state and no window system, unlike pyplot
+    axes = figure.add_subplot()
+    if train:
+        steps, losses = zip(*train, strict=True)
+        axes.plot(steps, losses, color=_TRAIN, alpha=0.25, linewidth=1)
+        axes.plot(steps, _running_mean(losses), color=_TRAIN, linewidth=1.8, label="training")
+    if held_out:
+        steps, losses = zip(*held_out, strict=True)
+        axes.plot(steps, losses, "o-", color=_HELD_OUT, markersize=4, label="held out")
+    _style(axes)
+    figure.savefig(path, format="png")
+
+
+def _series(records: Sequence[dict[str, Any]], event: str) -> list[tuple[int, float]]:
+    return [
+        (record["step"], record["loss"])
+        for record in records
+        if record["event"] == event and record["loss"] is not None
+    ]
+
+
+def _running_mean(losses: Sequence[float], decay: float = 0.9) -> list[float]:
+    """Exponential mean, corrected for its start as Adam's is."""
+    total, weight, means = 0.0, 0.0, []
+    for loss in losses:
+        total = decay * total + loss
+        weight = decay * weight + 1
+        means.append(total / weight)
+    return means
+
+
+def _style(axes: Axes) -> None:
+    axes.set_xlabel("step", color=_TEXT)
+    axes.set_ylabel("loss (nats)", color=_TEXT)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_TEXT)
+    axes.tick_params(colors=_TEXT)
+    axes.grid(color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, labelcolor=_TEXT)

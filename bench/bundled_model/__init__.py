@@ -1,0 +1,1 @@
+"""How the bundled model and the demo data are made; see ``__main__``."""

@@ -1,0 +1,70 @@
+"""A batch: token rows of several sequences, and what the loss is taken on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One tokenized sequence. labels[i]: whether token i counts in the loss (i >= 1)."""
+
+    ids: list[int]
+    labels: list[bool]
+    label_class: int | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences packed row after row, without padding.
+
+    ids, positions: int32 [rows].  starts: int32 [n_sequences + 1], the rows of each sequence.
+    label_rows: int32 [n_labels], rows whose output predicts the next token; label_ids: int32
+    [n_labels], that token; label_sequence: int32 [n_labels], its sequence.
+    classes: int32 [n_sequences] for classification by a head, else None.
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    starts: np.ndarray
+    label_rows: np.ndarray
+    label_ids: np.ndarray
+    label_sequence: np.ndarray
+    classes: np.ndarray | None = None
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.ids)
+
+    @property
+    def n_sequences(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def n_labels(self) -> int:
+        """What losses are means over: label tokens, or sequences with a class."""
+        return len(self.label_ids) if self.classes is None else len(self.classes)
+
+
+def pack(sequences: Sequence[Tokens]) -> Batch:
+    """Pack tokenized sequences into one batch."""
+    lengths = [len(s.ids) for s in sequences]
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    ids = np.concatenate([np.array(s.ids, np.int32) for s in sequences])
+    positions = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
+    labels = np.concatenate([np.array(s.labels, bool) for s in sequences])
+    labels[starts[:-1]] = False  # nothing predicts a first token
+    at = np.flatnonzero(labels).astype(np.int32)
+    classes = [s.label_class for s in sequences]
+    return Batch(
+        ids=ids,
+        positions=positions,
+        starts=starts,
+        label_rows=at - np.int32(1),
+        label_ids=ids[at],
+        label_sequence=(np.searchsorted(starts, at, side="right") - 1).astype(np.int32),
+        classes=None if None in classes else np.array(classes, np.int32),
+    )

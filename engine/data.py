@@ -1,0 +1,258 @@
+"""Training and evaluation data: JSONL files, their labels, and held-out splits.
+
+Each line is an object of one of four kinds, and a file holds one kind:
+
+    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}
+    {"prompt": "...", "completion": "..."}
+    {"text": "..."}
+    {"text": "...", "label": "..."}
+
+Other fields are ignored. Blank lines are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fwdllm.engine.errors import ConfigError, DataError
+
+Kind = Literal["messages", "completion", "text", "label"]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example; the fields of its kind are set and the others are None.
+
+    messages: chat turns, each {"role": str, "content": str}; the loss is on the assistant's.
+    prompt, completion: the loss is on the completion.
+    text: the loss is on all of it, or with ``label`` it is to be classified.
+    line, path: where it was read, for error messages; path is "" for examples made in code.
+    """
+
+    messages: list[dict[str, str]] | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
+    label: str | None = None
+    line: int = 0
+    path: str = ""
+
+    @property
+    def kind(self) -> Kind:
+        """Which fields are set."""
+        if self.messages is not None:
+            return "messages"
+        if self.completion is not None:
+            return "completion"
+        return "text" if self.label is None else "label"
+
+    @property
+    def where(self) -> str:
+        """The example's place as "file:line"."""
+        return f"{self.path}:{self.line}" if self.path else f"line {self.line}"
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[Example]:
+    """The examples of a JSONL file, at least one, all of one kind.
+
+    A label may be a string or an integer, which is turned into a string.
+    Raises DataError, naming file and line, for anything else than the module describes.
+    """
+    examples: list[Example] = []
+    for line, raw in _lines(Path(path)):
+        example = _parse(raw, line, str(path))
+        if examples and example.kind != examples[0].kind:
+            raise DataError(
+                f"{example.where}: this is {_describe(example)}, but line {examples[0].line} is "
+                f"{_describe(examples[0])}; a file holds one kind"
+            )
+        examples.append(example)
+    if not examples:
+        raise DataError(f"{path} has no examples; write one JSON object per line")
+    return examples
+
+
+def labels_of(examples: Sequence[Example]) -> tuple[str, ...]:
+    """The distinct labels in sorted order; () if the examples have none."""
+    return tuple(sorted({example.label for example in examples if example.label is not None}))
+
+
+def check_labels(examples: Sequence[Example], labels: Sequence[str]) -> None:
+    """Raise DataError, naming the line, for an example without one of ``labels``."""
+    known = set(labels)
+    for example in examples:
+        if example.label is None:
+            raise DataError(f"{example.where}: it has no label")
+        if example.label not in known:
+            raise DataError(
+                f"{example.where}: the label {_short(example.label)} is not one of "
+                f"{', '.join(labels)}"
+            )
+
+
+def split(
+    examples: Sequence[Example], held_out: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Split into (train, held out) at random, each in the order of ``examples``.
+
+    held_out: an int is a number of examples, a float a fraction between 0 and 1, rounded and
+    at least one example. The same arguments give the same split on every machine.
+    Raises ConfigError for a ``held_out`` or ``seed`` that makes no sense, and DataError if
+    there are too few examples to leave one on either side.
+    """
+    n_held_out = _held_out_count(len(examples), held_out)
+    if seed < 0:
+        raise ConfigError(f"the seed is {seed}; it must not be negative")
+    # The raw stream, because NumPy keeps it from release to release; permutation() may change.
+    keys = np.random.PCG64(seed).random_raw(len(examples))
+    chosen = set(np.argsort(keys, kind="stable")[:n_held_out].tolist())
+    train = [example for i, example in enumerate(examples) if i not in chosen]
+    return train, [examples[i] for i in sorted(chosen)]
+
+
+def _held_out_count(n_examples: int, held_out: float) -> int:
+    is_count = isinstance(held_out, int)
+    if not (held_out >= 1 if is_count else 0 < held_out < 1):
+        raise ConfigError(
+            f"cannot hold out {held_out}: give a fraction between 0 and 1, or a whole number"
+        )
+    count = int(held_out) if is_count else max(1, round(held_out * n_examples))
+    if count >= n_examples:
+        raise DataError(f"cannot hold out {count} of {n_examples} examples: none is left to train")
+    return count
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines that are not blank."""
+    try:
+        # Bytes, because text mode and splitlines() also break at characters JSON may hold.
+        with open(path, "rb") as file:
+            for number, raw in enumerate(file, 1):
+                line = raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw
+                if line.strip():
+                    yield number, line
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise DataError(f"{path} is a folder; name the JSONL file in it") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:  # a NUL in the path
+        raise DataError(f"cannot read {str(path)!r}: {error}") from error
+
+
+def _parse(raw: bytes, line: int, path: str) -> Example:
+    where = f"{path}:{line}"
+    fields = _object(raw, where)
+    kinds = [
+        fields.keys() & {"messages"},
+        fields.keys() & {"prompt", "completion"},
+        fields.keys() & {"text", "label"},
+    ]
+    present = [kind for kind in kinds if kind]
+    if not present:
+        raise DataError(f"{where}: it has none of the fields messages, completion and text")
+    if len(present) > 1:
+        names = ", ".join(sorted(set().union(*present)))
+        raise DataError(f"{where}: the fields {names} do not belong together")
+    if kinds[0]:
+        return Example(messages=_messages(fields["messages"], where), line=line, path=path)
+    if kinds[1]:
+        prompt = _string(fields, "prompt", where)
+        completion = _nonempty(fields, "completion", where)
+        return Example(prompt=prompt, completion=completion, line=line, path=path)
+    label = _label(fields["label"], where) if "label" in fields else None
+    return Example(text=_nonempty(fields, "text", where), label=label, line=line, path=path)
+
+
+def _object(raw: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(raw.decode())
+    except UnicodeDecodeError:
+        raise DataError(f"{where}: it is not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: it is not JSON: {error.msg} at column {error.colno}") from None
+    except ValueError:
+        raise DataError(f"{where}: it has a number with too many digits") from None
+    except RecursionError:
+        raise DataError(f"{where}: its brackets are nested too deeply") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: it is {_type(value)}, not an object")
+    return value
+
+
+def _messages(value: Any, where: str) -> list[dict[str, str]]:
+    if not isinstance(value, list):
+        raise DataError(f"{where}: messages is {_type(value)}, not a list")
+    messages = [_message(item, f"{where}: message {i}") for i, item in enumerate(value, 1)]
+    if not any(message["role"] == "assistant" for message in messages):
+        raise DataError(f"{where}: there is no assistant message to learn from")
+    return messages
+
+
+def _message(value: Any, where: str) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: it is {_type(value)}, not an object")
+    role = _string(value, "role", where)
+    if role not in ROLES:
+        raise DataError(f"{where}: the role {_short(role)} is not one of {', '.join(ROLES)}")
+    take = _nonempty if role == "assistant" else _string
+    return {"role": role, "content": take(value, "content", where)}
+
+
+def _nonempty(fields: dict[str, Any], name: str, where: str) -> str:
+    value = _string(fields, name, where)
+    if not value:
+        raise DataError(f"{where}: {name} is empty")
+    return value
+
+
+def _string(fields: dict[str, Any], name: str, where: str) -> str:
+    if name not in fields:
+        raise DataError(f"{where}: {name} is missing")
+    value = fields[name]
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {name} is {_type(value)}, not a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair; UTF-8 cannot
+        raise DataError(f"{where}: {name} has half of a surrogate pair") from None
+    return value
+
+
+def _label(value: Any, where: str) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float):
+        raise DataError(f"{where}: label is {value}, not a string or an integer")
+    return _nonempty({"label": value}, "label", where)
+
+
+def _describe(example: Example) -> str:
+    return {
+        "messages": "a conversation",
+        "completion": "a prompt with a completion",
+        "text": "a text without a label",
+        "label": "a text with a label",
+    }[example.kind]
+
+
+def _type(value: Any) -> str:
+    if value is None:
+        return "null"
+    names = {bool: "a bool", int: "a number", float: "a number", str: "a string", list: "a list"}
+    return names.get(type(value), "an object")
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:37] + "...")

@@ -1,0 +1,306 @@
+"""The engine: a quantized model, its adapter, and losses of both under many perturbations."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from fwdllm.engine.adapter import Adapter, Head, LoRAConfig
+from fwdllm.engine.adapter_io import load_adapter
+from fwdllm.engine.batch import Batch, Tokens, pack
+from fwdllm.engine.data import Example, check_labels
+from fwdllm.engine.encode import encode_decoder, encode_label, encode_text
+from fwdllm.engine.errors import ConfigError, DataError, ModelError, NumericsError
+from fwdllm.engine.estimators import DEFAULT_EPSILON, Probe, plan
+from fwdllm.engine.forward import Pass
+from fwdllm.engine.gguf_file import GGUFFile
+from fwdllm.engine.head import head_gradient, log_probabilities
+from fwdllm.engine.tokenizer import Tokenizer
+from fwdllm.engine.models import bert, family_of
+from fwdllm.engine.weights import Weights
+from fwdllm.kernels import cpu
+from fwdllm.kernels.types import Lanes, Weight
+
+# Rows of one evaluation batch: enough to amortize decoding the weights, small in memory.
+EVAL_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """loss: mean negative log-likelihood per label token (or class) in nats.
+
+    n_tokens: label tokens (or classes).  accuracy: share of labels chosen right, None for
+    examples without labels.
+    """
+
+    loss: float
+    n_tokens: int
+    n_examples: int
+    accuracy: float | None
+
+
+class Engine:
+    """A model with an adapter. Make one with ``Engine.load``; the fields are read-only.
+
+    file: the GGUF file.  architecture, args: what it is.  adapter: trainable parameters, or
+    None.  labels: names of classes, () if there are none.  ops: the kernel backend.
+    """
+
+    def __init__(
+        self,
+        file: GGUFFile,
+        *,
+        labels: Sequence[str] = (),
+        exact: bool = False,
+        ops: ModuleType = cpu,
+    ) -> None:
+        self.file = file
+        self.ops = ops
+        self.exact = exact
+        self.labels = tuple(labels)
+        self.architecture, self.family = family_of(file)
+        self.args: Any = self.family.read_args(file)
+        self.weights = Weights(file, *self.family.shapes(self.args))
+        self.tokenizer = Tokenizer.open(file.path)
+        if self.tokenizer.n_vocab > self.args.n_vocab:
+            raise ModelError(f"{file.path}: the vocabulary has more tokens than the embedding")
+        self.adapter: Adapter | None = None
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        lora: LoRAConfig | None = None,
+        *,
+        adapter: str | os.PathLike[str] | None = None,
+        labels: Sequence[str] = (),
+        seed: int = 0,
+        exact: bool = False,
+        ops: ModuleType = cpu,
+    ) -> Engine:
+        """Open a GGUF model, with a new adapter of shape ``lora`` or the one in a file.
+
+        labels: class names; an encoder gets a linear head for them.  seed: of a new adapter's
+        A.  exact: fp32 arithmetic instead of int8 activations.  ops: the kernel backend.
+        Errors: ModelError, AdapterError, ConfigError.
+        """
+        engine = cls(GGUFFile.open(path), labels=labels, exact=exact, ops=ops)
+        if adapter is not None:
+            engine._load_adapter(adapter)
+        elif lora is not None:
+            head = Head(engine.labels, engine.args.width) if engine._needs_head else None
+            engine.adapter = Adapter.create(
+                engine.architecture, engine.weights.linear_shapes(), lora, seed, ops, head
+            )
+        return engine
+
+    def encode(self, examples: Sequence[Example], max_tokens: int | None = None) -> Batch:
+        """Tokenize examples into one batch, one sequence each; DataError names a bad line."""
+        if not examples:
+            raise DataError("there are no examples")
+        return pack([self._tokens(example, max_tokens) for example in examples])
+
+    def loss(self, batch: Batch) -> np.ndarray:
+        """Mean negative log-likelihood of each example: float64 [n_examples], in nats."""
+        if batch.classes is not None:
+            return self._class_losses(self._features(batch), batch.classes)
+        nll = self._token_losses(batch)[0]
+        counts = np.bincount(batch.label_sequence, minlength=batch.n_sequences)
+        sums = np.bincount(batch.label_sequence, weights=nll, minlength=batch.n_sequences)
+        return sums / counts
+
+    def directional_derivatives(
+        self,
+        batch: Batch,
+        seeds: np.ndarray,
+        method: str = "central",
+        epsilon: float = DEFAULT_EPSILON,
+        distribution: str = "normal",
+    ) -> Probe:
+        """Loss of the batch and its slope along v(seed) of the adapter for every seed.
+
+        seeds: uint64 [n_seeds].  See ``estimators.plan`` for the methods. A slope is NaN or
+        infinite where a perturbed loss is; NumericsError if the loss itself is.
+        """
+        if self.adapter is None:
+            raise ConfigError("directional derivatives need an adapter to perturb")
+        with_head = batch.classes is not None
+        p = plan(seeds, method, epsilon, distribution, plain=with_head)
+        gradient = None
+        if with_head:
+            features = self._features(batch, p.lanes)
+            classes = np.tile(batch.classes, len(p.lanes))
+            nll = self._class_losses(features, classes)
+            plain = features[: batch.n_sequences]
+            assert batch.classes is not None
+            gradient = head_gradient(self.adapter, plain, batch.classes)
+        else:
+            nll = self._token_losses(batch, p.lanes)
+        losses = nll.reshape(len(p.lanes), -1).mean(axis=1)
+        finite = losses[np.isfinite(losses)]
+        loss = float(losses[0] if p.plain or not finite.size else finite.mean())
+        if not np.isfinite(loss):
+            raise NumericsError(
+                f"the loss is {loss}: the model, the adapter or epsilon {epsilon} is out of range"
+            )
+        return Probe(loss, p.derivative(losses), gradient, batch.n_rows * len(p.lanes))
+
+    def evaluate(self, examples: Sequence[Example], max_tokens: int | None = None) -> Evaluation:
+        """Loss and accuracy over examples; see ``Evaluation``. Errors: DataError, NumericsError."""
+        if not examples:
+            raise DataError("there are no examples to evaluate")
+        if examples[0].kind == "label":
+            return self._evaluate_labels(examples, max_tokens)
+        total, count = 0.0, 0
+        for batch in self._batches([self._tokens(e, max_tokens) for e in examples]):
+            nll = self._token_losses(batch)
+            total += float(nll.sum())
+            count += nll.size
+        return Evaluation(_finite(total / count), count, len(examples), None)
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Next-token logits after each token of one sequence: float32 [n_tokens, n_vocab]."""
+        if self.family.encoder:
+            raise ConfigError(f"{self.architecture} is an encoder and predicts no tokens")
+        tokens = Tokens(list(ids), [False] * len(ids))
+        p, x = self._run(pack([tokens]))
+        x = p.rms_norm(x, "output_norm", self.args.norm_eps)
+        return self.ops.matmul(x, self._output, exact=self.exact)
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit-length embeddings of texts by an encoder: float32 [n, width]."""
+        tokens = [self._tokens(Example(text=text), None) for text in texts]
+        features = np.concatenate([self._features(batch) for batch in self._batches(tokens)])
+        return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+    @property
+    def _needs_head(self) -> bool:
+        if not self.family.encoder:
+            return False
+        if len(self.labels) < 2:
+            raise ConfigError(
+                f"{self.architecture} is an encoder; tuning it needs examples with two or more labels"
+            )
+        return True
+
+    @property
+    def _output(self) -> Weight:
+        tied = not self.weights.has("output")
+        return self.weights.matrix("token_embd" if tied else "output")
+
+    def _load_adapter(self, path: str | os.PathLike[str]) -> None:
+        args = self.args
+        self.adapter = load_adapter(
+            Path(path),
+            self.architecture,
+            self.weights.linear_shapes(),
+            args.n_heads,
+            getattr(args, "n_kv_heads", args.n_heads),
+            self.ops,
+        )
+        if self.adapter.head is not None:
+            self.labels = self.adapter.head.labels
+
+    def _tokens(self, example: Example, max_tokens: int | None) -> Tokens:
+        context = self.args.context
+        if not self.family.encoder:
+            return encode_decoder(self.tokenizer, example, context, max_tokens)
+        ids = encode_text(self.tokenizer, example, context, max_tokens)
+        if example.label is None:
+            return Tokens(ids, [False] * len(ids))
+        check_labels([example], self.labels)
+        return Tokens(ids, [False] * len(ids), self.labels.index(example.label))
+
+    def _run(self, batch: Batch, lanes: Lanes | None = None) -> tuple[Pass, np.ndarray]:
+        p = Pass(self.ops, self.weights, batch, self.adapter, lanes, self.exact)
+        return p, self.family.forward(self.args, p)
+
+    def _token_losses(self, batch: Batch, lanes: Lanes | None = None) -> np.ndarray:
+        """NLL of every label token in every lane: float64 [n_lanes, n_labels]."""
+        if self.family.encoder:
+            raise ConfigError(
+                f"{self.architecture} is an encoder; it learns from examples with a text and a label"
+            )
+        p, x = self._run(batch, lanes)
+        n_lanes = len(p.lanes)
+        rows = (np.arange(n_lanes)[:, None] * batch.n_rows + batch.label_rows).ravel()
+        x = p.rms_norm(np.ascontiguousarray(x[rows]), "output_norm", self.args.norm_eps)
+        labels = np.tile(batch.label_ids, n_lanes)
+        nll = self.ops.cross_entropy(
+            x, self._output, labels, lanes=p.lanes, exact=self.exact
+        )
+        return nll.reshape(n_lanes, -1)
+
+    def _features(self, batch: Batch, lanes: Lanes | None = None) -> np.ndarray:
+        """Pooled features of every sequence in every lane: float32 [lanes * sequences, width]."""
+        if not self.family.encoder:
+            raise ConfigError(f"{self.architecture} is a decoder; llama.cpp embeds with it")
+        p, x = self._run(batch, lanes)
+        return bert.pool(self.args, x, p.starts)
+
+    def _class_losses(self, features: np.ndarray, classes: np.ndarray) -> np.ndarray:
+        if self.adapter is None or self.adapter.head is None:
+            raise ConfigError("classifying with an encoder needs an adapter with a head")
+        scores = log_probabilities(self.adapter, features)
+        return -scores[np.arange(len(classes)), classes]
+
+    def _evaluate_labels(self, examples: Sequence[Example], max_tokens: int | None) -> Evaluation:
+        labels = self.labels or tuple(sorted({e.label for e in examples if e.label is not None}))
+        check_labels(examples, labels)
+        if self.family.encoder:
+            return self._evaluate_head(examples, max_tokens)
+        context = self.args.context
+        candidates = [
+            encode_label(self.tokenizer, example, label, context, max_tokens)
+            for example in examples
+            for label in labels
+        ]
+        score: list[float] = []  # summed log-likelihood of each candidate
+        counts: list[int] = []
+        for batch in self._batches(candidates):
+            nll = self._token_losses(batch)[0]
+            n = batch.n_sequences
+            score += (-np.bincount(batch.label_sequence, weights=nll, minlength=n)).tolist()
+            counts += np.bincount(batch.label_sequence, minlength=n).tolist()
+        scores = np.array(score).reshape(len(examples), len(labels))
+        truth = np.array([labels.index(e.label) for e in examples if e.label is not None])
+        at = np.arange(len(examples))
+        n_tokens = int(np.array(counts).reshape(scores.shape)[at, truth].sum())
+        accuracy = float(np.mean(scores.argmax(axis=1) == truth))
+        loss = _finite(float(-scores[at, truth].sum()) / n_tokens)
+        return Evaluation(loss, n_tokens, len(examples), accuracy)
+
+    def _evaluate_head(self, examples: Sequence[Example], max_tokens: int | None) -> Evaluation:
+        if self.adapter is None or self.adapter.head is None:
+            raise ConfigError("classifying with an encoder needs an adapter with a head")
+        total, right = 0.0, 0
+        for batch in self._batches([self._tokens(e, max_tokens) for e in examples]):
+            assert batch.classes is not None
+            scores = log_probabilities(self.adapter, self._features(batch))
+            total -= float(scores[np.arange(len(batch.classes)), batch.classes].sum())
+            right += int((scores.argmax(axis=1) == batch.classes).sum())
+        n = len(examples)
+        return Evaluation(_finite(total / n), n, n, right / n)
+
+    def _batches(self, tokens: Sequence[Tokens]) -> list[Batch]:
+        """Batches of about EVAL_ROWS rows, in order."""
+        batches, start, rows = [], 0, 0
+        for i, t in enumerate(tokens):
+            if rows + len(t.ids) > EVAL_ROWS and i > start:
+                batches.append(pack(tokens[start:i]))
+                start, rows = i, 0
+            rows += len(t.ids)
+        batches.append(pack(tokens[start:]))
+        return batches
+
+
+def _finite(loss: float) -> float:
+    if not np.isfinite(loss):
+        raise NumericsError(f"the loss is {loss}: the model or the adapter is out of range")
+    return loss

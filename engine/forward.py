@@ -1,0 +1,97 @@
+"""One forward pass: the rows of all lanes, and the operations graphs are written in.
+
+A graph reads like the model's paper: it names tensors and calls a Pass, which knows the
+backend, the adapter and the lanes.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import numpy as np
+
+from fwdllm.engine.adapter import Adapter
+from fwdllm.engine.batch import Batch
+from fwdllm.engine.rotary import Rotary
+from fwdllm.engine.weights import Weights
+from fwdllm.kernels.types import Lanes
+
+
+class Pass:
+    """A forward pass of ``batch`` under every lane of ``lanes``.
+
+    Until the first adapted layer all lanes are equal, so there is one; ``enter`` copies its
+    rows for each lane when the graph gets there. ids, positions, starts and lanes are those of
+    the rows at hand.
+    """
+
+    def __init__(
+        self,
+        ops: ModuleType,
+        weights: Weights,
+        batch: Batch,
+        adapter: Adapter | None = None,
+        lanes: Lanes | None = None,
+        exact: bool = False,
+    ) -> None:
+        self.ops = ops
+        self.weights = weights
+        self.ids = batch.ids
+        self.positions = batch.positions
+        self.starts = batch.starts
+        self.exact = exact
+        self._adapter = adapter
+        self.lanes = Lanes.plain()
+        self._all_lanes = lanes or Lanes.plain()
+        self._split = adapter.first_layer if adapter else None
+
+    def enter(self, layer: int, x: np.ndarray) -> np.ndarray:
+        """The rows that layer works on: those of all lanes from the first adapted one on."""
+        if layer != self._split:
+            return x
+        self.lanes = self._all_lanes
+        n = len(self.lanes)
+        if n == 1:
+            return x
+        rows = self.starts[-1]
+        ends = [self.starts[1:] + lane * rows for lane in range(n)]
+        self.starts = np.concatenate([self.starts[:1], *ends]).astype(np.int32)
+        self.positions = np.tile(self.positions, n)
+        return np.tile(x, (n, 1))
+
+    def embedding(self, name: str, ids: np.ndarray) -> np.ndarray:
+        """Rows ``ids`` of the table ``name``: float32 [len(ids), width]."""
+        return self.ops.embedding(self.weights.matrix(name), ids)
+
+    def linear(self, x: np.ndarray, name: str) -> np.ndarray:
+        """x W^T + bias, with the adapter's term in each lane: float32 [rows, n_out]."""
+        return self.ops.matmul(
+            x,
+            self.weights.matrix(name),
+            bias=self.weights.vector_or_none(f"{name}.bias"),
+            lora=self._adapter.factors(name) if self._adapter else None,
+            lanes=self.lanes,
+            exact=self.exact,
+        )
+
+    def rms_norm(self, x: np.ndarray, name: str, eps: float) -> np.ndarray:
+        """RMS norm of the rows by the vector ``name``.weight."""
+        return self.ops.rms_norm(x, self.weights.vector(f"{name}.weight"), eps)
+
+    def layer_norm(self, x: np.ndarray, name: str, eps: float) -> np.ndarray:
+        """Layer norm of the rows by the vectors ``name``.weight and .bias."""
+        weight = self.weights.vector(f"{name}.weight")
+        return self.ops.layer_norm(x, weight, self.weights.vector(f"{name}.bias"), eps)
+
+    def rope(self, x: np.ndarray, rotary: Rotary, head_dim: int, interleaved: bool) -> np.ndarray:
+        """Rotate the heads of x [rows, heads * head_dim] to their rows' positions."""
+        cos, sin = rotary.tables(int(self.positions.max()) + 1)
+        return self.ops.rope(x, self.positions, cos, sin, head_dim, interleaved)
+
+    def attention(
+        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, head_dim: int, causal: bool
+    ) -> np.ndarray:
+        """Scaled dot-product attention inside each sequence of each lane."""
+        return self.ops.attention(
+            q, k, v, self.starts, head_dim=head_dim, scale=head_dim**-0.5, causal=causal
+        )

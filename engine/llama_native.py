@@ -1,0 +1,116 @@
+"""llama.cpp's models, made safe to open: no printing, no crash on a damaged file.
+
+llama.cpp ends the process on some inconsistencies and prints its reasons. So a file first
+passes our own reader, and what llama.cpp logs is kept for the message of the exception.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import llama_cpp
+import numpy as np
+
+from fwdllm.engine.errors import ModelError
+from fwdllm.engine.gguf_file import GGUFFile
+
+_LOG_LEVEL_ERROR = 4  # GGML_LOG_LEVEL_ERROR in ggml.h
+_MAX_MESSAGES = 20
+_MAX_LAYERS = 512  # LLAMA_MAX_LAYERS in src/llama-hparams.h, asserted
+_VOCAB_TYPE_NONE = 0
+
+_messages: list[str] = []
+
+
+class NativeModel:
+    """A model opened by llama.cpp; it is freed with the last reference.
+
+    file: the same file, opened by us.  handle, vocab: pointers for the functions of
+    ``llama_cpp``.
+    """
+
+    def __init__(self, file: GGUFFile, handle: Any) -> None:
+        self.file = file
+        self.handle = handle
+        self.vocab = llama_cpp.llama_model_get_vocab(handle)
+        weakref.finalize(self, llama_cpp.llama_model_free, handle)
+
+    @property
+    def architecture(self) -> str:
+        """general.architecture of the file."""
+        return self.file.string("general.architecture")
+
+    @property
+    def context_length(self) -> int:
+        """The longest sequence the model was trained for, in tokens."""
+        return self.file.integer(f"{self.architecture}.context_length")
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the model predicts next tokens; encoders such as BERT do not."""
+        return self.file.boolean(f"{self.architecture}.attention.causal", True)
+
+
+def open_model(path: str | os.PathLike[str], *, vocab_only: bool) -> NativeModel:
+    """Open a GGUF file with llama.cpp, the vocabulary only or the weights too.
+
+    Errors: ModelError, with llama.cpp's reason, if it is missing, damaged or unsupported.
+    """
+    file = GGUFFile.open(path)
+    file.integer(f"{file.string('general.architecture')}.block_count", maximum=_MAX_LAYERS)
+    _check_vocabulary(file)
+    initialize()
+    params = llama_cpp.llama_model_default_params()
+    params.vocab_only = vocab_only
+    handle = call(llama_cpp.llama_model_load_from_file, os.fsencode(path), params)
+    if not handle:
+        raise ModelError(f"llama.cpp cannot read {path}: {reason()}")
+    model = NativeModel(file, handle)
+    if llama_cpp.llama_vocab_type(model.vocab) == _VOCAB_TYPE_NONE:
+        raise ModelError(f"{path} has no vocabulary")
+    return model
+
+
+def call(function: Callable[..., Any], *args: Any) -> Any:
+    """Call into llama.cpp; if that fails, ``reason`` says why."""
+    _messages.clear()
+    return function(*args)
+
+
+def reason() -> str:
+    """What llama.cpp logged first when the last ``call`` failed."""
+    message = _messages[0] if _messages else "it gives no reason"
+    # "function: error loading model: what happened" -> "what happened"
+    return message.rsplit("error loading model: ", maxsplit=1)[-1]
+
+
+@functools.cache
+def initialize() -> None:
+    """Start llama.cpp once per process and take over its log, which it would print."""
+    llama_cpp.llama_log_set(_keep_errors, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+
+
+@llama_cpp.llama_log_callback
+def _keep_errors(level: int, text: bytes, _user_data: object) -> None:
+    if level == _LOG_LEVEL_ERROR and len(_messages) < _MAX_MESSAGES:
+        _messages.append(text.decode("utf-8", "replace").strip())
+
+
+def _check_vocabulary(file: GGUFFile) -> None:
+    """Refuse what llama.cpp's vocabulary loader asserts or assumes without a check."""
+    if "tokenizer.ggml.tokens" not in file.metadata:
+        raise ModelError(f"{file.path} has no vocabulary")
+    tokens = file.strings("tokenizer.ggml.tokens")
+    if not tokens or len(set(tokens)) != len(tokens):
+        raise ModelError(f"{file.path} is damaged: its vocabulary is empty or repeats a token")
+    for key, dtype in (("scores", np.float32), ("token_type", np.int32)):
+        values = file.numbers(f"tokenizer.ggml.{key}", np.zeros(len(tokens), dtype))
+        if values.dtype != dtype or len(values) != len(tokens):
+            raise ModelError(f"{file.path} is damaged: its {key} do not match its vocabulary")
+    file.strings("tokenizer.ggml.merges", ())

@@ -1,0 +1,42 @@
+"""Model families: what an architecture's name in a GGUF file means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fwdllm.engine.errors import ModelError
+from fwdllm.engine.forward import Pass
+from fwdllm.engine.gguf_file import GGUFFile
+from fwdllm.engine.models import bert, llama, qwen
+from fwdllm.engine.weights import Shapes
+
+
+@dataclass(frozen=True)
+class Family:
+    """The functions of one architecture. encoder: it yields features, not next tokens."""
+
+    read_args: Callable[[GGUFFile], Any]
+    shapes: Callable[[Any], tuple[Shapes, Shapes]]
+    forward: Callable[[Any, Pass], np.ndarray]
+    encoder: bool = False
+
+
+FAMILIES = {
+    "llama": Family(llama.read_args, llama.shapes, llama.forward),
+    "qwen2": Family(qwen.read_qwen2, llama.shapes, llama.forward),
+    "qwen3": Family(qwen.read_qwen3, llama.shapes, llama.forward),
+    "bert": Family(bert.read_args, bert.shapes, bert.forward, encoder=True),
+}
+
+
+def family_of(file: GGUFFile) -> tuple[str, Family]:
+    """The architecture of a file and its family; ModelError if there is no graph for it."""
+    arch = file.string("general.architecture")
+    if arch not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ModelError(f"{file.path}: architecture {arch!r} is not supported; these are: {known}")
+    return arch, FAMILIES[arch]

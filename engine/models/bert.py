@@ -1,0 +1,113 @@
+"""BERT (arXiv 1810.04805) encoders with pooling: MiniLM, BGE and other sentence encoders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fwdllm.engine.errors import ModelError
+from fwdllm.engine.forward import Pass
+from fwdllm.engine.gguf_file import GGUFFile
+from fwdllm.engine.weights import Shapes
+
+POOLINGS = {1: "mean", 2: "cls"}  # llama.cpp's enum llama_pooling_type
+
+
+@dataclass(frozen=True)
+class Args:
+    """Shapes and constants, from the metadata of a GGUF file. pooling: "mean" or "cls"."""
+
+    n_layers: int
+    width: int
+    n_heads: int
+    head_dim: int
+    hidden: int
+    n_vocab: int
+    n_types: int
+    context: int
+    norm_eps: float
+    pooling: str
+
+
+def read_args(file: GGUFFile) -> Args:
+    """Args of a file; ModelError if metadata is missing or makes no sense."""
+    width = file.positive("bert.embedding_length")
+    n_heads = file.positive("bert.attention.head_count")
+    if width % n_heads:
+        raise ModelError(f"{file.path}: width {width} is not whole heads of {n_heads}")
+    pooling = file.integer("bert.pooling_type", 1)
+    if pooling not in POOLINGS:
+        raise ModelError(f"{file.path}: pooling type {pooling} is not supported")
+    return Args(
+        n_layers=file.integer("bert.block_count", maximum=len(file.tensors)),
+        width=width,
+        n_heads=n_heads,
+        head_dim=width // n_heads,
+        hidden=file.positive("bert.feed_forward_length"),
+        n_vocab=file.matrix_rows("token_embd.weight"),
+        n_types=file.matrix_rows("token_types.weight"),
+        context=file.positive("bert.context_length"),
+        norm_eps=file.number("bert.attention.layer_norm_epsilon"),
+        pooling=POOLINGS[pooling],
+    )
+
+
+def shapes(args: Args) -> tuple[Shapes, Shapes]:
+    """Tensors the graph needs and those it uses if present, with their shapes."""
+    required: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (args.n_vocab, args.width),
+        "token_types.weight": (args.n_types, args.width),
+        "position_embd.weight": (args.context, args.width),
+        "token_embd_norm.weight": (args.width,),
+        "token_embd_norm.bias": (args.width,),
+    }
+    optional: dict[str, tuple[int, ...]] = {}
+    for i in range(args.n_layers):
+        linear = {
+            "attn_q": (args.width, args.width),
+            "attn_k": (args.width, args.width),
+            "attn_v": (args.width, args.width),
+            "attn_output": (args.width, args.width),
+            "ffn_up": (args.hidden, args.width),
+            "ffn_down": (args.width, args.hidden),
+        }
+        for name, shape in linear.items():
+            required[f"blk.{i}.{name}.weight"] = shape
+            optional[f"blk.{i}.{name}.bias"] = shape[:1]
+        for name in ("attn_output_norm", "layer_output_norm"):
+            required[f"blk.{i}.{name}.weight"] = (args.width,)
+            required[f"blk.{i}.{name}.bias"] = (args.width,)
+    return required, optional
+
+
+def forward(args: Args, p: Pass) -> np.ndarray:
+    """The last layer's output: float32 [rows, width]."""
+    x = p.embedding("token_embd", p.ids)
+    x = x + p.embedding("position_embd", p.positions)
+    x = x + p.embedding("token_types", np.zeros(1, np.int32))
+    x = p.layer_norm(x, "token_embd_norm", args.norm_eps)
+    for i in range(args.n_layers):
+        block = f"blk.{i}"
+        x = p.enter(i, x)
+        x = p.layer_norm(
+            x + _attention(args, p, block, x), f"{block}.attn_output_norm", args.norm_eps
+        )
+        hidden = p.ops.gelu(p.linear(x, f"{block}.ffn_up"))
+        x = p.layer_norm(
+            x + p.linear(hidden, f"{block}.ffn_down"), f"{block}.layer_output_norm", args.norm_eps
+        )
+    return x
+
+
+def _attention(args: Args, p: Pass, block: str, x: np.ndarray) -> np.ndarray:
+    q, k, v = (p.linear(x, f"{block}.attn_{name}") for name in "qkv")
+    return p.linear(p.attention(q, k, v, args.head_dim, causal=False), f"{block}.attn_output")
+
+
+def pool(args: Args, x: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """One feature vector a sequence: float32 [n_sequences, width]."""
+    if args.pooling == "cls":
+        return x[starts[:-1]]
+    sums = np.add.reduceat(x.astype(np.float64), starts[:-1], axis=0)
+    return (sums / np.diff(starts)[:, None]).astype(np.float32)

@@ -1,0 +1,127 @@
+"""Llama (arXiv 2302.13971) and its kin: Llama 1-3, Mistral, SmolLM, TinyLlama.
+
+Qwen2 and Qwen3 use this graph too; models/qwen.py says what differs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fwdllm.engine.errors import ModelError
+from fwdllm.engine.forward import Pass
+from fwdllm.engine.gguf_file import GGUFFile
+from fwdllm.engine.rotary import Rotary
+from fwdllm.engine.weights import Shapes
+
+
+@dataclass(frozen=True)
+class Args:
+    """Shapes and constants, from the metadata of a GGUF file.
+
+    interleaved: RoPE rotates pairs (2i, 2i+1), as llama files are laid out; else (i, i+d/2).
+    qk_norm: an RMS norm on every query and key head.
+    """
+
+    n_layers: int
+    width: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden: int
+    n_vocab: int
+    context: int
+    norm_eps: float
+    rotary: Rotary
+    interleaved: bool = True
+    qk_norm: bool = False
+
+
+def read_args(
+    file: GGUFFile, arch: str = "llama", interleaved: bool = True, qk_norm: bool = False
+) -> Args:
+    """Args of a file; ModelError if metadata is missing or makes no sense."""
+    if file.integer(f"{arch}.expert_count", 0):
+        raise ModelError(f"{file.path}: mixture-of-experts models are not supported")
+    width = file.positive(f"{arch}.embedding_length")
+    n_heads = file.positive(f"{arch}.attention.head_count")
+    n_kv_heads = file.positive(f"{arch}.attention.head_count_kv", n_heads)
+    head_dim = file.positive(f"{arch}.attention.key_length", width // n_heads)
+    if n_heads % n_kv_heads or file.integer(f"{arch}.attention.value_length", head_dim) != head_dim:
+        raise ModelError(f"{file.path}: {n_heads} heads over {n_kv_heads} of {head_dim} do not fit")
+    context = file.positive(f"{arch}.context_length")
+    return Args(
+        n_layers=file.integer(f"{arch}.block_count", maximum=len(file.tensors)),
+        width=width,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        hidden=file.positive(f"{arch}.feed_forward_length"),
+        n_vocab=file.matrix_rows("token_embd.weight"),
+        context=context,
+        norm_eps=file.number(f"{arch}.attention.layer_norm_rms_epsilon"),
+        rotary=Rotary.from_gguf(file, arch, head_dim, context),
+        interleaved=interleaved,
+        qk_norm=qk_norm,
+    )
+
+
+def shapes(args: Args) -> tuple[Shapes, Shapes]:
+    """Tensors the graph needs and those it uses if present, with their shapes."""
+    q, kv = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+    required: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (args.n_vocab, args.width),
+        "output_norm.weight": (args.width,),
+    }
+    optional: dict[str, tuple[int, ...]] = {"output.weight": (args.n_vocab, args.width)}
+    for i in range(args.n_layers):
+        linear = {
+            "attn_q": (q, args.width),
+            "attn_k": (kv, args.width),
+            "attn_v": (kv, args.width),
+            "attn_output": (args.width, q),
+            "ffn_gate": (args.hidden, args.width),
+            "ffn_up": (args.hidden, args.width),
+            "ffn_down": (args.width, args.hidden),
+        }
+        for name, shape in linear.items():
+            required[f"blk.{i}.{name}.weight"] = shape
+            optional[f"blk.{i}.{name}.bias"] = shape[:1]
+        norms = {"attn_norm": args.width, "ffn_norm": args.width}
+        if args.qk_norm:
+            norms |= {"attn_q_norm": args.head_dim, "attn_k_norm": args.head_dim}
+        for name, size in norms.items():
+            required[f"blk.{i}.{name}.weight"] = (size,)
+    return required, optional
+
+
+def forward(args: Args, p: Pass) -> np.ndarray:
+    """The last layer's output, before the output norm: float32 [rows, width]."""
+    x = p.embedding("token_embd", p.ids)
+    for i in range(args.n_layers):
+        x = p.enter(i, x)
+        x = x + _attention(args, p, f"blk.{i}", p.rms_norm(x, f"blk.{i}.attn_norm", args.norm_eps))
+        x = x + _feed_forward(p, f"blk.{i}", p.rms_norm(x, f"blk.{i}.ffn_norm", args.norm_eps))
+    return x
+
+
+def _attention(args: Args, p: Pass, block: str, x: np.ndarray) -> np.ndarray:
+    q = p.linear(x, f"{block}.attn_q")
+    k = p.linear(x, f"{block}.attn_k")
+    v = p.linear(x, f"{block}.attn_v")
+    if args.qk_norm:
+        q = _head_norm(args, p, q, f"{block}.attn_q_norm")
+        k = _head_norm(args, p, k, f"{block}.attn_k_norm")
+    q = p.rope(q, args.rotary, args.head_dim, args.interleaved)
+    k = p.rope(k, args.rotary, args.head_dim, args.interleaved)
+    return p.linear(p.attention(q, k, v, args.head_dim, causal=True), f"{block}.attn_output")
+
+
+def _head_norm(args: Args, p: Pass, x: np.ndarray, name: str) -> np.ndarray:
+    return p.rms_norm(x.reshape(-1, args.head_dim), name, args.norm_eps).reshape(x.shape)
+
+
+def _feed_forward(p: Pass, block: str, x: np.ndarray) -> np.ndarray:
+    gate, up = p.linear(x, f"{block}.ffn_gate"), p.linear(x, f"{block}.ffn_up")
+    return p.linear(p.ops.swiglu(gate, up), f"{block}.ffn_down")

@@ -1,0 +1,136 @@
+"""First-order optimizers over one flat float32 vector, with the semantics of torch.optim.
+
+Every operation is an elementwise float32 one, correctly rounded by IEEE 754, so an update
+gives the same bits on every run. Weight decay is added to the gradient (L2), as in torch's
+SGD and Adam.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """name: "sgd", "momentum" or "adam".  learning_rate: the base rate, before a schedule.
+
+    momentum is read by "momentum"; beta1, beta2 and eps by "adam"; weight_decay by all.
+    """
+
+    name: str = "adam"
+    learning_rate: float = 1e-3
+    momentum: float = 0.9
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+@dataclass
+class OptimizerState:
+    """step: updates applied.  slots: the running averages by name, float32 [n] each."""
+
+    step: int
+    slots: dict[str, np.ndarray]
+
+    @staticmethod
+    def initial(config: OptimizerConfig, n: int) -> OptimizerState:
+        """The state before the first update of a vector of ``n`` elements."""
+        return OptimizerState(0, {slot: np.zeros(n, np.float32) for slot in _SLOTS[config.name]})
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """The state as plain arrays, fit for ``np.savez``."""
+        return {"step": np.array(self.step, np.int64), **self.slots}
+
+    @staticmethod
+    def from_arrays(
+        config: OptimizerConfig, n: int, arrays: dict[str, np.ndarray]
+    ) -> OptimizerState:
+        """The inverse of ``to_arrays``; ValueError if the arrays are another optimizer's."""
+        state = OptimizerState.initial(config, n)
+        if set(arrays) != {"step", *state.slots}:
+            raise ValueError(f"{config.name} has no state of {', '.join(sorted(arrays))}")
+        for slot in state.slots:
+            if arrays[slot].dtype != np.float32 or arrays[slot].shape != (n,):
+                raise ValueError(f"optimizer array {slot} is not float32 [{n}]")
+            state.slots[slot] = arrays[slot].copy()
+        state.step = int(arrays["step"])
+        return state
+
+
+def apply(
+    config: OptimizerConfig,
+    state: OptimizerState,
+    theta: np.ndarray,
+    gradient: np.ndarray,
+    learning_rate: float | np.ndarray,
+) -> None:
+    """One descent step: updates ``theta`` float32 [n] and ``state`` in place.
+
+    gradient: float32 [n], left as it is.  learning_rate: a number, or float32 [n] where parts
+    of theta learn at different rates.
+    """
+    if config.weight_decay:
+        gradient = gradient + config.weight_decay * theta
+    state.step += 1
+    _RULES[config.name](config, state, theta, gradient, learning_rate)
+
+
+def sgd(
+    config: OptimizerConfig,
+    state: OptimizerState,
+    theta: np.ndarray,
+    gradient: np.ndarray,
+    learning_rate: float | np.ndarray,
+) -> None:
+    """theta -= lr * g."""
+    theta -= learning_rate * gradient
+
+
+def momentum(
+    config: OptimizerConfig,
+    state: OptimizerState,
+    theta: np.ndarray,
+    gradient: np.ndarray,
+    learning_rate: float | np.ndarray,
+) -> None:
+    """m = momentum * m + g; theta -= lr * m (torch's SGD, without dampening or Nesterov)."""
+    velocity = state.slots["velocity"]
+    velocity *= config.momentum
+    velocity += gradient
+    theta -= learning_rate * velocity
+
+
+def adam(
+    config: OptimizerConfig,
+    state: OptimizerState,
+    theta: np.ndarray,
+    gradient: np.ndarray,
+    learning_rate: float | np.ndarray,
+) -> None:
+    """Kingma & Ba 2015, algorithm 1, with eps added outside the root as torch does."""
+    mean, square = state.slots["mean"], state.slots["square"]
+    mean *= config.beta1
+    mean += (1 - config.beta1) * gradient
+    square *= config.beta2
+    square += (1 - config.beta2) * gradient * gradient
+    denominator = np.sqrt(square)
+    denominator /= math.sqrt(1 - config.beta2**state.step)
+    denominator += config.eps
+    theta -= learning_rate / (1 - config.beta1**state.step) * mean / denominator
+
+
+Rule = Callable[
+    [OptimizerConfig, OptimizerState, np.ndarray, np.ndarray, "float | np.ndarray"], None
+]
+_RULES: dict[str, Rule] = {"sgd": sgd, "momentum": momentum, "adam": adam}
+_SLOTS: dict[str, tuple[str, ...]] = {
+    "sgd": (),
+    "momentum": ("velocity",),
+    "adam": ("mean", "square"),
+}
+OPTIMIZERS = tuple(_RULES)

@@ -1,0 +1,60 @@
+"""Which seeds and which examples a step uses: pure functions of (run seed, step).
+
+Both come from one Philox stream keyed by the run seed. Its 64-bit counter is split into
+purpose (2 bits), round or epoch (32 bits) and index (28 bits), so no two draws of a run ever
+share a counter.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fwdllm.kernels.reference import philox
+
+MAX_RUN_SEED = 2**64 - 1
+MAX_ROUNDS = 2**32
+MAX_INDEX = 2**28
+
+_PERTURBATIONS, _SHUFFLE = 0, 1
+
+
+def derive_seeds(run_seed: int, round: int, count: int) -> np.ndarray:
+    """The perturbation seeds of one round: uint64 [count].
+
+    A longer draw extends a shorter one: ``derive_seeds(s, r, 9)[:4]`` is
+    ``derive_seeds(s, r, 4)``, so a round can ask for more perturbations of the same state.
+    ValueError outside 0 <= run_seed < 2**64, 0 <= round < 2**32, 0 <= count <= 2**28.
+    """
+    return _draw(run_seed, _PERTURBATIONS, round, count)
+
+
+def batch_indices(run_seed: int, step: int, n_examples: int, batch_size: int) -> np.ndarray:
+    """The examples of step ``step``: int64 [min(batch_size, n_examples)].
+
+    Each epoch is its own permutation of all examples; epochs follow each other without a gap,
+    so every batch is full and every example is used exactly once per epoch. A batch across the
+    border of two epochs may hold an example twice. ValueError if there is nothing to draw from.
+    """
+    if n_examples < 1 or batch_size < 1 or step < 0:
+        raise ValueError(
+            f"no batch of {batch_size} from {n_examples} examples at step {step}; "
+            "batch size and examples start at 1, steps at 0"
+        )
+    size = min(batch_size, n_examples)
+    start = step * size
+    first, last = start // n_examples, (start + size - 1) // n_examples
+    order = np.concatenate([_epoch(run_seed, e, n_examples) for e in range(first, last + 1)])
+    begin = start - first * n_examples
+    return order[begin : begin + size]
+
+
+def _epoch(run_seed: int, epoch: int, n_examples: int) -> np.ndarray:
+    keys = _draw(run_seed, _SHUFFLE, epoch, n_examples)
+    return np.argsort(keys, kind="stable").astype(np.int64)
+
+
+def _draw(run_seed: int, purpose: int, round: int, count: int) -> np.ndarray:
+    if not (0 <= run_seed <= MAX_RUN_SEED and 0 <= round < MAX_ROUNDS and 0 <= count <= MAX_INDEX):
+        raise ValueError(f"no seeds for run seed {run_seed}, round {round}, count {count}")
+    words = philox(run_seed, purpose << 60 | round << 28, count).astype(np.uint64)
+    return words[:, 0] | words[:, 1] << np.uint64(32)

@@ -1,0 +1,112 @@
+"""atomic_write: the old content or the new, and no temporary file left, whatever happens."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.files import atomic_write
+
+
+def test_success_replaces_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.gguf"
+    path.write_bytes(b"old")
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["adapter.gguf"]
+
+
+def test_temporary_is_hidden_and_in_the_same_folder(tmp_path: Path) -> None:
+    names = set()
+    for _ in range(2):
+        with atomic_write(tmp_path / "a.bin") as temporary:
+            temporary.touch()
+            names.add(temporary.name)
+    assert temporary.parent == tmp_path
+    assert len(names) == 2
+    assert all(name.startswith(".a.bin.tmp") and str(os.getpid()) in name for name in names)
+
+
+def write_half(path: Path, failure: type[BaseException]) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise failure
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit, MemoryError])
+def test_failure_keeps_the_old_file(tmp_path: Path, failure: type[BaseException]) -> None:
+    path = tmp_path / "adapter.gguf"
+    path.write_bytes(b"old")
+    with pytest.raises(failure):
+        write_half(path, failure)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["adapter.gguf"]
+
+
+def test_failure_before_the_temporary_exists(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="early"), atomic_write(tmp_path / "a"):
+        raise ValueError("early")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_full_disk_passes_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, step, full)
+    with pytest.raises(OSError, match="No space") as caught, atomic_write(path) as temporary:
+        temporary.write_bytes(b"new")
+    assert caught.value.errno == errno.ENOSPC
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_content_reaches_the_disk_before_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+    fsync, replace = os.fsync, os.replace
+
+    def recorded_fsync(descriptor: int) -> None:
+        assert stat.S_ISREG(os.fstat(descriptor).st_mode)
+        steps.append("fsync")
+        fsync(descriptor)
+
+    def recorded_replace(source: Path, destination: Path) -> None:
+        steps.append("replace")
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    with atomic_write(tmp_path / "a") as temporary:
+        temporary.touch()
+    assert steps == ["fsync", "replace"]
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere does not exist"):
+        atomic_write(tmp_path / "nowhere" / "a").__enter__()
+
+
+def test_destination_is_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder"):
+        atomic_write(tmp_path).__enter__()
+
+
+def test_long_name(tmp_path: Path) -> None:
+    path = tmp_path / ("ä" * 120 + ".gguf")  # 245 bytes of the 255 a name may have
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(b"new")
+    assert path.read_bytes() == b"new"

@@ -1,0 +1,154 @@
+"""The layers of DESIGN section 1, held by reading every import in the sources."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A folder may import itself and the folders after it.
+LAYERS = ("app", "protocol", "engine", "kernels")
+FOLDERS = (*LAYERS, "bench")
+
+# Optional or large: imported inside the functions that need them, if at all.
+HEAVY = {"torch", "triton", "fastapi", "flwr"}
+
+# Files, clocks, threads, sockets and hidden randomness, which protocol leaves to its caller.
+IMPURE = {
+    "asyncio", "datetime", "fcntl", "io", "logging", "multiprocessing", "os", "pathlib", "random",
+    "secrets", "shutil", "signal", "socket", "sqlite3", "subprocess", "sys", "tempfile",
+    "threading", "time", "urllib", "uuid",
+}  # fmt: skip
+IMPURE_CALLS = {"open", "print", "input"}
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Every imported name, in full: "from a import b" gives a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            prefix = "." * node.level + (node.module or "")
+            yield from (f"{prefix}.{alias.name}" for alias in node.names)
+
+
+def at_module_level(node: ast.AST) -> ast.Module:
+    """The statements that run on import, in one flat module."""
+    found: list[ast.stmt] = []
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) or _for_type_checkers(child):
+            continue
+        if isinstance(child, (ast.Import, ast.ImportFrom)):
+            found.append(child)
+        found.extend(at_module_level(child).body)
+    return ast.Module(body=found, type_ignores=[])
+
+
+def _for_type_checkers(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def folder_of(name: str) -> str | None:
+    """The repository folder a dotted import name belongs to; None outside the project."""
+    parts = name.split(".")
+    if parts[0] != "fwdllm":
+        return None
+    return parts[1] if len(parts) > 1 and parts[1] in FOLDERS else "app"
+
+
+def faults(folder: str, source: str, test_modules: set[str]) -> list[str]:
+    """What the source, of a file in the folder, imports or calls against the rules."""
+    tree = ast.parse(source)
+    found = []
+    for name in imported(tree):
+        target, top = folder_of(name), name.split(".")[0]
+        if top == "":
+            found.append(f"relative import {name}")
+        elif top in test_modules:
+            found.append(f"imports the tests: {name}")
+        elif target and folder != "bench" and target not in LAYERS[LAYERS.index(folder) :]:
+            found.append(f"imports upward: {name}")
+    if folder != "bench":
+        tops = {name.split(".")[0] for name in imported(at_module_level(tree))}
+        found += [f"imports {name} at module level" for name in sorted(tops & HEAVY)]
+    if folder == "protocol":
+        found += impurities(tree)
+    return found
+
+
+def impurities(tree: ast.AST) -> list[str]:
+    found = [f"imports {name}" for name in imported(tree) if name.split(".")[0] in IMPURE]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in IMPURE_CALLS:
+            found.append(f"calls {ast.unparse(node.func)}")
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("np.random", "numpy.random"):
+            found.append("uses NumPy's random numbers")
+    return found
+
+
+def test_modules() -> set[str]:
+    return {"tests"} | {path.stem for path in (ROOT / "tests").glob("*.py")}
+
+
+test_modules.__test__ = False  # a helper in spite of its name
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_sources_keep_to_their_layer(folder: str) -> None:
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files
+    found = {
+        str(path.relative_to(ROOT)): faults(folder, path.read_text(encoding="utf-8"), TESTS)
+        for path in files
+    }
+    assert {path: what for path, what in found.items() if what} == {}
+
+
+TESTS = test_modules()
+
+
+@pytest.mark.parametrize(
+    ("folder", "source", "fault"),
+    [
+        ("engine", "from fwdllm.protocol.seeds import derive_seeds", "upward"),
+        ("kernels", "import fwdllm.engine.errors", "upward"),
+        ("kernels", "from fwdllm import engine", "upward"),
+        ("protocol", "import fwdllm.run", "upward"),
+        ("protocol", "from fwdllm import RunDirectory", "upward"),
+        ("app", "from fwdllm.bench import models", "upward"),
+        ("app", "def f():\n    import fwdllm.bench", "upward"),
+        ("bench", "from toy_engine import ToyEngine", "the tests"),
+        ("engine", "from tests import toy_engine", "the tests"),
+        ("engine", "from .errors import ModelError", "relative"),
+        ("engine", "import torch.nn", "module level"),
+        ("app", "try:\n    import fastapi\nexcept ImportError:\n    pass", "module level"),
+        ("kernels", "class A:\n    from triton import jit", "module level"),
+        ("protocol", "import time", "imports time"),
+        ("protocol", "def f():\n    from os import path", "imports os"),
+        ("protocol", "def f():\n    open('x')", "calls open"),
+        ("protocol", "x = np.random.default_rng()", "random"),
+    ],
+)
+def test_each_rule_is_seen_to_be_broken(folder: str, source: str, fault: str) -> None:
+    found = faults(folder, source, {"tests", "toy_engine"})
+    assert len(found) == 1
+    assert fault in found[0]
+
+
+@pytest.mark.parametrize(
+    ("folder", "source"),
+    [
+        ("app", "from fwdllm.protocol.local import train\nfrom fwdllm.run import RunDirectory"),
+        ("protocol", "from fwdllm.engine.errors import ConfigError\nfrom fwdllm import kernels"),
+        ("engine", "def f():\n    import torch"),
+        ("engine", "if TYPE_CHECKING:\n    import torch"),
+        ("engine", "import time, os"),
+        ("bench", "import torch\nfrom fwdllm.run import RunDirectory"),
+    ],
+)
+def test_what_is_allowed_passes(folder: str, source: str) -> None:
+    assert faults(folder, source, {"tests", "toy_engine"}) == []
