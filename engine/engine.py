@@ -21,8 +21,8 @@ from fwdllm.engine.estimators import DEFAULT_EPSILON, Probe, plan
 from fwdllm.engine.forward import Pass
 from fwdllm.engine.gguf_file import GGUFFile
 from fwdllm.engine.head import head_gradient, log_probabilities
-from fwdllm.engine.tokenizer import Tokenizer
 from fwdllm.engine.models import bert, family_of
+from fwdllm.engine.tokenizer import Tokenizer
 from fwdllm.engine.weights import Weights
 from fwdllm.kernels import cpu
 from fwdllm.kernels.types import Lanes, Weight
@@ -109,7 +109,7 @@ class Engine:
     def loss(self, batch: Batch) -> np.ndarray:
         """Mean negative log-likelihood of each example: float64 [n_examples], in nats."""
         if batch.classes is not None:
-            return self._class_losses(self._features(batch), batch.classes)
+            return self._class_losses(self.features(batch), batch.classes)
         nll = self._token_losses(batch)[0]
         counts = np.bincount(batch.label_sequence, minlength=batch.n_sequences)
         sums = np.bincount(batch.label_sequence, weights=nll, minlength=batch.n_sequences)
@@ -134,7 +134,7 @@ class Engine:
         p = plan(seeds, method, epsilon, distribution, plain=with_head)
         gradient = None
         if with_head:
-            features = self._features(batch, p.lanes)
+            features = self.features(batch, p.lanes)
             classes = np.tile(batch.classes, len(p.lanes))
             nll = self._class_losses(features, classes)
             plain = features[: batch.n_sequences]
@@ -176,7 +176,7 @@ class Engine:
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Unit-length embeddings of texts by an encoder: float32 [n, width]."""
         tokens = [self._tokens(Example(text=text), None) for text in texts]
-        features = np.concatenate([self._features(batch) for batch in self._batches(tokens)])
+        features = np.concatenate([self.features(batch) for batch in self._batches(tokens)])
         return features / np.linalg.norm(features, axis=1, keepdims=True)
 
     @property
@@ -237,7 +237,7 @@ class Engine:
         )
         return nll.reshape(n_lanes, -1)
 
-    def _features(self, batch: Batch, lanes: Lanes | None = None) -> np.ndarray:
+    def features(self, batch: Batch, lanes: Lanes | None = None) -> np.ndarray:
         """Pooled features of every sequence in every lane: float32 [lanes * sequences, width]."""
         if not self.family.encoder:
             raise ConfigError(f"{self.architecture} is a decoder; llama.cpp embeds with it")
@@ -282,7 +282,7 @@ class Engine:
         total, right = 0.0, 0
         for batch in self._batches([self._tokens(e, max_tokens) for e in examples]):
             assert batch.classes is not None
-            scores = log_probabilities(self.adapter, self._features(batch))
+            scores = log_probabilities(self.adapter, self.features(batch))
             total -= float(scores[np.arange(len(batch.classes)), batch.classes].sum())
             right += int((scores.argmax(axis=1) == batch.classes).sum())
         n = len(examples)

@@ -25,7 +25,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     folder. An OSError, such as a full disk, passes through.
     """
     path = Path(path)
-    _check_destination(path)
+    check_destination(path)
     unique = f"{os.getpid()}-{secrets.token_hex(4)}"
     temporary = path.parent / f".{path.name[:MAX_NAME_CHARACTERS]}.tmp{unique}"
     try:
@@ -39,7 +39,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
-def _check_destination(path: Path) -> None:
+def check_destination(path: Path) -> None:
+    """Raise ConfigError, as ``atomic_write`` would, if no file can be written at ``path``."""
     if path.is_dir():
         raise ConfigError(f"cannot write {path}: it is a folder; name a file in it")
     if not path.parent.is_dir():

@@ -113,4 +113,3 @@ def _check_vocabulary(file: GGUFFile) -> None:
         values = file.numbers(f"tokenizer.ggml.{key}", np.zeros(len(tokens), dtype))
         if values.dtype != dtype or len(values) != len(tokens):
             raise ModelError(f"{file.path} is damaged: its {key} do not match its vocabulary")
-    file.strings("tokenizer.ggml.merges", ())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from fwdllm.engine.adapter import Adapter, Head, LoRAConfig
+from fwdllm.engine.adapter_io import load_adapter, save_gguf, save_peft
 from fwdllm.kernels import reference
 
-# Width 16, 4 heads over 2 key/value heads, feed-forward 24.
-N_HEADS, N_KV_HEADS, WIDTH = 4, 2, 16
+# Width 16, 2 heads of 8 over 1 key/value head, feed-forward 24.
+N_HEADS, N_KV_HEADS, WIDTH = 2, 1, 16
 BLOCK = {
     "attn_q": (16, 16),
     "attn_k": (8, 16),
@@ -31,3 +34,16 @@ def random_adapter(
     adapter = Adapter.create(architecture, shapes(), config, 1, reference, head)
     adapter.theta[:] = np.random.default_rng(5).standard_normal(len(adapter.theta))
     return adapter
+
+
+def load(path: Path, architecture: str = "llama") -> Adapter:
+    return load_adapter(path, architecture, shapes(), N_HEADS, N_KV_HEADS, reference)
+
+
+def save(adapter: Adapter, path: Path) -> Path:
+    """Write a GGUF file if the name says so, else a PEFT folder."""
+    if path.suffix == ".gguf":
+        save_gguf(adapter, path)
+    else:
+        save_peft(adapter, path, N_HEADS, N_KV_HEADS, "someone/a-model")
+    return path

@@ -62,7 +62,10 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "array type": (gguf((pair("k", ARRAY, array(99, 0, b"")),)), "unknown type 99"),
     "array count": (gguf((pair("k", ARRAY, array(U32, 1 << 61, b"")),)), "past the end"),
     "array count wraps": (gguf((pair("k", ARRAY, array(U32, 1 << 62, b"")),)), "past the end"),
-    "strings count": (gguf((pair("k", ARRAY, array(STRING, NONE, b"")),)), "past the end"),
+    "strings count": (
+        gguf((pair("k", ARRAY, array(STRING, NONE, b"")),)),
+        f"value of 'k' ends {8 * NONE - 15} bytes past the end",
+    ),
     "string in array": (
         gguf((pair("k", ARRAY, array(STRING, 2, b"\xf0" + b"\xff" * 7 + bytes(8))),)),
         "value of 'k' ends .* past the end",

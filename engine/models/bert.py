@@ -93,9 +93,8 @@ def forward(args: Args, p: Pass) -> np.ndarray:
         x = p.layer_norm(
             x + _attention(args, p, block, x), f"{block}.attn_output_norm", args.norm_eps
         )
-        hidden = p.ops.gelu(p.linear(x, f"{block}.ffn_up"))
         x = p.layer_norm(
-            x + p.linear(hidden, f"{block}.ffn_down"), f"{block}.layer_output_norm", args.norm_eps
+            x + _feed_forward(p, block, x), f"{block}.layer_output_norm", args.norm_eps
         )
     return x
 
@@ -103,6 +102,10 @@ def forward(args: Args, p: Pass) -> np.ndarray:
 def _attention(args: Args, p: Pass, block: str, x: np.ndarray) -> np.ndarray:
     q, k, v = (p.linear(x, f"{block}.attn_{name}") for name in "qkv")
     return p.linear(p.attention(q, k, v, args.head_dim, causal=False), f"{block}.attn_output")
+
+
+def _feed_forward(p: Pass, block: str, x: np.ndarray) -> np.ndarray:
+    return p.linear(p.ops.gelu(p.linear(x, f"{block}.ffn_up")), f"{block}.ffn_down")
 
 
 def pool(args: Args, x: np.ndarray, starts: np.ndarray) -> np.ndarray:

@@ -1,0 +1,213 @@
+"""Directional derivatives against PyTorch autograd on decoded weights, and their invariances."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fwdllm.bench.synthetic import Shape, make_decoder
+from fwdllm.bench.torch_model import TorchModel, gradient
+from fwdllm.engine import Engine, Example, LoRAConfig, read_jsonl
+from fwdllm.engine.errors import ConfigError, NumericsError
+from fwdllm.kernels import cpu, reference
+from fwdllm.kernels.types import QuantType
+
+SEEDS = np.arange(64, dtype=np.uint64) + 1000
+LABELS = ("negative", "positive")
+
+
+def trained(engine: Engine) -> Engine:
+    """Fill B and the head, which start at zero, as if training had begun."""
+    adapter = engine.adapter
+    assert adapter is not None
+    rng = np.random.default_rng(0)
+    for target in adapter.targets:
+        at = target.offset + adapter.config.rank * target.n_in
+        n = adapter.config.rank * target.n_out
+        adapter.theta[at : at + n] = rng.normal(scale=0.01, size=n)
+    adapter.theta[adapter.n_lora :] = rng.normal(scale=0.3, size=adapter.n_head)
+    return engine
+
+
+def autograd_slopes(engine: Engine, batch) -> tuple[np.ndarray, np.ndarray]:
+    assert engine.adapter is not None
+    full = gradient(TorchModel(engine), batch)
+    lora = full[: engine.adapter.n_lora].astype(np.float32)
+    return reference.seeded_dot(lora, SEEDS), full[engine.adapter.n_lora :]
+
+
+def correlation(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.corrcoef(got, want)[0, 1])
+
+
+@pytest.mark.parametrize("method", ["central", "forward-difference"])
+def test_decoder_against_autograd(bundled: Path, method: str) -> None:
+    assets = bundled.parent
+    examples = read_jsonl(assets / "pirate.train.jsonl")[:3]
+    exact = trained(Engine.load(bundled, LoRAConfig(), exact=True))
+    batch = exact.encode(examples)
+    want, _ = autograd_slopes(exact, batch)
+    probe = exact.directional_derivatives(batch, SEEDS, method=method)
+    assert correlation(probe.derivative, want) > 0.999
+    assert probe.loss == pytest.approx(
+        float(TorchModel(exact).loss(TorchModel(exact).theta(), batch).detach()), rel=1e-3
+    )
+    fast = trained(Engine.load(bundled, LoRAConfig()))
+    probe = fast.directional_derivatives(batch, SEEDS, method=method)
+    assert correlation(probe.derivative, want) > 0.99
+
+
+def test_encoder_against_autograd(shared: Path) -> None:
+    path = shared / "models" / "minilm-l6-v2.Q4_0.gguf"
+    examples = read_jsonl(shared / "data" / "sst2.train.jsonl")[:6]
+    exact = trained(Engine.load(path, LoRAConfig(), labels=LABELS, exact=True))
+    batch = exact.encode(examples)
+    want, want_head = autograd_slopes(exact, batch)
+    probe = exact.directional_derivatives(batch, SEEDS)
+    assert correlation(probe.derivative, want) > 0.999
+    np.testing.assert_allclose(probe.head_gradient, want_head, atol=1e-5 * np.abs(want_head).max())
+    fast = trained(Engine.load(path, LoRAConfig(), labels=LABELS))
+    probe = fast.directional_derivatives(batch, SEEDS)
+    assert correlation(probe.derivative, want) > 0.99
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_every_target_of_every_family(tmp_path: Path, architecture: str) -> None:
+    path = tmp_path / "model.gguf"
+    make_decoder(path, architecture, Shape(2, 128, 4, 2, 32, 160, 2048), QuantType.F32, seed=1)
+    targets = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    config = LoRAConfig(rank=3, targets=targets, layers=(1,))
+    engine = trained(Engine.load(path, config, exact=True))
+    batch = engine.encode([Example(text="The cat sat on the mat."), Example(text="A dog ran.")])
+    want, _ = autograd_slopes(engine, batch)
+    probe = engine.directional_derivatives(batch, SEEDS)
+    assert correlation(probe.derivative, want) > 0.999
+
+
+def test_reference_backend_agrees(bundled: Path) -> None:
+    examples = [Example(prompt="Question: Hi?\nAnswer:", completion=" Arr!")]
+    slopes = []
+    for ops in (cpu, reference):
+        engine = trained(Engine.load(bundled, LoRAConfig(rank=2), exact=True, ops=ops))
+        batch = engine.encode(examples)
+        probe = engine.directional_derivatives(batch, SEEDS[:3], epsilon=1e-2)
+        slopes.append(probe.derivative)
+    np.testing.assert_allclose(slopes[0], slopes[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["central", "forward-difference"])
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_seed_gives_the_same_bits_in_any_company(
+    bundled: Path, method: str, exact: bool
+) -> None:
+    engine = trained(Engine.load(bundled, LoRAConfig(), exact=exact))
+    examples = [Example(prompt="Question: Hi?\nAnswer:", completion=" Arr!")] * 3
+    batch = engine.encode(examples)
+    before = cpu.num_threads()
+    try:
+        cpu.set_num_threads(3)
+        together = engine.directional_derivatives(batch, SEEDS[:5], method=method).derivative
+        cpu.set_num_threads(1)
+        alone = [
+            engine.directional_derivatives(batch, SEEDS[i : i + 1], method=method).derivative[0]
+            for i in range(5)
+        ]
+    finally:
+        cpu.set_num_threads(before)
+    np.testing.assert_array_equal(together, alone)
+
+
+def test_an_example_gives_the_same_loss_in_any_batch(bundled: Path) -> None:
+    engine = trained(Engine.load(bundled, LoRAConfig()))
+    texts = ["The cat sat.", "A dog ran over the wet green hill.", "Rain fell all day long."]
+    examples = [Example(text=text) for text in texts]
+    together = engine.loss(engine.encode(examples))
+    alone = [engine.loss(engine.encode([example]))[0] for example in examples]
+    np.testing.assert_array_equal(together, alone)
+
+
+def test_update_moves_the_loss_as_its_slope_says(bundled: Path) -> None:
+    engine = trained(Engine.load(bundled, LoRAConfig(), exact=True))
+    assert engine.adapter is not None
+    batch = engine.encode([Example(text="The cat sat on the mat.")])
+    probe = engine.directional_derivatives(batch, SEEDS[:1])
+    step = 1e-3
+    engine.adapter.add(SEEDS[:1], np.array([step]))
+    above = engine.loss(batch)[0]
+    engine.adapter.add(SEEDS[:1], np.array([-2 * step]))
+    slope = (above - engine.loss(batch)[0]) / (2 * step)
+    assert slope == pytest.approx(probe.derivative[0], rel=0.01)
+
+
+def test_rademacher_directions(bundled: Path) -> None:
+    engine = trained(Engine.load(bundled, LoRAConfig(), exact=True))
+    assert engine.adapter is not None
+    batch = engine.encode([Example(text="The cat sat on the mat.")])
+    lora = gradient(TorchModel(engine), batch)[: engine.adapter.n_lora].astype(np.float32)
+    want = reference.seeded_dot(lora, SEEDS, distribution="rademacher")
+    probe = engine.directional_derivatives(batch, SEEDS, distribution="rademacher")
+    assert correlation(probe.derivative, want) > 0.999
+
+
+def test_non_finite_losses_are_reported(bundled: Path) -> None:
+    engine = trained(Engine.load(bundled, LoRAConfig()))
+    assert engine.adapter is not None
+    batch = engine.encode([Example(text="The cat sat.")])
+    with pytest.raises(NumericsError, match="epsilon"):
+        engine.directional_derivatives(batch, SEEDS[:2], epsilon=1e30)
+    engine.adapter.theta[0] = np.nan
+    with pytest.raises(NumericsError, match="loss is nan"):
+        engine.directional_derivatives(batch, SEEDS[:2])
+    with pytest.raises(NumericsError):
+        engine.evaluate([Example(text="The cat sat.")])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "backprop"}, "method"),
+        ({"epsilon": 0.0}, "epsilon"),
+        ({"distribution": "cauchy"}, "distribution"),
+        ({"seeds": np.zeros(0, np.uint64)}, "at least one seed"),
+    ],
+)
+def test_bad_options(bundled: Path, options: dict, message: str) -> None:
+    engine = Engine.load(bundled, LoRAConfig())
+    batch = engine.encode([Example(text="The cat sat.")])
+    with pytest.raises(ConfigError, match=message):
+        engine.directional_derivatives(batch, **({"seeds": SEEDS[:1]} | options))
+
+
+def test_layers_before_the_first_adapted_one_run_once(bundled: Path) -> None:
+    """Restricting layers gives the derivatives of the full adapter with the rest of v zero."""
+    rows: list[int] = []
+    engine = trained(Engine.load(bundled, LoRAConfig(layers=(5,))))
+    batch = engine.encode([Example(text="The cat sat.")])
+    real = engine.ops.matmul
+
+    class Spy:
+        def __getattr__(self, name: str):
+            return getattr(cpu, name)
+
+        def matmul(self, x: np.ndarray, *args, **kwargs) -> np.ndarray:
+            rows.append(len(x))
+            return real(x, *args, **kwargs)
+
+    engine.ops = Spy()  # type: ignore[assignment]
+    engine.directional_derivatives(batch, SEEDS[:2])
+    per_layer = 7
+    assert rows[: 5 * per_layer] == [batch.n_rows] * (5 * per_layer)
+    assert rows[5 * per_layer :] == [4 * batch.n_rows] * per_layer
+
+
+def test_batches_do_not_change_an_evaluation(bundled: Path, monkeypatch) -> None:
+    engine = Engine.load(bundled)
+    examples = [replace(e) for e in read_jsonl(bundled.parent / "pirate.valid.jsonl")[:12]]
+    whole = engine.evaluate(examples)
+    monkeypatch.setattr("fwdllm.engine.engine.EVAL_ROWS", 1)
+    parts = engine.evaluate(examples)
+    assert parts.n_tokens == whole.n_tokens
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-12)
