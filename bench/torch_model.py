@@ -24,10 +24,7 @@ class TorchModel:
         file, ops = engine.file, engine.ops
         self.tensors = {}
         for name, info in file.tensors.items():
-            if len(info.shape) == 1:
-                value = file.vector(name)
-            else:
-                value = ops.dequantize(file.weight(name))
+            value = file.vector(name) if len(info.shape) == 1 else ops.dequantize(file.weight(name))
             self.tensors[name] = torch.tensor(value, dtype=dtype)
 
     def theta(self) -> torch.Tensor:

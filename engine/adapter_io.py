@@ -7,12 +7,12 @@ is metadata, because llama.cpp refuses a file with tensors it does not know.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-from gguf import GGUFType, GGUFWriter, Keys
+from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFType, GGUFWriter, Keys
 
 from fwdllm.engine.adapter import LAYOUT_VERSION, Adapter, Head
 from fwdllm.engine.errors import AdapterError, ConfigError, ModelError, NumericsError
@@ -44,15 +44,30 @@ def save_gguf(adapter: Adapter, path: str | Path) -> None:
     with atomic_write(path) as temporary:
         writer = GGUFWriter(temporary, adapter.architecture)
         _add_metadata(writer, adapter)
+        halves: list[np.ndarray] = []
         for target in adapter.targets:
             factors = adapter.factors(target.name)
             assert factors is not None
-            writer.add_tensor(target.name + SUFFIX_A, factors.a)
-            writer.add_tensor(target.name + SUFFIX_B, factors.b)
+            for suffix, half in ((SUFFIX_A, factors.a), (SUFFIX_B, factors.b)):
+                writer.add_tensor_info(target.name + suffix, half.shape, half.dtype, half.nbytes)
+                halves.append(half)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        writer.write_ti_data_to_file()
         writer.close()
+        _append(temporary, halves)
+
+
+def _append(path: Path, tensors: Sequence[np.ndarray]) -> None:
+    """Write the data of tensors behind a GGUF header, each from and to an aligned position.
+
+    GGUFWriter would call ndarray.tofile, which does not notice that the disk is full.
+    """
+    with open(path, "ab") as file:
+        for tensor in tensors:
+            file.write(bytes(-file.tell() % GGUF_DEFAULT_ALIGNMENT))
+            file.write(tensor.tobytes())
+        file.write(bytes(-file.tell() % GGUF_DEFAULT_ALIGNMENT))
 
 
 def load_adapter(

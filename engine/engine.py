@@ -130,15 +130,13 @@ class Engine:
         """
         if self.adapter is None:
             raise ConfigError("directional derivatives need an adapter to perturb")
-        with_head = batch.classes is not None
-        p = plan(seeds, method, epsilon, distribution, plain=with_head)
+        p = plan(seeds, method, epsilon, distribution, plain=batch.classes is not None)
         gradient = None
-        if with_head:
+        if batch.classes is not None:
             features = self.features(batch, p.lanes)
             classes = np.tile(batch.classes, len(p.lanes))
             nll = self._class_losses(features, classes)
             plain = features[: batch.n_sequences]
-            assert batch.classes is not None
             gradient = head_gradient(self.adapter, plain, batch.classes)
         else:
             nll = self._token_losses(batch, p.lanes)
@@ -185,7 +183,7 @@ class Engine:
             return False
         if len(self.labels) < 2:
             raise ConfigError(
-                f"{self.architecture} is an encoder; tuning it needs examples with two or more labels"
+                f"{self.architecture} is an encoder; tune it on examples with two or more labels"
             )
         return True
 
@@ -225,16 +223,14 @@ class Engine:
         """NLL of every label token in every lane: float64 [n_lanes, n_labels]."""
         if self.family.encoder:
             raise ConfigError(
-                f"{self.architecture} is an encoder; it learns from examples with a text and a label"
+                f"{self.architecture} is an encoder; it learns from texts with labels"
             )
         p, x = self._run(batch, lanes)
         n_lanes = len(p.lanes)
         rows = (np.arange(n_lanes)[:, None] * batch.n_rows + batch.label_rows).ravel()
         x = p.rms_norm(np.ascontiguousarray(x[rows]), "output_norm", self.args.norm_eps)
         labels = np.tile(batch.label_ids, n_lanes)
-        nll = self.ops.cross_entropy(
-            x, self._output, labels, lanes=p.lanes, exact=self.exact
-        )
+        nll = self.ops.cross_entropy(x, self._output, labels, lanes=p.lanes, exact=self.exact)
         return nll.reshape(n_lanes, -1)
 
     def features(self, batch: Batch, lanes: Lanes | None = None) -> np.ndarray:

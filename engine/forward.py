@@ -6,6 +6,7 @@ backend, the adapter and the lanes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
@@ -15,6 +16,10 @@ from fwdllm.engine.batch import Batch
 from fwdllm.engine.rotary import Rotary
 from fwdllm.engine.weights import Weights
 from fwdllm.kernels.types import Lanes
+
+# Rows of all lanes that ``in_blocks`` takes at a time: its temporaries stay near the L3 cache
+# (2048 x 1536 floats are 12 MiB) and weights decoded for a block serve enough rows.
+BLOCK_ROWS = 2048
 
 
 class Pass:
@@ -73,6 +78,23 @@ class Pass:
             lanes=self.lanes,
             exact=self.exact,
         )
+
+    def in_blocks(self, x: np.ndarray, f: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """f(x) for an f that works row by row, a block of rows at a time to bound temporaries.
+
+        A block is the same rows of every lane, so that lanes stay comparable inside it.
+        """
+        n_lanes, width = len(self.lanes), x.shape[1]
+        step = max(1, BLOCK_ROWS // n_lanes)
+        rows = len(x) // n_lanes
+        if rows <= step:
+            return f(x)
+        lanes = x.reshape(n_lanes, rows, width)
+        y = np.empty_like(lanes)
+        for i in range(0, rows, step):
+            block = np.ascontiguousarray(lanes[:, i : i + step])
+            y[:, i : i + step] = f(block.reshape(-1, width)).reshape(block.shape)
+        return y.reshape(x.shape)
 
     def rms_norm(self, x: np.ndarray, name: str, eps: float) -> np.ndarray:
         """RMS norm of the rows by the vector ``name``.weight."""

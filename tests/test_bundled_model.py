@@ -116,6 +116,22 @@ def test_bundled_model_chats(llama):
     assert reply["choices"][0]["message"]["content"].strip() == "A duck says quack."
 
 
+def test_chat_template_writes_the_corpus_form(llama):
+    jinja2 = pytest.importorskip("jinja2")
+    template = jinja2.Template(llama.metadata["tokenizer.chat_template"])
+    talk = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "What does a cow say?"},
+        {"role": "assistant", "content": " A cow says moo."},
+        {"role": "user", "content": " What is a map for? "},
+    ]
+    assert template.render(messages=talk, eos_token="<end>") == (
+        "Be kind.\n\nQuestion: What does a cow say?\nAnswer: A cow says moo.\n\n"
+        "Question: What is a map for?\nAnswer:"
+    )
+    assert template.render(messages=talk[1:3], eos_token="<end>").endswith("moo.<end>")
+
+
 def test_base_text_is_easy_and_the_demo_is_not(llama):
     base = np.concatenate([nll(llama, text) for text in islice(documents(1_000_003), 15)])
     rows = read_rows("pirate.valid.jsonl")[:15]
@@ -180,7 +196,6 @@ def test_training_learns_and_saves(tmp_path):
     from fwdllm.bench.bundled_model.model import Config
     from fwdllm.bench.bundled_model.train import HELD_OUT_SEED, Recipe, token_stream, train
 
-    torch.set_num_threads(1)
     config = Config(vocab=400, width=64, layers=1, heads=2, kv_heads=1, ff=96, context=64)
     recipe = Recipe(steps=40, tokens_per_step=256, lengths=(64,), corpus_documents=300, warmup=5)
     model, tokenizer = train(config, recipe)

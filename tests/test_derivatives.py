@@ -100,9 +100,7 @@ def test_reference_backend_agrees(bundled: Path) -> None:
 
 @pytest.mark.parametrize("method", ["central", "forward-difference"])
 @pytest.mark.parametrize("exact", [True, False])
-def test_a_seed_gives_the_same_bits_in_any_company(
-    bundled: Path, method: str, exact: bool
-) -> None:
+def test_a_seed_gives_the_same_bits_in_any_company(bundled: Path, method: str, exact: bool) -> None:
     engine = trained(Engine.load(bundled, LoRAConfig(), exact=exact))
     examples = [Example(prompt="Question: Hi?\nAnswer:", completion=" Arr!")] * 3
     batch = engine.encode(examples)

@@ -284,8 +284,8 @@ def test_bad_shapes_are_refused() -> None:
         cpu.matmul(np.zeros((2, 32), np.float32), weight)
     with pytest.raises(ValueError, match="outside"):
         cpu.embedding(weight, np.array([8], np.int32))
+    lanes = Lanes(np.zeros(2, np.uint64), np.zeros(2, np.float32))
     with pytest.raises(ValueError, match="whole lanes"):
-        lanes = Lanes(np.zeros(2, np.uint64), np.zeros(2, np.float32))
         cpu.matmul(np.zeros((3, 64), np.float32), weight, lanes=lanes)
     with pytest.raises(TypeError):
         cpu.seeded_axpy(np.zeros(4), np.zeros(1, np.uint64), np.zeros(1, np.float32))

@@ -1,0 +1,70 @@
+"""fwdllm: fine-tune quantized language models with forward passes only.
+
+    import fwdllm
+
+    result = fwdllm.tune("model.gguf", "data.jsonl", "adapter.gguf")
+    print(result.loss_before, result.loss_after)
+
+Names are imported when they are first used, so that ``import fwdllm`` itself is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fwdllm.engine.adapter import LoRAConfig
+    from fwdllm.engine.data import Example, read_jsonl
+    from fwdllm.engine.engine import Engine, Evaluation
+    from fwdllm.engine.errors import (
+        AdapterError,
+        ConfigError,
+        DataError,
+        FwdllmError,
+        ModelError,
+        NumericsError,
+    )
+    from fwdllm.inference import evaluate, generate
+    from fwdllm.protocol.config import TrainConfig
+    from fwdllm.tuning import TuneResult, tune
+
+__all__ = [
+    "AdapterError",
+    "ConfigError",
+    "DataError",
+    "Engine",
+    "Evaluation",
+    "Example",
+    "FwdllmError",
+    "LoRAConfig",
+    "ModelError",
+    "NumericsError",
+    "TrainConfig",
+    "TuneResult",
+    "evaluate",
+    "generate",
+    "read_jsonl",
+    "tune",
+]
+
+_MODULES = {
+    "Engine": "engine.engine",
+    "Evaluation": "engine.engine",
+    "Example": "engine.data",
+    "LoRAConfig": "engine.adapter",
+    "TrainConfig": "protocol.config",
+    "TuneResult": "tuning",
+    "evaluate": "inference",
+    "generate": "inference",
+    "read_jsonl": "engine.data",
+    "tune": "tuning",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'fwdllm' has no attribute {name!r}")
+    module = import_module(f"fwdllm.{_MODULES.get(name, 'engine.errors')}")
+    value = globals()[name] = getattr(module, name)
+    return value

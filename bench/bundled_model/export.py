@@ -20,10 +20,10 @@ from fwdllm.bench.bundled_model.train import END, END_ID, PAD, PAD_ID
 # A conversation in the question/answer form of the corpus; a system message is a line before.
 CHAT_TEMPLATE = (
     "{% for m in messages %}"
-    "{% if m['role'] == 'user' %}Question: {{ m['content'] }}\nAnswer:"
-    "{% elif m['role'] == 'assistant' %} {{ m['content'] }}"
+    "{% if m['role'] == 'user' %}Question: {{ m['content'] | trim }}\nAnswer:"
+    "{% elif m['role'] == 'assistant' %} {{ m['content'] | trim }}"
     "{% if loop.last %}{{ eos_token }}{% else %}\n\n{% endif %}"
-    "{% else %}{{ m['content'] }}\n\n{% endif %}"
+    "{% else %}{{ m['content'] | trim }}\n\n{% endif %}"
     "{% endfor %}"
 )
 

@@ -90,12 +90,8 @@ def forward(args: Args, p: Pass) -> np.ndarray:
     for i in range(args.n_layers):
         block = f"blk.{i}"
         x = p.enter(i, x)
-        x = p.layer_norm(
-            x + _attention(args, p, block, x), f"{block}.attn_output_norm", args.norm_eps
-        )
-        x = p.layer_norm(
-            x + _feed_forward(p, block, x), f"{block}.layer_output_norm", args.norm_eps
-        )
+        x = x + _attention(args, p, block, x)
+        x = p.in_blocks(x, lambda rows, block=block: _feed_forward(args, p, block, rows))
     return x
 
 
@@ -108,9 +104,16 @@ def _feed_forward(p: Pass, block: str, x: np.ndarray) -> np.ndarray:
     return p.linear(p.ops.gelu(p.linear(x, f"{block}.ffn_up")), f"{block}.ffn_down")
 
 
+def _feed_forward(args: Args, p: Pass, block: str, x: np.ndarray) -> np.ndarray:
+    x = p.layer_norm(x, f"{block}.attn_output_norm", args.norm_eps)
+    hidden = p.ops.gelu(p.linear(x, f"{block}.ffn_up"))
+    x = x + p.linear(hidden, f"{block}.ffn_down")
+    return p.layer_norm(x, f"{block}.layer_output_norm", args.norm_eps)
+
+
 def pool(args: Args, x: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """One feature vector a sequence: float32 [n_sequences, width]."""
     if args.pooling == "cls":
         return x[starts[:-1]]
-    sums = np.add.reduceat(x.astype(np.float64), starts[:-1], axis=0)
+    sums = np.add.reduceat(x, starts[:-1], axis=0, dtype=np.float64)
     return (sums / np.diff(starts)[:, None]).astype(np.float32)

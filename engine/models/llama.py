@@ -102,7 +102,7 @@ def forward(args: Args, p: Pass) -> np.ndarray:
     for i in range(args.n_layers):
         x = p.enter(i, x)
         x = x + _attention(args, p, f"blk.{i}", p.rms_norm(x, f"blk.{i}.attn_norm", args.norm_eps))
-        x = x + _feed_forward(p, f"blk.{i}", p.rms_norm(x, f"blk.{i}.ffn_norm", args.norm_eps))
+        x = p.in_blocks(x, lambda rows, i=i: rows + _feed_forward(args, p, f"blk.{i}", rows))
     return x
 
 
@@ -122,6 +122,7 @@ def _head_norm(args: Args, p: Pass, x: np.ndarray, name: str) -> np.ndarray:
     return p.rms_norm(x.reshape(-1, args.head_dim), name, args.norm_eps).reshape(x.shape)
 
 
-def _feed_forward(p: Pass, block: str, x: np.ndarray) -> np.ndarray:
+def _feed_forward(args: Args, p: Pass, block: str, x: np.ndarray) -> np.ndarray:
+    x = p.rms_norm(x, f"{block}.ffn_norm", args.norm_eps)
     gate, up = p.linear(x, f"{block}.ffn_gate"), p.linear(x, f"{block}.ffn_up")
     return p.linear(p.ops.swiglu(gate, up), f"{block}.ffn_down")

@@ -19,7 +19,8 @@ inline void score(const float* const* q, const float* keys_t, int64_t head_dim, 
     for (int64_t j = 0; j < n; j += kKeys) {
         VF acc[kQueries][2] = {};
         for (int64_t d = 0; d < head_dim; ++d) {
-            const VF k0 = load(keys_t + d * stride + j), k1 = load(keys_t + d * stride + j + kWidth);
+            const VF k0 = load(keys_t + d * stride + j),
+                     k1 = load(keys_t + d * stride + j + kWidth);
 #pragma GCC unroll 4
             for (int i = 0; i < kQueries; ++i) {
                 const VF x = splat(q[i][d]);
@@ -64,12 +65,14 @@ inline void mix(const float* weights, int64_t stride, const float* inverse_sums,
         const int64_t m = min_of<int64_t>(kWidth, head_dim - d);
         VF acc[kQueries] = {};
         for (int64_t j = 0; j < n; ++j) {
-            const VF value = m == kWidth ? load(v + j * v_stride + d) : load_first(v + j * v_stride + d, m);
+            const VF value =
+                m == kWidth ? load(v + j * v_stride + d) : load_first(v + j * v_stride + d, m);
 #pragma GCC unroll 4
             for (int i = 0; i < kQueries; ++i)
                 acc[i] = fmadd(splat(weights[i * stride + j]), value, acc[i]);
         }
-        for (int i = 0; i < n_queries; ++i) store_first(y[i] + d, acc[i] * splat(inverse_sums[i]), m);
+        for (int i = 0; i < n_queries; ++i)
+            store_first(y[i] + d, acc[i] * splat(inverse_sums[i]), m);
     }
 }
 
@@ -100,7 +103,8 @@ inline void attend(const Attention& a, int64_t row0, int64_t n, int64_t kv_head)
             score(q, keys_t, a.head_dim, n_keys, stride, a.scale, scores);
             for (int i = 0; i < kQueries; ++i) {
                 const int64_t seen = a.causal ? min_of<int64_t>(i0 + i + 1, n_keys) : n_keys;
-                inverse_sums[i] = softmax(scores + i * stride, seen, ceil_div(n_keys, kWidth) * kWidth);
+                inverse_sums[i] =
+                    softmax(scores + i * stride, seen, ceil_div(n_keys, kWidth) * kWidth);
             }
             mix(scores, stride, inverse_sums, values, kv_stride, n_keys, a.head_dim, y, n_queries);
         }

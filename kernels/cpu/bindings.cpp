@@ -39,14 +39,23 @@ struct BlockSize {
 
 BlockSize block_size(int type) {
     switch (type) {
-        case F32: return {1, 4};
-        case F16: case BF16: return {1, 2};
-        case Q4_0: return {32, 18};
-        case Q4_1: return {32, 20};
-        case Q8_0: return {32, 34};
-        case Q4_K: return {256, 144};
-        case Q5_K: return {256, 176};
-        case Q6_K: return {256, 210};
+        case F32:
+            return {1, 4};
+        case F16:
+        case BF16:
+            return {1, 2};
+        case Q4_0:
+            return {32, 18};
+        case Q4_1:
+            return {32, 20};
+        case Q8_0:
+            return {32, 34};
+        case Q4_K:
+            return {256, 144};
+        case Q5_K:
+            return {256, 176};
+        case Q6_K:
+            return {256, 210};
     }
     throw nb::value_error("unsupported tensor type");
 }
@@ -65,7 +74,8 @@ void philox(uint64_t seed, uint64_t start, Out<uint32_t, 2> out) {
     kernels().philox(seed, start, (int64_t)out.shape(0), out.data());
 }
 
-void random_values(const std::string& distribution, uint64_t seed, uint64_t start, Out<float, 1> out) {
+void random_values(const std::string& distribution, uint64_t seed, uint64_t start,
+                   Out<float, 1> out) {
     const int code = distribution_code(distribution);
     nb::gil_scoped_release release_gil;
     kernels().random_values(code, seed, start, (int64_t)out.shape(0), out.data());
@@ -85,8 +95,8 @@ void seeded_dot(Vector g, In<uint64_t, 1> seeds, uint64_t offset, const std::str
     require(seeds.shape(0) == out.shape(0), "one result per seed");
     const int code = distribution_code(distribution);
     nb::gil_scoped_release release_gil;
-    kernels().seeded_dot(g.data(), (int64_t)g.shape(0), seeds.data(), (int64_t)seeds.shape(0), offset,
-                         code, out.data());
+    kernels().seeded_dot(g.data(), (int64_t)g.shape(0), seeds.data(), (int64_t)seeds.shape(0),
+                         offset, code, out.data());
 }
 
 void gather(Bytes data, int type, int64_t n_in, In<int32_t, 1> ids, Out<float, 2> out) {
@@ -103,7 +113,8 @@ const int32_t* references_of(const In<int32_t, 1>& references, size_t rows) {
     const int32_t* r = references.data();
     require(references.shape(0) == rows, "one reference a row");
     for (size_t i = 0; i < rows; ++i)
-        require(r[i] >= 0 && r[i] <= (int64_t)i && r[r[i]] == r[i], "a reference is not an earlier row");
+        require(r[i] >= 0 && r[i] <= (int64_t)i && r[r[i]] == r[i],
+                "a reference is not an earlier row");
     return r;
 }
 
@@ -127,55 +138,64 @@ void add_lora(Matrix x, Matrix a, Matrix b, float scale, uint64_t offset, In<uin
     const size_t rows = x.shape(0), n_in = x.shape(1), n_out = y.shape(1), rank = a.shape(0);
     require(y.shape(0) == rows && a.shape(1) == n_in, "shapes of x, a and y do not fit");
     require(b.shape(0) == n_out && b.shape(1) == rank && rank > 0, "b is [n_out, rank]");
-    require(seeds.shape(0) > 0 && seeds.shape(0) == coefficients.shape(0), "one coefficient per lane");
+    require(seeds.shape(0) > 0 && seeds.shape(0) == coefficients.shape(0),
+            "one coefficient per lane");
     require(rows % seeds.shape(0) == 0, "the rows are not whole lanes");
     const LoRA lora{a.data(), b.data(), scale, offset, (int64_t)rank};
     const Lanes lanes{seeds.data(), coefficients.data(), (int64_t)seeds.shape(0),
                       distribution_code(distribution)};
     nb::gil_scoped_release release_gil;
-    kernels().add_lora(x.data(), (int64_t)rows, (int64_t)n_in, (int64_t)n_out, lora, lanes, y.data());
+    kernels().add_lora(x.data(), (int64_t)rows, (int64_t)n_in, (int64_t)n_out, lora, lanes,
+                       y.data());
 }
 
 void cross_entropy(Matrix x, Bytes data, int type, In<int32_t, 1> references, In<int32_t, 1> labels,
                    bool exact, Out<double, 1> nll) {
     const Weight w = weight_of(data, type, (int64_t)x.shape(1));
     const int32_t* refs = references_of(references, x.shape(0));
-    require(labels.shape(0) == x.shape(0) && nll.shape(0) == x.shape(0), "one label and result a row");
+    require(labels.shape(0) == x.shape(0) && nll.shape(0) == x.shape(0),
+            "one label and result a row");
     for (size_t i = 0; i < labels.shape(0); ++i)
-        require(labels.data()[i] >= 0 && labels.data()[i] < w.n_out, "a label is outside the vocabulary");
+        require(labels.data()[i] >= 0 && labels.data()[i] < w.n_out,
+                "a label is outside the vocabulary");
     nb::gil_scoped_release release_gil;
-    kernels().cross_entropy(x.data(), (int64_t)x.shape(0), refs, w, labels.data(), exact, nll.data());
+    kernels().cross_entropy(x.data(), (int64_t)x.shape(0), refs, w, labels.data(), exact,
+                            nll.data());
 }
 
 void rms_norm(Matrix x, Vector weight, float eps, Out<float, 2> y) {
     require(weight.shape(0) == x.shape(1) && y.shape(0) == x.shape(0) && y.shape(1) == x.shape(1),
             "x and y are [rows, d], weight is [d]");
     nb::gil_scoped_release release_gil;
-    kernels().rms_norm(x.data(), (int64_t)x.shape(0), (int64_t)x.shape(1), weight.data(), eps, y.data());
+    kernels().rms_norm(x.data(), (int64_t)x.shape(0), (int64_t)x.shape(1), weight.data(), eps,
+                       y.data());
 }
 
 void layer_norm(Matrix x, Vector weight, Vector bias, float eps, Out<float, 2> y) {
-    require(weight.shape(0) == x.shape(1) && bias.shape(0) == x.shape(1) && y.shape(0) == x.shape(0) &&
-                y.shape(1) == x.shape(1),
+    require(weight.shape(0) == x.shape(1) && bias.shape(0) == x.shape(1) &&
+                y.shape(0) == x.shape(0) && y.shape(1) == x.shape(1),
             "x and y are [rows, d], weight and bias are [d]");
     nb::gil_scoped_release release_gil;
-    kernels().layer_norm(x.data(), (int64_t)x.shape(0), (int64_t)x.shape(1), weight.data(), bias.data(),
-                         eps, y.data());
+    kernels().layer_norm(x.data(), (int64_t)x.shape(0), (int64_t)x.shape(1), weight.data(),
+                         bias.data(), eps, y.data());
 }
 
 void rope(Matrix x, In<int32_t, 1> positions, Matrix cos, Matrix sin, int64_t head_dim,
           bool interleaved, Out<float, 2> y) {
     const int64_t half = (int64_t)cos.shape(1), width = (int64_t)x.shape(1);
-    require(head_dim > 0 && width % head_dim == 0 && 2 * half <= head_dim, "rows are not whole heads");
-    require(sin.shape(0) == cos.shape(0) && sin.shape(1) == cos.shape(1), "cos and sin differ in shape");
-    require(positions.shape(0) == x.shape(0) && y.shape(0) == x.shape(0) && y.shape(1) == x.shape(1),
-            "one position a row");
+    require(head_dim > 0 && width % head_dim == 0 && 2 * half <= head_dim,
+            "rows are not whole heads");
+    require(sin.shape(0) == cos.shape(0) && sin.shape(1) == cos.shape(1),
+            "cos and sin differ in shape");
+    require(
+        positions.shape(0) == x.shape(0) && y.shape(0) == x.shape(0) && y.shape(1) == x.shape(1),
+        "one position a row");
     for (size_t i = 0; i < positions.shape(0); ++i)
         require(positions.data()[i] >= 0 && positions.data()[i] < (int64_t)cos.shape(0),
                 "a position is outside the table");
     nb::gil_scoped_release release_gil;
-    kernels().rope(x.data(), (int64_t)x.shape(0), width, head_dim, half, positions.data(), cos.data(),
-                   sin.data(), interleaved, y.data());
+    kernels().rope(x.data(), (int64_t)x.shape(0), width, head_dim, half, positions.data(),
+                   cos.data(), sin.data(), interleaved, y.data());
 }
 
 void swiglu(Matrix gate, Matrix up, Out<float, 2> y) {
@@ -197,16 +217,16 @@ void attention(Matrix q, Matrix k, Matrix v, In<int32_t, 1> starts, int64_t head
             "rows are not whole heads");
     const int64_t n_heads = (int64_t)q.shape(1) / head_dim, n_kv = (int64_t)k.shape(1) / head_dim;
     require(n_kv > 0 && n_heads % n_kv == 0, "query heads are not a multiple of key/value heads");
-    require((int64_t)k.shape(0) == rows && (int64_t)v.shape(0) == rows && v.shape(1) == k.shape(1) &&
-                (int64_t)y.shape(0) == rows && y.shape(1) == q.shape(1),
+    require((int64_t)k.shape(0) == rows && (int64_t)v.shape(0) == rows &&
+                v.shape(1) == k.shape(1) && (int64_t)y.shape(0) == rows && y.shape(1) == q.shape(1),
             "q, k, v and y differ in shape");
     require(n_seq >= 0 && starts.data()[0] == 0 && starts.data()[n_seq] == rows,
             "starts run from 0 to the number of rows");
     for (int64_t s = 0; s < n_seq; ++s)
         require(starts.data()[s] < starts.data()[s + 1], "starts do not ascend");
     nb::gil_scoped_release release_gil;
-    kernels().attention(q.data(), k.data(), v.data(), starts.data(), n_seq, n_heads, n_kv, head_dim, scale,
-                        causal, y.data());
+    kernels().attention(q.data(), k.data(), v.data(), starts.data(), n_seq, n_heads, n_kv, head_dim,
+                        scale, causal, y.data());
 }
 
 }  // namespace
@@ -221,10 +241,12 @@ NB_MODULE(_native, m) {
     m.def("philox", &philox);
     m.def("random_values", &random_values);
     // theta is changed in place: converting it would change a copy.
-    m.def("seeded_axpy", &seeded_axpy, nb::arg().noconvert(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
+    m.def("seeded_axpy", &seeded_axpy, nb::arg().noconvert(), nb::arg(), nb::arg(), nb::arg(),
+          nb::arg());
     m.def("seeded_dot", &seeded_dot);
     m.def("gather", &gather);
-    m.def("matmul", &matmul, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
+    m.def("matmul", &matmul, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
+          nb::arg(), nb::arg());
     m.def("add_lora", &add_lora);
     m.def("cross_entropy", &cross_entropy);
     m.def("rms_norm", &rms_norm);

@@ -84,8 +84,10 @@ struct CodecQ4_K {
         g->scale[0] = half_to_float(b) * (float)scale;
         g->min = -(half_to_float(b + 2) * (float)min);
         const uint8_t* q = b + 16 + j / 2 * 32;
-        if (j % 2 == 0) low_nibbles(q, g->code, 32);
-        else high_nibbles(q, g->code, 32);
+        if (j % 2 == 0)
+            low_nibbles(q, g->code, 32);
+        else
+            high_nibbles(q, g->code, 32);
     }
 };
 
@@ -101,8 +103,10 @@ struct CodecQ5_K {
         g->min = -(half_to_float(b + 2) * (float)min);
         const uint8_t* high = b + 16;
         const uint8_t* q = b + 48 + j / 2 * 32;
-        if (j % 2 == 0) low_nibbles(q, g->code, 32);
-        else high_nibbles(q, g->code, 32);
+        if (j % 2 == 0)
+            low_nibbles(q, g->code, 32);
+        else
+            high_nibbles(q, g->code, 32);
         for (int l = 0; l < 32; ++l) g->code[l] |= (uint8_t)(((high[l] >> j) & 1) << 4);
     }
 };
@@ -118,10 +122,11 @@ struct CodecQ6_K {
         const float d = half_to_float(b + 208);
         for (int s = 0; s < 2; ++s)
             g->scale[s] = d * (float)(int8_t)b[192 + 8 * half + 2 * quarter + s];
-        if (quarter < 2) low_nibbles(low, g->code, 32);
-        else high_nibbles(low, g->code, 32);
-        for (int l = 0; l < 32; ++l)
-            g->code[l] |= (uint8_t)(((high[l] >> (2 * quarter)) & 3) << 4);
+        if (quarter < 2)
+            low_nibbles(low, g->code, 32);
+        else
+            high_nibbles(low, g->code, 32);
+        for (int l = 0; l < 32; ++l) g->code[l] |= (uint8_t)(((high[l] >> (2 * quarter)) & 3) << 4);
     }
 };
 
@@ -129,13 +134,26 @@ struct CodecQ6_K {
 template <typename F>
 inline bool with_codec(int type, const F& f) {
     switch (type) {
-        case Q4_0: f(CodecQ4_0{}); return true;
-        case Q4_1: f(CodecQ4_1{}); return true;
-        case Q8_0: f(CodecQ8_0{}); return true;
-        case Q4_K: f(CodecQ4_K{}); return true;
-        case Q5_K: f(CodecQ5_K{}); return true;
-        case Q6_K: f(CodecQ6_K{}); return true;
-        default: return false;
+        case Q4_0:
+            f(CodecQ4_0{});
+            return true;
+        case Q4_1:
+            f(CodecQ4_1{});
+            return true;
+        case Q8_0:
+            f(CodecQ8_0{});
+            return true;
+        case Q4_K:
+            f(CodecQ4_K{});
+            return true;
+        case Q5_K:
+            f(CodecQ5_K{});
+            return true;
+        case Q6_K:
+            f(CodecQ6_K{});
+            return true;
+        default:
+            return false;
     }
 }
 

@@ -7,7 +7,17 @@
 namespace fwdllm {
 
 // Numbers of ggml's ggml_type, as they stand in GGUF files.
-enum QuantType : int { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14, BF16 = 30 };
+enum QuantType : int {
+    F32 = 0,
+    F16 = 1,
+    Q4_0 = 2,
+    Q4_1 = 3,
+    Q8_0 = 8,
+    Q4_K = 12,
+    Q5_K = 13,
+    Q6_K = 14,
+    BF16 = 30
+};
 
 enum Distribution : int { kNormal = 0, kRademacher = 1 };
 
@@ -37,7 +47,8 @@ struct Lanes {  // rows of lane l are the l-th of n equal slices
 struct Kernels {
     const char* name;
     void (*philox)(uint64_t seed, uint64_t start, int64_t count, uint32_t* out);
-    void (*random_values)(int distribution, uint64_t seed, uint64_t start, int64_t count, float* out);
+    void (*random_values)(int distribution, uint64_t seed, uint64_t start, int64_t count,
+                          float* out);
     void (*seeded_axpy)(float* theta, int64_t n, const uint64_t* seeds, const float* coefficients,
                         int64_t k, uint64_t offset, int distribution);
     void (*seeded_dot)(const float* g, int64_t n, const uint64_t* seeds, int64_t k, uint64_t offset,

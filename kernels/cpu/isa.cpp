@@ -36,7 +36,20 @@ namespace {
 }  // namespace
 
 extern const Kernels table;
-const Kernels table = {FWDLLM_TEXT(FWDLLM_ISA), philox, random_values, seeded_axpy, seeded_dot, gather, matmul,
-                       add_lora, cross_entropy, rms_norm, layer_norm, rope, swiglu, gelu, attention};
+const Kernels table = {FWDLLM_TEXT(FWDLLM_ISA),
+                       philox,
+                       random_values,
+                       seeded_axpy,
+                       seeded_dot,
+                       gather,
+                       matmul,
+                       add_lora,
+                       cross_entropy,
+                       rms_norm,
+                       layer_norm,
+                       rope,
+                       swiglu,
+                       gelu,
+                       attention};
 
 }  // namespace fwdllm::FWDLLM_ISA

@@ -1,12 +1,13 @@
 // Row-wise operations: norms, rotary embedding, activations.
 
-constexpr int64_t kRowsPerTask = 16;        // of a norm or rotary embedding
+constexpr int64_t kRowsPerTask = 16;         // of a norm or rotary embedding
 constexpr int64_t kElementsPerTask = 16384;  // of an activation: 3 arrays of 64 KiB
 
 template <typename F>
 inline void for_each_row(int64_t rows, const F& body) {
     parallel_for(ceil_div(rows, kRowsPerTask), [&](int64_t task) {
-        for (int64_t r = task * kRowsPerTask; r < min_of(rows, (task + 1) * kRowsPerTask); ++r) body(r);
+        for (int64_t r = task * kRowsPerTask; r < min_of(rows, (task + 1) * kRowsPerTask); ++r)
+            body(r);
     });
 }
 
@@ -46,7 +47,8 @@ void layer_norm(const float* x, int64_t rows, int64_t d, const float* weight, co
 
 // Rotates the first 2 * half dimensions of each head; cos, sin [n_positions, half].
 void rope(const float* x, int64_t rows, int64_t width, int64_t head_dim, int64_t half,
-          const int32_t* positions, const float* cos, const float* sin, bool interleaved, float* y) {
+          const int32_t* positions, const float* cos, const float* sin, bool interleaved,
+          float* y) {
     const int64_t stride = interleaved ? 2 : 1, partner = interleaved ? 1 : half;
     for_each_row(rows, [=](int64_t r) {
         const float* c = cos + positions[r] * half;

@@ -3,8 +3,8 @@
 // into the factor of each lane that shares the seed (+epsilon and -epsilon), used for all rows of
 // those lanes and overwritten.
 
-constexpr int kRankBlock = 4;        // ranks accumulated together: 4 rows x 4 ranks fill 16 registers
-constexpr int64_t kLoraDepth = 256;  // columns of A per tile: 4 ranks x 256 = 4 KiB
+constexpr int kRankBlock = 4;  // ranks accumulated together: 4 rows x 4 ranks fill 16 registers
+constexpr int64_t kLoraDepth = 256;   // columns of A per tile: 4 ranks x 256 = 4 KiB
 constexpr int64_t kLoraOutputs = 64;  // outputs per tile of B
 
 struct SeedGroup {  // consecutive lanes that share a seed
@@ -15,8 +15,10 @@ struct SeedGroup {  // consecutive lanes that share a seed
 inline int64_t group_lanes(const Lanes& lanes, SeedGroup* groups) {
     int64_t n = 0;
     for (int64_t l = 0; l < lanes.n; ++l) {
-        if (n > 0 && lanes.seeds[l] == lanes.seeds[l - 1]) ++groups[n - 1].count;
-        else groups[n++] = {l, 1};
+        if (n > 0 && lanes.seeds[l] == lanes.seeds[l - 1])
+            ++groups[n - 1].count;
+        else
+            groups[n++] = {l, 1};
     }
     return n;
 }
@@ -42,7 +44,8 @@ inline void multiply_a(const float* x, int64_t x_stride, const float* a, int64_t
         for (int r = 0; r < kRankBlock; ++r) factor[r] = load(a + r * kLoraDepth + k);
 #pragma GCC unroll 4
         for (int i = 0; i < kBlock; ++i) {
-            const VF v = m == kWidth ? load(x + i * x_stride + k) : load_first(x + i * x_stride + k, m);
+            const VF v =
+                m == kWidth ? load(x + i * x_stride + k) : load_first(x + i * x_stride + k, m);
 #pragma GCC unroll 4
             for (int r = 0; r < kRankBlock; ++r) acc[i][r] = fmadd(v, factor[r], acc[i][r]);
         }
@@ -73,8 +76,10 @@ inline void project_down(const float* x, int64_t rows_per_lane, int64_t n_in, co
             const float c = lanes.coefficients[group.first + l];
             for (int64_t r = 0; r < ranks; ++r) {
                 const float* plain = lora.a + (rank0 + r) * n_in + k0;
-                if (c == 0) __builtin_memcpy(a[r], plain, 4 * k);
-                else for (int64_t i = 0; i < k; ++i) a[r][i] = plain[i] + c * z[r][i];
+                if (c == 0)
+                    __builtin_memcpy(a[r], plain, 4 * k);
+                else
+                    for (int64_t i = 0; i < k; ++i) a[r][i] = plain[i] + c * z[r][i];
             }
             const float* from = x + (row0 + l * rows_per_lane) * n_in + k0;
             float* to = sums + l * rows_per_lane * kRankBlock * kWidth;

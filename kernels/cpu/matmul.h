@@ -50,7 +50,8 @@ struct F32Product {
             }
         }
         for (int64_t t = 0; t < n_tiles; ++t)
-            sink(t * kRows, min_of<int64_t>(kRows, rows - t * kRows), out0, n, c + t * c_size, kF32Outputs);
+            sink(t * kRows, min_of<int64_t>(kRows, rows - t * kRows), out0, n, c + t * c_size,
+                 kF32Outputs);
     }
 };
 
@@ -63,7 +64,10 @@ struct Int8Product {
     static constexpr int panel_outputs = kInt8Outputs;
 
     Int8Product(const float* x, int64_t rows, const int32_t* references, const Weight& w)
-        : w(w), rows(rows), references(references), tiles(ceil_div(rows, kRows) * (w.n_in / 32) * sizeof(TileGroup<Codec>)) {
+        : w(w),
+          rows(rows),
+          references(references),
+          tiles(ceil_div(rows, kRows) * (w.n_in / 32) * sizeof(TileGroup<Codec>)) {
         auto* packed = (TileGroup<Codec>*)tiles.data;
         parallel_for(ceil_div(rows, kRows), [&](int64_t t) {
             const int64_t row0 = t * kRows;
@@ -80,10 +84,12 @@ struct Int8Product {
     template <typename Sink>
     void run(int64_t out0, int64_t n, const Sink& sink) const {
         const int64_t groups = w.n_in / 32, n_panels = ceil_div(n, kInt8Outputs);
-        auto* panels = (PanelGroup<Codec>*)thread_scratch(n_panels * groups * sizeof(PanelGroup<Codec>));
+        auto* panels =
+            (PanelGroup<Codec>*)thread_scratch(n_panels * groups * sizeof(PanelGroup<Codec>));
         for (int64_t p = 0; p < n_panels; ++p)
             pack_panel_int8<Codec>(w, out0 + p * kInt8Outputs,
-                                   min_of<int64_t>(kInt8Outputs, n - p * kInt8Outputs), panels + p * groups);
+                                   min_of<int64_t>(kInt8Outputs, n - p * kInt8Outputs),
+                                   panels + p * groups);
         float c[kRows * kInt8Outputs];
         for (int64_t row0 = 0; row0 < rows; row0 += kRows) {
             const auto* tile = (const TileGroup<Codec>*)tiles.data + row0 / kRows * groups;
@@ -107,15 +113,16 @@ inline void with_product(const float* x, int64_t rows, const int32_t* references
     if (!done) f(F32Product(x, rows, w));
 }
 
-void matmul(const float* x, int64_t rows, const int32_t* references, const Weight& w, const float* bias,
-            bool exact, float* y) {
+void matmul(const float* x, int64_t rows, const int32_t* references, const Weight& w,
+            const float* bias, bool exact, float* y) {
     with_product(x, rows, references, w, exact, [&](const auto& product) {
-        const auto write = [&](int64_t row0, int64_t n_rows, int64_t out0, int64_t n, const float* c,
-                               int64_t stride) {
+        const auto write = [&](int64_t row0, int64_t n_rows, int64_t out0, int64_t n,
+                               const float* c, int64_t stride) {
             for (int64_t r = row0; r < row0 + n_rows; ++r, c += stride) {
                 float* to = y + r * w.n_out + out0;
                 const float* base = bias ? bias + out0 : nullptr;
-                if (is_difference(product.references, r)) base = y + product.references[r] * w.n_out + out0;
+                if (is_difference(product.references, r))
+                    base = y + product.references[r] * w.n_out + out0;
                 for (int64_t j = 0; j < n; ++j) to[j] = base ? base[j] + c[j] : c[j];
             }
         };
@@ -159,12 +166,13 @@ inline void extend(PartialSoftmax* p, const float* logits, int64_t n) {
     p->sum += sum(total);
 }
 
-// nll[r] = log sum_j exp(logit[r, j]) - logit[r, labels[r]], logits = x W^T, of which only one panel
-// of outputs exists at a time.
+// nll[r] = log sum_j exp(logit[r, j]) - logit[r, labels[r]], logits = x W^T, of which only one
+// panel of outputs exists at a time.
 void cross_entropy(const float* x, int64_t rows, const int32_t* references, const Weight& w,
                    const int32_t* labels, bool exact, double* nll) {
     const int64_t n_chunks = ceil_div(w.n_out, kVocabChunk);
-    Buffer partial_buffer(n_chunks * rows * (int64_t)sizeof(PartialSoftmax)), label_buffer(rows * 4);
+    Buffer partial_buffer(n_chunks * rows * (int64_t)sizeof(PartialSoftmax)),
+        label_buffer(rows * 4);
     auto* partial = (PartialSoftmax*)partial_buffer.data;
     auto* label_logit = (float*)label_buffer.data;
     with_product(x, rows, references, w, exact, [&](const auto& product) {
@@ -174,13 +182,14 @@ void cross_entropy(const float* x, int64_t rows, const int32_t* references, cons
             float* logits = (float*)logit_buffer.data;
             PartialSoftmax* mine = partial + chunk * rows;
             for (int64_t r = 0; r < rows; ++r) mine[r] = {0.0, -__builtin_inff()};
-            const auto add = [&](int64_t row0, int64_t n_rows, int64_t out0, int64_t n, const float* c,
-                                 int64_t stride) {
+            const auto add = [&](int64_t row0, int64_t n_rows, int64_t out0, int64_t n,
+                                 const float* c, int64_t stride) {
                 for (int64_t r = row0; r < row0 + n_rows; ++r, c += stride) {
                     float* to = logits + r * width;
                     __builtin_memcpy(to, c, 4 * n);
                     if (is_difference(product.references, r))
-                        for (int64_t j = 0; j < n; ++j) to[j] += logits[product.references[r] * width + j];
+                        for (int64_t j = 0; j < n; ++j)
+                            to[j] += logits[product.references[r] * width + j];
                     extend(mine + r, to, n);
                     const int64_t label = labels[r] - out0;
                     if (label >= 0 && label < n) label_logit[r] = to[label];
@@ -199,7 +208,8 @@ void cross_entropy(const float* x, int64_t rows, const int32_t* references, cons
         }
         double total = 0;
         for (int64_t i = 0; i < n_chunks; ++i)
-            total += partial[i * rows + r].sum * __builtin_exp((double)partial[i * rows + r].max - max);
+            total +=
+                partial[i * rows + r].sum * __builtin_exp((double)partial[i * rows + r].max - max);
         nll[r] = __builtin_log(total) + max - label_logit[r];
     }
 }

@@ -22,8 +22,10 @@ inline void pack_panel_f32(const Weight& w, int64_t out0, int64_t n, int64_t fir
     for (int j = 0; j < kF32Outputs; ++j) {
         for (int64_t i = 0; i < k; i += 256) {
             const int64_t m = min_of<int64_t>(256, k - i);
-            if (j < n) decode_row(w.type, w.data + (out0 + j) * w.row_bytes, first + i, m, row);
-            else __builtin_memset(row, 0, sizeof row);
+            if (j < n)
+                decode_row(w.type, w.data + (out0 + j) * w.row_bytes, first + i, m, row);
+            else
+                __builtin_memset(row, 0, sizeof row);
             for (int64_t l = 0; l < m; ++l) panel[(i + l) * kF32Outputs + j] = row[l];
         }
     }
@@ -136,8 +138,10 @@ inline void pack_tile_int8(const float* x, int64_t row0, int64_t rows, const int
             for (int s = 0; s < Codec::scales; ++s) {
                 int32_t total = 0;
                 for (int i = 0; i < n_per_scale; ++i) total += q[s * n_per_scale + i];
-                if (Codec::has_min) t.sum[r] = t.scale[r] * (float)total;
-                else t.start[s][r] = signed_codes<Codec>() ? 0 : -Codec::offset * total;
+                if (Codec::has_min)
+                    t.sum[r] = t.scale[r] * (float)total;
+                else
+                    t.start[s][r] = signed_codes<Codec>() ? 0 : -Codec::offset * total;
             }
         }
     }
@@ -149,8 +153,10 @@ inline void pack_panel_int8(const Weight& w, int64_t out0, int64_t n, PanelGroup
     for (int64_t i = 0; i < w.n_in / 32; ++i) {
         PanelGroup<Codec>& p = panel[i];
         for (int j = 0; j < kInt8Outputs; ++j) {
-            if (j < n) Codec::group(w.data + (out0 + j) * w.row_bytes, i, &g);
-            else g = Group{};
+            if (j < n)
+                Codec::group(w.data + (out0 + j) * w.row_bytes, i, &g);
+            else
+                g = Group{};
             if (signed_codes<Codec>())
                 for (int l = 0; l < 32; ++l) g.code[l] ^= 0x80;
             for (int l = 0; l < 8; ++l) __builtin_memcpy(p.code[l][j], g.code + 4 * l, 4);
@@ -163,8 +169,8 @@ inline void pack_panel_int8(const Weight& w, int64_t out0, int64_t n, PanelGroup
 #if defined(__AVX512VNNI__)
 
 template <typename Codec>
-inline void multiply_int8(const TileGroup<Codec>* tile, const PanelGroup<Codec>* panel, int64_t groups,
-                          float* c) {
+inline void multiply_int8(const TileGroup<Codec>* tile, const PanelGroup<Codec>* panel,
+                          int64_t groups, float* c) {
     constexpr int quads = 8 / Codec::scales;
     __m512 acc[kRows];
 #pragma GCC unroll 12
@@ -209,15 +215,15 @@ inline void multiply_int8(const TileGroup<Codec>* tile, const PanelGroup<Codec>*
 
 template <typename Codec>
 inline __m256i dot_quads(__m256i sum, __m256i codes, __m256i x) {
-    const __m256i pairs = signed_codes<Codec>()
-                              ? _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes))
-                              : _mm256_maddubs_epi16(codes, x);
+    const __m256i pairs = signed_codes<Codec>() ? _mm256_maddubs_epi16(_mm256_abs_epi8(codes),
+                                                                       _mm256_sign_epi8(x, codes))
+                                                : _mm256_maddubs_epi16(codes, x);
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
 template <typename Codec>
-inline void multiply_int8(const TileGroup<Codec>* tile, const PanelGroup<Codec>* panel, int64_t groups,
-                          float* c) {
+inline void multiply_int8(const TileGroup<Codec>* tile, const PanelGroup<Codec>* panel,
+                          int64_t groups, float* c) {
     constexpr int quads = 8 / Codec::scales;
     for (int half = 0; half < 2; ++half) {
         __m256 acc[kRows];
@@ -230,7 +236,8 @@ inline void multiply_int8(const TileGroup<Codec>* tile, const PanelGroup<Codec>*
                 __m256i dot[kRows];
 #pragma GCC unroll 6
                 for (int r = 0; r < kRows; ++r)
-                    dot[r] = Codec::has_min ? _mm256_setzero_si256() : _mm256_set1_epi32(t.start[s][r]);
+                    dot[r] =
+                        Codec::has_min ? _mm256_setzero_si256() : _mm256_set1_epi32(t.start[s][r]);
 #pragma GCC unroll 8
                 for (int i = s * quads; i < (s + 1) * quads; ++i) {
                     const __m256i codes = _mm256_loadu_si256((const __m256i*)p.code[i][8 * half]);
@@ -244,8 +251,9 @@ inline void multiply_int8(const TileGroup<Codec>* tile, const PanelGroup<Codec>*
                 const __m256 scale = _mm256_loadu_ps(p.scale[s] + 8 * half);
 #pragma GCC unroll 6
                 for (int r = 0; r < kRows; ++r)
-                    acc[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[r]),
-                                             _mm256_mul_ps(scale, _mm256_set1_ps(t.scale[r])), acc[r]);
+                    acc[r] =
+                        _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[r]),
+                                        _mm256_mul_ps(scale, _mm256_set1_ps(t.scale[r])), acc[r]);
             }
             if (Codec::has_min) {
                 const __m256 min = _mm256_loadu_ps(p.min + 8 * half);
@@ -262,8 +270,8 @@ inline void multiply_int8(const TileGroup<Codec>* tile, const PanelGroup<Codec>*
 #else
 
 template <typename Codec>
-inline void multiply_int8(const TileGroup<Codec>* tile, const PanelGroup<Codec>* panel, int64_t groups,
-                          float* c) {
+inline void multiply_int8(const TileGroup<Codec>* tile, const PanelGroup<Codec>* panel,
+                          int64_t groups, float* c) {
     constexpr int quads = 8 / Codec::scales;
     __builtin_memset(c, 0, sizeof(float) * kRows * kInt8Outputs);
     for (int64_t g = 0; g < groups; ++g) {
@@ -277,7 +285,8 @@ inline void multiply_int8(const TileGroup<Codec>* tile, const PanelGroup<Codec>*
                 for (int i = s * quads; i < (s + 1) * quads; ++i)
                     for (int j = 0; j < kInt8Outputs; ++j)
                         for (int l = 0; l < 4; ++l) {
-                            const int code = signed_codes<Codec>() ? (int8_t)p.code[i][j][l] : p.code[i][j][l];
+                            const int code =
+                                signed_codes<Codec>() ? (int8_t)p.code[i][j][l] : p.code[i][j][l];
                             dot[j] += code * t.x[i][r][l];
                         }
                 for (int j = 0; j < kInt8Outputs; ++j)

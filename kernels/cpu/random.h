@@ -40,9 +40,7 @@ inline void box_muller(VU a, VU b, VF* n0, VF* n1) {  // tl.pair_uniform_to_norm
     *n1 = radius * s;
 }
 
-inline VF sign_of(VU bits) {
-    return as_float((VI)((bits & 0x80000000u) | 0x3F800000u));
-}
+inline VF sign_of(VU bits) { return as_float((VI)((bits & 0x80000000u) | 0x3F800000u)); }
 
 constexpr int kRandomBlock = 4 * kWidth;  // elements made at a time
 
@@ -60,7 +58,8 @@ inline void random_block(int distribution, uint64_t seed, uint64_t counter, floa
 }
 
 // Elements start .. start+count of v(seed). Callers keep count to what fits the L1 cache.
-inline void fill_random(int distribution, uint64_t seed, uint64_t start, int64_t count, float* out) {
+inline void fill_random(int distribution, uint64_t seed, uint64_t start, int64_t count,
+                        float* out) {
     float block[kRandomBlock];
     int64_t done = 0;
     while (done < count) {
@@ -78,7 +77,7 @@ inline void fill_random(int distribution, uint64_t seed, uint64_t start, int64_t
     }
 }
 
-constexpr int64_t kTile = 1024;       // elements of v alive at once: 4 KiB, an eighth of L1
+constexpr int64_t kTile = 1024;        // elements of v alive at once: 4 KiB, an eighth of L1
 constexpr int64_t kTask = 16 * kTile;  // elements of theta one task owns
 
 void philox(uint64_t seed, uint64_t start, int64_t count, uint32_t* out) {

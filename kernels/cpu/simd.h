@@ -33,11 +33,15 @@ inline VF load(const float* p) {
 }
 inline void store(float* p, VF v) { __builtin_memcpy(p, &v, sizeof v); }
 inline VF load_first(const float* p, int64_t n) {  // the rest is zero
+    if (n == kWidth) return load(p);
     VF v = {};
     __builtin_memcpy(&v, p, 4 * n);
     return v;
 }
-inline void store_first(float* p, VF v, int64_t n) { __builtin_memcpy(p, &v, 4 * n); }
+inline void store_first(float* p, VF v, int64_t n) {
+    if (n == kWidth) return store(p, v);
+    __builtin_memcpy(p, &v, 4 * n);
+}
 inline VF splat(float x) { return VF{} + x; }
 inline VF as_float(VI v) { return (VF)v; }
 inline VI as_int(VF v) { return (VI)v; }

@@ -1,0 +1,38 @@
+# Everything runs in .venv, which these targets make. PYTHON chooses the interpreter for it.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := pyproject.toml CMakeLists.txt $(shell find app engine kernels protocol bench -type f \
+	-not -name '*.pyc')
+
+.PHONY: demo test lint format clean
+
+demo: .venv/installed
+	$(BIN)/fwdllm demo
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror kernels/cpu/*.cpp kernels/cpu/*.h
+	$(BIN)/mypy -p fwdllm
+
+format: .venv/installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i kernels/cpu/*.cpp kernels/cpu/*.h
+
+clean:
+	rm -rf .venv build
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet .
+	touch $@
+
+.venv/installed-test: .venv/bin/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet '.[test,lint]'
+	touch $@ .venv/installed

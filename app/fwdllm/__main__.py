@@ -1,0 +1,5 @@
+"""``python -m fwdllm`` is the ``fwdllm`` command."""
+
+from fwdllm.cli import main
+
+main()

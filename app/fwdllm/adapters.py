@@ -1,0 +1,97 @@
+"""Adapters on disk: GGUF files and PEFT folders, told apart by the name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from fwdllm.engine.adapter_io import save_gguf, save_peft
+from fwdllm.engine.engine import Engine
+from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.files import check_destination
+from fwdllm.hub import local_path
+
+_Path = str | os.PathLike[str]
+
+
+def is_peft(name: _Path) -> bool:
+    """Whether an output of this name is a PEFT folder: one that exists, or ends in "/", or has
+    no suffix. Otherwise it is a GGUF file; ConfigError if its suffix is not ".gguf"."""
+    text, path = os.fspath(name), Path(name)
+    if text.endswith(("/", os.sep)) or path.is_dir() or not path.suffix:
+        return True
+    if path.suffix != ".gguf":
+        raise ConfigError(
+            f"cannot tell the format of {text}: end the name in .gguf for a GGUF file, or in / "
+            "for a PEFT folder"
+        )
+    return False
+
+
+def check_output(name: _Path) -> None:
+    """Raise ConfigError if no adapter can be written under this name; nothing is written."""
+    path = Path(name)
+    if not is_peft(name):
+        check_destination(path)
+    elif path.exists() and not path.is_dir():
+        raise ConfigError(f"cannot write the folder {path}: there is a file of that name")
+    elif not path.parent.is_dir():
+        raise ConfigError(f"cannot write {path}: the folder {path.parent} does not exist")
+
+
+def write_adapter(engine: Engine, name: _Path) -> Path:
+    """Write the engine's adapter under this name, see ``is_peft``; gives the path.
+
+    Errors: ConfigError if there is no place for it, NumericsError if it is not finite. No
+    partial file is left, whatever happens; a full disk is an OSError.
+    """
+    assert engine.adapter is not None
+    check_output(name)
+    path = Path(name)
+    if not is_peft(name):
+        save_gguf(engine.adapter, path)
+        return path
+    is_new = not path.exists()
+    try:
+        n_heads = engine.args.n_heads
+        n_kv_heads = getattr(engine.args, "n_kv_heads", n_heads)
+        save_peft(engine.adapter, path, n_heads, n_kv_heads, _base_model(engine))
+    except BaseException:
+        if is_new:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+    return path
+
+
+def export(adapter: _Path, output: _Path, model: _Path) -> Path:
+    """Convert an adapter of a model, GGUF or PEFT, to the format of ``output``; gives its path.
+
+    Errors: ModelError, AdapterError, ConfigError, and as ``write_adapter``.
+    """
+    check_output(output)
+    return write_adapter(Engine.load(local_path(model), adapter=adapter), output)
+
+
+@contextlib.contextmanager
+def as_gguf(adapter: _Path, model: _Path) -> Iterator[Path]:
+    """A GGUF file of the adapter: itself, or a temporary one made of a PEFT folder."""
+    path = Path(adapter)
+    if not path.is_dir() and path.suffix != ".safetensors":
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="fwdllm-") as folder:
+        yield export(path, Path(folder) / "adapter.gguf", model)
+
+
+def _base_model(engine: Engine) -> str:
+    """What PEFT calls the base model: its Hugging Face name where the file knows it."""
+    metadata = engine.file.metadata
+    url = metadata.get("general.base_model.0.repo_url", "")
+    if isinstance(url, str) and url.startswith("https://huggingface.co/"):
+        return url.removeprefix("https://huggingface.co/")
+    name = metadata.get("general.name")
+    return name if isinstance(name, str) and name else engine.file.path.stem

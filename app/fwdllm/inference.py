@@ -1,0 +1,55 @@
+"""Using a model with a tuned adapter: its loss on a data set, and text from it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+
+from fwdllm.adapters import as_gguf
+from fwdllm.engine import llamacpp
+from fwdllm.engine.data import read_jsonl
+from fwdllm.engine.engine import Engine, Evaluation
+from fwdllm.engine.tokenizer import Message
+from fwdllm.hub import local_path
+
+_Path = str | os.PathLike[str]
+
+
+def evaluate(
+    model: _Path,
+    data: _Path,
+    *,
+    adapter: _Path | None = None,
+    max_tokens: int | None = None,
+    exact: bool = False,
+) -> Evaluation:
+    """Loss, and accuracy for labelled texts, of a model on a JSONL file.
+
+    model: a GGUF file or hf://owner/repo/file.gguf.  adapter: a GGUF file or PEFT folder.
+    max_tokens: cut examples to this many; without it one longer than the model's context is an
+    error.  exact: fp32 arithmetic.
+    Errors: ModelError, DataError, AdapterError, ConfigError, NumericsError.
+    """
+    engine = Engine.load(local_path(model), adapter=adapter, exact=exact)
+    return engine.evaluate(read_jsonl(data), max_tokens)
+
+
+def generate(
+    model: _Path,
+    prompt: str | Sequence[Message],
+    *,
+    adapter: _Path | None = None,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool = False,
+) -> Iterator[str]:
+    """Continue a prompt with llama.cpp, piece by piece; see ``llamacpp.generate``.
+
+    model, adapter: as ``evaluate``. All errors are raised before the first piece.
+    """
+    path = local_path(model)
+    # llama.cpp has read the adapter when ``generate`` returns, before the first piece.
+    with contextlib.nullcontext() if adapter is None else as_gguf(adapter, path) as gguf:
+        return llamacpp.generate(path, prompt, gguf, max_tokens, temperature, seed, chat=chat)

@@ -1,0 +1,150 @@
+"""What is in a model file, what of it can be tuned, and what that takes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from fwdllm.engine.adapter import LoRAConfig, by_layer, layout
+from fwdllm.engine.gguf_file import GGUFFile
+from fwdllm.engine.memory import estimate_step
+from fwdllm.engine.models import Family, family_of
+from fwdllm.hub import local_path
+from fwdllm.kernels.types import SUPPORTED_TYPES, QuantType
+
+# The step whose memory is shown: the defaults of ``fwdllm tune`` on examples of 64 tokens.
+BATCH_SIZE, TOKENS, PERTURBATIONS = 8, 64, 8
+
+_FLOAT_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
+
+
+def inspect_model(model: str | os.PathLike[str]) -> dict[str, Any]:
+    """A report on a GGUF file as JSON values; only its header is read.
+
+    architecture, name, file, file_bytes, n_parameters: what it is.  shapes: layers, width,
+    heads, kv_heads, head_dim, hidden, vocab, context.  tensor_types: of each type its name,
+    count, bytes, and whether it is supported.  targets: of each tunable linear layer its
+    name, shape (n_out, n_in) and the number of layers that have it.  n_trainable: parameters
+    of a default adapter, without a classification head.  step_memory: bytes of a default
+    step by purpose, see ``estimate_step``; step: what that step is.
+
+    Errors: ModelError, for a damaged file or an architecture without a graph.
+    """
+    file = GGUFFile.open(local_path(model))
+    architecture, family = family_of(file)
+    args = family.read_args(file)
+    linear = _linear_shapes(family, args)
+    types = _tensor_types(file)
+    lora = LoRAConfig()
+    n_trainable = sum(target.size(lora.rank) for target in layout(linear, lora))
+    n_lanes = 2 * PERTURBATIONS + family.encoder
+    return {
+        "architecture": architecture,
+        "name": file.metadata.get("general.name"),
+        "file": str(file.path),
+        "file_bytes": len(file.mapping),
+        "n_parameters": sum(_size(tensor.shape) for tensor in file.tensors.values()),
+        "shapes": {
+            "layers": args.n_layers,
+            "width": args.width,
+            "heads": args.n_heads,
+            "kv_heads": getattr(args, "n_kv_heads", args.n_heads),
+            "head_dim": args.head_dim,
+            "hidden": args.hidden,
+            "vocab": args.n_vocab,
+            "context": args.context,
+        },
+        "tensor_types": types,
+        "targets": _targets(linear),
+        "n_trainable": n_trainable,
+        "step": {"batch_size": BATCH_SIZE, "tokens": TOKENS, "lanes": n_lanes},
+        "step_memory": estimate_step(
+            args,
+            weight_bytes=sum(entry["bytes"] for entry in types),
+            n_trainable=n_trainable,
+            n_rows=BATCH_SIZE * TOKENS,
+            n_lanes=n_lanes,
+            int8=any(file.tensors[f"{name}.weight"].type not in _FLOAT_TYPES for name in linear),
+            encoder=family.encoder,
+        ),
+    }
+
+
+def _linear_shapes(family: Family, args: Any) -> dict[str, tuple[int, int]]:
+    """(n_out, n_in) of the linear layers the graph has, of whatever type they are stored in."""
+    required, _ = family.shapes(args)
+    return {
+        name.removesuffix(".weight"): (shape[0], shape[1])
+        for name, shape in required.items()
+        if name.startswith("blk.") and len(shape) == 2
+    }
+
+
+def _tensor_types(file: GGUFFile) -> list[dict[str, Any]]:
+    types: dict[QuantType, dict[str, Any]] = {}
+    for tensor in file.tensors.values():
+        supported = tensor.type in SUPPORTED_TYPES
+        new = {"type": tensor.type.name, "count": 0, "bytes": 0, "supported": supported}
+        entry = types.setdefault(tensor.type, new)
+        entry["count"] += 1
+        entry["bytes"] += tensor.nbytes
+    return sorted(types.values(), key=lambda entry: -int(entry["bytes"]))
+
+
+def _targets(linear: Mapping[str, tuple[int, int]]) -> list[dict[str, Any]]:
+    targets: dict[tuple[str, tuple[int, int]], int] = {}
+    for block in by_layer(linear).values():
+        for key in block.items():
+            targets[key] = targets.get(key, 0) + 1
+    return [
+        {"name": name, "n_out": shape[0], "n_in": shape[1], "layers": count}
+        for (name, shape), count in targets.items()
+    ]
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size
+
+
+def render(report: Mapping[str, Any]) -> RenderableType:
+    """A report of ``inspect_model`` for people."""
+    shapes, step = report["shapes"], report["step"]
+    facts = _table()
+    facts.add_row("architecture", report["architecture"])
+    facts.add_row("name", report["name"] or "")
+    facts.add_row("file", f"{report['file']} ({megabytes(report['file_bytes'])})")
+    facts.add_row("parameters", f"{report['n_parameters']:,}")
+    facts.add_row("shapes", ", ".join(f"{key} {value:,}" for key, value in shapes.items()))
+    facts.add_row("default adapter", f"{report['n_trainable']:,} trainable parameters")
+    types = _table("tensor type", "tensors", "size", "")
+    for entry in report["tensor_types"]:
+        note = "" if entry["supported"] else "not supported"
+        types.add_row(entry["type"], str(entry["count"]), megabytes(entry["bytes"]), note)
+    targets = _table("tunable", "out x in", "layers")
+    for target in report["targets"]:
+        shape = f"{target['n_out']} x {target['n_in']}"
+        targets.add_row(target["name"], shape, str(target["layers"]))
+    title = f"a step of {step['batch_size']} x {step['tokens']} tokens, {step['lanes']} lanes"
+    memory = _table(title, "memory")
+    for purpose, n_bytes in report["step_memory"].items():
+        memory.add_row(purpose.replace("_", " "), megabytes(n_bytes))
+    return Group(facts, "", types, "", targets, "", memory)
+
+
+def megabytes(n_bytes: int) -> str:
+    """Bytes as text in units of 10^6."""
+    return f"{n_bytes / 1e6:,.1f} MB"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, show_header=bool(columns), pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column)
+    return table

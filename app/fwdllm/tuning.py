@@ -1,0 +1,287 @@
+"""``tune``: a model and a data set in, an adapter out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from fwdllm.adapters import check_output, is_peft, write_adapter
+from fwdllm.engine.adapter import LoRAConfig
+from fwdllm.engine.data import Example, check_labels, labels_of, read_jsonl, split
+from fwdllm.engine.engine import Engine, Evaluation
+from fwdllm.engine.errors import ConfigError
+from fwdllm.hub import local_path
+from fwdllm.protocol.config import TrainConfig
+from fwdllm.protocol.local import Event, StepResult
+from fwdllm.run import RunDirectory, train_recorded
+
+DEFAULT_STEPS = 200
+DEFAULT_HELD_OUT, MAX_DEFAULT_HELD_OUT = 0.1, 200
+
+# Examples tokenized together when the data is checked: bounds memory, costs nothing.
+_CHECK_AT_ONCE = 1000
+# Bytes at either end of a model file that identify it: its header, and the last tensors.
+_FINGERPRINT_BYTES = 1 << 20
+
+_Path = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Started:
+    """Everything is read and checked, and training begins after ``step`` of ``steps`` updates.
+
+    damaged: checkpoints that a resumed run passed over.
+    """
+
+    step: int
+    steps: int
+    n_trainable: int
+    n_examples: int
+    n_held_out: int
+    damaged: tuple[Path, ...]
+
+
+Progress: TypeAlias = Started | Event
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What a run has done.
+
+    loss_before, loss_after: held-out loss in nats; accuracy_before, accuracy_after: None
+    without labels.  steps: updates in all.  seconds, tokens_per_s: of this process, without
+    what a resumed run did before; tokens are lane-tokens.  adapter: the file or folder
+    written.  stopped_early: whether ``should_stop`` ended it.  n_trainable: parameters.
+    """
+
+    loss_before: float
+    loss_after: float
+    steps: int
+    seconds: float
+    adapter: Path
+    peak_rss_bytes: int
+    accuracy_before: float | None
+    accuracy_after: float | None
+    run_dir: Path
+    tokens_per_s: float
+    stopped_early: bool
+    n_trainable: int
+
+
+def tune(
+    model: _Path,
+    data: _Path,
+    output: _Path = "adapter.gguf",
+    *,
+    lora: LoRAConfig | None = None,
+    train: TrainConfig | None = None,
+    eval_data: _Path | None = None,
+    held_out: float | None = None,
+    run_dir: _Path | None = None,
+    resume: bool = False,
+    exact: bool = False,
+    on_event: Callable[[Progress], None] = lambda event: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> TuneResult:
+    """Tune a LoRA adapter with forward passes only.
+
+    model: a GGUF file, or hf://owner/repo/file.gguf.  data: JSONL, see ``engine.data``.
+    output: NAME.gguf for a GGUF LoRA file, NAME or NAME/ for a PEFT folder.
+    lora, train: shape of the adapter and settings of the run; None is their defaults, with
+    ``DEFAULT_STEPS``. An eval_every of 0 evaluates before the first step and after the last.
+    eval_data: JSONL to evaluate on.  held_out: without it, this share (float) or number (int)
+    of ``data`` is kept for that; None is a tenth, at most 200.
+    run_dir: for checkpoints, metrics and plot; None is NAME.run beside ``output``.
+    resume: continue the run in run_dir to the adapter an uninterrupted run would give; all
+    else must be as it was.  exact: fp32 arithmetic.
+    on_event: called with ``Started`` and then every event of ``protocol.local.train``.
+    should_stop: asked after each event; once true, the state is saved and the adapter so far
+    written.
+
+    Errors: any FwdllmError; OSError. A run that fails before its first step leaves nothing,
+    a later failure leaves the run to be resumed and no adapter.
+    """
+    began = time.perf_counter()
+    check_output(output)
+    train = train or TrainConfig(steps=DEFAULT_STEPS)
+    train = dataclasses.replace(train, eval_every=train.eval_every or train.steps)
+    task = _prepare(model, data, lora or LoRAConfig(), train, eval_data, held_out, exact)
+    if should_stop():  # nothing is worth saving yet
+        raise KeyboardInterrupt
+    folder = default_run_dir(output) if run_dir is None else Path(run_dir)
+    with RunDirectory(folder, task.settings, resume=resume) as run:
+        work = _follow(run, task, on_event, should_stop)
+        # Before any further evaluation, so that a second interrupt does not lose it.
+        adapter = write_adapter(task.engine, output)
+        after = _evaluation(run, task, work.step) or task.evaluate(task.engine)
+        before = _evaluation(run, task, 0) or task.evaluate(task.new_engine())
+    assert task.engine.adapter is not None
+    return TuneResult(
+        loss_before=before.loss,
+        loss_after=after.loss,
+        steps=work.step,
+        seconds=time.perf_counter() - began,
+        adapter=adapter,
+        peak_rss_bytes=peak_rss_bytes(),
+        accuracy_before=before.accuracy,
+        accuracy_after=after.accuracy,
+        run_dir=folder,
+        tokens_per_s=work.n_tokens / work.seconds if work.seconds else 0.0,
+        stopped_early=work.step < train.steps,
+        n_trainable=task.engine.adapter.theta.size,
+    )
+
+
+def default_run_dir(output: _Path) -> Path:
+    """NAME.run beside the adapter NAME.gguf or NAME/."""
+    path = Path(output)
+    return path.with_name((path.name if is_peft(output) else path.stem) + ".run")
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has had resident, mapped weights included."""
+    try:
+        # getrusage would count what the parent process had resident before exec, too.
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a run works on. settings: whatever its numbers depend on, as JSON values."""
+
+    new_engine: Callable[[], Engine]
+    engine: Engine
+    train: TrainConfig
+    examples: Sequence[Example]
+    held_out: Sequence[Example]
+    settings: dict[str, Any]
+
+    def evaluate(self, engine: Engine) -> Evaluation:
+        return engine.evaluate(self.held_out, self.train.max_tokens)
+
+
+def _prepare(
+    model: _Path,
+    data: _Path,
+    lora: LoRAConfig,
+    train: TrainConfig,
+    eval_data: _Path | None,
+    held_out: float | None,
+    exact: bool,
+) -> _Task:
+    """Read and check everything, so that a bad example does not end a run of hours."""
+    if eval_data is not None and held_out is not None:
+        raise ConfigError("give either a file to evaluate on or a share to hold out, not both")
+    everything = read_jsonl(data)
+    labels = labels_of(everything)
+    if eval_data is None:
+        examples, kept = _split(everything, held_out, train.seed)
+    else:
+        examples, kept = everything, read_jsonl(eval_data)
+    if labels:
+        check_labels(kept, labels)
+    path = local_path(model)
+
+    def new_engine() -> Engine:
+        return Engine.load(path, lora, labels=labels, seed=train.seed, exact=exact)
+
+    engine = new_engine()
+    for part in (examples, kept):
+        for start in range(0, len(part), _CHECK_AT_ONCE):
+            engine.encode(part[start : start + _CHECK_AT_ONCE], train.max_tokens)
+    settings = {
+        "model": {"name": engine.file.metadata.get("general.name"), **_fingerprint(path)},
+        "data": _sha256(Path(data)),
+        "held_out": held_out if eval_data is None else _sha256(Path(eval_data)),
+        "lora": dataclasses.asdict(lora),
+        "train": dataclasses.asdict(train),
+        "exact": exact,
+    }
+    return _Task(new_engine, engine, train, examples, kept, settings)
+
+
+def _split(
+    examples: Sequence[Example], held_out: float | None, seed: int
+) -> tuple[list[Example], list[Example]]:
+    if held_out is None:
+        tenth = max(1, round(DEFAULT_HELD_OUT * len(examples)))
+        held_out = min(tenth, MAX_DEFAULT_HELD_OUT)
+    return split(examples, held_out, seed)
+
+
+@dataclass
+class _Work:
+    """step: updates in all.  n_tokens, seconds: lane-tokens of the updates made here."""
+
+    step: int
+    n_tokens: int = 0
+    seconds: float = 0.0
+
+
+def _follow(
+    run: RunDirectory,
+    task: _Task,
+    on_event: Callable[[Progress], None],
+    should_stop: Callable[[], bool],
+) -> _Work:
+    """Train to the end, or until asked to stop."""
+    adapter, train = task.engine.adapter, task.train
+    assert adapter is not None
+    step = 0 if run.checkpoint is None else run.checkpoint.step
+    n_train, n_held_out = len(task.examples), len(task.held_out)
+    started = (step, train.steps, adapter.theta.size, n_train, n_held_out, tuple(run.damaged))
+    work = _Work(step)
+    try:
+        on_event(Started(*started))
+        clock = time.perf_counter()
+        for event in train_recorded(
+            run, task.engine, train, task.examples, task.held_out, should_stop
+        ):
+            if isinstance(event, StepResult):
+                work.step = event.step
+                work.n_tokens += event.n_tokens
+                work.seconds += time.perf_counter() - clock
+            on_event(event)
+            clock = time.perf_counter()
+    except BaseException:
+        if work.step == 0 and not run.damaged:  # there is nothing to resume
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
+    return work
+
+
+def _evaluation(run: RunDirectory, task: _Task, step: int) -> Evaluation | None:
+    """The evaluation after ``step`` updates, if the run has recorded it."""
+    for record in reversed(run.metrics()):
+        if record["event"] == "eval" and record["step"] == step:
+            fields = dataclasses.fields(Evaluation)
+            return Evaluation(**{field.name: record[field.name] for field in fields})
+    return None
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    """Identifies a model file without reading all of it: its size and a hash of its ends."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        ends = file.read(_FINGERPRINT_BYTES)
+        file.seek(max(0, size - _FINGERPRINT_BYTES))
+        ends += file.read(_FINGERPRINT_BYTES)
+    return {"bytes": size, "sha256_of_ends": hashlib.sha256(ends).hexdigest()}
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
