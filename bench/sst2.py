@@ -31,10 +31,10 @@ from fwdllm.protocol.seeds import batch_indices
 
 LORA = LoRAConfig(rank=4, alpha=8, targets=("attn_q", "attn_v"), layers=(4, 5))
 TRAIN = TrainConfig(
-    steps=600,
+    steps=200,
     batch_size=64,
     perturbations=16,
-    learning_rate=3e-3,
+    learning_rate=1e-2,
     head_learning_rate=1e-2,
     checkpoint_every=0,
 )

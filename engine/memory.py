@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fwdllm.engine.forward import BLOCK_ROWS
+
 _FLOAT = 4
 # kernels/cpu/panel.h: 32 activations as int8, their scale, and up to two corrections.
 _INT8_PACKED = (32 + 4 + 8) / 32
@@ -39,10 +41,12 @@ def estimate_step(
 
     weights: mapped from the file; the system can drop them and read them again.
     adapter, optimizer: kept between steps.  update: the gradient and the optimizer's
-    temporaries.  residual, attention, feed_forward: activations of all lanes.  packed: the
-    largest input of a product as the kernel lays it out.  logits: of the loss.
+    temporaries.  residual, attention: activations of all lanes.  feed_forward: activations of
+    a block of rows.  packed: the largest input of a product as the kernel lays it out.
+    logits: of the loss.
     """
     rows = n_rows * n_lanes
+    block = min(rows, max(1, BLOCK_ROWS // n_lanes) * n_lanes)  # as Pass.in_blocks
     labels = 0 if encoder else (n_rows if n_labels is None else n_labels) * n_lanes
     packed = _INT8_PACKED if int8 else _FLOAT
     query = args.n_heads * args.head_dim
@@ -56,8 +60,8 @@ def estimate_step(
         "update": _FLOAT * n_trainable * 4,
         "residual": _FLOAT * rows * 3 * args.width,  # the stream, its norm, what is added
         "attention": _FLOAT * rows * (2 * query + 2 * key_value),
-        "feed_forward": _FLOAT * rows * hidden_arrays * args.hidden,
-        "packed": int(packed * rows * max(args.hidden, query)),
+        "feed_forward": _FLOAT * block * (hidden_arrays * args.hidden + 3 * args.width),
+        "packed": int(packed * max(rows * max(args.width, query), block * args.hidden)),
         "logits": labels * (chunks * _SOFTMAX_BYTES + 2 * _FLOAT * args.width),
     }
     # Attention and feed-forward follow each other, but the C library keeps what one has freed.

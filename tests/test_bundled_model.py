@@ -15,7 +15,7 @@ from fwdllm.bench.bundled_model.corpus import documents
 from fwdllm.bench.bundled_model.pirate import split, voice
 from fwdllm.bench.bundled_model.questions import catalogue
 
-ASSETS = Path(__file__).resolve().parents[1] / "app" / "assets"
+ASSETS = Path(__file__).resolve().parents[1] / "app" / "fwdllm" / "assets"
 MODEL = ASSETS / "fwdllm-tiny.gguf"
 TRAINING = find_spec("torch") is not None and find_spec("tokenizers") is not None
 needs_training = pytest.mark.skipif(not TRAINING, reason="torch and tokenizers are not installed")

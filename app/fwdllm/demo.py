@@ -28,12 +28,13 @@ class Demo:
 DEMO = Demo(
     lora=LoRAConfig(rank=8, alpha=16.0),
     train=TrainConfig(
-        steps=150,
+        steps=200,
         batch_size=8,
-        perturbations=8,
-        optimizer="adam",
-        learning_rate=0.01,
-        eval_every=15,
+        perturbations=16,
+        optimizer="momentum",
+        learning_rate=1e-3,
+        warmup=20,
+        eval_every=20,
     ),
     question="What is the opposite of fast?",
 )

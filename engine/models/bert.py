@@ -100,10 +100,6 @@ def _attention(args: Args, p: Pass, block: str, x: np.ndarray) -> np.ndarray:
     return p.linear(p.attention(q, k, v, args.head_dim, causal=False), f"{block}.attn_output")
 
 
-def _feed_forward(p: Pass, block: str, x: np.ndarray) -> np.ndarray:
-    return p.linear(p.ops.gelu(p.linear(x, f"{block}.ffn_up")), f"{block}.ffn_down")
-
-
 def _feed_forward(args: Args, p: Pass, block: str, x: np.ndarray) -> np.ndarray:
     x = p.layer_norm(x, f"{block}.attn_output_norm", args.norm_eps)
     hidden = p.ops.gelu(p.linear(x, f"{block}.ffn_up"))
