@@ -206,7 +206,8 @@ def test_export_both_ways(fwdllm: Cli, adapter: Path, tmp_path: Path) -> None:
 
 
 def test_demo(fwdllm: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train = dataclasses.replace(demo.DEMO.train, steps=2, batch_size=2, perturbations=1)
+    small = {"steps": 2, "batch_size": 2, "perturbations": 1, "warmup": 0}
+    train = dataclasses.replace(demo.DEMO.train, **small)
     monkeypatch.setattr(demo, "DEMO", dataclasses.replace(demo.DEMO, train=train))
     monkeypatch.chdir(tmp_path)
     outcome = fwdllm("demo")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -91,7 +92,7 @@ def forward(args: Args, p: Pass) -> np.ndarray:
         block = f"blk.{i}"
         x = p.enter(i, x)
         x = x + _attention(args, p, block, x)
-        x = p.in_blocks(x, lambda rows, block=block: _feed_forward(args, p, block, rows))
+        x = p.in_blocks(x, partial(_feed_forward, args, p, block))
     return x
 
 

@@ -6,6 +6,7 @@ Qwen2 and Qwen3 use this graph too; models/qwen.py says what differs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -102,7 +103,7 @@ def forward(args: Args, p: Pass) -> np.ndarray:
     for i in range(args.n_layers):
         x = p.enter(i, x)
         x = x + _attention(args, p, f"blk.{i}", p.rms_norm(x, f"blk.{i}.attn_norm", args.norm_eps))
-        x = p.in_blocks(x, lambda rows, i=i: rows + _feed_forward(args, p, f"blk.{i}", rows))
+        x = p.in_blocks(x, partial(_feed_forward, args, p, f"blk.{i}"))
     return x
 
 
@@ -123,6 +124,6 @@ def _head_norm(args: Args, p: Pass, x: np.ndarray, name: str) -> np.ndarray:
 
 
 def _feed_forward(args: Args, p: Pass, block: str, x: np.ndarray) -> np.ndarray:
-    x = p.rms_norm(x, f"{block}.ffn_norm", args.norm_eps)
-    gate, up = p.linear(x, f"{block}.ffn_gate"), p.linear(x, f"{block}.ffn_up")
-    return p.linear(p.ops.swiglu(gate, up), f"{block}.ffn_down")
+    h = p.rms_norm(x, f"{block}.ffn_norm", args.norm_eps)
+    gate, up = p.linear(h, f"{block}.ffn_gate"), p.linear(h, f"{block}.ffn_up")
+    return x + p.linear(p.ops.swiglu(gate, up), f"{block}.ffn_down")

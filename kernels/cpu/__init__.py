@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fwdllm.kernels.cpu import _native
+from fwdllm.kernels.cpu import _native  # type: ignore[attr-defined]
 from fwdllm.kernels.types import Lanes, LoRA, Weight
 
 isa: str = _native.isa
