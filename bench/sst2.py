@@ -31,14 +31,14 @@ from fwdllm.protocol.seeds import batch_indices
 
 LORA = LoRAConfig(rank=4, alpha=8, targets=("attn_q", "attn_v"), layers=(4, 5))
 TRAIN = TrainConfig(
-    steps=200,
+    steps=100,
     batch_size=64,
-    perturbations=16,
+    perturbations=32,
     learning_rate=1e-2,
     head_learning_rate=1e-2,
     checkpoint_every=0,
 )
-BACKPROP_LEARNING_RATE = 1e-3
+BACKPROP_LEARNING_RATE = 5e-3
 
 
 @dataclass(frozen=True)

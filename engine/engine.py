@@ -16,7 +16,13 @@ from fwdllm.engine.adapter_io import load_adapter
 from fwdllm.engine.batch import Batch, Tokens, pack
 from fwdllm.engine.data import Example, check_labels
 from fwdllm.engine.encode import encode_decoder, encode_label, encode_text
-from fwdllm.engine.errors import ConfigError, DataError, ModelError, NumericsError
+from fwdllm.engine.errors import (
+    AdapterError,
+    ConfigError,
+    DataError,
+    ModelError,
+    NumericsError,
+)
 from fwdllm.engine.estimators import DEFAULT_EPSILON, Probe, plan
 from fwdllm.engine.forward import Pass
 from fwdllm.engine.gguf_file import GGUFFile
@@ -202,8 +208,11 @@ class Engine:
             getattr(args, "n_kv_heads", args.n_heads),
             self.ops,
         )
-        if self.adapter.head is not None:
-            self.labels = self.adapter.head.labels
+        head = self.adapter.head
+        if head is not None:
+            if not self.family.encoder or head.n_in != args.width:
+                raise AdapterError(f"{path} has a classification head for another model")
+            self.labels = head.labels
 
     def _tokens(self, example: Example, max_tokens: int | None) -> Tokens:
         context = self.args.context

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
+#include <exception>
 #include <mutex>
 #include <new>
 #include <thread>
@@ -49,17 +50,25 @@ class Pool {
             n_tasks_ = n_tasks;
             next_.store(0);
             busy_ = static_cast<int>(workers_.size());
+            error_ = nullptr;
             ++job_;
         }
         wake_.notify_all();
         take_tasks();
         std::unique_lock lock(mutex_);
         done_.wait(lock, [this] { return busy_ == 0; });
+        if (error_) std::rethrow_exception(error_);
     }
 
   private:
     void take_tasks() {
-        for (int64_t i = next_++; i < n_tasks_; i = next_++) fn_(context_, i);
+        try {
+            for (int64_t i = next_++; i < n_tasks_; i = next_++) fn_(context_, i);
+        } catch (...) {  // out of memory; the caller raises it
+            next_.store(n_tasks_);
+            std::lock_guard lock(mutex_);
+            error_ = std::current_exception();
+        }
     }
 
     void work() {
@@ -87,6 +96,7 @@ class Pool {
     int64_t n_tasks_ = 0;
     uint64_t job_ = 0;
     int busy_ = 0;
+    std::exception_ptr error_;
     bool stopping_ = false;
 };
 

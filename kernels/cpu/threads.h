@@ -12,8 +12,8 @@ void set_num_threads(int n);
 using TaskFn = void (*)(void* context, int64_t task);
 
 // Runs fn(context, 0 .. n_tasks-1) once each on the pool and the calling thread; returns when all
-// are done. Which thread runs a task is not fixed, so a task's result may depend on its number
-// only.
+// are done, or throws what one of them threw. Which thread runs a task is not fixed, so its result
+// may depend on its number only.
 void run_tasks(int64_t n_tasks, TaskFn fn, void* context);
 
 // A 64-byte aligned buffer of the calling thread; its content is lost at the next call.
