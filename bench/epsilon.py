@@ -20,9 +20,8 @@ EPSILONS = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 SEEDS = np.arange(64, dtype=np.uint64)
 
 
-def half_trained(path: Path, labels: tuple[str, ...], exact: bool) -> Engine:
-    """An engine whose B and head are random instead of zero."""
-    engine = Engine.load(path, LoRAConfig(), labels=labels, exact=exact)
+def half_trained(engine: Engine) -> Engine:
+    """Make B and the head of a new adapter random instead of zero, as if training had begun."""
     adapter = engine.adapter
     assert adapter is not None
     rng = np.random.default_rng(0)
@@ -43,7 +42,11 @@ def main() -> None:
     options = parser.parse_args()
     examples = read_jsonl(options.data)[: options.examples]
     labels = labels_of(read_jsonl(options.data))
-    engine = half_trained(options.model, labels, exact=True)
+
+    def load(exact: bool) -> Engine:
+        return half_trained(Engine.load(options.model, LoRAConfig(), labels=labels, exact=exact))
+
+    engine = load(exact=True)
     assert engine.adapter is not None
     batch = engine.encode(examples, options.max_tokens)
     true = gradient(TorchModel(engine), batch)[: engine.adapter.n_lora]
@@ -51,7 +54,7 @@ def main() -> None:
     print("| arithmetic, method |", " | ".join(f"{e:g}" for e in EPSILONS), "|")
     print("| --- |" + " --- |" * len(EPSILONS))
     for exact in (True, False):
-        engine = half_trained(options.model, labels, exact)
+        engine = load(exact)
         for method in ("central", "forward-difference"):
             row = []
             for epsilon in EPSILONS:

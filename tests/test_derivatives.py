@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fwdllm.bench.epsilon import half_trained
 from fwdllm.bench.synthetic import Shape, make_decoder
 from fwdllm.bench.torch_model import TorchModel, gradient
 from fwdllm.engine import Engine, Example, LoRAConfig, read_jsonl
@@ -17,19 +18,6 @@ from fwdllm.kernels.types import QuantType
 
 SEEDS = np.arange(64, dtype=np.uint64) + 1000
 LABELS = ("negative", "positive")
-
-
-def trained(engine: Engine) -> Engine:
-    """Fill B and the head, which start at zero, as if training had begun."""
-    adapter = engine.adapter
-    assert adapter is not None
-    rng = np.random.default_rng(0)
-    for target in adapter.targets:
-        at = target.offset + adapter.config.rank * target.n_in
-        n = adapter.config.rank * target.n_out
-        adapter.theta[at : at + n] = rng.normal(scale=0.01, size=n)
-    adapter.theta[adapter.n_lora :] = rng.normal(scale=0.3, size=adapter.n_head)
-    return engine
 
 
 def autograd_slopes(engine: Engine, batch) -> tuple[np.ndarray, np.ndarray]:
@@ -47,7 +35,7 @@ def correlation(got: np.ndarray, want: np.ndarray) -> float:
 def test_decoder_against_autograd(bundled: Path, method: str) -> None:
     assets = bundled.parent
     examples = read_jsonl(assets / "pirate.train.jsonl")[:3]
-    exact = trained(Engine.load(bundled, LoRAConfig(), exact=True))
+    exact = half_trained(Engine.load(bundled, LoRAConfig(), exact=True))
     batch = exact.encode(examples)
     want, _ = autograd_slopes(exact, batch)
     probe = exact.directional_derivatives(batch, SEEDS, method=method)
@@ -55,7 +43,7 @@ def test_decoder_against_autograd(bundled: Path, method: str) -> None:
     assert probe.loss == pytest.approx(
         float(TorchModel(exact).loss(TorchModel(exact).theta(), batch).detach()), rel=1e-3
     )
-    fast = trained(Engine.load(bundled, LoRAConfig()))
+    fast = half_trained(Engine.load(bundled, LoRAConfig()))
     probe = fast.directional_derivatives(batch, SEEDS, method=method)
     assert correlation(probe.derivative, want) > 0.99
 
@@ -63,13 +51,13 @@ def test_decoder_against_autograd(bundled: Path, method: str) -> None:
 def test_encoder_against_autograd(shared: Path) -> None:
     path = shared / "models" / "minilm-l6-v2.Q4_0.gguf"
     examples = read_jsonl(shared / "data" / "sst2.train.jsonl")[:6]
-    exact = trained(Engine.load(path, LoRAConfig(), labels=LABELS, exact=True))
+    exact = half_trained(Engine.load(path, LoRAConfig(), labels=LABELS, exact=True))
     batch = exact.encode(examples)
     want, want_head = autograd_slopes(exact, batch)
     probe = exact.directional_derivatives(batch, SEEDS)
     assert correlation(probe.derivative, want) > 0.999
     np.testing.assert_allclose(probe.head_gradient, want_head, atol=1e-5 * np.abs(want_head).max())
-    fast = trained(Engine.load(path, LoRAConfig(), labels=LABELS))
+    fast = half_trained(Engine.load(path, LoRAConfig(), labels=LABELS))
     probe = fast.directional_derivatives(batch, SEEDS)
     assert correlation(probe.derivative, want) > 0.99
 
@@ -80,7 +68,7 @@ def test_every_target_of_every_family(tmp_path: Path, architecture: str) -> None
     make_decoder(path, architecture, Shape(2, 128, 4, 2, 32, 160, 2048), QuantType.F32, seed=1)
     targets = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
     config = LoRAConfig(rank=3, targets=targets, layers=(1,))
-    engine = trained(Engine.load(path, config, exact=True))
+    engine = half_trained(Engine.load(path, config, exact=True))
     batch = engine.encode([Example(text="The cat sat on the mat."), Example(text="A dog ran.")])
     want, _ = autograd_slopes(engine, batch)
     probe = engine.directional_derivatives(batch, SEEDS)
@@ -91,7 +79,7 @@ def test_reference_backend_agrees(bundled: Path) -> None:
     examples = [Example(prompt="Question: Hi?\nAnswer:", completion=" Arr!")]
     slopes = []
     for ops in (cpu, reference):
-        engine = trained(Engine.load(bundled, LoRAConfig(rank=2), exact=True, ops=ops))
+        engine = half_trained(Engine.load(bundled, LoRAConfig(rank=2), exact=True, ops=ops))
         batch = engine.encode(examples)
         probe = engine.directional_derivatives(batch, SEEDS[:3], epsilon=1e-2)
         slopes.append(probe.derivative)
@@ -101,7 +89,7 @@ def test_reference_backend_agrees(bundled: Path) -> None:
 @pytest.mark.parametrize("method", ["central", "forward-difference"])
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_seed_gives_the_same_bits_in_any_company(bundled: Path, method: str, exact: bool) -> None:
-    engine = trained(Engine.load(bundled, LoRAConfig(), exact=exact))
+    engine = half_trained(Engine.load(bundled, LoRAConfig(), exact=exact))
     examples = [Example(prompt="Question: Hi?\nAnswer:", completion=" Arr!")] * 3
     batch = engine.encode(examples)
     before = cpu.num_threads()
@@ -119,7 +107,7 @@ def test_a_seed_gives_the_same_bits_in_any_company(bundled: Path, method: str, e
 
 
 def test_an_example_gives_the_same_loss_in_any_batch(bundled: Path) -> None:
-    engine = trained(Engine.load(bundled, LoRAConfig()))
+    engine = half_trained(Engine.load(bundled, LoRAConfig()))
     texts = ["The cat sat.", "A dog ran over the wet green hill.", "Rain fell all day long."]
     examples = [Example(text=text) for text in texts]
     together = engine.loss(engine.encode(examples))
@@ -128,7 +116,7 @@ def test_an_example_gives_the_same_loss_in_any_batch(bundled: Path) -> None:
 
 
 def test_update_moves_the_loss_as_its_slope_says(bundled: Path) -> None:
-    engine = trained(Engine.load(bundled, LoRAConfig(), exact=True))
+    engine = half_trained(Engine.load(bundled, LoRAConfig(), exact=True))
     assert engine.adapter is not None
     batch = engine.encode([Example(text="The cat sat on the mat.")])
     probe = engine.directional_derivatives(batch, SEEDS[:1])
@@ -141,7 +129,7 @@ def test_update_moves_the_loss_as_its_slope_says(bundled: Path) -> None:
 
 
 def test_rademacher_directions(bundled: Path) -> None:
-    engine = trained(Engine.load(bundled, LoRAConfig(), exact=True))
+    engine = half_trained(Engine.load(bundled, LoRAConfig(), exact=True))
     assert engine.adapter is not None
     batch = engine.encode([Example(text="The cat sat on the mat.")])
     lora = gradient(TorchModel(engine), batch)[: engine.adapter.n_lora].astype(np.float32)
@@ -151,7 +139,7 @@ def test_rademacher_directions(bundled: Path) -> None:
 
 
 def test_non_finite_losses_are_reported(bundled: Path) -> None:
-    engine = trained(Engine.load(bundled, LoRAConfig()))
+    engine = half_trained(Engine.load(bundled, LoRAConfig()))
     assert engine.adapter is not None
     batch = engine.encode([Example(text="The cat sat.")])
     with pytest.raises(NumericsError, match="epsilon"):
@@ -182,7 +170,7 @@ def test_bad_options(bundled: Path, options: dict, message: str) -> None:
 def test_layers_before_the_first_adapted_one_run_once(bundled: Path) -> None:
     """Restricting layers gives the derivatives of the full adapter with the rest of v zero."""
     rows: list[int] = []
-    engine = trained(Engine.load(bundled, LoRAConfig(layers=(5,))))
+    engine = half_trained(Engine.load(bundled, LoRAConfig(layers=(5,))))
     batch = engine.encode([Example(text="The cat sat.")])
     real = engine.ops.matmul
 

@@ -177,4 +177,6 @@ def test_the_memory_of_a_step(model: Path, n_sequences: int, length: int, exact:
     command = [sys.executable, "-c", MEASURE, *map(str, (model, n_sequences, length, exact))]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     measured, estimate = map(int, run.stdout.split())
-    assert estimate / 1.5 < measured < estimate * 1.5
+    # It errs on the safe side: whether the C library gives freed arrays back before the next ones
+    # are made depends on what was freed before.
+    assert estimate / 2 < measured < estimate * 1.5
