@@ -24,7 +24,7 @@ def encode_decoder(
 ) -> Tokens:
     """Tokens of one example for a decoder, cut to max_tokens.
 
-    DataError for an example longer than the context, or one whose label tokens are cut off.
+    DataError for an example longer than the context without max_tokens, or with one token.
     """
     if example.kind == "label":
         assert example.label is not None
@@ -40,13 +40,9 @@ def encode_decoder(
     else:
         assert example.text is not None
         tokens = _join([(_encode_spans(tokenizer, [example.text])[0], True)])
-    tokens = _fit(tokens, example, context, max_tokens)
     if not any(tokens.labels[1:]):
-        raise DataError(
-            f"{example.where}: nothing to predict is left in {len(tokens.ids)} tokens; "
-            "shorten the prompt or allow more tokens"
-        )
-    return tokens
+        raise DataError(f"{example.where}: it has no token to predict")
+    return _fit(tokens, example, context, max_tokens)
 
 
 def encode_label(
@@ -128,11 +124,15 @@ def _join(spans: Iterable[tuple[list[int], bool]]) -> Tokens:
 
 
 def _fit(tokens: Tokens, example: Example, context: int, max_tokens: int | None) -> Tokens:
+    """Cut to the limit; a long prompt loses its beginning, so that half is left to predict."""
     n = len(tokens.ids)
     if max_tokens is None and n > context:
         raise _too_long(example, n, context)
     limit = min(max_tokens or context, context)
-    return Tokens(tokens.ids[:limit], tokens.labels[:limit])
+    first = tokens.labels.index(True)
+    predicted = min(n - first, limit - limit // 2)
+    start = max(0, first + predicted - limit)
+    return Tokens(tokens.ids[start : start + limit], tokens.labels[start : start + limit])
 
 
 def _too_long(example: Example, n_tokens: int, context: int) -> DataError:
