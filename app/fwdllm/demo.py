@@ -14,6 +14,7 @@ from fwdllm.protocol.config import TrainConfig
 from fwdllm.tuning import Progress, TuneResult, tune
 
 FOLDER = "demo-run"
+ANSWER_TOKENS = 24
 
 
 @dataclass(frozen=True)
@@ -26,17 +27,17 @@ class Demo:
 
 
 DEMO = Demo(
-    lora=LoRAConfig(rank=8, alpha=16.0),
+    lora=LoRAConfig(rank=2, alpha=4.0),
     train=TrainConfig(
-        steps=200,
+        steps=500,
         batch_size=8,
         perturbations=16,
         optimizer="momentum",
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         warmup=20,
-        eval_every=20,
+        eval_every=50,
     ),
-    question="What is the opposite of fast?",
+    question="What does a cow say?",
 )
 
 
@@ -83,7 +84,9 @@ def run_demo(
         should_stop=should_stop,
     )
     base, tuned = (
-        "".join(generate(model, settings.question, adapter=adapter, chat=True)).strip()
+        "".join(
+            generate(model, settings.question, adapter=adapter, chat=True, max_tokens=ANSWER_TOKENS)
+        ).strip()
         for adapter in (None, result.adapter)
     )
     return DemoResult(result, settings.question, base, tuned, folder / "plot.png")
