@@ -217,7 +217,7 @@ def test_demo(fwdllm: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert path.stat().st_size > 1000
         assert str(path) in outcome.out
     assert "held-out loss" in outcome.out
-    assert "The opposite of " in outcome.out.partition("before:")[2]
+    assert "A cow says moo" in outcome.out.partition("before:")[2]
     assert "after:" in outcome.out
     assert fwdllm("demo", "--run-dir", "mine").code == 0
     assert Path("mine/adapter.gguf").exists()
