@@ -13,9 +13,10 @@ from gguf import GGML_QUANT_SIZES
 from gguf import quants as gguf_quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from weights import random_weight
 
 from fwdllm.kernels import reference
-from fwdllm.kernels.types import DISTRIBUTIONS, SUPPORTED_TYPES, Lanes, LoRA, QuantType, Weight
+from fwdllm.kernels.types import DISTRIBUTIONS, SUPPORTED_TYPES, Lanes, LoRA, QuantType
 
 # One rounding from float64 to float32 on each side.
 FLOAT32 = {"rtol": 1.2e-7, "atol": 1e-30}
@@ -36,40 +37,14 @@ def assert_same(ours: np.ndarray, theirs: torch.Tensor) -> None:
 
 # --- decode -----------------------------------------------------------------------------
 
-# byte offsets of the fp16 fields of a block, which random bytes could make infinite or NaN
-HALF_FIELDS = {
-    QuantType.Q4_0: [0], QuantType.Q4_1: [0, 2], QuantType.Q8_0: [0], QuantType.Q4_K: [0, 2],
-    QuantType.Q5_K: [0, 2], QuantType.Q6_K: [208],
-}  # fmt: skip
 every_type = pytest.mark.parametrize("type", SUPPORTED_TYPES, ids=lambda t: t.name)
-
-
-def random_weight(
-    type: QuantType, n_out: int, n_in: int, rng: np.random.Generator, scale: float = 1.0
-) -> Weight:
-    """Every bit pattern of the quants; float fields are normals times scale."""
-    block, size = GGML_QUANT_SIZES[type]
-    values = normals(rng, n_out, n_in) * np.float32(scale)
-    if type == QuantType.F32:
-        data = values.view(np.uint8)
-    elif type == QuantType.F16:
-        data = values.astype(np.float16).view(np.uint8)
-    elif type == QuantType.BF16:
-        data = (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
-    else:
-        blocks = rng.integers(0, 256, (n_out * n_in // block, size), np.uint8)
-        for at in HALF_FIELDS[type]:
-            field = (normals(rng, len(blocks), 1) * np.float32(scale)).astype(np.float16)
-            blocks[:, at : at + 2] = field.view(np.uint8)
-        data = blocks.reshape(n_out, -1)
-    return Weight(data, type, n_out, n_in)
 
 
 @every_type
 @pytest.mark.parametrize("n_out", [1, 5, 17])
 def test_dequantize_is_ggufs_bit_for_bit(type: QuantType, n_out: int) -> None:
     n_in = 3 * max(GGML_QUANT_SIZES[type][0], 7)
-    weight = random_weight(type, n_out, n_in, np.random.default_rng(n_out))
+    weight = random_weight(np.random.default_rng(n_out), type, n_out, n_in, 1.0)
     got = reference.dequantize(weight)
     assert got.dtype == np.float32
     want = gguf_quants.dequantize(weight.data, type).reshape(n_out, n_in)
@@ -78,7 +53,7 @@ def test_dequantize_is_ggufs_bit_for_bit(type: QuantType, n_out: int) -> None:
 
 @every_type
 def test_embedding_is_rows_of_the_matrix(type: QuantType) -> None:
-    weight = random_weight(type, 9, 512, np.random.default_rng(0))
+    weight = random_weight(np.random.default_rng(0), type, 9, 512, 1.0)
     ids = np.array([8, 0, 3, 3], np.int32)
     got = reference.embedding(weight, ids)
     np.testing.assert_array_equal(got, reference.dequantize(weight)[ids])
@@ -86,7 +61,7 @@ def test_embedding_is_rows_of_the_matrix(type: QuantType) -> None:
 
 
 def test_embedding_decodes_only_the_rows_asked() -> None:
-    weight = random_weight(QuantType.Q4_0, 20_000, 256, np.random.default_rng(0))
+    weight = random_weight(np.random.default_rng(0), QuantType.Q4_0, 20_000, 256, 1.0)
     tracemalloc.start()
     reference.embedding(weight, np.array([1, 19_999], np.int32))
     _, peak = tracemalloc.get_traced_memory()
@@ -96,7 +71,7 @@ def test_embedding_decodes_only_the_rows_asked() -> None:
 
 @pytest.mark.parametrize("bad", [-1, 9])
 def test_indices_outside_are_refused(bad: int) -> None:
-    weight = random_weight(QuantType.F32, 9, 4, np.random.default_rng(0))
+    weight = random_weight(np.random.default_rng(0), QuantType.F32, 9, 4, 1.0)
     ids, x = np.array([0, bad], np.int32), np.ones((2, 4), np.float32)
     table = np.ones((9, 2), np.float32)
     with pytest.raises(IndexError, match="token ids"):
@@ -126,7 +101,7 @@ def test_matmul_is_the_materialized_formula(
     distribution: str, offset: int, seed: int,
 ) -> None:  # fmt: skip
     rng, n_in = np.random.default_rng(seed), 256
-    weight = random_weight(type, n_out, n_in, rng, 0.01)
+    weight = random_weight(rng, type, n_out, n_in)
     x, bias = normals(rng, n_lanes * rows_per_lane, n_in), normals(rng, n_out)
     lora = LoRA(normals(rng, rank, n_in), normals(rng, n_out, rank), 1.5, offset)
     lanes = Lanes(
@@ -155,7 +130,7 @@ def test_matmul_is_the_materialized_formula(
 
 def test_matmul_parts_are_optional() -> None:
     rng = np.random.default_rng(0)
-    weight = random_weight(QuantType.Q8_0, 6, 64, rng)
+    weight = random_weight(rng, QuantType.Q8_0, 6, 64, 1.0)
     x, w = normals(rng, 4, 64), float64(reference.dequantize(weight))
     lora = LoRA(normals(rng, 2, 64), normals(rng, 6, 2), 2.0, 0)
     lanes = Lanes(np.array([1, 2], np.uint64), np.ones(2, np.float32))
@@ -170,7 +145,7 @@ def test_matmul_parts_are_optional() -> None:
 @pytest.mark.parametrize("n_lanes", [0, 3])
 def test_matmul_refuses_unequal_lanes(n_lanes: int) -> None:
     rng = np.random.default_rng(0)
-    weight = random_weight(QuantType.F32, 6, 8, rng)
+    weight = random_weight(rng, QuantType.F32, 6, 8, 1.0)
     lora = LoRA(normals(rng, 2, 8), normals(rng, 6, 2), 2.0, 0)
     lanes = Lanes(np.zeros(n_lanes, np.uint64), np.zeros(n_lanes, np.float32))
     with pytest.raises(ValueError, match=f"4 rows are not {n_lanes} equal lanes"):
@@ -276,7 +251,7 @@ def test_swiglu_and_gelu() -> None:
 @pytest.mark.parametrize("scale", [0.01, 30.0])
 def test_cross_entropy(scale: float) -> None:
     rng = np.random.default_rng(0)
-    weight = random_weight(QuantType.Q6_K, 101, 256, rng, scale)
+    weight = random_weight(rng, QuantType.Q6_K, 101, 256, scale)
     x, labels = normals(rng, 7, 256), rng.integers(0, 101, 7, np.int32)
     logits = float64(x) @ float64(reference.dequantize(weight)).T
     want = F.cross_entropy(logits, torch.from_numpy(labels).long(), reduction="none")
