@@ -110,9 +110,13 @@ def test_matmul_of_odd_shapes(type: QuantType, rows: int, n_in: int, n_out: int)
     rng = np.random.default_rng(0)
     weight = random_weight(rng, type, n_out, n_in)
     x = rng.normal(size=(rows, n_in)).astype(np.float32)
-    assert relative_error(cpu.matmul(x, weight), reference.matmul(x, weight)) < 1e-6
+    want = reference.matmul(x, weight)
+    assert relative_error(cpu.matmul(x, weight, exact=True), want) < 1e-6
+    rounded = cpu.isa == "avx512_bf16" and type == QuantType.BF16  # bf16 keeps 8 bits
+    assert relative_error(cpu.matmul(x, weight), want) < (2**-8 if rounded else 1e-6)
 
 
+@pytest.mark.skipif(cpu.isa == "avx512_bf16", reason="its activations are bf16")
 @pytest.mark.parametrize("type", QUANTIZED, ids=lambda t: t.name)
 def test_int8_route_is_exact_on_representable_activations(type: QuantType) -> None:
     rng = np.random.default_rng(5)
@@ -139,7 +143,8 @@ def test_seeded_lora(
     lora, lanes = random_lora(rng, n_in, n_out, rank), random_lanes(rng, n_lanes, distribution)
     x = rng.normal(size=(n_lanes * rows, n_in)).astype(np.float32)
     want = reference.matmul(x, weight, lora=lora, lanes=lanes)
-    assert relative_error(cpu.matmul(x, weight, lora=lora, lanes=lanes), want) < 2e-6
+    # 1e-5 because the few numbers of a small shape may cancel.
+    assert relative_error(cpu.matmul(x, weight, lora=lora, lanes=lanes), want) < 1e-5
 
 
 @types
@@ -291,7 +296,7 @@ def test_bad_shapes_are_refused() -> None:
         cpu.seeded_axpy(np.zeros(4), np.zeros(1, np.uint64), np.zeros(1, np.float32))
 
 
-@pytest.mark.parametrize("isa", ["avx2", "portable"])
+@pytest.mark.parametrize("isa", cpu.isas[1:])
 def test_every_isa(isa: str) -> None:
     if "FWDLLM_ISA" in os.environ:
         pytest.skip("already running under a chosen instruction set")

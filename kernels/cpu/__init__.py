@@ -1,9 +1,10 @@
 """CPU backend: the operations of ``kernels.reference`` in C++ (kernels/cpu/*.h).
 
-``isa`` names the instruction set chosen at import; FWDLLM_ISA overrides it ("avx512", "avx2",
-"portable") and FWDLLM_NUM_THREADS the number of threads. With ``exact=True`` matmuls are fp32;
-otherwise activations of quantized weights go to int8 with a scale per 32 values, perturbed lanes
-as their difference to a reference lane (``Lanes.references``).
+``isa`` names the instruction set chosen at import, the first of ``isas`` that this machine has;
+FWDLLM_ISA overrides it and FWDLLM_NUM_THREADS the number of threads. With ``exact=True`` matmuls
+are fp32; otherwise activations of quantized weights go to int8 with a scale per 32 values (to bf16
+under "avx512_bf16"), perturbed lanes as their difference to a reference lane
+(``Lanes.references``).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from fwdllm.kernels.cpu import _native  # type: ignore[attr-defined]
 from fwdllm.kernels.types import Lanes, LoRA, Weight
 
 isa: str = _native.isa
+isas: tuple[str, ...] = _native.isas
 num_threads = _native.num_threads
 set_num_threads = _native.set_num_threads
 
@@ -24,10 +26,12 @@ __all__ = [
     "embedding",
     "gelu",
     "isa",
+    "isas",
     "layer_norm",
     "matmul",
     "normal",
     "num_threads",
+    "peak",
     "philox",
     "rademacher",
     "rms_norm",
@@ -41,6 +45,16 @@ __all__ = [
 
 def _f32(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x, np.float32)
+
+
+def peak(kind: str) -> float:
+    """This machine's own limit with ``isa`` on all threads, measured now (about 0.1 s).
+
+    kind: "int8", "bf16" or "fp32", operations per second of that multiply-add (0 if ``isa`` has no
+    instruction for it), or "read", bytes per second streamed from memory.
+    """
+    rate: float = _native.peak(kind)
+    return rate
 
 
 def philox(seed: int, start: int, count: int) -> np.ndarray:

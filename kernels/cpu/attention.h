@@ -2,7 +2,8 @@
 // sequence and key/value head: its keys are transposed once, then all query heads of the group
 // use them. Queries go in blocks, so that a loaded key or value serves several.
 
-constexpr int kQueries = 4;  // 4 queries x 4 vectors of scores fill 16 registers
+// Queries at a time: with 2 vectors of keys or values half of the registers are sums.
+constexpr int kQueries = kWidth == 16 ? 8 : 4;
 
 struct Attention {
     const float *q, *k, *v;
@@ -12,28 +13,33 @@ struct Attention {
     bool causal;
 };
 
-// scores [kQueries][stride] = scale q . k for keys 0 .. n; keys_t [head_dim][stride].
+// scores [kQueries][stride] = scale q . k for kVectors of keys; keys_t [head_dim][stride].
+template <int kVectors>
+inline void score_keys(const float* const* q, const float* keys_t, int64_t head_dim, int64_t stride,
+                       float scale, float* scores) {
+    VF acc[kQueries][kVectors] = {};
+    for (int64_t d = 0; d < head_dim; ++d) {
+        VF keys[kVectors];
+        for (int v = 0; v < kVectors; ++v) keys[v] = load(keys_t + d * stride + v * kWidth);
+#pragma GCC unroll 8
+        for (int i = 0; i < kQueries; ++i)
+#pragma GCC unroll 2
+            for (int v = 0; v < kVectors; ++v)
+                acc[i][v] = fmadd(splat(q[i][d]), keys[v], acc[i][v]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kQueries; ++i)
+        for (int v = 0; v < kVectors; ++v)
+            store(scores + i * stride + v * kWidth, acc[i][v] * splat(scale));
+}
+
+// The same for keys 0 .. n.
 inline void score(const float* const* q, const float* keys_t, int64_t head_dim, int64_t n,
                   int64_t stride, float scale, float* scores) {
-    constexpr int kKeys = 2 * kWidth;
-    for (int64_t j = 0; j < n; j += kKeys) {
-        VF acc[kQueries][2] = {};
-        for (int64_t d = 0; d < head_dim; ++d) {
-            const VF k0 = load(keys_t + d * stride + j),
-                     k1 = load(keys_t + d * stride + j + kWidth);
-#pragma GCC unroll 4
-            for (int i = 0; i < kQueries; ++i) {
-                const VF x = splat(q[i][d]);
-                acc[i][0] = fmadd(x, k0, acc[i][0]);
-                acc[i][1] = fmadd(x, k1, acc[i][1]);
-            }
-        }
-#pragma GCC unroll 4
-        for (int i = 0; i < kQueries; ++i) {
-            store(scores + i * stride + j, acc[i][0] * splat(scale));
-            store(scores + i * stride + j + kWidth, acc[i][1] * splat(scale));
-        }
-    }
+    int64_t j = 0;
+    for (; j + kWidth < n; j += 2 * kWidth)
+        score_keys<2>(q, keys_t + j, head_dim, stride, scale, scores + j);
+    if (j < n) score_keys<1>(q, keys_t + j, head_dim, stride, scale, scores + j);
 }
 
 // scores[0 .. n) -> exp(score - max), zeros up to padded; returns 1 / their sum.
@@ -58,22 +64,42 @@ inline float softmax(float* scores, int64_t n, int64_t padded) {
     return 1.0f / sum(total);
 }
 
-// y [kQueries rows] = weights v for keys 0 .. n.
+// y [kQueries rows], dimensions d on = weights v for keys 0 .. n, m dimensions of the last vector.
+template <int kVectors>
+inline void mix_values(const float* weights, int64_t stride, const float* inverse_sums,
+                       const float* v, int64_t v_stride, int64_t n, int64_t d, int64_t m,
+                       float* const* y, int n_queries) {
+    VF acc[kQueries][kVectors] = {};
+    for (int64_t j = 0; j < n; ++j) {
+        const float* from = v + j * v_stride + d;
+        VF value[kVectors];
+#pragma GCC unroll 2
+        for (int u = 0; u < kVectors; ++u)
+            value[u] = load_first(from + u * kWidth, u < kVectors - 1 ? kWidth : m);
+#pragma GCC unroll 8
+        for (int i = 0; i < kQueries; ++i)
+#pragma GCC unroll 2
+            for (int u = 0; u < kVectors; ++u)
+                acc[i][u] = fmadd(splat(weights[i * stride + j]), value[u], acc[i][u]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kQueries; ++i) {  // a fixed count keeps the sums in registers
+        if (i >= n_queries) break;
+#pragma GCC unroll 2
+        for (int u = 0; u < kVectors; ++u)
+            store_first(y[i] + d + u * kWidth, acc[i][u] * splat(inverse_sums[i]),
+                        u < kVectors - 1 ? kWidth : m);
+    }
+}
+
 inline void mix(const float* weights, int64_t stride, const float* inverse_sums, const float* v,
                 int64_t v_stride, int64_t n, int64_t head_dim, float* const* y, int n_queries) {
-    for (int64_t d = 0; d < head_dim; d += kWidth) {
-        const int64_t m = min_of<int64_t>(kWidth, head_dim - d);
-        VF acc[kQueries] = {};
-        for (int64_t j = 0; j < n; ++j) {
-            const VF value =
-                m == kWidth ? load(v + j * v_stride + d) : load_first(v + j * v_stride + d, m);
-#pragma GCC unroll 4
-            for (int i = 0; i < kQueries; ++i)
-                acc[i] = fmadd(splat(weights[i * stride + j]), value, acc[i]);
-        }
-        for (int i = 0; i < n_queries; ++i)
-            store_first(y[i] + d, acc[i] * splat(inverse_sums[i]), m);
-    }
+    int64_t d = 0;
+    for (; d + kWidth < head_dim; d += 2 * kWidth)
+        mix_values<2>(weights, stride, inverse_sums, v, v_stride, n, d,
+                      min_of<int64_t>(kWidth, head_dim - d - kWidth), y, n_queries);
+    if (d < head_dim)
+        mix_values<1>(weights, stride, inverse_sums, v, v_stride, n, d, head_dim - d, y, n_queries);
 }
 
 inline void attend(const Attention& a, int64_t row0, int64_t n, int64_t kv_head) {

@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <stdexcept>
 #include <string>
@@ -30,6 +31,16 @@ int distribution_code(const std::string& name) {
     if (name == "normal") return kNormal;
     if (name == "rademacher") return kRademacher;
     throw nb::value_error("distribution is 'normal' or 'rademacher'");
+}
+
+double peak(const std::string& kind) {
+    const char* kinds[] = {"int8", "bf16", "fp32", "read"};
+    for (int i = 0; i < 4; ++i) {
+        if (kind != kinds[i]) continue;
+        nb::gil_scoped_release release_gil;
+        return kernels().peak((Peak)i);
+    }
+    throw nb::value_error("kind is 'int8', 'bf16', 'fp32' or 'read'");
 }
 
 struct BlockSize {
@@ -233,6 +244,8 @@ void attention(Matrix q, Matrix k, Matrix v, In<int32_t, 1> starts, int64_t head
 
 NB_MODULE(_native, m) {
     m.attr("isa") = kernels().name;
+    m.attr("isas") = nb::tuple(nb::cast(isa_names()));
+    m.def("peak", &peak);
     m.def("num_threads", &num_threads);
     m.def("set_num_threads", [](int n) {
         require(n >= 1, "at least one thread");

@@ -7,10 +7,13 @@ struct Group {
     float min;
 };
 
-// Converts without a table; the multiplication brings subnormals and normals alike into place.
 inline float half_to_float(const uint8_t* p) {
     uint16_t h;
     __builtin_memcpy(&h, p, 2);
+#if defined(__F16C__)
+    return _cvtsh_ss(h);
+#else
+    // The multiplication brings subnormals and normals alike into place.
     uint32_t bits = (uint32_t)(h & 0x7FFF) << 13;
     float f;
     __builtin_memcpy(&f, &bits, 4);
@@ -20,13 +23,31 @@ inline float half_to_float(const uint8_t* p) {
     bits |= (uint32_t)(h & 0x8000) << 16;
     __builtin_memcpy(&f, &bits, 4);
     return f;
+#endif
 }
 
+typedef uint8_t Bytes16 __attribute__((vector_size(16)));
+
+inline Bytes16 load_bytes(const uint8_t* p) {
+    Bytes16 v;
+    __builtin_memcpy(&v, p, 16);
+    return v;
+}
+inline void store_bytes(uint8_t* p, Bytes16 v) { __builtin_memcpy(p, &v, 16); }
+
+// n is 16 or 32.
 inline void low_nibbles(const uint8_t* q, uint8_t* code, int n) {
-    for (int i = 0; i < n; ++i) code[i] = q[i] & 15;
+    for (int i = 0; i < n; i += 16) store_bytes(code + i, load_bytes(q + i) & 15);
 }
 inline void high_nibbles(const uint8_t* q, uint8_t* code, int n) {
-    for (int i = 0; i < n; ++i) code[i] = q[i] >> 4;
+    for (int i = 0; i < n; i += 16) store_bytes(code + i, load_bytes(q + i) >> 4);
+}
+// code |= (two or one bits of high, from bit `at`) << 4
+inline void add_high_bits(const uint8_t* high, int at, int mask, uint8_t* code) {
+    for (int i = 0; i < 32; i += 16) {
+        const Bytes16 bits = (load_bytes(high + i) >> at) & (uint8_t)mask;
+        store_bytes(code + i, load_bytes(code + i) | (bits << 4));
+    }
 }
 
 // The 6-bit scale and min of sub-block j, packed in 12 bytes (get_scale_min_k4).
@@ -69,7 +90,7 @@ struct CodecQ8_0 {
     static void group(const uint8_t* row, int64_t i, Group* g) {
         const uint8_t* b = row + i * 34;
         g->scale[0] = half_to_float(b);
-        for (int j = 0; j < 32; ++j) g->code[j] = b[2 + j] ^ 0x80;
+        for (int j = 0; j < 32; j += 16) store_bytes(g->code + j, load_bytes(b + 2 + j) ^ 0x80);
     }
 };
 
@@ -107,7 +128,7 @@ struct CodecQ5_K {
             low_nibbles(q, g->code, 32);
         else
             high_nibbles(q, g->code, 32);
-        for (int l = 0; l < 32; ++l) g->code[l] |= (uint8_t)(((high[l] >> j) & 1) << 4);
+        add_high_bits(high, j, 1, g->code);
     }
 };
 
@@ -126,7 +147,7 @@ struct CodecQ6_K {
             low_nibbles(low, g->code, 32);
         else
             high_nibbles(low, g->code, 32);
-        for (int l = 0; l < 32; ++l) g->code[l] |= (uint8_t)(((high[l] >> (2 * quarter)) & 3) << 4);
+        add_high_bits(high, 2 * quarter, 3, g->code);
     }
 };
 

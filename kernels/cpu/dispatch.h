@@ -3,6 +3,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
+#include <vector>
 
 namespace fwdllm {
 
@@ -20,6 +22,8 @@ enum QuantType : int {
 };
 
 enum Distribution : int { kNormal = 0, kRademacher = 1 };
+
+enum Peak : int { kPeakInt8, kPeakBf16, kPeakFp32, kPeakRead };
 
 struct Weight {  // W [n_out, n_in], rows of row_bytes in GGUF blocks
     const uint8_t* data;
@@ -72,10 +76,14 @@ struct Kernels {
     void (*attention)(const float* q, const float* k, const float* v, const int32_t* starts,
                       int64_t n_seq, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim,
                       float scale, bool causal, float* y);
+    double (*peak)(Peak kind);
 };
 
 // The table of the best instruction set this machine has, or of the one FWDLLM_ISA names.
 // Throws std::runtime_error if FWDLLM_ISA names one that is unknown or not supported here.
 const Kernels& kernels();
+
+// Names of the instruction sets this machine can run, best first.
+std::vector<std::string> isa_names();
 
 }  // namespace fwdllm

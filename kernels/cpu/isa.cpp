@@ -1,5 +1,7 @@
 // All kernels for one instruction set. CMake compiles this file once per set, with its flags and
 // FWDLLM_ISA naming it; everything lives in that namespace and is reached through one table.
+#include <time.h>
+
 #include <cstdint>
 
 #include "dispatch.h"
@@ -23,7 +25,15 @@ namespace {
 //
 #include "decode.h"
 //
-#include "panel.h"
+#include "pack.h"
+//
+#include "dense.h"
+//
+#include "int8_pack.h"
+//
+#include "int8_dot.h"
+//
+#include "int8.h"
 //
 #include "matmul.h"
 //
@@ -32,6 +42,8 @@ namespace {
 #include "layers.h"
 //
 #include "attention.h"
+//
+#include "peak.h"
 
 }  // namespace
 
@@ -50,6 +62,7 @@ const Kernels table = {FWDLLM_TEXT(FWDLLM_ISA),
                        rope,
                        swiglu,
                        gelu,
-                       attention};
+                       attention,
+                       peak};
 
 }  // namespace fwdllm::FWDLLM_ISA

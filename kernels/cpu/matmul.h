@@ -1,117 +1,25 @@
 // y = x W^T + bias, and the output matmul fused with cross-entropy: both walk the outputs panel
 // by panel and hand each finished tile to a sink.
 
-// Bytes of decoded weights kept for one sweep over the activations: half of a common 512 KiB L2,
-// so that a tile of activations, read from there too, serves several panels.
-constexpr int64_t kPanelBytes = 256 * 1024;
-constexpr int64_t kF32Depth = 512;  // K per decoded fp32 panel: 512 x 32 outputs = 64 KiB
-
-struct Buffer {  // freed at the end of the call
-    void* data;
-    explicit Buffer(int64_t bytes) : data(allocate(bytes)) {}
-    Buffer(const Buffer&) = delete;
-    ~Buffer() { release(data); }
-};
-
-// A product of packed activations with W. run() calls sink(row0, n_rows, out0, n_outs, tile,
-// stride) for all tiles of outputs out0 .. out0+n, rows ascending. references: see dispatch.h; the
-// tile of a row that has one holds the product of the difference. fp32 products have none.
-struct F32Product {
-    const Weight& w;
-    int64_t rows;
-    const int32_t* references = nullptr;
-    Buffer tiles;
-    static constexpr int panel_outputs = kF32Outputs;
-
-    F32Product(const float* x, int64_t rows, const Weight& w)
-        : w(w), rows(rows), tiles(ceil_div(rows, kRows) * kRows * w.n_in * 4) {
-        float* packed = (float*)tiles.data;
-        parallel_for(ceil_div(rows, kRows), [&](int64_t t) {
-            const int64_t row0 = t * kRows;
-            pack_tile_f32(x + row0 * w.n_in, min_of<int64_t>(kRows, rows - row0), w.n_in,
-                          packed + row0 * w.n_in);
-        });
-    }
-
-    int64_t outputs_at_once() const { return panel_outputs; }
-
-    template <typename Sink>
-    void run(int64_t out0, int64_t n, const Sink& sink) const {
-        const int64_t n_tiles = ceil_div(rows, kRows), c_size = kRows * kF32Outputs;
-        float* panel = (float*)thread_scratch(4 * (kF32Depth * kF32Outputs + n_tiles * c_size));
-        float* c = panel + kF32Depth * kF32Outputs;
-        __builtin_memset(c, 0, 4 * n_tiles * c_size);
-        for (int64_t first = 0; first < w.n_in; first += kF32Depth) {
-            const int64_t k = min_of(kF32Depth, w.n_in - first);
-            pack_panel_f32(w, out0, n, first, k, panel);
-            for (int64_t t = 0; t < n_tiles; ++t) {
-                const float* tile = (const float*)tiles.data + t * kRows * w.n_in + first * kRows;
-                multiply_f32(tile, panel, k, c + t * c_size);
-            }
-        }
-        for (int64_t t = 0; t < n_tiles; ++t)
-            sink(t * kRows, min_of<int64_t>(kRows, rows - t * kRows), out0, n, c + t * c_size,
-                 kF32Outputs);
-    }
-};
-
-template <typename Codec>
-struct Int8Product {
-    const Weight& w;
-    int64_t rows;
-    const int32_t* references;
-    Buffer tiles;
-    static constexpr int panel_outputs = kInt8Outputs;
-
-    Int8Product(const float* x, int64_t rows, const int32_t* references, const Weight& w)
-        : w(w),
-          rows(rows),
-          references(references),
-          tiles(ceil_div(rows, kRows) * (w.n_in / 32) * sizeof(TileGroup<Codec>)) {
-        auto* packed = (TileGroup<Codec>*)tiles.data;
-        parallel_for(ceil_div(rows, kRows), [&](int64_t t) {
-            const int64_t row0 = t * kRows;
-            pack_tile_int8<Codec>(x, row0, min_of<int64_t>(kRows, rows - row0), references, w.n_in,
-                                  packed + t * (w.n_in / 32));
-        });
-    }
-
-    int64_t outputs_at_once() const {
-        const int64_t panel = w.n_in / 32 * (int64_t)sizeof(PanelGroup<Codec>);
-        return kInt8Outputs * max_of<int64_t>(1, min_of<int64_t>(16, kPanelBytes / panel));
-    }
-
-    template <typename Sink>
-    void run(int64_t out0, int64_t n, const Sink& sink) const {
-        const int64_t groups = w.n_in / 32, n_panels = ceil_div(n, kInt8Outputs);
-        auto* panels =
-            (PanelGroup<Codec>*)thread_scratch(n_panels * groups * sizeof(PanelGroup<Codec>));
-        for (int64_t p = 0; p < n_panels; ++p)
-            pack_panel_int8<Codec>(w, out0 + p * kInt8Outputs,
-                                   min_of<int64_t>(kInt8Outputs, n - p * kInt8Outputs),
-                                   panels + p * groups);
-        float c[kRows * kInt8Outputs];
-        for (int64_t row0 = 0; row0 < rows; row0 += kRows) {
-            const auto* tile = (const TileGroup<Codec>*)tiles.data + row0 / kRows * groups;
-            for (int64_t p = 0; p < n_panels; ++p) {
-                multiply_int8<Codec>(tile, panels + p * groups, groups, c);
-                sink(row0, min_of<int64_t>(kRows, rows - row0), out0 + p * kInt8Outputs,
-                     min_of<int64_t>(kInt8Outputs, n - p * kInt8Outputs), c, kInt8Outputs);
-            }
-        }
-    }
-};
-
-// Calls f(product) with the route for this weight: int8 activations for quantized weights unless
-// exact fp32 arithmetic is asked for.
+// Calls f(product) with the route for this weight. Unless exact fp32 arithmetic is asked for,
+// quantized weights meet int8 activations, or bf16 ones where that is the instruction set, and so
+// do BF16 weights then.
 template <typename F>
 inline void with_product(const float* x, int64_t rows, const int32_t* references, const Weight& w,
                          bool exact, const F& f) {
-    const bool done = !exact && with_codec(w.type, [&](auto codec) {
+#if defined(__AVX512BF16__)
+    const bool fast = !exact && w.type != F32 && w.type != F16;
+    if (fast) f(DenseProduct<BFloat16>(x, rows, references, w));
+#else
+    const bool fast = !exact && with_codec(w.type, [&](auto codec) {
         f(Int8Product<decltype(codec)>(x, rows, references, w));
     });
-    if (!done) f(F32Product(x, rows, w));
+#endif
+    if (!fast) f(DenseProduct<Float32>(x, rows, nullptr, w));
 }
+
+// Tasks per thread at least, so that a thread that is late to start costs little.
+constexpr int64_t kTasksPerThread = 2;
 
 void matmul(const float* x, int64_t rows, const int32_t* references, const Weight& w,
             const float* bias, bool exact, float* y) {
@@ -123,13 +31,23 @@ void matmul(const float* x, int64_t rows, const int32_t* references, const Weigh
                 const float* base = bias ? bias + out0 : nullptr;
                 if (is_difference(product.references, r))
                     base = y + product.references[r] * w.n_out + out0;
-                for (int64_t j = 0; j < n; ++j) to[j] = base ? base[j] + c[j] : c[j];
+                for (int64_t j = 0; j < n; j += kWidth) {
+                    const int64_t m = min_of<int64_t>(kWidth, n - j);
+                    const VF v = load(c + j);
+                    store_first(to + j, base ? load_first(base + j, m) + v : v, m);
+                }
             }
         };
-        const int64_t at_once = product.outputs_at_once();
-        parallel_for(ceil_div(w.n_out, at_once), [&](int64_t task) {
-            const int64_t out0 = task * at_once;
-            product.run(out0, min_of(at_once, w.n_out - out0), write);
+        // Equal shares of the panels, a multiple of the threads.
+        const int64_t width = product.panel_outputs, n_panels = ceil_div(w.n_out, width);
+        const int64_t threads = num_threads();
+        const int64_t least =
+            max_of(ceil_div(n_panels, product.panels_at_once()), kTasksPerThread * threads);
+        const int64_t n_tasks = min_of(n_panels, ceil_div(least, threads) * threads);
+        parallel_for(n_tasks, [&](int64_t task) {
+            const int64_t out0 = task * n_panels / n_tasks * width;
+            const int64_t end = min_of((task + 1) * n_panels / n_tasks * width, w.n_out);
+            product.run(out0, end - out0, write);
         });
     });
 }

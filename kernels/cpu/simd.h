@@ -42,7 +42,15 @@ inline void store_first(float* p, VF v, int64_t n) {
     if (n == kWidth) return store(p, v);
     __builtin_memcpy(p, &v, 4 * n);
 }
-inline VF splat(float x) { return VF{} + x; }
+inline VF splat(float x) {  // VF{} + x would cost an addition: 0 + x is not x if that is -0
+#if defined(__AVX512F__)
+    return (VF)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+    return (VF)_mm256_set1_ps(x);
+#else
+    return VF{x, x, x, x};
+#endif
+}
 inline VF as_float(VI v) { return (VF)v; }
 inline VI as_int(VF v) { return (VI)v; }
 inline VF to_float(VI v) { return __builtin_convertvector(v, VF); }

@@ -138,6 +138,15 @@ void* allocate(int64_t bytes) {
 
 void release(void* data) { std::free(data); }
 
+int64_t l2_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+    static const int64_t bytes = 0;
+#endif
+    return bytes > 0 ? bytes : 512 * 1024;
+}
+
 void* thread_scratch(size_t bytes) {
     struct Buffer {
         void* data = nullptr;

@@ -23,4 +23,7 @@ void* thread_scratch(size_t bytes);
 void* allocate(int64_t bytes);
 void release(void* data);
 
+// Size of a core's L2 cache, or a common 512 KiB where the system does not tell.
+int64_t l2_bytes();
+
 }  // namespace fwdllm

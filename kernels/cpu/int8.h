@@ -1,0 +1,50 @@
+// The product of packed int8 activations with a quantized W; see int8_pack.h and int8_dot.h.
+
+template <typename Codec>
+struct Int8Product {  // run() is that of DenseProduct
+    const Weight& w;
+    int64_t rows;
+    const int32_t* references;
+    Buffer tiles;
+    static constexpr int panel_outputs = kInt8Outputs;
+
+    Int8Product(const float* x, int64_t rows, const int32_t* references, const Weight& w)
+        : w(w),
+          rows(rows),
+          references(references),
+          tiles(ceil_div(rows, kRows) * (w.n_in / 32) * sizeof(TileGroup<Codec>)) {
+        parallel_for(ceil_div(rows, kRows), [&](int64_t t) {
+            pack_tile_int8<Codec>(x, t * kRows, min_of<int64_t>(kRows, rows - t * kRows),
+                                  references, w.n_in, tile(t));
+        });
+    }
+
+    TileGroup<Codec>* tile(int64_t t) const {
+        return (TileGroup<Codec>*)tiles.data + t * (w.n_in / 32);
+    }
+
+    // Half of the L2 cache for decoded panels: a tile, read from there too, serves them all.
+    int64_t panels_at_once() const {
+        const int64_t panel = w.n_in / 32 * (int64_t)sizeof(PanelGroup<Codec>);
+        return max_of<int64_t>(1, l2_bytes() / 2 / panel);
+    }
+
+    template <typename Sink>
+    void run(int64_t out0, int64_t n, const Sink& sink) const {
+        const int64_t groups = w.n_in / 32, n_panels = ceil_div(n, kInt8Outputs);
+        auto* panels =
+            (PanelGroup<Codec>*)thread_scratch(n_panels * groups * sizeof(PanelGroup<Codec>));
+        for (int64_t p = 0; p < n_panels; ++p)
+            pack_panel_int8<Codec>(w, out0 + p * kInt8Outputs,
+                                   min_of<int64_t>(kInt8Outputs, n - p * kInt8Outputs),
+                                   panels + p * groups);
+        alignas(64) float c[kRows * kInt8Outputs];
+        for (int64_t row0 = 0; row0 < rows; row0 += kRows) {
+            for (int64_t p = 0; p < n_panels; ++p) {
+                multiply_int8<Codec>(tile(row0 / kRows), panels + p * groups, groups, c);
+                sink(row0, min_of<int64_t>(kRows, rows - row0), out0 + p * kInt8Outputs,
+                     min_of<int64_t>(kInt8Outputs, n - p * kInt8Outputs), c, kInt8Outputs);
+            }
+        }
+    }
+};

@@ -1,0 +1,76 @@
+// This machine's own peak rates, for benchmarks to compare with: the multiply-adds the matmul is
+// made of, issued from registers on all threads, and a stream read from memory.
+
+inline double seconds_now() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+constexpr int kChains = 12;  // independent sums: enough to hide 4 cycles on 2 units, no spills
+
+template <typename V, typename Step>
+inline void run_chains(int64_t n, const Step& step) {
+    V sums[kChains] = {};
+    V x = {}, y = {};
+    for (int c = 0; c < kChains; ++c) __asm__ volatile("" : "+x"(sums[c]));  // or all would be one
+    for (int64_t i = 0; i < n; ++i) {
+        __asm__ volatile("" : "+x"(x), "+x"(y));  // or the loop would be computed in advance
+#pragma GCC unroll 12
+        for (int c = 0; c < kChains; ++c) sums[c] = step(sums[c], x, y);
+    }
+    for (int c = 0; c < kChains; ++c) __asm__ volatile("" ::"x"(sums[c]));
+}
+
+// The best rate of several runs of body, which does `work` units.
+template <typename F>
+inline double best_rate(double work, const F& body) {
+    double best = 0;
+    for (int i = 0; i < 7; ++i) {
+        const double start = seconds_now();
+        body();
+        best = max_of(best, work / (seconds_now() - start));
+    }
+    return best;
+}
+
+template <typename V, typename Step>
+inline double multiply_rate(double ops_per_step, const Step& step) {
+    const int64_t n = 1000000, threads = num_threads();
+    return best_rate(ops_per_step * kChains * (double)(n * threads),
+                     [&] { parallel_for(threads, [&](int64_t) { run_chains<V>(n, step); }); });
+}
+
+// Bytes per second read from memory; the buffer is far larger than caches.
+inline double read_rate() {
+    constexpr int64_t size = 256 << 20, piece = 1 << 20;
+    Buffer buffer(size);
+    __builtin_memset(buffer.data, 1, size);
+    return best_rate((double)size, [&] {
+        parallel_for(size / piece, [&](int64_t i) {
+            const float* from = (const float*)buffer.data + i * (piece / 4);
+            VF sums[4] = {};
+            for (int64_t j = 0; j < piece / 4; j += 4 * kWidth)
+                for (int c = 0; c < 4; ++c) sums[c] += load(from + j + c * kWidth);
+            __asm__ volatile("" ::"x"(sums[0] + sums[1] + sums[2] + sums[3]));
+        });
+    });
+}
+
+// Operations (a multiply-add is two) or bytes per second; 0 if this instruction set has no such.
+double peak(Peak kind) {
+    if (kind == kPeakRead) return read_rate();
+    if (kind == kPeakFp32)
+        return multiply_rate<VF>(2 * kWidth, [](VF s, VF x, VF y) { return fmadd(x, y, s); });
+#if defined(__AVX512VNNI__) || (defined(__AVX2__) && !defined(__AVX512F__))
+    if (kind == kPeakInt8)
+        return multiply_rate<VI>(8 * kWidth,
+                                 [](VI s, VI x, VI y) { return dot_quads<false>(s, x, y); });
+#endif
+#if defined(__AVX512BF16__)
+    if (kind == kPeakBf16)
+        return multiply_rate<VF>(4 * kWidth,
+                                 [](VF s, VF x, VF y) { return BFloat16::multiply_add(x, y, s); });
+#endif
+    return 0;
+}
