@@ -4,13 +4,16 @@ BIN := .venv/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find app engine kernels protocol bench -type f \
 	-not -name '*.pyc')
 
-.PHONY: demo test lint format clean
+.PHONY: demo test bench lint format clean
 
 demo: .venv/installed
 	$(BIN)/fwdllm demo
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest
+
+bench: .venv/installed-test
+	$(BIN)/python -m pytest bench/suites --benchmark-only
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

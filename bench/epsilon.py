@@ -12,25 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
+from fwdllm.bench.inputs import half_trained
 from fwdllm.bench.torch_model import TorchModel, gradient
 from fwdllm.engine import Engine, LoRAConfig, read_jsonl
 from fwdllm.engine.data import labels_of
 
 EPSILONS = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 SEEDS = np.arange(64, dtype=np.uint64)
-
-
-def half_trained(engine: Engine) -> Engine:
-    """Make B and the head of a new adapter random instead of zero, as if training had begun."""
-    adapter = engine.adapter
-    assert adapter is not None
-    rng = np.random.default_rng(0)
-    for target in adapter.targets:
-        at = target.offset + adapter.config.rank * target.n_in
-        n = adapter.config.rank * target.n_out
-        adapter.theta[at : at + n] = rng.normal(scale=0.01, size=n)
-    adapter.theta[adapter.n_lora :] = rng.normal(scale=0.3, size=adapter.n_head)
-    return engine
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 Weights are random blocks of the wanted type, scaled so that activations keep their size; the
 tokenizer is the bundled model's, padded to the vocabulary. llama.cpp loads the files too.
+Memory stays at about the largest tensor, whatever the size of the file.
 """
 
 from __future__ import annotations
@@ -11,18 +12,23 @@ import os
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import BinaryIO
 
 import gguf
 import numpy as np
 
+from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.files import atomic_write
 from fwdllm.engine.gguf_file import GGUFFile
-from fwdllm.kernels.types import QuantType, row_bytes
+from fwdllm.kernels.types import SUPPORTED_TYPES, QuantType, row_bytes
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Dimensions of a decoder. tied: whether the embedding is the output matrix too."""
+    """Dimensions of a decoder. tied: whether the embedding is the output matrix too.
+
+    architecture: "llama", "qwen2" or "qwen3".
+    """
 
     n_layers: int
     width: int
@@ -33,12 +39,38 @@ class Shape:
     n_vocab: int
     context: int = 2048
     tied: bool = False
+    architecture: str = "llama"
+    rope_base: float = 10000.0
 
 
 SHAPES = {
+    "tiny": Shape(2, 256, 4, 2, 64, 768, 2048),
+    "smollm2-135m": Shape(30, 576, 9, 3, 64, 1536, 49152, 8192, True, rope_base=1e5),
+    "qwen2.5-0.5b": Shape(24, 896, 14, 2, 64, 4864, 151936, 32768, True, "qwen2", 1e6),
+    "qwen3-0.6b": Shape(28, 1024, 16, 8, 128, 3072, 151936, 40960, True, "qwen3", 1e6),
     "tinyllama-1.1b": Shape(22, 2048, 32, 4, 64, 5632, 32000),
+    "llama3-1b": Shape(16, 2048, 32, 8, 64, 8192, 128256, 131072, True, rope_base=5e5),
+    "llama3-3b": Shape(28, 3072, 24, 8, 128, 8192, 128256, 131072, True, rope_base=5e5),
     "llama-7b": Shape(32, 4096, 32, 32, 128, 11008, 32000),
+    "mistral-7b": Shape(32, 4096, 32, 8, 128, 14336, 32000, 32768),
+    "llama3-8b": Shape(32, 4096, 32, 8, 128, 14336, 128256, 8192, rope_base=5e5),
 }
+
+
+def shape_named(name: str) -> Shape:
+    """A shape of ``SHAPES``; ConfigError, listing them, for any other name."""
+    if name not in SHAPES:
+        raise ConfigError(f"there is no shape {name!r}; these are: {', '.join(SHAPES)}")
+    return SHAPES[name]
+
+
+def type_named(name: str) -> QuantType:
+    """A supported tensor type; ConfigError, listing them, for any other name."""
+    types = {type.name: type for type in SUPPORTED_TYPES}
+    if name.upper() not in types:
+        raise ConfigError(f"there is no tensor type {name!r}; these are: {', '.join(types)}")
+    return types[name.upper()]
+
 
 # Bytes of a block, and where its fp16 scale (and the fp16 scale of its mins) lie.
 _BLOCKS = {
@@ -67,7 +99,8 @@ def random_weights(
 ) -> np.ndarray:
     """A random matrix in the block format of ``type``, of about ``std``: uint8 [n_out, bytes]."""
     if type not in _BLOCKS:
-        values = rng.normal(scale=std, size=(n_out, n_in)).astype(np.float32)
+        values = rng.standard_normal((n_out, n_in), np.float32)
+        values *= np.float32(std)
         if type == QuantType.BF16:
             return np.ascontiguousarray(values.view(np.uint16)[:, 1::2]).view(np.uint8)
         return values.astype(np.float16 if type == QuantType.F16 else np.float32).view(np.uint8)
@@ -84,77 +117,112 @@ def random_weights(
 
 def make_decoder(
     path: str | os.PathLike[str],
-    architecture: str,
     shape: Shape,
     type: QuantType,
     seed: int = 0,
     metadata: dict[str, float | int | str] | None = None,
     factors: np.ndarray | None = None,
 ) -> None:
-    """Write a decoder of random weights: "llama", "qwen2" or "qwen3".
+    """Write a decoder of random weights, all matrices of ``type``.
 
     metadata: further keys without the architecture's prefix, such as "rope.scaling.type".
     factors: float32 [head_dim / 2], Llama 3's rope frequency factors.
+    Errors: ConfigError if rows of the shape are not whole blocks of the type, or the folder does
+    not exist. A write that fails leaves no file.
     """
+    _check_blocks(shape, type)
     rng = np.random.default_rng(seed)
+    matrices, vectors = _matrices(shape), _vectors(rng, shape)
+    if factors is not None:
+        vectors["rope_freqs.weight"] = factors.astype(np.float32)
     with atomic_write(Path(path)) as temporary:
-        writer = gguf.GGUFWriter(temporary, architecture)
-        _add_metadata(writer, architecture, shape, metadata or {})
+        writer = gguf.GGUFWriter(temporary, shape.architecture)
+        _add_metadata(writer, shape, metadata or {})
         _add_tokenizer(writer, shape.n_vocab)
-        for name, n_out, n_in in _matrices(shape):
-            # Halved where a block's output joins the residual stream, to keep that in range.
-            gain = 0.5 if name.endswith(("attn_output", "ffn_down")) else 1.0
-            std = 1.0 if name == "token_embd" else gain / math.sqrt(n_in)
-            data = random_weights(rng, type, n_out, n_in, std)
-            writer.add_tensor(f"{name}.weight", data, raw_dtype=type)
-        for name, size in _vectors(architecture, shape):
-            bias = name.endswith(".bias")
-            values = rng.normal(0 if bias else 1, 0.1, size).astype(np.float32)
-            writer.add_tensor(name, values)
-        if factors is not None:
-            writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
+        for name, n_out, n_in in matrices:
+            n_bytes = n_out * row_bytes(type, n_in)
+            writer.add_tensor_info(name, (n_out, n_in), np.dtype(np.float32), n_bytes, type)
+        for name, values in vectors.items():
+            writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        writer.write_ti_data_to_file()
         writer.close()
+        with open(temporary, "ab") as file:
+            for name, n_out, n_in in matrices:
+                _append(file, random_weights(rng, type, n_out, n_in, _std(shape, name, n_in)))
+            for values in vectors.values():
+                _append(file, values)
+
+
+def _check_blocks(shape: Shape, type: QuantType) -> None:
+    block, _ = gguf.GGML_QUANT_SIZES[type]
+    for name, _, n_in in _matrices(shape):
+        if n_in % block:
+            raise ConfigError(
+                f"rows of {name} have {n_in} weights, which are not whole {type.name} blocks of "
+                f"{block}; choose another type"
+            )
+
+
+def _append(file: BinaryIO, tensor: np.ndarray) -> None:
+    """Write a tensor from an aligned position to the next one behind it."""
+    _align(file)
+    file.write(tensor.data)
+    _align(file)
+
+
+def _align(file: BinaryIO) -> None:
+    file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
+
+
+def _std(shape: Shape, name: str, n_in: int) -> float:
+    """Standard deviation of a matrix that keeps activations and logits at their size."""
+    if name == "token_embd.weight" and not shape.tied:
+        return 1.0
+    # Halved where a block's output joins the residual stream, to keep that in range.
+    gain = 0.5 if name.endswith(("attn_output.weight", "ffn_down.weight")) else 1.0
+    return gain / math.sqrt(n_in)
 
 
 def _matrices(shape: Shape) -> list[tuple[str, int, int]]:
+    """Tensor name, n_out and n_in of every matrix."""
     q, kv = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
-    found = [("token_embd", shape.n_vocab, shape.width)]
+    found = [("token_embd.weight", shape.n_vocab, shape.width)]
     if not shape.tied:
-        found.append(("output", shape.n_vocab, shape.width))
+        found.append(("output.weight", shape.n_vocab, shape.width))
     for i in range(shape.n_layers):
         found += [
-            (f"blk.{i}.attn_q", q, shape.width),
-            (f"blk.{i}.attn_k", kv, shape.width),
-            (f"blk.{i}.attn_v", kv, shape.width),
-            (f"blk.{i}.attn_output", shape.width, q),
-            (f"blk.{i}.ffn_gate", shape.hidden, shape.width),
-            (f"blk.{i}.ffn_up", shape.hidden, shape.width),
-            (f"blk.{i}.ffn_down", shape.width, shape.hidden),
+            (f"blk.{i}.attn_q.weight", q, shape.width),
+            (f"blk.{i}.attn_k.weight", kv, shape.width),
+            (f"blk.{i}.attn_v.weight", kv, shape.width),
+            (f"blk.{i}.attn_output.weight", shape.width, q),
+            (f"blk.{i}.ffn_gate.weight", shape.hidden, shape.width),
+            (f"blk.{i}.ffn_up.weight", shape.hidden, shape.width),
+            (f"blk.{i}.ffn_down.weight", shape.width, shape.hidden),
         ]
     return found
 
 
-def _vectors(architecture: str, shape: Shape) -> list[tuple[str, int]]:
-    found = [("output_norm.weight", shape.width)]
+def _vectors(rng: np.random.Generator, shape: Shape) -> dict[str, np.ndarray]:
+    """Norms of about 1 and biases of about 0, by tensor name."""
+    kv = shape.n_kv_heads * shape.head_dim
+    sizes = {"output_norm.weight": shape.width}
     for i in range(shape.n_layers):
-        found += [(f"blk.{i}.{n}.weight", shape.width) for n in ("attn_norm", "ffn_norm")]
-        if architecture == "qwen2":
-            found.append((f"blk.{i}.attn_q.bias", shape.n_heads * shape.head_dim))
-            kv = shape.n_kv_heads * shape.head_dim
-            found += [(f"blk.{i}.attn_{n}.bias", kv) for n in "kv"]
-        if architecture == "qwen3":
-            found += [(f"blk.{i}.attn_{n}_norm.weight", shape.head_dim) for n in "qk"]
-    return found
+        sizes |= {f"blk.{i}.{n}.weight": shape.width for n in ("attn_norm", "ffn_norm")}
+        if shape.architecture == "qwen2":
+            sizes[f"blk.{i}.attn_q.bias"] = shape.n_heads * shape.head_dim
+            sizes |= {f"blk.{i}.attn_{n}.bias": kv for n in "kv"}
+        if shape.architecture == "qwen3":
+            sizes |= {f"blk.{i}.attn_{n}_norm.weight": shape.head_dim for n in "qk"}
+    return {
+        name: rng.normal(0 if name.endswith(".bias") else 1, 0.1, size).astype(np.float32)
+        for name, size in sizes.items()
+    }
 
 
 def _add_metadata(
-    writer: gguf.GGUFWriter,
-    architecture: str,
-    shape: Shape,
-    metadata: dict[str, float | int | str],
+    writer: gguf.GGUFWriter, shape: Shape, metadata: dict[str, float | int | str]
 ) -> None:
     writer.add_name("synthetic")
     writer.add_context_length(shape.context)
@@ -167,11 +235,11 @@ def _add_metadata(
     writer.add_value_length(shape.head_dim)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(shape.head_dim)
-    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_freq_base(shape.rope_base)
     writer.add_vocab_size(shape.n_vocab)
     for key, value in metadata.items():
         add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
-        add[value.__class__](f"{architecture}.{key}", value)
+        add[value.__class__](f"{shape.architecture}.{key}", value)
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, n_vocab: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -67,4 +68,28 @@ def pack(sequences: Sequence[Tokens]) -> Batch:
         label_ids=ids[at],
         label_sequence=(np.searchsorted(starts, at, side="right") - 1).astype(np.int32),
         classes=None if None in classes else np.array(classes, np.int32),
+    )
+
+
+def split(batch: Batch, max_rows: int) -> list[Batch]:
+    """The sequences in order as batches of at most ``max_rows`` rows, or of one sequence."""
+    bounds = [0]
+    for i in range(1, batch.n_sequences):
+        if batch.starts[i + 1] - batch.starts[bounds[-1]] > max_rows:
+            bounds.append(i)
+    bounds.append(batch.n_sequences)
+    return [_sequences(batch, first, end) for first, end in pairwise(bounds)]
+
+
+def _sequences(batch: Batch, first: int, end: int) -> Batch:
+    rows = slice(batch.starts[first], batch.starts[end])
+    labels = (batch.label_sequence >= first) & (batch.label_sequence < end)
+    return Batch(
+        ids=batch.ids[rows],
+        positions=batch.positions[rows],
+        starts=batch.starts[first : end + 1] - batch.starts[first],
+        label_rows=batch.label_rows[labels] - batch.starts[first],
+        label_ids=batch.label_ids[labels],
+        label_sequence=batch.label_sequence[labels] - np.int32(first),
+        classes=None if batch.classes is None else batch.classes[first:end],
     )

@@ -13,7 +13,7 @@ import numpy as np
 
 from fwdllm.engine.adapter import Adapter, Head, LoRAConfig
 from fwdllm.engine.adapter_io import load_adapter
-from fwdllm.engine.batch import Batch, Tokens, pack
+from fwdllm.engine.batch import Batch, Tokens, pack, split
 from fwdllm.engine.data import Example, check_labels
 from fwdllm.engine.encode import encode_decoder, encode_label, encode_text
 from fwdllm.engine.errors import (
@@ -27,7 +27,9 @@ from fwdllm.engine.estimators import DEFAULT_EPSILON, Probe, plan
 from fwdllm.engine.forward import Pass
 from fwdllm.engine.gguf_file import GGUFFile
 from fwdllm.engine.head import head_gradient, log_probabilities
+from fwdllm.engine.memory import MemoryPlan, plan_step
 from fwdllm.engine.models import bert, family_of
+from fwdllm.engine.residency import Residency, resident_bytes
 from fwdllm.engine.tokenizer import Tokenizer
 from fwdllm.engine.weights import Weights
 from fwdllm.kernels import cpu
@@ -56,6 +58,8 @@ class Engine:
 
     file: the GGUF file.  architecture, args: what it is.  adapter: trainable parameters, or
     None.  labels: names of classes, () if there are none.  ops: the kernel backend.
+    memory_budget: bytes the process may have resident in a pass, mapped weights included, or
+    None.
     """
 
     def __init__(
@@ -64,11 +68,13 @@ class Engine:
         *,
         labels: Sequence[str] = (),
         exact: bool = False,
+        memory_budget: int | None = None,
         ops: ModuleType = cpu,
     ) -> None:
         self.file = file
         self.ops = ops
         self.exact = exact
+        self.memory_budget = memory_budget
         self.labels = tuple(labels)
         self.architecture, self.family = family_of(file)
         self.args: Any = self.family.read_args(file)
@@ -77,6 +83,8 @@ class Engine:
         if self.tokenizer.n_vocab > self.args.n_vocab:
             raise ModelError(f"{file.path}: the vocabulary has more tokens than the embedding")
         self.adapter: Adapter | None = None
+        self._residency = Residency(file, self.args.n_layers)
+        self._resident = resident_bytes()
 
     @classmethod
     def load(
@@ -88,15 +96,20 @@ class Engine:
         labels: Sequence[str] = (),
         seed: int = 0,
         exact: bool = False,
+        memory_budget: int | None = None,
         ops: ModuleType = cpu,
     ) -> Engine:
         """Open a GGUF model, with a new adapter of shape ``lora`` or the one in a file.
 
         labels: class names; an encoder gets a linear head for them.  seed: of a new adapter's
-        A.  exact: fp32 arithmetic instead of int8 activations.  ops: the kernel backend.
+        A.  exact: fp32 arithmetic instead of int8 activations.  memory_budget: bytes the process
+        may have resident in a pass, mapped weights included: layers that do not fit are dropped
+        behind the pass and read again in the next.  ops: the kernel backend.
         Errors: ModelError, AdapterError, ConfigError.
         """
-        engine = cls(GGUFFile.open(path), labels=labels, exact=exact, ops=ops)
+        engine = cls(
+            GGUFFile.open(path), labels=labels, exact=exact, memory_budget=memory_budget, ops=ops
+        )
         if adapter is not None:
             engine._load_adapter(adapter)
         elif lora is not None:
@@ -138,15 +151,18 @@ class Engine:
             raise ConfigError("directional derivatives need an adapter to perturb")
         p = plan(seeds, method, epsilon, distribution, plain=batch.classes is not None)
         gradient = None
-        if batch.classes is not None:
-            features = self.features(batch, p.lanes)
-            classes = np.tile(batch.classes, len(p.lanes))
-            nll = self._class_losses(features, classes)
-            plain = features[: batch.n_sequences]
-            gradient = head_gradient(self.adapter, plain, batch.classes)
-        else:
-            nll = self._token_losses(batch, p.lanes)
-        losses = nll.reshape(len(p.lanes), -1).mean(axis=1)
+        losses = np.empty(0)
+        for lanes in p.parts(self._memory(batch, len(p.lanes)).lanes):
+            if batch.classes is not None:
+                features = self.features(batch, lanes)
+                nll = self._class_losses(features, np.tile(batch.classes, len(lanes)))
+                if gradient is None:
+                    plain = features[: batch.n_sequences]
+                    gradient = head_gradient(self.adapter, plain, batch.classes)
+            else:
+                nll = self._token_losses(batch, lanes)
+            means = nll.reshape(len(lanes), -1).mean(axis=1)
+            losses = np.concatenate([losses, means[int(p.plain) if len(losses) else 0 :]])
         finite = losses[np.isfinite(losses)]
         loss = float(losses[0] if p.plain or not finite.size else finite.mean())
         if not np.isfinite(loss):
@@ -173,7 +189,7 @@ class Engine:
         if self.family.encoder:
             raise ConfigError(f"{self.architecture} is an encoder and predicts no tokens")
         tokens = Tokens(list(ids), [False] * len(ids))
-        p, x = self._run(pack([tokens]))
+        [(p, x)] = self._run(pack([tokens]))
         x = p.rms_norm(x, "output_norm", self.args.norm_eps)
         return self.ops.matmul(x, self._output, exact=self.exact)
 
@@ -224,9 +240,41 @@ class Engine:
         check_labels([example], self.labels)
         return Tokens(ids, [False] * len(ids), self.labels.index(example.label))
 
-    def _run(self, batch: Batch, lanes: Lanes | None = None) -> tuple[Pass, np.ndarray]:
-        p = Pass(self.ops, self.weights, batch, self.adapter, lanes, self.exact)
-        return p, self.family.forward(self.args, p)
+    def _memory(self, batch: Batch, n_lanes: int) -> MemoryPlan:
+        return plan_step(
+            self.args,
+            self.memory_budget,
+            resident=self._resident,
+            largest_layer=self._residency.largest,
+            n_trainable=self.adapter.theta.size if self.adapter else 0,
+            n_rows=batch.n_rows,
+            n_lanes=n_lanes,
+            longest=int(np.diff(batch.starts).max()),
+            n_labels=len(batch.label_ids),
+            int8=not self.exact,
+            encoder=self.family.encoder,
+        )
+
+    def _run(self, batch: Batch, lanes: Lanes | None = None) -> list[tuple[Pass, np.ndarray]]:
+        """The last layer's output, in passes of some sequences each: float32 [rows, width].
+
+        A layer is applied to all passes before the next one, so the file is read once.
+        """
+        n_lanes = len(lanes) if lanes else 1
+        memory = self._memory(batch, n_lanes)
+        self._residency.limit(memory.weights)
+        parts = split(batch, memory.block_rows // n_lanes)
+        passes = [
+            Pass(self.ops, self.weights, b, self.adapter, lanes, self.exact, memory.block_rows)
+            for b in parts
+        ]
+        xs = [self.family.embed(self.args, p) for p in passes]
+        for layer in range(self.args.n_layers):
+            self._residency.enter(layer)
+            for i, p in enumerate(passes):
+                xs[i] = self.family.layer(self.args, p, layer, p.enter(layer, xs[i]))
+            self._residency.leave(layer)
+        return list(zip(passes, xs, strict=True))
 
     def _token_losses(self, batch: Batch, lanes: Lanes | None = None) -> np.ndarray:
         """NLL of every label token in every lane: float64 [n_lanes, n_labels]."""
@@ -234,20 +282,26 @@ class Engine:
             raise ConfigError(
                 f"{self.architecture} is an encoder; it learns from texts with labels"
             )
-        p, x = self._run(batch, lanes)
-        n_lanes = len(p.lanes)
-        rows = (np.arange(n_lanes)[:, None] * batch.n_rows + batch.label_rows).ravel()
-        x = p.rms_norm(np.ascontiguousarray(x[rows]), "output_norm", self.args.norm_eps)
-        labels = np.tile(batch.label_ids, n_lanes)
-        nll = self.ops.cross_entropy(x, self._output, labels, lanes=p.lanes, exact=self.exact)
-        return nll.reshape(n_lanes, -1)
+        found = []
+        for p, x in self._run(batch, lanes):
+            n_lanes = len(p.lanes)
+            rows = (np.arange(n_lanes)[:, None] * p.batch.n_rows + p.batch.label_rows).ravel()
+            x = p.rms_norm(np.ascontiguousarray(x[rows]), "output_norm", self.args.norm_eps)
+            labels = np.tile(p.batch.label_ids, n_lanes)
+            nll = self.ops.cross_entropy(x, self._output, labels, lanes=p.lanes, exact=self.exact)
+            found.append(nll.reshape(n_lanes, -1))
+        self._residency.leave(self.args.n_layers)
+        return np.concatenate(found, axis=1)
 
     def features(self, batch: Batch, lanes: Lanes | None = None) -> np.ndarray:
         """Pooled features of every sequence in every lane: float32 [lanes * sequences, width]."""
         if not self.family.encoder:
             raise ConfigError(f"{self.architecture} is a decoder; llama.cpp embeds with it")
-        p, x = self._run(batch, lanes)
-        return bert.pool(self.args, x, p.starts)
+        found = [
+            bert.pool(self.args, x, p.starts).reshape(len(p.lanes), -1, self.args.width)
+            for p, x in self._run(batch, lanes)
+        ]
+        return np.concatenate(found, axis=1).reshape(-1, self.args.width)
 
     def _class_losses(self, features: np.ndarray, classes: np.ndarray) -> np.ndarray:
         if self.adapter is None or self.adapter.head is None:

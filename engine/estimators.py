@@ -36,12 +36,24 @@ class Probe:
 class Plan:
     """The lanes of one step. derivative: losses float64 [n_lanes] -> slopes [n_seeds].
 
-    plain: whether lane 0 is unperturbed.
+    plain: whether lane 0 is unperturbed.  per_seed: lanes of each seed.
     """
 
     lanes: Lanes
     derivative: Callable[[np.ndarray], np.ndarray]
     plain: bool
+    per_seed: int
+
+    def parts(self, max_lanes: int) -> list[Lanes]:
+        """The lanes in groups of about ``max_lanes``, each with whole seeds and the plain lane.
+
+        A seed's lanes give the same bits in any group.
+        """
+        first, n = int(self.plain), len(self.lanes)
+        step = max(1, (max_lanes - first) // self.per_seed) * self.per_seed
+        chosen = [[*range(first), *range(i, min(i + step, n))] for i in range(first, n, step)]
+        seeds, coefficients = self.lanes.seeds, self.lanes.coefficients
+        return [Lanes(seeds[c], coefficients[c], self.lanes.distribution) for c in chosen]
 
 
 def plan(
@@ -80,4 +92,4 @@ def plan(
         lane_seeds = np.concatenate([np.zeros(1, np.uint64), lane_seeds])
         coefficients = np.concatenate([np.zeros(1), coefficients])
     lanes = Lanes(lane_seeds, coefficients.astype(np.float32), distribution)
-    return Plan(lanes, derivative, plain)
+    return Plan(lanes, derivative, plain, 2 if method == "central" else 1)

@@ -1,7 +1,8 @@
-"""One forward pass: the rows of all lanes, and the operations graphs are written in.
+"""A forward pass: the rows of all lanes, and the operations graphs are written in.
 
 A graph reads like the model's paper: it names tensors and calls a Pass, which knows the
-backend, the adapter and the lanes.
+backend, the adapter and the lanes. The rows of a batch may be several passes, each of some of
+its sequences; a layer is applied to all of them in turn, so weights are visited once.
 """
 
 from __future__ import annotations
@@ -17,17 +18,13 @@ from fwdllm.engine.rotary import Rotary
 from fwdllm.engine.weights import Weights
 from fwdllm.kernels.types import Lanes
 
-# Rows of all lanes that ``in_blocks`` takes at a time: its temporaries stay near the L3 cache
-# (2048 x 1536 floats are 12 MiB) and weights decoded for a block serve enough rows.
-BLOCK_ROWS = 2048
-
 
 class Pass:
     """A forward pass of ``batch`` under every lane of ``lanes``.
 
     Until the first adapted layer all lanes are equal, so there is one; ``enter`` copies its
     rows for each lane when the graph gets there. ids, positions, starts and lanes are those of
-    the rows at hand.
+    the rows at hand. block_rows: what ``in_blocks`` takes at a time.
     """
 
     def __init__(
@@ -38,13 +35,16 @@ class Pass:
         adapter: Adapter | None = None,
         lanes: Lanes | None = None,
         exact: bool = False,
+        block_rows: int = 1 << 30,
     ) -> None:
         self.ops = ops
         self.weights = weights
+        self.batch = batch
         self.ids = batch.ids
         self.positions = batch.positions
         self.starts = batch.starts
         self.exact = exact
+        self.block_rows = block_rows
         self._adapter = adapter
         self.lanes = Lanes.plain()
         self._all_lanes = lanes or Lanes.plain()
@@ -85,7 +85,7 @@ class Pass:
         A block is the same rows of every lane, so that lanes stay comparable inside it.
         """
         n_lanes, width = len(self.lanes), x.shape[1]
-        step = max(1, BLOCK_ROWS // n_lanes)
+        step = max(1, self.block_rows // n_lanes)
         rows = len(x) // n_lanes
         if rows <= step:
             return f(x)

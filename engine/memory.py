@@ -1,4 +1,4 @@
-"""What one tuning step needs in memory, from the shapes of a model alone.
+"""What one tuning step needs in memory, from the shapes of a model alone, and how to do it in less.
 
 Counted are the arrays of ``models.llama`` and ``models.bert`` that exist together at the
 places where most of them do, and the buffers of ``kernels.cpu``. Not counted: the Python
@@ -8,15 +8,27 @@ process itself (about 60 MB with NumPy and llama.cpp loaded) and per-thread scra
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from fwdllm.engine.forward import BLOCK_ROWS
+from fwdllm.engine.errors import ConfigError
 
 _FLOAT = 4
-# kernels/cpu/panel.h: 32 activations as int8, their scale, and up to two corrections.
+# kernels/cpu/int8_pack.h: 32 activations as int8, their scale, and up to two corrections.
 _INT8_PACKED = (32 + 4 + 8) / 32
 # kernels/cpu/matmul.h: a partial softmax of 16 bytes for each 256 words of the vocabulary.
 _SOFTMAX_CHUNK, _SOFTMAX_BYTES = 256, 16
+# Bytes of the widest array of a block of rows. From 32 MiB on the C library maps every array anew
+# and the system clears its pages, which took 5% of a step; below, freed memory is used again.
+_BLOCK_BYTES = 24 * 2**20
+# Decoding the weights for so few rows costs 5% of the products (36 ns a panel of 16 x 32 weights
+# against 770 ns).
+_LEAST_ROWS = 256
+
+
+def default_block_rows(args: Any) -> int:
+    """Rows of all lanes that go through a layer at a time."""
+    return max(_LEAST_ROWS, _BLOCK_BYTES // (_FLOAT * args.hidden))
 
 
 def estimate_step(
@@ -26,6 +38,8 @@ def estimate_step(
     n_trainable: int,
     n_rows: int,
     n_lanes: int,
+    block_rows: int | None = None,
+    longest: int | None = None,
     n_labels: int | None = None,
     optimizer_slots: int = 2,
     int8: bool = True,
@@ -33,20 +47,25 @@ def estimate_step(
 ) -> dict[str, int]:
     """Bytes of one step by purpose, and the peak of them that exist together as "total".
 
-    args: of the model's family.  weight_bytes: of all tensors in the file.  n_trainable:
-    elements of theta.  n_rows: tokens of the batch.  n_lanes: variants of the adapter in one
-    pass, 2K for central differences.  n_labels: tokens that count in the loss; None is all.
+    args: of the model's family.  weight_bytes: of all tensors in the file, or of those kept in
+    memory.  n_trainable: elements of theta.  n_rows: tokens of the batch.  n_lanes: variants of
+    the adapter in one pass, 2K for central differences.  block_rows: rows of all lanes that go
+    through a layer at a time; None is ``default_block_rows``.  longest: tokens of the longest
+    example, which goes through a layer as a whole; None is ``n_rows``.  n_labels: tokens that
+    count in the loss; None is all.
     optimizer_slots: averages kept for each parameter, 2 for Adam.  int8: whether products
     quantize activations (quantized weights, not exact).  encoder: a BERT, not a decoder.
 
     weights: mapped from the file; the system can drop them and read them again.
     adapter, optimizer: kept between steps.  update: the gradient and the optimizer's
-    temporaries.  residual, attention: activations of all lanes.  feed_forward: activations of
-    a block of rows.  packed: the largest input of a product as the kernel lays it out.
+    temporaries.  residual: the stream of all lanes.  attention, feed_forward: activations of a
+    block of rows.  packed: the largest input of a product as the kernel lays it out.
     logits: of the loss.
     """
     rows = n_rows * n_lanes
-    block = min(rows, max(1, BLOCK_ROWS // n_lanes) * n_lanes)  # as Pass.in_blocks
+    wanted = block_rows or default_block_rows(args)
+    sequences = min(rows, max(wanted, (longest or n_rows) * n_lanes))  # as batch.split
+    block = min(sequences, max(1, wanted // n_lanes) * n_lanes)  # as Pass.in_blocks
     labels = 0 if encoder else (n_rows if n_labels is None else n_labels) * n_lanes
     packed = _INT8_PACKED if int8 else _FLOAT
     query = args.n_heads * args.head_dim
@@ -58,13 +77,77 @@ def estimate_step(
         "adapter": _FLOAT * n_trainable,
         "optimizer": _FLOAT * n_trainable * optimizer_slots,
         "update": _FLOAT * n_trainable * 4,
-        "residual": _FLOAT * rows * 3 * args.width,  # the stream, its norm, what is added
-        "attention": _FLOAT * rows * (2 * query + 2 * key_value),
+        "residual": _FLOAT * rows * args.width,
+        "attention": _FLOAT * sequences * (2 * args.width + 2 * query + 2 * key_value),
         "feed_forward": _FLOAT * block * (hidden_arrays * args.hidden + 3 * args.width),
-        "packed": int(packed * max(rows * max(args.width, query), block * args.hidden)),
+        "packed": int(packed * max(sequences * max(args.width, query), block * args.hidden)),
         "logits": labels * (chunks * _SOFTMAX_BYTES + 2 * _FLOAT * args.width),
     }
     # Attention and feed-forward follow each other, but the C library keeps what one has freed.
-    layer = sum(parts[name] for name in ("residual", "attention", "feed_forward", "packed"))
+    layer = sum(parts[name] for name in ("attention", "feed_forward", "packed"))
     kept = parts["weights"] + parts["adapter"] + parts["optimizer"]
-    return {**parts, "total": kept + max(layer, parts["logits"], parts["update"])}
+    work = max(parts["residual"] + max(layer, parts["logits"]), parts["update"])
+    return {**parts, "total": kept + work}
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How to run a step: rows of a block, lanes of a pass, bytes of weights to keep."""
+
+    block_rows: int
+    lanes: int
+    weights: int | None
+
+
+def plan_step(
+    args: Any,
+    budget: int | None,
+    *,
+    resident: int,
+    largest_layer: int,
+    n_trainable: int,
+    n_rows: int,
+    n_lanes: int,
+    longest: int,
+    n_labels: int,
+    int8: bool,
+    encoder: bool,
+) -> MemoryPlan:
+    """The fastest way to keep a step within ``budget`` bytes resident; None is no bound.
+
+    resident: bytes the process has resident beside weights.  largest_layer: bytes of weights
+    that must be there at once.  The others are those of ``estimate_step``. First blocks get
+    smaller, then lanes go through the model in several passes. ConfigError if neither is enough.
+    """
+    block = default_block_rows(args)
+    if budget is None:
+        return MemoryPlan(block, n_lanes, None)
+
+    def needed(block_rows: int, lanes: int) -> int:
+        estimate = estimate_step(
+            args,
+            weight_bytes=0,
+            n_trainable=n_trainable,
+            n_rows=n_rows,
+            n_lanes=lanes,
+            block_rows=block_rows,
+            longest=longest,
+            n_labels=n_labels,
+            int8=int8,
+            encoder=encoder,
+        )
+        return resident + estimate["total"]
+
+    lanes = n_lanes
+    while needed(block, lanes) + largest_layer > budget:
+        if block > _LEAST_ROWS:
+            block = max(_LEAST_ROWS, block // 2)
+        elif lanes > 3:  # a plain lane and a pair
+            lanes = max(3, lanes // 2)
+        else:
+            least = needed(block, lanes) + largest_layer
+            raise ConfigError(
+                f"this step needs about {least / 2**20:.0f} MiB of memory, more than the budget of "
+                f"{budget / 2**20:.0f} MiB: use fewer or shorter examples"
+            )
+    return MemoryPlan(block, lanes, budget - needed(block, lanes))

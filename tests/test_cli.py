@@ -70,7 +70,7 @@ def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command_line_is_quick_to_import() -> None:
     script = "import sys, fwdllm, fwdllm.cli; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert not {"numpy", "matplotlib", "llama_cpp", "gguf"} & set(modules.stdout.split())
+    assert not {"numpy", "matplotlib", "llama_cpp", "gguf", "torch"} & set(modules.stdout.split())
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     run = subprocess.run([sys.executable, "-m", "fwdllm", "--help"], capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

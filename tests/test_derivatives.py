@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fwdllm.bench.epsilon import half_trained
+from fwdllm.bench.inputs import half_trained
 from fwdllm.bench.synthetic import Shape, make_decoder
 from fwdllm.bench.torch_model import TorchModel, gradient
 from fwdllm.engine import Engine, Example, LoRAConfig, read_jsonl
@@ -64,7 +64,8 @@ def test_encoder_against_autograd(shared: Path) -> None:
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_every_target_of_every_family(tmp_path: Path, architecture: str) -> None:
     path = tmp_path / "model.gguf"
-    make_decoder(path, architecture, Shape(2, 128, 4, 2, 32, 160, 2048), QuantType.F32, seed=1)
+    shape = Shape(2, 128, 4, 2, 32, 160, 2048, architecture=architecture)
+    make_decoder(path, shape, QuantType.F32, seed=1)
     targets = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
     config = LoRAConfig(rank=3, targets=targets, layers=(1,))
     engine = half_trained(Engine.load(path, config, exact=True))

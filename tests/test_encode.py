@@ -48,7 +48,7 @@ MESSAGES = [
 
 def test_only_the_assistant_is_predicted(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"  # it has no template, so ChatML is used
-    make_decoder(path, "llama", Shape(1, 64, 2, 1, 32, 64, 2048), QuantType.F16)
+    make_decoder(path, Shape(1, 64, 2, 1, 32, 64, 2048), QuantType.F16)
     tokenizer = Tokenizer.open(path)
     example = Example(messages=MESSAGES)
     assert predicted(tokenizer, example) == "Moo.<|im_end|>\nMeow.<|im_end|>\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from fwdllm.bench.synthetic import Shape, make_decoder
 from fwdllm.engine import Engine, llamacpp
+from fwdllm.kernels import cpu
 from fwdllm.kernels.types import QuantType
 
 SMALL = Shape(3, 512, 8, 2, 64, 768, 2048, context=256)  # GQA ratio 4, head_dim 64
@@ -34,7 +36,7 @@ def token_ids(n: int, n_vocab: int = 2048) -> list[int]:
 @pytest.mark.parametrize("type", LOSSY)
 def test_synthetic_decoders(tmp_path: Path, architecture: str, type: str) -> None:
     path = tmp_path / "model.gguf"
-    make_decoder(path, architecture, SMALL, QuantType[type], seed=3)
+    make_decoder(path, replace(SMALL, architecture=architecture), QuantType[type], seed=3)
     ids = token_ids(90)
     want = llamacpp.logits(path, ids)
     for exact in (False, True):
@@ -58,7 +60,8 @@ def test_synthetic_decoders(tmp_path: Path, architecture: str, type: str) -> Non
 )
 def test_f32_logits(tmp_path: Path, architecture: str, metadata: dict) -> None:
     path = tmp_path / "model.gguf"
-    make_decoder(path, architecture, SMALL, QuantType.F32, seed=4, metadata=metadata)
+    shape = replace(SMALL, architecture=architecture)
+    make_decoder(path, shape, QuantType.F32, seed=4, metadata=metadata)
     ids = token_ids(120)
     difference = np.abs(Engine.load(path).logits(ids) - llamacpp.logits(path, ids)).max()
     assert difference < 1e-3
@@ -68,7 +71,7 @@ def test_tied_embeddings_and_frequency_factors(tmp_path: Path) -> None:
     shape = Shape(2, 256, 4, 1, 64, 512, 2048, context=256, tied=True)
     factors = np.geomspace(1, 8, 32)
     path = tmp_path / "model.gguf"
-    make_decoder(path, "llama", shape, QuantType.F32, factors=factors)
+    make_decoder(path, shape, QuantType.F32, factors=factors)
     ids = token_ids(100)
     difference = np.abs(Engine.load(path).logits(ids) - llamacpp.logits(path, ids)).max()
     assert difference < 1e-3
@@ -94,4 +97,7 @@ def test_minilm_embeddings(shared: Path, type: str) -> None:
     path = shared / "models" / f"minilm-l6-v2.{type}.gguf"
     texts = ["a great movie", "the worst film I have ever seen, truly", "numbers", "?"]
     cosine = np.sum(Engine.load(path).embed(texts) * llamacpp.embed(path, texts), axis=1)
-    assert cosine.min() > 0.999
+    # llama.cpp's own rounding to int8, which bf16 does not share, puts fp32 at 0.9986 from it.
+    assert cosine.min() > (0.998 if cpu.isa == "avx512_bf16" else 0.999)
+    exact = Engine.load(path, exact=True).embed(texts)
+    assert np.sum(Engine.load(path).embed(texts) * exact, axis=1).min() > 0.998

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from fwdllm.bench.cli import app as bench
 from fwdllm.console import explain, print_json, print_result, tuning_progress
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench, name="bench")
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="GGUF file, or hf://owner/repo/file.gguf.")
@@ -97,11 +99,16 @@ def tune(
         bool, typer.Option("--resume", help="Continue the run; repeat its other options.")
     ] = False,
     exact: Exact = False,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(help='Memory to stay within, such as "1GiB", weights included.'),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Tune a LoRA adapter. Ctrl-C saves the run and the adapter so far."""
     from fwdllm import LoRAConfig, TrainConfig
     from fwdllm import tune as tune_model
+    from fwdllm.memory import parse_bytes
     from fwdllm.run import stop_on_interrupt
 
     lora = LoRAConfig(rank, alpha, tuple(targets.split(",")), parse_layers(layers))
@@ -133,6 +140,7 @@ def tune(
             run_dir=run_dir,
             resume=resume,
             exact=exact,
+            memory_budget=parse_bytes(memory_budget) if memory_budget else None,
             on_event=on_event,
             should_stop=should_stop,
         )

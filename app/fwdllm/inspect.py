@@ -68,6 +68,7 @@ def inspect_model(model: str | os.PathLike[str]) -> dict[str, Any]:
             n_trainable=n_trainable,
             n_rows=BATCH_SIZE * TOKENS,
             n_lanes=n_lanes,
+            longest=TOKENS,
             int8=any(file.tensors[f"{name}.weight"].type not in _FLOAT_TYPES for name in linear),
             encoder=family.encoder,
         ),

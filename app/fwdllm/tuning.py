@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from fwdllm.engine.data import Example, check_labels, labels_of, read_jsonl, spl
 from fwdllm.engine.engine import Engine, Evaluation
 from fwdllm.engine.errors import ConfigError
 from fwdllm.hub import local_path
+from fwdllm.memory import peak_rss_bytes
 from fwdllm.protocol.config import TrainConfig
 from fwdllm.protocol.local import Event, StepResult
 from fwdllm.run import RunDirectory, train_recorded
@@ -88,6 +88,7 @@ def tune(
     run_dir: _Path | None = None,
     resume: bool = False,
     exact: bool = False,
+    memory_budget: int | None = None,
     on_event: Callable[[Progress], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TuneResult:
@@ -101,7 +102,8 @@ def tune(
     of ``data`` is kept for that; None is a tenth, at most 200.
     run_dir: for checkpoints, metrics and plot; None is NAME.run beside ``output``.
     resume: continue the run in run_dir to the adapter an uninterrupted run would give; all
-    else must be as it was.  exact: fp32 arithmetic.
+    else must be as it was.  exact: fp32 arithmetic.  memory_budget: bytes to stay within, see
+    ``Engine.load``; it changes no bit of the adapter, so a resumed run may have another.
     on_event: called with ``Started`` and then every event of ``protocol.local.train``.
     should_stop: asked after each event; once true, the state is saved and the adapter so far
     written.
@@ -113,7 +115,9 @@ def tune(
     check_output(output)
     train = train or TrainConfig(steps=DEFAULT_STEPS)
     train = dataclasses.replace(train, eval_every=train.eval_every or train.steps)
-    task = _prepare(model, data, lora or LoRAConfig(), train, eval_data, held_out, exact)
+    task = _prepare(
+        model, data, lora or LoRAConfig(), train, eval_data, held_out, exact, memory_budget
+    )
     if should_stop():  # nothing is worth saving yet
         raise KeyboardInterrupt
     folder = default_run_dir(output) if run_dir is None else Path(run_dir)
@@ -146,19 +150,6 @@ def default_run_dir(output: _Path) -> Path:
     return path.with_name((path.name if is_peft(output) else path.stem) + ".run")
 
 
-def peak_rss_bytes() -> int:
-    """The most memory this process has had resident, mapped weights included."""
-    try:
-        # getrusage would count what the parent process had resident before exec, too.
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-
-
 @dataclass(frozen=True)
 class _Task:
     """What a run works on. settings: whatever its numbers depend on, as JSON values."""
@@ -182,6 +173,7 @@ def _prepare(
     eval_data: _Path | None,
     held_out: float | None,
     exact: bool,
+    memory_budget: int | None,
 ) -> _Task:
     """Read and check everything, so that a bad example does not end a run of hours."""
     if eval_data is not None and held_out is not None:
@@ -197,7 +189,9 @@ def _prepare(
     path = local_path(model)
 
     def new_engine() -> Engine:
-        return Engine.load(path, lora, labels=labels, seed=train.seed, exact=exact)
+        return Engine.load(
+            path, lora, labels=labels, seed=train.seed, exact=exact, memory_budget=memory_budget
+        )
 
     engine = new_engine()
     for part in (examples, kept):

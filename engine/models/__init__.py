@@ -21,15 +21,16 @@ class Family:
 
     read_args: Callable[[GGUFFile], Any]
     shapes: Callable[[Any], tuple[Shapes, Shapes]]
-    forward: Callable[[Any, Pass], np.ndarray]
+    embed: Callable[[Any, Pass], np.ndarray]
+    layer: Callable[[Any, Pass, int, np.ndarray], np.ndarray]
     encoder: bool = False
 
 
 FAMILIES = {
-    "llama": Family(llama.read_args, llama.shapes, llama.forward),
-    "qwen2": Family(qwen.read_qwen2, llama.shapes, llama.forward),
-    "qwen3": Family(qwen.read_qwen3, llama.shapes, llama.forward),
-    "bert": Family(bert.read_args, bert.shapes, bert.forward, encoder=True),
+    "llama": Family(llama.read_args, llama.shapes, llama.embed, llama.layer),
+    "qwen2": Family(qwen.read_qwen2, llama.shapes, llama.embed, llama.layer),
+    "qwen3": Family(qwen.read_qwen3, llama.shapes, llama.embed, llama.layer),
+    "bert": Family(bert.read_args, bert.shapes, bert.embed, bert.layer, encoder=True),
 }
 
 

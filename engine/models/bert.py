@@ -82,18 +82,18 @@ def shapes(args: Args) -> tuple[Shapes, Shapes]:
     return required, optional
 
 
-def forward(args: Args, p: Pass) -> np.ndarray:
-    """The last layer's output: float32 [rows, width]."""
+def embed(args: Args, p: Pass) -> np.ndarray:
+    """What the first layer works on: float32 [rows, width]."""
     x = p.embedding("token_embd", p.ids)
     x = x + p.embedding("position_embd", p.positions)
     x = x + p.embedding("token_types", np.zeros(1, np.int32))
-    x = p.layer_norm(x, "token_embd_norm", args.norm_eps)
-    for i in range(args.n_layers):
-        block = f"blk.{i}"
-        x = p.enter(i, x)
-        x = x + _attention(args, p, block, x)
-        x = p.in_blocks(x, partial(_feed_forward, args, p, block))
-    return x
+    return p.layer_norm(x, "token_embd_norm", args.norm_eps)
+
+
+def layer(args: Args, p: Pass, i: int, x: np.ndarray) -> np.ndarray:
+    """Layer i: float32 [rows, width] to the same."""
+    x = x + _attention(args, p, f"blk.{i}", x)
+    return p.in_blocks(x, partial(_feed_forward, args, p, f"blk.{i}"))
 
 
 def _attention(args: Args, p: Pass, block: str, x: np.ndarray) -> np.ndarray:

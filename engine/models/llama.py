@@ -97,14 +97,15 @@ def shapes(args: Args) -> tuple[Shapes, Shapes]:
     return required, optional
 
 
-def forward(args: Args, p: Pass) -> np.ndarray:
-    """The last layer's output, before the output norm: float32 [rows, width]."""
-    x = p.embedding("token_embd", p.ids)
-    for i in range(args.n_layers):
-        x = p.enter(i, x)
-        x = x + _attention(args, p, f"blk.{i}", p.rms_norm(x, f"blk.{i}.attn_norm", args.norm_eps))
-        x = p.in_blocks(x, partial(_feed_forward, args, p, f"blk.{i}"))
-    return x
+def embed(args: Args, p: Pass) -> np.ndarray:
+    """What the first layer works on: float32 [rows, width]."""
+    return p.embedding("token_embd", p.ids)
+
+
+def layer(args: Args, p: Pass, i: int, x: np.ndarray) -> np.ndarray:
+    """Layer i of the residual stream: float32 [rows, width] to the same."""
+    x = x + _attention(args, p, f"blk.{i}", p.rms_norm(x, f"blk.{i}.attn_norm", args.norm_eps))
+    return p.in_blocks(x, partial(_feed_forward, args, p, f"blk.{i}"))
 
 
 def _attention(args: Args, p: Pass, block: str, x: np.ndarray) -> np.ndarray:

@@ -1,0 +1,184 @@
+"""``fwdllm bench``: options in, measurements out. What is slow to import is imported inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fwdllm.console import print_json
+from fwdllm.memory import parse_bytes
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.status import Status
+
+app = typer.Typer(
+    help="Measure this engine, and others beside it, on this machine.", no_args_is_help=True
+)
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="GGUF file, or hf://owner/repo/file.gguf.")
+]
+Rounds = Annotated[int, typer.Option("--rounds", help="Times each side works; medians are shown.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the result.")]
+Save = Annotated[
+    Path | None, typer.Option("--save", metavar="FILE.json", help="Keep the result in a file.")
+]
+Compare = Annotated[
+    Path | None,
+    typer.Option("--compare", metavar="FILE.json", help="Print new / old of a kept result."),
+]
+
+
+@app.command("make-model")
+def make_model(
+    output: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="File to write.")],
+    shape: Annotated[str, typer.Option("--shape", help="Model whose dimensions to take.")],
+    type: Annotated[str, typer.Option("--type", help="Tensor type, such as Q4_0.")] = "Q4_0",
+    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+) -> None:
+    """Write a model of a known shape with random weights, to measure without a download."""
+    from fwdllm.bench.synthetic import make_decoder, shape_named, type_named
+
+    make_decoder(output, shape_named(shape), type_named(type), seed)
+    print(output)
+
+
+@app.command()
+def prompt(
+    model: Model,
+    tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 512,
+    lanes: Annotated[
+        int, typer.Option(help="Variants of an adapter in one pass; 1 is no adapter.")
+    ] = 1,
+    peer: Annotated[
+        str | None, typer.Option(help="llama.cpp, or plain (as many copies, unperturbed).")
+    ] = None,
+    rounds: Rounds = 5,
+    json: Json = False,
+    plot: Plot = None,
+    save: Save = None,
+    compare: Compare = None,
+) -> None:
+    """Tokens per second of one prompt of random tokens."""
+    from fwdllm.bench.measure import measure_prompt
+    from fwdllm.bench.report import render_sides
+    from fwdllm.hub import local_path
+
+    finish = _prepare("prompt", json, plot, save, compare)
+    with _status():
+        result = measure_prompt(local_path(model), tokens, lanes, peer, rounds)
+    finish(result, render_sides)
+
+
+@app.command()
+def step(
+    model: Model,
+    examples: Annotated[int, typer.Option(help="Sequences of the batch.")] = 4,
+    tokens: Annotated[int, typer.Option(help="Length of each.")] = 64,
+    perturbations: Annotated[int, typer.Option("--perturbations", "-k", help="Directions.")] = 8,
+    method: Annotated[str, typer.Option(help="central or forward-difference.")] = "central",
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA factors.")] = 8,
+    targets: Annotated[
+        str, typer.Option(help="Tensors to adapt; all: every linear layer.")
+    ] = "attn_q,attn_v",
+    memory_budget: Annotated[
+        str | None, typer.Option(help='Resident memory to keep to, such as "1GiB".')
+    ] = None,
+    peer: Annotated[
+        str | None, typer.Option(help="plain (as many rows, unperturbed), llama.cpp or peft.")
+    ] = None,
+    rounds: Rounds = 5,
+    json: Json = False,
+    plot: Plot = None,
+    save: Save = None,
+    compare: Compare = None,
+) -> None:
+    """Time, memory and breakdown of one step of tuning."""
+    from fwdllm.bench.measure import StepConfig, measure_step
+    from fwdllm.bench.report import render_sides
+    from fwdllm.hub import local_path
+
+    finish = _prepare("step", json, plot, save, compare)
+    config = StepConfig(
+        examples=examples,
+        tokens=tokens,
+        perturbations=perturbations,
+        method=method,
+        rank=rank,
+        targets=None if targets == "all" else tuple(targets.split(",")),
+        memory_budget=parse_bytes(memory_budget) if memory_budget is not None else None,
+    )
+    with _status():
+        result = measure_step(local_path(model), config, peer, rounds)
+    finish(result, render_sides)
+
+
+@app.command()
+def kernels(
+    isa: Annotated[
+        list[str] | None, typer.Option(help="Instruction set.", show_default="the best one")
+    ] = None,
+    type: Annotated[
+        list[str] | None,
+        typer.Option(help="Tensor type of products.", show_default="Q4_0, Q4_K and Q8_0"),
+    ] = None,
+    rows: Annotated[
+        list[int] | None, typer.Option(help="Rows of products.", show_default="512")
+    ] = None,
+    rounds: Rounds = 5,
+    json: Json = False,
+    plot: Plot = None,
+    save: Save = None,
+    compare: Compare = None,
+) -> None:
+    """Speed of each kernel, beside what this machine can do. Repeat options to widen it."""
+    from fwdllm.bench.kernels import measure_kernels
+    from fwdllm.bench.report import render_kernels
+
+    finish = _prepare("kernels", json, plot, save, compare)
+    with _status() as status:
+        result = measure_kernels(isa or (), type or (), rows or (512,), rounds, status.update)
+    finish(result, render_kernels)
+
+
+def _status() -> Status:
+    """What is shown on stderr while a measurement runs, if that is a terminal."""
+    from rich.console import Console
+
+    return Console(stderr=True).status("measuring")
+
+
+Render = Callable[[Mapping[str, Any]], "RenderableType"]
+
+
+def _prepare(
+    command: str, json: bool, plot: Path | None, save: Path | None, compare: Path | None
+) -> Callable[[dict[str, Any], Render], None]:
+    """Check the files before the work; the returned function shows and keeps its result."""
+    from fwdllm.bench import report
+    from fwdllm.engine.files import check_destination
+
+    old = report.load(compare, command) if compare else None
+    for path in filter(None, (plot, save)):
+        check_destination(path)
+
+    def finish(result: dict[str, Any], render: Render) -> None:
+        if save:
+            report.save(result, save)
+        if plot:
+            from fwdllm.bench.pictures import draw
+
+            draw(result, plot)
+        if json:
+            print_json({**result, "compare": report.compare(result, old)} if old else result)
+            return
+        report.show(render(result))
+        if old and compare:
+            report.show(report.render_comparison(result, old, compare))
+
+    return finish

@@ -1,0 +1,188 @@
+"""Every kernel on inputs of the sizes it meets in a model of a billion parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from fwdllm.bench.synthetic import random_weights
+from fwdllm.engine.rotary import Rotary
+from fwdllm.kernels import cpu
+from fwdllm.kernels.types import Lanes, LoRA, QuantType, Weight
+
+Call = Callable[[], object]
+
+DEFAULT_TYPES = (QuantType.Q4_0, QuantType.Q4_K, QuantType.Q8_0)
+DEFAULT_ROWS = (512,)
+
+# n_out, n_in: TinyLlama's attention and feed-forward, and a 7B model's attention.
+MATRICES = ((2048, 2048), (5632, 2048), (2048, 5632), (4096, 4096))
+LANES, RANK = 8, 8
+N_VOCAB, WIDTH, HEADS, KV_HEADS, HEAD_DIM = 32000, 2048, 32, 4, 64
+LOSS_ROWS = 256
+LAYER_ROWS = 2048  # 16 MiB an array: memory is measured, not a cache
+N_NORMALS, N_SEEDS = 1 << 20, 32
+
+_GIGA = 1e9
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel on one input.
+
+    name: unique; AxBxC is a matrix of A outputs and B inputs on C rows.  kernel: the function.
+    unit, work: 10^9 of what, and how many a call does.  limit: what bounds it: "int8" or "fp32"
+    operations, "read" of memory, "normal" (the random generator) or "none".  prepare: makes the
+    inputs and returns the call.  baseline: the same for what its overhead is taken against.
+    """
+
+    name: str
+    kernel: str
+    unit: str
+    work: float
+    limit: str
+    prepare: Callable[[], Call]
+    baseline: Callable[[], Call] | None = None
+
+
+def cases(types: Sequence[QuantType], rows: Sequence[int]) -> Iterator[Case]:
+    """Every case; types and rows are those of matrix products."""
+    yield generator()
+    for name, prepare in (("seeded_axpy", _seeded_axpy), ("seeded_dot", _seeded_dot)):
+        work = N_NORMALS * N_SEEDS / _GIGA
+        yield Case(f"{name} {N_SEEDS} seeds", name, "G/s", work, "normal", prepare)
+    for type in types:
+        yield from _products(type, rows)
+    yield from _layers()
+    yield _attention_case(1, 512)
+    yield _attention_case(8, 64)
+
+
+def generator() -> Case:
+    """The random generator, which bounds the seeded kernels."""
+    return Case("normal", "normal", "G/s", N_NORMALS / _GIGA, "none", _normal)
+
+
+def _products(type: QuantType, rows: Sequence[int]) -> Iterator[Case]:
+    floats = type in (QuantType.F32, QuantType.F16, QuantType.BF16)
+    limit = "fp32" if floats else "int8"
+    for n in rows:
+        for n_out, n_in in MATRICES:
+            work = 2 * n * n_out * n_in / _GIGA
+            name = f"matmul {type.name} {n_out}x{n_in}x{n}"
+            plain = partial(_matmul, type, n_out, n_in, n)
+            yield Case(name, "matmul", "GOPS", work, limit, plain)
+            name = f"{name}, {LANES} lanes"
+            yield Case(name, "matmul", "GOPS", work, limit, partial(plain, lanes=True), plain)
+        n_out, n_in = MATRICES[0]
+        work = 2 * n * n_out * n_in / _GIGA
+        exact = partial(_matmul, type, n_out, n_in, n, exact=True)
+        name = f"exact matmul {type.name} {n_out}x{n_in}x{n}"
+        yield Case(name, "matmul", "GOPS", work, "fp32", exact)
+    work = 2 * LOSS_ROWS * N_VOCAB * WIDTH / _GIGA
+    name = f"cross_entropy {type.name} {N_VOCAB}x{WIDTH}x{LOSS_ROWS}"
+    yield Case(name, "cross_entropy", "GOPS", work, limit, partial(_cross_entropy, type))
+    work = 4 * LAYER_ROWS * WIDTH / _GIGA
+    gather = partial(_embedding, type)
+    yield Case(f"embedding {type.name}", "embedding", "GB/s", work, "read", gather)
+
+
+def _layers() -> Iterator[Case]:
+    array = 4 * LAYER_ROWS * WIDTH / _GIGA
+    # Arrays read and written.
+    for name, arrays, prepare in (
+        ("rms_norm", 2, _rms_norm),
+        ("layer_norm", 2, _layer_norm),
+        ("rope", 2, _rope),
+        ("swiglu", 3, _swiglu),
+        ("gelu", 2, _gelu),
+    ):
+        yield Case(f"{name} {LAYER_ROWS}x{WIDTH}", name, "GB/s", arrays * array, "read", prepare)
+
+
+def _attention_case(sequences: int, tokens: int) -> Case:
+    pairs = sequences * tokens * (tokens + 1) // 2
+    work = 4 * pairs * HEADS * HEAD_DIM / _GIGA  # scores and sums, a product each
+    name = f"attention {sequences}x{tokens}, {HEADS}/{KV_HEADS} heads of {HEAD_DIM}"
+    prepare = partial(_attention, sequences, tokens)
+    return Case(name, "attention", "GOPS", work, "fp32", prepare)
+
+
+def _random(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+def _weight(type: QuantType, n_out: int, n_in: int) -> Weight:
+    rng = np.random.default_rng(0)
+    return Weight(random_weights(rng, type, n_out, n_in, n_in**-0.5), type, n_out, n_in)
+
+
+def _matmul(
+    type: QuantType, n_out: int, n_in: int, rows: int, lanes: bool = False, exact: bool = False
+) -> Call:
+    x, weight = _random(rows, n_in), _weight(type, n_out, n_in)
+    plain = partial(cpu.matmul, x, weight, exact=exact)
+    if not lanes:
+        return plain
+    lora = LoRA(_random(RANK, n_in), _random(n_out, RANK), scale=2.0, offset=0)
+    signs = np.tile(np.array([1e-3, -1e-3], np.float32), LANES // 2)
+    perturbed = Lanes(np.repeat(np.arange(LANES // 2, dtype=np.uint64), 2), signs)
+    return partial(plain, lora=lora, lanes=perturbed)
+
+
+def _cross_entropy(type: QuantType) -> Call:
+    x, weight = _random(LOSS_ROWS, WIDTH), _weight(type, N_VOCAB, WIDTH)
+    return partial(cpu.cross_entropy, x, weight, np.arange(LOSS_ROWS, dtype=np.int32))
+
+
+def _embedding(type: QuantType) -> Call:
+    ids = np.random.default_rng(0).integers(0, N_VOCAB, LAYER_ROWS, np.int32)
+    return partial(cpu.embedding, _weight(type, N_VOCAB, WIDTH), ids)
+
+
+def _normal() -> Call:
+    return partial(cpu.normal, 0, 0, N_NORMALS)
+
+
+def _seeded_axpy() -> Call:
+    seeds = np.arange(N_SEEDS, dtype=np.uint64)
+    return partial(cpu.seeded_axpy, _random(N_NORMALS), seeds, np.full(N_SEEDS, 1e-6))
+
+
+def _seeded_dot() -> Call:
+    return partial(cpu.seeded_dot, _random(N_NORMALS), np.arange(N_SEEDS, dtype=np.uint64))
+
+
+def _rms_norm() -> Call:
+    return partial(cpu.rms_norm, _random(LAYER_ROWS, WIDTH), _random(WIDTH), 1e-5)
+
+
+def _layer_norm() -> Call:
+    x, weight, bias = _random(LAYER_ROWS, WIDTH), _random(WIDTH), _random(WIDTH)
+    return partial(cpu.layer_norm, x, weight, bias, 1e-5)
+
+
+def _rope() -> Call:
+    positions = np.arange(LAYER_ROWS, dtype=np.int32)
+    cos, sin = Rotary(dim=HEAD_DIM, base=10000.0).tables(LAYER_ROWS)
+    return partial(cpu.rope, _random(LAYER_ROWS, WIDTH), positions, cos, sin, HEAD_DIM, True)
+
+
+def _swiglu() -> Call:
+    return partial(cpu.swiglu, _random(LAYER_ROWS, WIDTH), _random(LAYER_ROWS, WIDTH))
+
+
+def _gelu() -> Call:
+    return partial(cpu.gelu, _random(LAYER_ROWS, WIDTH))
+
+
+def _attention(sequences: int, tokens: int) -> Call:
+    rows = sequences * tokens
+    q = _random(rows, HEADS * HEAD_DIM)
+    k, v = _random(rows, KV_HEADS * HEAD_DIM), _random(rows, KV_HEADS * HEAD_DIM)
+    starts = np.arange(0, rows + 1, tokens, dtype=np.int32)
+    scale = HEAD_DIM**-0.5
+    return partial(cpu.attention, q, k, v, starts, head_dim=HEAD_DIM, scale=scale, causal=True)

@@ -1,0 +1,125 @@
+"""Speed of every kernel under each instruction set, beside this machine's own limits.
+
+The instruction set is chosen when ``fwdllm.kernels.cpu`` is imported, so each has a process of
+its own.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fwdllm.bench.kernel_cases import DEFAULT_TYPES, LANES, Call, Case, cases, generator
+from fwdllm.bench.synthetic import type_named
+from fwdllm.bench.worker import Worker
+from fwdllm.engine.errors import ConfigError
+from fwdllm.kernels import cpu
+from fwdllm.kernels.types import QuantType
+
+# A round repeats its call for so long, to be measured well beside the clock and wake-ups.
+ROUND_SECONDS = 0.02
+
+
+class Kernels:
+    """A side of ``bench.worker``: each ``run`` measures the next case, and None ends them.
+
+    types: names.  rows: of matrix products.  facts: instruction set, threads and limits.
+    """
+
+    def __init__(self, types: Sequence[str], rows: Sequence[int], rounds: int) -> None:
+        self.cases = cases([QuantType[name] for name in types], rows)
+        self.rounds = rounds
+        self.peaks = {kind: cpu.peak(kind) / 1e9 for kind in ("int8", "bf16", "fp32", "read")}
+        self.peaks["normal"] = self._measure(generator())["rate"]
+        self.facts = {"isa": cpu.isa, "threads": cpu.num_threads(), "peaks": self.peaks}
+
+    def run(self) -> dict[str, Any] | None:
+        case = next(self.cases, None)
+        return None if case is None else {"name": case.name, **self._measure(case)}
+
+    def _measure(self, case: Case) -> dict[str, Any]:
+        calls = [case.prepare(), *([case.baseline()] if case.baseline else [])]
+        seconds = time_in_turn(calls, self.rounds)
+        rates = [case.work / s for s in seconds[0]]
+        of = self._limit(case.limit)
+        found: dict[str, Any] = {
+            "rate": statistics.median(rates),
+            "rate_range": [min(rates), max(rates)],
+            "unit": case.unit,
+        }
+        if of in self.peaks:
+            found |= {"of": of, "fraction": found["rate"] / self.peaks[of]}
+        if case.baseline:
+            ratios = [a / b - 1 for a, b in zip(*seconds, strict=True)]
+            found |= {
+                "overhead": statistics.median(ratios),
+                "overhead_range": [min(ratios), max(ratios)],
+            }
+        return found
+
+    def _limit(self, kind: str) -> str:
+        """What a case of this kind runs into under this instruction set."""
+        if kind != "int8":
+            return kind
+        if cpu.isa == "avx512_bf16":
+            return "bf16"
+        return "int8" if self.peaks["int8"] else "fp32"
+
+
+def time_in_turn(calls: Sequence[Call], rounds: int) -> list[list[float]]:
+    """Seconds a call took in each round, [call][round]; calls take turns within a round."""
+    repeats = []
+    for call in calls:
+        call()  # fresh memory is mapped, threads start
+        repeats.append(max(1, math.ceil(ROUND_SECONDS / _seconds(call, 1))))
+    seconds: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for call, count, mine in zip(calls, repeats, seconds, strict=True):
+            mine.append(_seconds(call, count))
+    return seconds
+
+
+def _seconds(call: Call, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def measure_kernels(
+    isas: Sequence[str],
+    types: Sequence[str],
+    rows: Sequence[int],
+    rounds: int,
+    on_case: Callable[[str], None],
+) -> dict[str, Any]:
+    """All cases under each instruction set, the best one if none is named.
+
+    types: tensor types, () for the default.  on_case: told the name of each finished case.
+    The result has "peaks" and "kernels" by instruction set: rates in 10^9 a second, "fraction"
+    of the limit "of" it, and the "overhead" of lanes with a seeded LoRA over none.
+    Errors: ConfigError for a name that does not exist.
+    """
+    if rounds < 1 or any(n < LANES or n % LANES for n in rows):
+        raise ConfigError(f"--rounds must be at least 1 and --rows a multiple of {LANES}")
+    for isa in isas:
+        if isa not in cpu.isas:
+            raise ConfigError(f"this machine has no {isa!r}; it has: {', '.join(cpu.isas)}")
+    names = [type_named(name).name for name in types] or [type.name for type in DEFAULT_TYPES]
+    options = {"types": names, "rows": list(rows), "rounds": rounds}
+    peaks: dict[str, Any] = {}
+    kernels: dict[str, Any] = {}
+    threads = 0
+    for isa in isas or cpu.isas[:1]:
+        with Worker("fwdllm.bench.kernels:Kernels", options, {"FWDLLM_ISA": isa}) as worker:
+            peaks[isa], threads = worker.facts["peaks"], worker.facts["threads"]
+            kernels[isa] = {}
+            while (found := worker.run().value) is not None:
+                name = found.pop("name")
+                kernels[isa][name] = found
+                on_case(f"{isa}: {name}")
+    settings = {**options, "threads": threads}
+    return {"command": "kernels", "settings": settings, "peaks": peaks, "kernels": kernels}

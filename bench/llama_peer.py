@@ -1,0 +1,156 @@
+"""llama.cpp as a side of a measurement, through llama-cpp-python; see ``bench.worker``."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+
+from fwdllm.bench.inputs import UPDATE_RATE, half_trained, step_batch
+from fwdllm.engine import DEFAULT_EPSILON, Engine, LoRAConfig
+from fwdllm.engine.adapter import Adapter
+from fwdllm.engine.errors import AdapterError, ModelError
+from fwdllm.engine.estimators import plan
+from fwdllm.engine.llama_native import call, open_model, reason
+
+VERSION = f"llama-cpp-python {llama_cpp.__version__}"
+
+
+class Prompt:
+    """A prompt of all ids but the last, with the logits after it."""
+
+    def __init__(self, model: str, ids: Sequence[int], threads: int) -> None:
+        self.ids = ids[:-1]
+        n = len(self.ids)
+        try:
+            self.llama = llama_cpp.Llama(
+                model,
+                n_ctx=n + 8,
+                n_batch=n,
+                n_ubatch=512,
+                n_threads=threads,
+                n_threads_batch=threads,
+                verbose=False,
+            )
+        except ValueError as error:
+            raise ModelError(f"llama.cpp cannot run {model}: {error}") from error
+        self.run()
+        pointer = llama_cpp.llama_get_logits_ith(self.llama.ctx, -1)
+        logits = np.ctypeslib.as_array(pointer, (1, self.llama.n_vocab()))
+        self.facts = {"version": VERSION, "loss": mean_nll(logits, np.array(ids[-1:]))}
+
+    def run(self) -> None:
+        self.llama.reset()
+        self.llama.eval(self.ids)
+
+
+class Step:
+    """Perturbed inference as llama.cpp allows it: a LoRA file written and read for every lane.
+
+    The model stays loaded and the examples are one batch. folder: for the file, best in memory.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        ids: Sequence[Sequence[int]],
+        lora: Mapping[str, Any],
+        perturbations: int,
+        method: str,
+        threads: int,
+        folder: str,
+    ) -> None:
+        adapter = half_trained(Engine.load(model, LoRAConfig(**lora))).adapter
+        assert adapter is not None
+        self.adapter: Adapter = adapter
+        self.file = Path(folder) / "lane.gguf"
+        self.seeds = np.arange(perturbations, dtype=np.uint64)
+        self.plan = plan(self.seeds, method, DEFAULT_EPSILON, "normal")
+        self.labels = step_batch(ids, 1).label_ids
+        self.model = open_model(model, vocab_only=False)
+        self.n_vocab = llama_cpp.llama_vocab_n_tokens(self.model.vocab)
+        self.context = _open_context(self.model.handle, ids, threads)
+        self.batch = _fill_batch(ids)
+        self.facts = {"version": VERSION, "loss": self._loss(self.adapter)}
+
+    def run(self) -> dict[str, list[float]]:
+        lanes = zip(self.plan.lanes.seeds, self.plan.lanes.coefficients, strict=True)
+        losses = np.array([self._lane_loss(*lane) for lane in lanes])
+        derivatives = self.plan.derivative(losses)
+        self.adapter.add(self.seeds, -UPDATE_RATE / len(self.seeds) * derivatives)
+        return {"derivatives": derivatives.tolist()}
+
+    def _lane_loss(self, seed: int, coefficient: float) -> float:
+        variant = replace(self.adapter, theta=self.adapter.theta.copy())
+        variant.add([seed], [coefficient])
+        return self._loss(variant)
+
+    def _loss(self, adapter: Adapter) -> float:
+        adapter.save(self.file)
+        with self._adapted():
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
+            if call(llama_cpp.llama_decode, self.context, self.batch):
+                raise ModelError(f"llama.cpp failed: {reason()}")
+            pointer = llama_cpp.llama_get_logits(self.context)
+            logits = np.ctypeslib.as_array(pointer, (len(self.labels), self.n_vocab))
+            return mean_nll(logits, self.labels)
+
+    @contextmanager
+    def _adapted(self) -> Iterator[None]:
+        """Apply the LoRA file to the context, and take it off again."""
+        path = os.fsencode(self.file)
+        adapter = call(llama_cpp.llama_adapter_lora_init, self.model.handle, path)
+        if not adapter:
+            raise AdapterError(f"llama.cpp cannot use the adapter: {reason()}")
+        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
+        scales = (ctypes.c_float * 1)(1.0)
+        if call(llama_cpp.llama_set_adapters_lora, self.context, adapters, 1, scales):
+            raise AdapterError(f"llama.cpp cannot apply the adapter: {reason()}")
+        yield
+        llama_cpp.llama_set_adapters_lora(self.context, None, 0, None)
+        llama_cpp.llama_adapter_lora_free(adapter)
+
+
+def mean_nll(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Mean of -log softmax(logits)[labels] in nats; logits [n, n_vocab] are overwritten."""
+    chosen = logits[np.arange(len(labels)), labels]
+    highest = logits.max(axis=1)
+    logits -= highest[:, None]
+    np.exp(logits, out=logits)
+    nll = np.log(logits.sum(axis=1, dtype=np.float64)) + highest - chosen
+    return float(nll.mean())
+
+
+def _open_context(model: Any, ids: Sequence[Sequence[int]], threads: int) -> Any:
+    params = llama_cpp.llama_context_default_params()
+    params.n_seq_max = len(ids)
+    params.n_ctx = params.n_batch = sum(map(len, ids))
+    params.n_threads = params.n_threads_batch = threads
+    params.kv_unified = False  # llama.h: faster for sequences that share nothing
+    context = call(llama_cpp.llama_init_from_model, model, params)
+    if not context:
+        raise ModelError(f"llama.cpp cannot run the model: {reason()}")
+    return context
+
+
+def _fill_batch(ids: Sequence[Sequence[int]]) -> Any:
+    """All sequences, with logits where the next token is a label."""
+    batch = llama_cpp.llama_batch_init(sum(map(len, ids)), 0, 1)
+    i = 0
+    for sequence, tokens in enumerate(ids):
+        for position, token in enumerate(tokens):
+            batch.token[i] = token
+            batch.pos[i] = position
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = sequence
+            batch.logits[i] = position + 1 < len(tokens)
+            i += 1
+    batch.n_tokens = i
+    return batch

@@ -1,0 +1,197 @@
+"""Measurements of whole passes and steps: this engine, and a peer in turn with it.
+
+Results are JSON values. "settings" says what was measured. Times are medians over rounds,
+"..._range" their lowest and highest. "ratio" is how many times as fast as the peer this engine
+is, the median of each round's.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fwdllm.bench.inputs import linear_targets, open_decoder, random_ids
+from fwdllm.bench.worker import Answer, Worker
+from fwdllm.engine import DEFAULT_EPSILON
+from fwdllm.engine.errors import ConfigError, FwdllmError
+from fwdllm.engine.estimators import plan
+
+PROMPT_PEERS = ("llama.cpp", "plain")
+STEP_PEERS = ("plain", "llama.cpp", "peft")
+
+_PROMPT, _STEP = "fwdllm.bench.ours:Prompt", "fwdllm.bench.ours:Step"
+_PLAIN_STEP = "fwdllm.bench.ours:PlainStep"
+_LLAMA_PROMPT, _LLAMA_STEP = "fwdllm.bench.llama_peer:Prompt", "fwdllm.bench.llama_peer:Step"
+_PEFT_STEP = "fwdllm.bench.peft_peer:Step"
+
+
+def measure_prompt(
+    model: Path, tokens: int, lanes: int, peer: str | None, rounds: int
+) -> dict[str, Any]:
+    """A prompt of random tokens under ``lanes`` variants of an adapter; all their tokens count.
+
+    lanes: 1, or an even number for central differences.  Errors: ConfigError, ModelError.
+    """
+    _check(peer, PROMPT_PEERS, rounds)
+    if lanes < 1 or (lanes > 1 and lanes % 2):
+        raise ConfigError(f"--lanes must be 1 or an even number, not {lanes}")
+    if peer == "plain" and lanes == 1:
+        raise ConfigError("the peer plain shows what perturbing costs, which takes --lanes")
+    ids = random_ids(open_decoder(model, tokens), 1, tokens + 1)[0]
+    settings = {"model": model.name, "tokens": tokens, "lanes": lanes, "rounds": rounds}
+    prompt: dict[str, Any] = {"model": str(model), "ids": ids}
+    with ExitStack() as stack:
+        ours = stack.enter_context(Worker(_PROMPT, {**prompt, "lanes": lanes}))
+        workers, n_tokens = [ours], [tokens * lanes]
+        if peer == "llama.cpp":
+            options = {**prompt, "threads": ours.facts["threads"]}
+            workers.append(stack.enter_context(Worker(_LLAMA_PROMPT, options)))
+            n_tokens.append(tokens)
+        elif peer == "plain":
+            options = {**prompt, "lanes": lanes, "plain": True}
+            workers.append(stack.enter_context(Worker(_PROMPT, options)))
+            n_tokens.append(tokens * lanes)
+        answers = _alternate(workers, rounds)
+        return _result("prompt", settings, peer, workers, answers, n_tokens)
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """One step of tuning. targets: None for every linear layer.  memory_budget: in bytes."""
+
+    examples: int = 4
+    tokens: int = 64
+    perturbations: int = 8
+    method: str = "central"
+    rank: int = 8
+    targets: tuple[str, ...] | None = ("attn_q", "attn_v")
+    memory_budget: int | None = None
+
+    @property
+    def lanes(self) -> int:
+        """Variants of the adapter in a step; ConfigError for a method that does not exist."""
+        seeds = np.arange(self.perturbations, dtype=np.uint64)
+        return len(plan(seeds, self.method, DEFAULT_EPSILON, "normal").lanes)
+
+
+def measure_step(model: Path, config: StepConfig, peer: str | None, rounds: int) -> dict[str, Any]:
+    """Directional derivatives of random examples and an update of the adapter.
+
+    The result has a "breakdown", seconds by operation, of one more step.
+    Errors: ConfigError, ModelError.
+    """
+    _check(peer, STEP_PEERS, rounds)
+    if config.examples < 1 or config.perturbations < 1:
+        raise ConfigError("--examples and --perturbations must be at least 1")
+    n_tokens = config.examples * config.tokens * config.lanes
+    file = open_decoder(model, config.tokens)
+    config = replace(config, targets=config.targets or linear_targets(file))
+    step = {
+        "model": str(model),
+        "ids": random_ids(file, config.examples, config.tokens),
+        "lora": {"rank": config.rank, "targets": config.targets},
+        "perturbations": config.perturbations,
+        "method": config.method,
+    }
+    with ExitStack() as stack:
+        ours = {**step, "memory_budget": config.memory_budget}
+        workers = [stack.enter_context(Worker(_STEP, ours))]
+        if peer == "plain":
+            workers.append(stack.enter_context(Worker(_PLAIN_STEP, ours)))
+        elif peer is not None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(dir=_memory_folder()))
+            theirs = {**step, "threads": workers[0].facts["threads"], "folder": folder}
+            open_peer = _open_peft if peer == "peft" else partial(Worker, _LLAMA_STEP)
+            workers.append(stack.enter_context(open_peer(theirs)))
+        answers = _alternate(workers, rounds)
+        settings = {"model": model.name, **asdict(config), "rounds": rounds}
+        result = _result("step", settings, peer, workers, answers, [n_tokens] * len(workers))
+        return {**result, "breakdown": workers[0].call("breakdown")}
+
+
+def _open_peft(options: Mapping[str, Any]) -> Worker:
+    """PyTorch and PEFT with the weights decoded to the type that is faster on this machine."""
+    for package in ("torch", "transformers", "peft", "psutil"):
+        if find_spec(package) is None:
+            raise ConfigError(f"the peer peft needs the package {package}; install fwdllm[test]")
+    seconds: dict[str, float] = {}
+    for dtype in ("bfloat16", "float32"):
+        try:
+            with Worker(_PEFT_STEP, {**options, "dtype": dtype}) as worker:
+                seconds[dtype] = worker.run().seconds
+        except FwdllmError as error:  # one of them may not fit the memory
+            reason = error
+    if not seconds:
+        raise reason
+    return Worker(_PEFT_STEP, {**options, "dtype": min(seconds, key=lambda dtype: seconds[dtype])})
+
+
+def _memory_folder() -> str | None:
+    """A folder for temporary files that is not on a disk, if the system has one."""
+    folder = Path("/dev/shm")
+    return str(folder) if folder.is_dir() else None
+
+
+def _check(peer: str | None, peers: Sequence[str], rounds: int) -> None:
+    if peer is not None and peer not in peers:
+        raise ConfigError(f"--peer must be one of {', '.join(peers)}, not {peer!r}")
+    if rounds < 1:
+        raise ConfigError(f"--rounds must be at least 1, not {rounds}")
+
+
+def _alternate(workers: Sequence[Worker], rounds: int) -> list[list[Answer]]:
+    """What each side answered in each round: [worker][round]."""
+    answers: list[list[Answer]] = [[] for _ in workers]
+    for _ in range(rounds):
+        for worker, mine in zip(workers, answers, strict=True):
+            mine.append(worker.run())
+    return answers
+
+
+def _result(
+    command: str,
+    settings: Mapping[str, Any],
+    peer: str | None,
+    workers: Sequence[Worker],
+    answers: Sequence[Sequence[Answer]],
+    n_tokens: Sequence[int],
+) -> dict[str, Any]:
+    machine = {name: workers[0].facts[name] for name in ("isa", "threads")}
+    ours, *others = [
+        {**{k: v for k, v in worker.facts.items() if k not in machine}, **_figures(mine, n)}
+        for worker, mine, n in zip(workers, answers, n_tokens, strict=True)
+    ]
+    result = {"command": command, "settings": {**settings, **machine}, **ours}
+    if not others:
+        return {**result, "peer": None, "ratio": None}
+    ratios = [
+        (n_tokens[0] / mine.seconds) / (n_tokens[1] / theirs.seconds)
+        for mine, theirs in zip(*answers, strict=True)
+    ]
+    return {
+        **result,
+        "peer": {"name": peer, **others[0]},
+        "ratio": statistics.median(ratios),
+        "ratio_range": [min(ratios), max(ratios)],
+    }
+
+
+def _figures(answers: Sequence[Answer], n_tokens: int) -> dict[str, Any]:
+    seconds = [answer.seconds for answer in answers]
+    return {
+        "seconds": statistics.median(seconds),
+        "seconds_range": [min(seconds), max(seconds)],
+        "tokens_per_s": n_tokens / statistics.median(seconds),
+        "tokens_per_s_range": [n_tokens / max(seconds), n_tokens / min(seconds)],
+        "peak_rss_bytes": answers[-1].peak_rss_bytes,
+        **(answers[-1].value or {}),
+    }

@@ -1,0 +1,113 @@
+"""This engine as a side of a measurement; see ``bench.worker``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fwdllm.bench.inputs import UPDATE_RATE, half_trained, prompt_batch, step_batch
+from fwdllm.bench.stopwatch import Stopwatch
+from fwdllm.engine import DEFAULT_EPSILON, Engine, LoRAConfig
+from fwdllm.engine.estimators import plan
+from fwdllm.kernels import cpu
+
+
+class Prompt:
+    """One prompt under ``lanes`` variants of a new adapter of rank 8 on q and v.
+
+    With one lane there is no adapter. plain: as many copies of the prompt instead, and nothing
+    perturbed.
+    """
+
+    def __init__(self, model: str, ids: Sequence[int], lanes: int, plain: bool = False) -> None:
+        self.engine = Engine.load(model, LoRAConfig() if lanes > 1 else None)
+        self.batch = prompt_batch(ids, lanes if plain else 1)
+        self.seeds = np.arange(lanes // 2, dtype=np.uint64)
+        self.plain = plain or lanes == 1
+        self.run()
+        loss = float(self.engine.loss(prompt_batch(ids, 1)).mean())
+        self.facts = {**machine(), "loss": loss}
+
+    def run(self) -> None:
+        if self.plain:
+            self.engine.loss(self.batch)
+        else:
+            self.engine.directional_derivatives(self.batch, self.seeds)
+
+
+class Step:
+    """Directional derivatives of a batch along ``perturbations`` seeds, and an update.
+
+    lora: rank and targets.  memory_budget: in bytes.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        ids: Sequence[Sequence[int]],
+        lora: Mapping[str, Any],
+        perturbations: int,
+        method: str,
+        memory_budget: int | None,
+    ) -> None:
+        self.engine = open_engine(model, lora, memory_budget)
+        self.batch = step_batch(ids, 1)
+        self.seeds = np.arange(perturbations, dtype=np.uint64)
+        self.method = method
+        self.facts = {**machine(), "loss": float(self.engine.loss(self.batch).mean())}
+        self.run()
+
+    def run(self) -> dict[str, list[float]]:
+        assert self.engine.adapter is not None
+        probe = self.engine.directional_derivatives(self.batch, self.seeds, self.method)
+        self.engine.adapter.add(self.seeds, -UPDATE_RATE / len(self.seeds) * probe.derivative)
+        return {"derivatives": probe.derivative.tolist()}
+
+    def breakdown(self) -> dict[str, float]:
+        """Seconds of one more step by operation, largest first."""
+        watch = Stopwatch(cpu)
+        watch.name_tensors(self.engine.file)
+        assert self.engine.adapter is not None
+        # In this engine, because a second one would not fit the same memory budget.
+        self.engine.ops = watch.backend
+        self.engine.adapter = replace(self.engine.adapter, ops=watch.backend)
+        start = time.perf_counter()
+        self.run()
+        watch.seconds["other"] = time.perf_counter() - start - watch.spent
+        return dict(sorted(watch.seconds.items(), key=lambda item: -item[1]))
+
+
+class PlainStep:
+    """The same rows through the adapter as it is: the examples once for every lane of a step."""
+
+    def __init__(
+        self,
+        model: str,
+        ids: Sequence[Sequence[int]],
+        lora: Mapping[str, Any],
+        perturbations: int,
+        method: str,
+        memory_budget: int | None,
+    ) -> None:
+        self.engine = open_engine(model, lora, memory_budget)
+        seeds = np.arange(perturbations, dtype=np.uint64)
+        lanes = plan(seeds, method, DEFAULT_EPSILON, "normal").lanes
+        self.batch = step_batch(ids, len(lanes))
+        self.facts = {"loss": float(self.engine.loss(self.batch).mean())}
+
+    def run(self) -> None:
+        self.engine.loss(self.batch)
+
+
+def open_engine(model: str, lora: Mapping[str, Any], memory_budget: int | None) -> Engine:
+    """The model with a half-trained adapter of the given rank and targets."""
+    return half_trained(Engine.load(model, LoRAConfig(**lora), memory_budget=memory_budget))
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on beside the model: instruction set and threads."""
+    return {"isa": cpu.isa, "threads": cpu.num_threads()}

@@ -1,0 +1,100 @@
+"""Measurements as pictures, in the style of ``fwdllm.plot``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+_OURS, _PEER, _TEXT, _GRID = "#4c78a8", "#e4572e", "#444444", "#e6e6e6"
+_COLORS = (_OURS, _PEER, "#54a24b", "#b279a2", "#9d755d", "#777777")
+_BAR_INCHES = 0.28
+
+
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """Draw a result of ``fwdllm bench`` as a PNG: horizontal bars, thin lines for the range."""
+    drawn = _draw_kernels(result) if result["command"] == "kernels" else _draw_sides(result)
+    drawn.savefig(path, format="png")
+
+
+def _draw_kernels(result: Mapping[str, Any]) -> Figure:
+    """Each kernel's share of this machine's limit, a bar for each instruction set."""
+    isas = list(result["kernels"])
+    names = [n for n, entry in result["kernels"][isas[0]].items() if "fraction" in entry]
+    figure, (axes,) = _figure([len(names) * len(isas)])
+    for i, isa in enumerate(isas):
+        entries = [result["kernels"][isa][name] for name in names]
+        places = [at + (i - (len(isas) - 1) / 2) * 0.8 / len(isas) for at in range(len(names))]
+        shares = [entry["fraction"] for entry in entries]
+        ranges = [
+            [bound * entry["fraction"] / entry["rate"] for bound in entry["rate_range"]]
+            for entry in entries
+        ]
+        _bars(axes, places, shares, ranges, 0.8 / len(isas), _COLORS[i % len(_COLORS)], isa)
+    limits = {entry["of"] for entry in result["kernels"][isas[0]].values() if "of" in entry}
+    axes.set_xlabel(f"share of the machine's limit ({', '.join(sorted(limits))})", color=_TEXT)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.axvline(1, color=_TEXT, linewidth=0.8)
+    if len(isas) > 1:
+        axes.legend(frameon=False, labelcolor=_TEXT)
+    return figure
+
+
+def _draw_sides(result: Mapping[str, Any]) -> Figure:
+    """Tokens per second and memory of each side, and the breakdown of a step."""
+    sides = {"fwdllm": result}
+    if result["peer"]:
+        sides[result["peer"]["name"]] = result["peer"]
+    breakdown = result.get("breakdown", {})
+    figure, axes = _figure([len(sides), len(sides), *([len(breakdown)] if breakdown else [])])
+    colors = (_OURS, _PEER)
+    for i, side in enumerate(sides.values()):
+        speed, memory = side["tokens_per_s"], side["peak_rss_bytes"] / 1e6
+        _bars(axes[0], [i], [speed], [side["tokens_per_s_range"]], 0.6, colors[i])
+        _bars(axes[1], [i], [memory], [[memory, memory]], 0.6, colors[i])
+    for ax, label in zip(axes, ("tokens/s", "peak resident memory (MB)"), strict=False):
+        ax.set_yticks(range(len(sides)), sides)
+        ax.set_xlabel(label, color=_TEXT)
+    if breakdown:
+        seconds = list(breakdown.values())
+        _bars(axes[2], range(len(seconds)), seconds, [[s, s] for s in seconds], 0.6, _OURS)
+        axes[2].set_yticks(range(len(seconds)), breakdown)
+        axes[2].set_xlabel("seconds of one step", color=_TEXT)
+    return figure
+
+
+def _figure(bars: Sequence[int]) -> tuple[Figure, list[Axes]]:
+    """One plot below the other, each as high as its number of bars needs."""
+    heights = [_BAR_INCHES * n + 0.8 for n in bars]
+    figure = Figure(figsize=(7.2, sum(heights)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)  # no global state and no window system, unlike pyplot
+    grid = figure.subplots(len(bars), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
+    axes = list(grid[:, 0])
+    for ax in axes:
+        ax.invert_yaxis()
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["left", "bottom"]].set_color(_TEXT)
+        ax.tick_params(colors=_TEXT)
+        ax.grid(axis="x", color=_GRID, linewidth=0.8)
+        ax.set_axisbelow(True)
+        ax.margins(y=0.02)
+    return figure, axes
+
+
+def _bars(
+    axes: Axes,
+    places: Sequence[float],
+    values: Sequence[float],
+    ranges: Sequence[Sequence[float]],
+    height: float,
+    color: str,
+    label: str | None = None,
+) -> None:
+    below = [max(0.0, value - low) for value, (low, _) in zip(values, ranges, strict=True)]
+    above = [max(0.0, high - value) for value, (_, high) in zip(values, ranges, strict=True)]
+    style = {"elinewidth": 0.8, "ecolor": _TEXT}
+    axes.barh(places, values, height, xerr=[below, above], color=color, error_kw=style, label=label)

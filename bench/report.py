@@ -1,0 +1,152 @@
+"""Measurements for people: tables, files of them, and how two files differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+
+from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.files import atomic_write
+
+# What was measured, and what follows from other figures.
+_NOT_COMPARED = ("settings", "fraction", "overhead")
+
+_FILE_WIDTH = 120
+
+
+def save(result: Mapping[str, Any], path: Path) -> None:
+    """Write a result as JSON, to be compared with later."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def load(path: Path, command: str) -> dict[str, Any]:
+    """A saved result of the same command; ConfigError if it is something else."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    if not isinstance(result, dict) or result.get("command") != command:
+        raise ConfigError(f"{path} is not a saved result of: fwdllm bench {command}")
+    return result
+
+
+def compare(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, float]:
+    """new / old for every figure that both results have, by its path such as "peer.seconds"."""
+    before = dict(figures(old))
+    return {name: value / before[name] for name, value in figures(new) if before.get(name)}
+
+
+def figures(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of a result that can be compared, with its path."""
+    for name, value in result.items():
+        if name in _NOT_COMPARED:
+            continue
+        if isinstance(value, Mapping):
+            yield from figures(value, f"{prefix}{name}.")
+        elif isinstance(value, (int, float)):
+            yield f"{prefix}{name}", value
+
+
+def render_comparison(new: Mapping[str, Any], old: Mapping[str, Any], path: Path) -> RenderableType:
+    """The ratios of ``compare``, and the settings that differ."""
+    table = _table("figure", f"{path.name}", "now", "now / then")
+    before, after = dict(figures(old)), dict(figures(new))
+    for name, ratio in compare(new, old).items():
+        table.add_row(name, f"{before[name]:.6g}", f"{after[name]:.6g}", f"{ratio:.3f}")
+    then, now = old.get("settings", {}), new["settings"]
+    changed = [
+        f"{key} was {then.get(key)}, is {now.get(key)}"
+        for key in sorted({*then, *now})
+        if then.get(key) != now.get(key)
+    ]
+    return Group("", *changed, table)
+
+
+def render_sides(result: Mapping[str, Any]) -> RenderableType:
+    """A result of ``bench.measure``."""
+    peer = result["peer"]
+    table = _table("", "tokens/s", "lowest to highest", "seconds", "memory", "loss")
+    for name, side in (("fwdllm", result), *([(_name(peer), peer)] if peer else [])):
+        table.add_row(
+            name,
+            f"{side['tokens_per_s']:,.1f}",
+            _range(side["tokens_per_s_range"], ",.1f"),
+            f"{side['seconds']:.3f}",
+            f"{side['peak_rss_bytes'] / 1e6:,.0f} MB",
+            f"{side['loss']:.4f}",
+        )
+    parts: list[RenderableType] = [_settings(result), "", table]
+    if peer:
+        spread = _range(result["ratio_range"], ".3f")
+        parts += ["", f"{result['ratio']:.3f} times as fast as {peer['name']} ({spread})"]
+    if "breakdown" in result:
+        parts += ["", _render_breakdown(result["breakdown"])]
+    return Group(*parts)
+
+
+def render_kernels(result: Mapping[str, Any]) -> RenderableType:
+    """A result of ``bench.kernels``."""
+    parts: list[RenderableType] = [_settings(result)]
+    for isa, found in result["kernels"].items():
+        peaks = [f"{kind} {rate:,.1f}" for kind, rate in result["peaks"][isa].items() if rate]
+        table = _table("kernel", "rate", "", "lowest to highest", "of the limit", "", "overhead")
+        for name, entry in found.items():
+            table.add_row(
+                name,
+                f"{entry['rate']:,.2f}",
+                entry["unit"],
+                _range(entry["rate_range"], ",.2f"),
+                f"{entry['fraction']:.1%}" if "fraction" in entry else "",
+                entry.get("of", ""),
+                f"{entry['overhead']:.1%}" if "overhead" in entry else "",
+            )
+        parts += ["", f"{isa}; limits in 10^9/s: {', '.join(peaks)}", "", table]
+    return Group(*parts)
+
+
+def _render_breakdown(seconds: Mapping[str, float]) -> RenderableType:
+    total = sum(seconds.values())
+    table = _table("operation", "seconds", "share")
+    for name, value in seconds.items():
+        table.add_row(name, f"{value:.4f}", f"{value / total:.1%}")
+    return table
+
+
+def _settings(result: Mapping[str, Any]) -> str:
+    shown = []
+    for name, value in result["settings"].items():
+        if value is not None:
+            text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+            shown.append(f"{name} {text}")
+    return ", ".join(shown)
+
+
+def _name(peer: Mapping[str, Any]) -> str:
+    notes = [str(peer[key]) for key in ("version", "dtype") if key in peer]
+    return f"{peer['name']} ({', '.join(notes)})" if notes else str(peer["name"])
+
+
+def _range(bounds: tuple[float, float], form: str) -> str:
+    return f"{bounds[0]:{form}} to {bounds[1]:{form}}"
+
+
+def show(*parts: RenderableType) -> None:
+    """Print on stdout; a file or pipe gets whole lines."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_FILE_WIDTH)
+    for part in parts:
+        console.print(part, highlight=False)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    return table

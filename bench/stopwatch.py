@@ -1,0 +1,80 @@
+"""Where the time of a pass goes: a kernel backend that times every call."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from fwdllm.engine.gguf_file import GGUFFile
+from fwdllm.kernels.types import Weight
+
+# What a function of the backend is shown as; others go by their own name.
+_OPERATIONS = {
+    "rms_norm": "norms",
+    "layer_norm": "norms",
+    "swiglu": "activation",
+    "gelu": "activation",
+    "seeded_axpy": "update",
+}
+
+
+class Stopwatch:
+    """Seconds of every operation of ``backend``, a stand-in for ``ops``.
+
+    Matmuls go by the kind of their tensor, such as attn_q. One with an adapter is done without
+    it first: what it takes longer with it is "lora".
+    """
+
+    def __init__(self, ops: ModuleType) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.spent = 0.0
+        self._matmul = ops.matmul
+        self._addresses: list[int] = []
+        self._kinds: list[str] = []
+        self.backend = ModuleType("timed")
+        for name in ops.__all__:
+            value = getattr(ops, name)
+            timed = self._timed(_OPERATIONS.get(name, name), value) if callable(value) else value
+            setattr(self.backend, name, timed)
+        self.backend.matmul = self._timed_matmul  # type: ignore[attr-defined]
+
+    def name_tensors(self, file: GGUFFile) -> None:
+        """Learn where the matrices of the file lie, to know them in calls."""
+        names = [name for name, tensor in file.tensors.items() if len(tensor.shape) == 2]
+        places = sorted((_address(file.weight(name).data), name) for name in names)
+        self._addresses = [address for address, _ in places]
+        self._kinds = [name.removesuffix(".weight").split(".")[-1] for _, name in places]
+
+    def _timed(self, operation: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*args, **options)
+            seconds = time.perf_counter() - start
+            self.seconds[operation] += seconds
+            self.spent += seconds
+            return result
+
+        return call
+
+    def _timed_matmul(
+        self, x: np.ndarray, weight: Weight, *, lora: Any = None, **options: Any
+    ) -> np.ndarray:
+        kind = self._kinds[bisect_right(self._addresses, _address(weight.data)) - 1]
+        before = self.spent
+        y = self._timed(kind, self._matmul)(x, weight, **options)
+        if lora is None:
+            return y
+        without = self.spent - before
+        y = self._timed("lora", self._matmul)(x, weight, lora=lora, **options)
+        self.seconds["lora"] -= without
+        return y
+
+
+def _address(array: np.ndarray) -> int:
+    return int(array.__array_interface__["data"][0])
