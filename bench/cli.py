@@ -56,7 +56,7 @@ def prompt(
         int, typer.Option(help="Variants of an adapter in one pass; 1 is no adapter.")
     ] = 1,
     peer: Annotated[
-        str | None, typer.Option(help="llama.cpp, or plain (as many copies, unperturbed).")
+        str | None, typer.Option(help="llama.cpp, or plain (as many copies, no adapter).")
     ] = None,
     rounds: Rounds = 5,
     json: Json = False,
@@ -90,7 +90,7 @@ def step(
         str | None, typer.Option(help='Resident memory to keep to, such as "1GiB".')
     ] = None,
     peer: Annotated[
-        str | None, typer.Option(help="plain (as many rows, unperturbed), llama.cpp or peft.")
+        str | None, typer.Option(help="plain (as many rows, no adapter), llama.cpp or peft.")
     ] = None,
     rounds: Rounds = 5,
     json: Json = False,

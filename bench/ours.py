@@ -19,15 +19,15 @@ from fwdllm.kernels import cpu
 class Prompt:
     """One prompt under ``lanes`` variants of a new adapter of rank 8 on q and v.
 
-    With one lane there is no adapter. plain: as many copies of the prompt instead, and nothing
-    perturbed.
+    With one lane there is no adapter. plain: as many copies of the prompt instead, through the
+    model without an adapter.
     """
 
     def __init__(self, model: str, ids: Sequence[int], lanes: int, plain: bool = False) -> None:
-        self.engine = Engine.load(model, LoRAConfig() if lanes > 1 else None)
+        self.engine = Engine.load(model, None if plain or lanes == 1 else LoRAConfig())
         self.batch = prompt_batch(ids, lanes if plain else 1)
         self.seeds = np.arange(lanes // 2, dtype=np.uint64)
-        self.plain = plain or lanes == 1
+        self.plain = self.engine.adapter is None
         self.run()
         loss = float(self.engine.loss(prompt_batch(ids, 1)).mean())
         self.facts = {**machine(), "loss": loss}
@@ -54,7 +54,8 @@ class Step:
         method: str,
         memory_budget: int | None,
     ) -> None:
-        self.engine = open_engine(model, lora, memory_budget)
+        adapted = Engine.load(model, LoRAConfig(**lora), memory_budget=memory_budget)
+        self.engine = half_trained(adapted)
         self.batch = step_batch(ids, 1)
         self.seeds = np.arange(perturbations, dtype=np.uint64)
         self.method = method
@@ -82,7 +83,7 @@ class Step:
 
 
 class PlainStep:
-    """The same rows through the adapter as it is: the examples once for every lane of a step."""
+    """As many rows through the model without an adapter: the examples once for every lane."""
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class PlainStep:
         method: str,
         memory_budget: int | None,
     ) -> None:
-        self.engine = open_engine(model, lora, memory_budget)
+        self.engine = Engine.load(model, memory_budget=memory_budget)
         seeds = np.arange(perturbations, dtype=np.uint64)
         lanes = plan(seeds, method, DEFAULT_EPSILON, "normal").lanes
         self.batch = step_batch(ids, len(lanes))
@@ -101,11 +102,6 @@ class PlainStep:
 
     def run(self) -> None:
         self.engine.loss(self.batch)
-
-
-def open_engine(model: str, lora: Mapping[str, Any], memory_budget: int | None) -> Engine:
-    """The model with a half-trained adapter of the given rank and targets."""
-    return half_trained(Engine.load(model, LoRAConfig(**lora), memory_budget=memory_budget))
 
 
 def machine() -> dict[str, Any]:
