@@ -16,6 +16,7 @@ from fwdllm.bench.inputs import half_trained
 from fwdllm.bench.torch_model import TorchModel, gradient
 from fwdllm.engine import Engine, LoRAConfig, read_jsonl
 from fwdllm.engine.data import labels_of
+from fwdllm.kernels import cpu
 
 EPSILONS = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 SEEDS = np.arange(64, dtype=np.uint64)
@@ -48,7 +49,7 @@ def main() -> None:
             for epsilon in EPSILONS:
                 probe = engine.directional_derivatives(batch, SEEDS, method, epsilon)
                 row.append(f"{np.corrcoef(probe.derivative, want)[0, 1]:.5f}")
-            name = "fp32" if exact else "int8"
+            name = "fp32" if exact else "bf16" if cpu.isa == "avx512_bf16" else "int8"
             print(f"| {name}, {method} |", " | ".join(row), "|", flush=True)
 
 

@@ -27,7 +27,7 @@ from fwdllm.engine.estimators import DEFAULT_EPSILON, Probe, plan
 from fwdllm.engine.forward import Pass
 from fwdllm.engine.gguf_file import GGUFFile
 from fwdllm.engine.head import head_gradient, log_probabilities
-from fwdllm.engine.memory import MemoryPlan, plan_step
+from fwdllm.engine.memory import MemoryPlan, keep_freed_memory, plan_step
 from fwdllm.engine.models import bert, family_of
 from fwdllm.engine.residency import Residency, resident_bytes
 from fwdllm.engine.tokenizer import Tokenizer
@@ -71,6 +71,7 @@ class Engine:
         memory_budget: int | None = None,
         ops: ModuleType = cpu,
     ) -> None:
+        keep_freed_memory()
         self.file = file
         self.ops = ops
         self.exact = exact
