@@ -12,6 +12,8 @@ inline float half_to_float(const uint8_t* p) {
     __builtin_memcpy(&h, p, 2);
 #if defined(__F16C__)
     return _cvtsh_ss(h);
+#elif defined(__aarch64__)
+    return (float)__builtin_bit_cast(__fp16, h);
 #else
     // The multiplication brings subnormals and normals alike into place.
     uint32_t bits = (uint32_t)(h & 0x7FFF) << 13;

@@ -109,7 +109,9 @@ inline void multiply_dense(const uint32_t* tile, const uint32_t* panel, int64_t 
             w[v] = load((const float*)panel + i * kDenseOutputs + v * kWidth);
 #pragma GCC unroll 12
         for (int r = 0; r < kRows; ++r) {
-            const VF x = (VF)(VU{} + tile[i * kRows + r]);
+            float word;
+            __builtin_memcpy(&word, tile + i * kRows + r, 4);
+            const VF x = splat(word);
 #pragma GCC unroll 4
             for (int v = 0; v < kDenseVectors; ++v) acc[r][v] = E::multiply_add(w[v], x, acc[r][v]);
         }

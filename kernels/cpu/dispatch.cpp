@@ -5,6 +5,12 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 namespace fwdllm {
 
 #if defined(__x86_64__)
@@ -20,12 +26,41 @@ extern const Kernels table;
 namespace avx2 {
 extern const Kernels table;
 }
+#elif defined(__aarch64__)
+namespace neon_i8mm {
+extern const Kernels table;
+}
+namespace neon_dotprod {
+extern const Kernels table;
+}
 #endif
 namespace portable {
 extern const Kernels table;
 }
 
 namespace {
+
+#if defined(__aarch64__)
+struct ArmFeatures {
+    bool dot_product, int8_matrix;
+};
+
+ArmFeatures arm_features() {
+#if defined(__linux__)
+    // HWCAP_ASIMDDP and HWCAP2_I8MM of Linux's asm/hwcap.h, which older headers lack
+    return {(getauxval(AT_HWCAP) & (1 << 20)) != 0, (getauxval(AT_HWCAP2) & (1 << 13)) != 0};
+#elif defined(__APPLE__)
+    const auto has = [](const char* name) {
+        int value = 0;
+        size_t size = sizeof value;
+        return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+    };
+    return {has("hw.optional.arm.FEAT_DotProd"), has("hw.optional.arm.FEAT_I8MM")};
+#else
+    return {};
+#endif
+}
+#endif
 
 // The tables this machine can run, best first.
 std::vector<const Kernels*> supported() {
@@ -41,6 +76,10 @@ std::vector<const Kernels*> supported() {
     if (has_avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16::table);
     if (has_avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&avx2_vnni::table);
     if (has_avx2) found.push_back(&avx2::table);
+#elif defined(__aarch64__)
+    const ArmFeatures arm = arm_features();
+    if (arm.dot_product && arm.int8_matrix) found.push_back(&neon_i8mm::table);
+    if (arm.dot_product) found.push_back(&neon_dotprod::table);
 #endif
     found.push_back(&portable::table);
     return found;

@@ -1,10 +1,26 @@
 // The micro-kernel of the int8 route: dot products of bytes per group of 32, scaled and summed in
-// fp32, group after group. The instruction sets differ in dot_quads only.
+// fp32, group after group. The instruction sets differ in the shape of a vector of sums and in the
+// functions before multiply_int8.
 
-// sum + the dot product of 4 unsigned codes and 4 signed activations, for kWidth outputs. kSigned:
-// the codes are signed.
+// A vector of sums covers kSumRows rows by kSumOutputs outputs, row after row. kPassOutputs x kRows
+// sums are alive at a time: mostly one vector of outputs, which leaves as many registers to the
+// fp32 sums; but ARM's dot products take all 16 outputs, 16 of 32 registers, enough to keep 4 units
+// of 4 cycles busy, and the fp32 sums, used once per group, are spilled.
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+constexpr int kSumRows = 2, kSumOutputs = 2;
+#else
+constexpr int kSumRows = 1, kSumOutputs = kWidth;
+#endif
+#if defined(__ARM_FEATURE_DOTPROD)
+constexpr int kPassOutputs = kInt8Outputs;
+#else
+constexpr int kPassOutputs = kWidth;
+#endif
+
+// sum + the dot products of kDotBytes unsigned codes and signed activations. kSigned: the codes
+// are signed.
 template <bool kSigned>
-inline VI dot_quads(VI sum, VI codes, VI x) {
+inline VI dot_bytes(VI sum, VI codes, VI x) {
 #if defined(__AVX512VNNI__)
     return (VI)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, (__m512i)x);
 #elif defined(__AVXVNNI__)
@@ -14,6 +30,15 @@ inline VI dot_quads(VI sum, VI codes, VI x) {
     const __m256i pairs = kSigned ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w))
                                   : _mm256_maddubs_epi16(w, a);
     return sum + (VI)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+    return (VI)vmmlaq_s32((int32x4_t)sum, (int8x16_t)x, (int8x16_t)codes);
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return (VI)vdotq_s32((int32x4_t)sum, (int8x16_t)codes, (int8x16_t)x);
+#elif defined(__aarch64__)
+    const int8x16_t w = (int8x16_t)codes, a = (int8x16_t)x;
+    const int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(a)), high = vmull_high_s8(w, a);
+    const int16x8_t pairs = vpaddq_s16(low, high);  // at most 2 x 128 x 127
+    return (VI)vpadalq_s16((int32x4_t)sum, pairs);
 #else
     uint8_t w[4 * kWidth];
     int8_t a[4 * kWidth];
@@ -25,44 +50,106 @@ inline VI dot_quads(VI sum, VI codes, VI x) {
 #endif
 }
 
+// The same for rows r .. r+kSumRows of x [kRows][kDotBytes].
+template <bool kSigned>
+inline VI dot_rows(VI sum, VI codes, const int8_t (*x)[kDotBytes], int r) {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+    return dot_bytes<kSigned>(sum, codes, as_int(load((const float*)x[r])));
+#elif defined(__ARM_FEATURE_DOTPROD)
+    // One load for all rows, of which each takes its lane; intrinsics want that as a constant.
+    static_assert(kRows == 4);
+    const int32x4_t s = (int32x4_t)sum;
+    const int8x16_t w = (int8x16_t)codes, rows = vld1q_s8(x[0]);
+    switch (r) {
+        case 0:
+            return (VI)vdotq_laneq_s32(s, w, rows, 0);
+        case 1:
+            return (VI)vdotq_laneq_s32(s, w, rows, 1);
+        case 2:
+            return (VI)vdotq_laneq_s32(s, w, rows, 2);
+        default:
+            return (VI)vdotq_laneq_s32(s, w, rows, 3);
+    }
+#else
+    int32_t word;
+    __builtin_memcpy(&word, x[r], 4);
+    return dot_bytes<kSigned>(sum, codes, VI{} + word);
+#endif
+}
+
+// Numbers of rows or outputs, one for each of a vector of sums; and a vector of sums into
+// c [kRows][kInt8Outputs].
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+inline VF of_rows(const float* p) { return VF{p[0], p[0], p[1], p[1]}; }
+inline VI of_rows(const int32_t* p) { return VI{p[0], p[0], p[1], p[1]}; }
+inline VF of_outputs(const float* p) {
+    const float32x2_t pair = vld1_f32(p);
+    return (VF)vcombine_f32(pair, pair);
+}
+inline void store_sums(float* c, VF sums) {
+    vst1_f32(c, vget_low_f32((float32x4_t)sums));
+    vst1_f32(c + kInt8Outputs, vget_high_f32((float32x4_t)sums));
+}
+#else
+inline VF of_rows(const float* p) { return splat(*p); }
+inline VI of_rows(const int32_t* p) { return VI{} + *p; }
+inline VF of_outputs(const float* p) { return load(p); }
+inline void store_sums(float* c, VF sums) { store(c, sums); }
+#endif
+
 // c [kRows][kInt8Outputs] = tile . panel^T over all groups.
 template <typename Codec>
 inline void multiply_int8(const TileGroup<Codec>* tile, const PanelGroup<Codec>* panel,
                           int64_t groups, float* c) {
-    constexpr int quads = 8 / Codec::scales;
-    for (int out = 0; out < kInt8Outputs; out += kWidth) {
-        VF acc[kRows] = {};
+    constexpr int dots = kDots / Codec::scales;
+    constexpr int n_r = kRows / kSumRows, n_v = kPassOutputs / kSumOutputs;
+    for (int out = 0; out < kInt8Outputs; out += kPassOutputs) {
+        VF acc[n_v][n_r] = {};
         for (int64_t g = 0; g < groups; ++g) {
             const TileGroup<Codec>& t = tile[g];
             const PanelGroup<Codec>& p = panel[g];
 #pragma GCC unroll 2
             for (int s = 0; s < Codec::scales; ++s) {
-                VI dot[kRows];
-#pragma GCC unroll 12
-                for (int r = 0; r < kRows; ++r)
-                    dot[r] = Codec::has_min ? VI{} : VI{} + t.start[s][r];
+                VI dot[n_v][n_r];
 #pragma GCC unroll 8
-                for (int i = s * quads; i < (s + 1) * quads; ++i) {
-                    const VI codes = as_int(load((const float*)p.code[i][out]));
+                for (int v = 0; v < n_v; ++v)
 #pragma GCC unroll 12
-                    for (int r = 0; r < kRows; ++r) {
-                        int32_t x;
-                        __builtin_memcpy(&x, t.x[i][r], 4);
-                        dot[r] = dot_quads<signed_codes<Codec>()>(dot[r], codes, VI{} + x);
+                    for (int r = 0; r < n_r; ++r)
+                        dot[v][r] = Codec::has_min ? VI{} : of_rows(t.start[s] + r * kSumRows);
+#pragma GCC unroll 8
+                for (int i = s * dots; i < (s + 1) * dots; ++i)
+#pragma GCC unroll 8
+                    for (int v = 0; v < n_v; ++v) {
+                        const VI codes =
+                            as_int(load((const float*)p.code[i][out + v * kSumOutputs]));
+#pragma GCC unroll 12
+                        for (int r = 0; r < n_r; ++r)
+                            dot[v][r] = dot_rows<signed_codes<Codec>()>(dot[v][r], codes, t.x[i],
+                                                                        r * kSumRows);
                     }
-                }
-                const VF scale = load(p.scale[s] + out);
+#pragma GCC unroll 8
+                for (int v = 0; v < n_v; ++v) {
+                    const VF scale = of_outputs(p.scale[s] + out + v * kSumOutputs);
 #pragma GCC unroll 12
-                for (int r = 0; r < kRows; ++r)
-                    acc[r] = fmadd(to_float(dot[r]), scale * splat(t.scale[r]), acc[r]);
+                    for (int r = 0; r < n_r; ++r)
+                        acc[v][r] = fmadd(to_float(dot[v][r]),
+                                          scale * of_rows(t.scale + r * kSumRows), acc[v][r]);
+                }
             }
             if (Codec::has_min) {
-                const VF min = load(p.min + out);
+#pragma GCC unroll 8
+                for (int v = 0; v < n_v; ++v) {
+                    const VF min = of_outputs(p.min + out + v * kSumOutputs);
 #pragma GCC unroll 12
-                for (int r = 0; r < kRows; ++r) acc[r] = fmadd(min, splat(t.sum[r]), acc[r]);
+                    for (int r = 0; r < n_r; ++r)
+                        acc[v][r] = fmadd(min, of_rows(t.sum + r * kSumRows), acc[v][r]);
+                }
             }
         }
+#pragma GCC unroll 8
+        for (int v = 0; v < n_v; ++v)
 #pragma GCC unroll 12
-        for (int r = 0; r < kRows; ++r) store(c + r * kInt8Outputs + out, acc[r]);
+            for (int r = 0; r < n_r; ++r)
+                store_sums(c + r * kSumRows * kInt8Outputs + out + v * kSumOutputs, acc[v][r]);
     }
 }

@@ -3,11 +3,19 @@
 // tile of activations. A row's result depends on that row and the weights only, and its reduction
 // order is fixed: that is batch invariance.
 
-constexpr int kInt8Outputs = 16;  // 4 bytes of each fill one zmm
+constexpr int kInt8Outputs = 16;  // 4 bytes of each fill one zmm, or four NEON registers
+
+// Bytes along K that one instruction multiplies and sums for an output.
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+constexpr int kDotBytes = 8;
+#else
+constexpr int kDotBytes = 4;
+#endif
+constexpr int kDots = 32 / kDotBytes;  // in a group
 
 // Without a dot product of unsigned by signed bytes, products of bytes are summed in pairs in 16
 // bits, which holds codes up to 63 but not Q8_0's 255: those stay signed and go through
-// |w| * (x sign(w)).
+// |w| * (x sign(w)). NEON's products are of signed bytes, which hold codes up to 63 as well.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 constexpr bool kSignedQ8 = false;
 #else
@@ -19,12 +27,12 @@ constexpr bool signed_codes() {
     return kSignedQ8 && Codec::offset == 128;
 }
 
-// A packed group of 32 activations of kRows rows: bytes [8][kRows][4], the scale of each row,
-// and per weight scale a correction of each row: the start of the integer sum, -offset * sum(x),
-// or for types with a min the float scale * sum(x).
+// A packed group of 32 activations of kRows rows: bytes [kDots][kRows][kDotBytes], the scale of
+// each row, and per weight scale a correction of each row: the start of the integer sum, -offset *
+// sum(x), or for types with a min the float scale * sum(x).
 template <typename Codec>
 struct TileGroup {
-    int8_t x[8][kRows][4];
+    int8_t x[kDots][kRows][kDotBytes];
     float scale[kRows];
     union {
         int32_t start[Codec::scales][kRows];
@@ -32,10 +40,10 @@ struct TileGroup {
     };
 };
 
-// A packed group of 32 weights of 16 outputs: codes [8][16][4].
+// A packed group of 32 weights of 16 outputs: codes [kDots][16][kDotBytes].
 template <typename Codec>
 struct alignas(64) PanelGroup {
-    uint8_t code[8][kInt8Outputs][4];
+    uint8_t code[kDots][kInt8Outputs][kDotBytes];
     float scale[Codec::scales][kInt8Outputs];
     float min[Codec::has_min ? kInt8Outputs : 0];
 };
@@ -104,7 +112,8 @@ inline void pack_tile_int8(const float* x, int64_t row0, int64_t rows, const int
                 int32_t sums[Codec::scales];
                 row_or_difference(x, k, row0 + r, references, 32 * g, 32, values);
                 t.scale[r] = quantize_group<Codec::scales>(values, q, sums);
-                for (int i = 0; i < 8; ++i) __builtin_memcpy(t.x[i][r], q + 4 * i, 4);
+                for (int i = 0; i < kDots; ++i)
+                    __builtin_memcpy(t.x[i][r], q + kDotBytes * i, kDotBytes);
                 for (int s = 0; s < Codec::scales; ++s) {
                     if (Codec::has_min)
                         t.sum[r] = t.scale[r] * (float)sums[s];
@@ -114,6 +123,19 @@ inline void pack_tile_int8(const float* x, int64_t row0, int64_t rows, const int
             }
         }
     }
+}
+
+// The codes of 16 outputs side by side.
+template <typename Codec>
+inline void interleave_codes(const Group* groups, PanelGroup<Codec>* out) {
+    if (kDotBytes == 4) {
+        transpose_16x8((const uint32_t*)groups, sizeof(Group) / 4, (uint32_t*)out->code,
+                       kInt8Outputs);
+        return;
+    }
+    for (int j = 0; j < kInt8Outputs; ++j)
+        for (int i = 0; i < kDots; ++i)
+            __builtin_memcpy(out->code[i][j], groups[j].code + kDotBytes * i, kDotBytes);
 }
 
 // W [out0 .. out0+n, :] -> panel [n_in / 32], zero outputs at the end.
@@ -128,7 +150,7 @@ inline void pack_panel_int8(const Weight& w, int64_t out0, int64_t n, PanelGroup
             if (signed_codes<Codec>())
                 for (int l = 0; l < 32; ++l) g.code[l] ^= 0x80;
         }
-        transpose_16x8((const uint32_t*)groups, sizeof(Group) / 4, (uint32_t*)p.code, kInt8Outputs);
+        interleave_codes(groups, &p);
         for (int j = 0; j < kInt8Outputs; ++j) {
             for (int s = 0; s < Codec::scales; ++s) p.scale[s][j] = groups[j].scale[s];
             if (Codec::has_min) p.min[j] = groups[j].min;

@@ -47,6 +47,23 @@ inline void transpose_16x8(const uint32_t* in, int64_t stride, uint32_t* out, in
         _mm512_store_si512(to + 2 * out_stride, _mm512_unpacklo_epi64(b, d));
         _mm512_store_si512(to + 3 * out_stride, _mm512_unpackhi_epi64(b, d));
     }
+#elif defined(__aarch64__)
+    for (int j = 0; j < 16; j += 4) {
+        for (int l = 0; l < 8; l += 4) {
+            uint32x4_t v[4];
+            for (int m = 0; m < 4; ++m) v[m] = vld1q_u32(in + (j + m) * stride + l);
+            // Pairs of rows: words 0 and 2 of both, and words 1 and 3.
+            const uint64x2_t a = (uint64x2_t)vtrn1q_u32(v[0], v[1]);
+            const uint64x2_t b = (uint64x2_t)vtrn2q_u32(v[0], v[1]);
+            const uint64x2_t c = (uint64x2_t)vtrn1q_u32(v[2], v[3]);
+            const uint64x2_t d = (uint64x2_t)vtrn2q_u32(v[2], v[3]);
+            uint32_t* to = out + l * out_stride + j;
+            vst1q_u32(to, (uint32x4_t)vtrn1q_u64(a, c));
+            vst1q_u32(to + out_stride, (uint32x4_t)vtrn1q_u64(b, d));
+            vst1q_u32(to + 2 * out_stride, (uint32x4_t)vtrn2q_u64(a, c));
+            vst1q_u32(to + 3 * out_stride, (uint32x4_t)vtrn2q_u64(b, d));
+        }
+    }
 #else
     for (int l = 0; l < 8; ++l)
         for (int j = 0; j < 16; ++j) out[l * out_stride + j] = in[j * stride + l];

@@ -6,11 +6,11 @@ struct Philox4 {
 };
 
 inline Philox4 philox_block(uint64_t seed, uint64_t counter) {  // counters counter + 0..kWidth-1
-    VU c0, c1;
-    for (int i = 0; i < kWidth; ++i) {
-        c0[i] = (uint32_t)(counter + i);
-        c1[i] = (uint32_t)((counter + i) >> 32);
-    }
+    VU lane;
+    for (int i = 0; i < kWidth; ++i) lane[i] = (uint32_t)i;
+    const VU low = VU{} + (uint32_t)counter;
+    VU c0 = low + lane;
+    VU c1 = (uint32_t)(counter >> 32) - (VU)(c0 < low);  // a true comparison is -1: the carry
     VU c2 = {}, c3 = {};
     uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
 #pragma GCC unroll 10
@@ -42,6 +42,41 @@ inline void box_muller(VU a, VU b, VF* n0, VF* n1) {  // tl.pair_uniform_to_norm
 
 inline VF sign_of(VU bits) { return as_float((VI)((bits & 0x80000000u) | 0x3F800000u)); }
 
+// out[4 i + j] = n[j][i]
+inline void interleave(const VF* n, float* out) {
+#if defined(__AVX2__)
+    // In each lane of 128 bits transpose 4 x 4; element 4 L + m is then lane L of row m.
+    typedef float Lane __attribute__((vector_size(16)));
+    const auto unpack = [&](int a, int b, bool high) {
+#if defined(__AVX512F__)
+        return high ? _mm512_unpackhi_ps((__m512)n[a], (__m512)n[b])
+                    : _mm512_unpacklo_ps((__m512)n[a], (__m512)n[b]);
+    };
+    const auto pair = [](__m512 a, __m512 b, bool high) {
+        return high ? _mm512_unpackhi_pd((__m512d)a, (__m512d)b)
+                    : _mm512_unpacklo_pd((__m512d)a, (__m512d)b);
+#else
+        return high ? _mm256_unpackhi_ps((__m256)n[a], (__m256)n[b])
+                    : _mm256_unpacklo_ps((__m256)n[a], (__m256)n[b]);
+    };
+    const auto pair = [](__m256 a, __m256 b, bool high) {
+        return high ? _mm256_unpackhi_pd((__m256d)a, (__m256d)b)
+                    : _mm256_unpacklo_pd((__m256d)a, (__m256d)b);
+#endif
+    };
+    for (int m = 0; m < 4; ++m) {
+        const auto row = pair(unpack(0, 1, m >= 2), unpack(2, 3, m >= 2), m % 2 == 1);
+        Lane lanes[kWidth / 4];
+        __builtin_memcpy(lanes, &row, sizeof lanes);
+        for (int l = 0; l < kWidth / 4; ++l)
+            __builtin_memcpy(out + 4 * (4 * l + m), &lanes[l], sizeof(Lane));
+    }
+#else
+    for (int i = 0; i < kWidth; ++i)
+        for (int j = 0; j < 4; ++j) out[4 * i + j] = n[j][i];
+#endif
+}
+
 constexpr int kRandomBlock = 4 * kWidth;  // elements made at a time
 
 inline void random_block(int distribution, uint64_t seed, uint64_t counter, float* out) {
@@ -53,8 +88,7 @@ inline void random_block(int distribution, uint64_t seed, uint64_t counter, floa
         box_muller(p.word[0], p.word[1], &n[0], &n[1]);
         box_muller(p.word[2], p.word[3], &n[2], &n[3]);
     }
-    for (int i = 0; i < kWidth; ++i)
-        for (int j = 0; j < 4; ++j) out[4 * i + j] = n[j][i];
+    interleave(n, out);
 }
 
 // Elements start .. start+count of v(seed). Callers keep count to what fits the L1 cache.

@@ -77,6 +77,8 @@ inline VF vsqrt(VF a) {
     return (VF)_mm512_sqrt_ps((__m512)a);
 #elif defined(__AVX2__)
     return (VF)_mm256_sqrt_ps((__m256)a);
+#elif defined(__aarch64__)
+    return (VF)vsqrtq_f32((float32x4_t)a);
 #else
     VF r;
     for (int i = 0; i < kWidth; ++i) r[i] = __builtin_sqrtf(a[i]);
@@ -96,6 +98,10 @@ inline VU umulhi(VU a, uint32_t b) {
     const __m256i even = _mm256_srli_epi64(_mm256_mul_epu32((__m256i)a, vb), 32);
     const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), vb);
     return (VU)_mm256_blend_epi32(even, odd, 0xAA);
+#elif defined(__aarch64__)
+    const uint32x4_t all = (uint32x4_t)a;
+    const uint32x4_t low = (uint32x4_t)vmull_n_u32(vget_low_u32(all), b);
+    return (VU)vuzp2q_u32(low, (uint32x4_t)vmull_high_n_u32(all, b));
 #else
     VU r;
     for (int i = 0; i < kWidth; ++i) r[i] = (uint32_t)(((uint64_t)a[i] * b) >> 32);
