@@ -131,19 +131,19 @@ def matmul(
     lanes = lanes or Lanes.plain()
     y = np.empty((len(x), weight.n_out), np.float32)
     references = _row_references(lanes, len(x))
-    _native.matmul(x, weight.data, int(weight.type), references, bias, exact, y)
-    if lora is not None:
-        _native.add_lora(
-            x,
-            _f32(lora.a),
-            _f32(lora.b),
-            lora.scale,
-            lora.offset,
-            lanes.seeds,
-            lanes.coefficients,
-            lanes.distribution,
-            y,
-        )
+    _native.matmul(
+        x,
+        weight.data,
+        int(weight.type),
+        references,
+        bias,
+        None if lora is None else (_f32(lora.a), _f32(lora.b), lora.scale, lora.offset),
+        lanes.seeds,
+        lanes.coefficients,
+        lanes.distribution,
+        exact,
+        y,
+    )
     return y
 
 

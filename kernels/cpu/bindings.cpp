@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
@@ -129,35 +130,37 @@ const int32_t* references_of(const In<int32_t, 1>& references, size_t rows) {
     return r;
 }
 
-void matmul(Matrix x, Bytes data, int type, In<int32_t, 1> references, nb::object bias, bool exact,
-            Out<float, 2> y) {
+// lora: None or (A, B, scale, offset).
+void matmul(Matrix x, Bytes data, int type, In<int32_t, 1> references, nb::object bias,
+            nb::object lora, In<uint64_t, 1> seeds, Vector coefficients,
+            const std::string& distribution, bool exact, Out<float, 2> y) {
     const Weight w = weight_of(data, type, (int64_t)x.shape(1));
     const int32_t* r = references_of(references, x.shape(0));
     require(y.shape(0) == x.shape(0) && (int64_t)y.shape(1) == w.n_out, "y is [rows, n_out]");
+    require(seeds.shape(0) > 0 && seeds.shape(0) == coefficients.shape(0),
+            "one coefficient per lane");
+    require(x.shape(0) % seeds.shape(0) == 0, "the rows are not whole lanes");
+    const Lanes lanes{seeds.data(), coefficients.data(), (int64_t)seeds.shape(0),
+                      distribution_code(distribution)};
     const float* b = nullptr;
     if (!bias.is_none()) {
         const Vector v = nb::cast<Vector>(bias);
         require((int64_t)v.shape(0) == w.n_out, "bias is [n_out]");
         b = v.data();
     }
+    LoRA term{};
+    if (!lora.is_none()) {
+        const auto [factor_a, factor_b, scale, offset] =
+            nb::cast<std::tuple<Matrix, Matrix, float, uint64_t>>(lora);
+        const int64_t rank = (int64_t)factor_a.shape(0);
+        require(rank > 0 && (int64_t)factor_a.shape(1) == w.n_in, "A is [rank, n_in]");
+        require((int64_t)factor_b.shape(0) == w.n_out && (int64_t)factor_b.shape(1) == rank,
+                "B is [n_out, rank]");
+        term = {factor_a.data(), factor_b.data(), scale, offset, rank};
+    }
     nb::gil_scoped_release release_gil;
-    kernels().matmul(x.data(), (int64_t)x.shape(0), r, w, b, exact, y.data());
-}
-
-void add_lora(Matrix x, Matrix a, Matrix b, float scale, uint64_t offset, In<uint64_t, 1> seeds,
-              Vector coefficients, const std::string& distribution, Out<float, 2> y) {
-    const size_t rows = x.shape(0), n_in = x.shape(1), n_out = y.shape(1), rank = a.shape(0);
-    require(y.shape(0) == rows && a.shape(1) == n_in, "shapes of x, a and y do not fit");
-    require(b.shape(0) == n_out && b.shape(1) == rank && rank > 0, "b is [n_out, rank]");
-    require(seeds.shape(0) > 0 && seeds.shape(0) == coefficients.shape(0),
-            "one coefficient per lane");
-    require(rows % seeds.shape(0) == 0, "the rows are not whole lanes");
-    const LoRA lora{a.data(), b.data(), scale, offset, (int64_t)rank};
-    const Lanes lanes{seeds.data(), coefficients.data(), (int64_t)seeds.shape(0),
-                      distribution_code(distribution)};
-    nb::gil_scoped_release release_gil;
-    kernels().add_lora(x.data(), (int64_t)rows, (int64_t)n_in, (int64_t)n_out, lora, lanes,
-                       y.data());
+    kernels().matmul(x.data(), (int64_t)x.shape(0), r, w, b, lora.is_none() ? nullptr : &term,
+                     lanes, exact, y.data());
 }
 
 void cross_entropy(Matrix x, Bytes data, int type, In<int32_t, 1> references, In<int32_t, 1> labels,
@@ -259,8 +262,7 @@ NB_MODULE(_native, m) {
     m.def("seeded_dot", &seeded_dot);
     m.def("gather", &gather);
     m.def("matmul", &matmul, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
-          nb::arg(), nb::arg());
-    m.def("add_lora", &add_lora);
+          nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
     m.def("cross_entropy", &cross_entropy);
     m.def("rms_norm", &rms_norm);
     m.def("layer_norm", &layer_norm);

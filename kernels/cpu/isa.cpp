@@ -35,9 +35,9 @@ namespace {
 //
 #include "int8.h"
 //
-#include "matmul.h"
-//
 #include "lora.h"
+//
+#include "matmul.h"
 //
 #include "layers.h"
 //
@@ -55,7 +55,6 @@ const Kernels table = {FWDLLM_TEXT(FWDLLM_ISA),
                        seeded_dot,
                        gather,
                        matmul,
-                       add_lora,
                        cross_entropy,
                        rms_norm,
                        layer_norm,

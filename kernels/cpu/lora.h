@@ -95,57 +95,94 @@ inline void project_down(const float* x, int64_t rows_per_lane, int64_t n_in, co
             u[(row0 + i) * lora.rank + rank0 + r] = sum(load(sums + (i * kRankBlock + r) * kWidth));
 }
 
-// y[rows, out0 .. out0+n] += scale u B^T for the lanes of one group; n <= kLoraOutputs.
-inline void project_up(const float* u, int64_t rows_per_lane, int64_t n_out, const LoRA& lora,
-                       uint64_t b_offset, const Lanes& lanes, const SeedGroup& group, int64_t out0,
-                       int64_t n, float* y) {
-    const bool seeded = perturbed(lanes, group);
-    float* z = (float*)thread_scratch(4 * 2 * kLoraOutputs * lora.rank);  // [n][rank]
-    float* b = z + kLoraOutputs * lora.rank;                              // [rank][kLoraOutputs]
-    if (seeded)
-        fill_random(lanes.distribution, lanes.seeds[group.first], b_offset + out0 * lora.rank,
-                    n * lora.rank, z);
-    __builtin_memset(b, 0, 4 * kLoraOutputs * lora.rank);
-    for (int64_t l = group.first; l < group.first + group.count; ++l) {
-        const float c = lanes.coefficients[l];
-        const float* plain = lora.b + out0 * lora.rank;
-        for (int64_t j = 0; j < n; ++j)
-            for (int64_t r = 0; r < lora.rank; ++r) {
-                const int64_t at = j * lora.rank + r;
-                b[r * kLoraOutputs + j] = lora.scale * (c == 0 ? plain[at] : plain[at] + c * z[at]);
-            }
-        for (int64_t i = l * rows_per_lane; i < (l + 1) * rows_per_lane; ++i) {
-            float* to = y + i * n_out + out0;
-            for (int64_t j = 0; j < n; j += kWidth) {
-                const int64_t m = min_of<int64_t>(kWidth, n - j);
-                VF acc = load_first(to + j, m);
-                for (int64_t r = 0; r < lora.rank; ++r)
-                    acc = fmadd(splat(u[i * lora.rank + r]), load(b + r * kLoraOutputs + j), acc);
-                store_first(to + j, acc, m);
-            }
+// y [kBlock rows, n] += u b; b [rank][kLoraOutputs], of which kLoraOutputs may be read.
+template <int kBlock>
+inline void multiply_b(const float* u, int64_t rank, const float* b, float* y, int64_t y_stride,
+                       int64_t n) {
+    constexpr int kVectors = 2;  // with 4 rows 8 sums: enough to hide a multiply-add's 4 cycles
+    for (int64_t j = 0; j < n; j += kVectors * kWidth) {
+        VF acc[kBlock][kVectors] = {};
+        for (int64_t r = 0; r < rank; ++r) {
+            VF factor[kVectors];
+#pragma GCC unroll 2
+            for (int v = 0; v < kVectors; ++v)
+                factor[v] = load(b + r * kLoraOutputs + j + v * kWidth);
+#pragma GCC unroll 4
+            for (int i = 0; i < kBlock; ++i)
+#pragma GCC unroll 2
+                for (int v = 0; v < kVectors; ++v)
+                    acc[i][v] = fmadd(splat(u[i * rank + r]), factor[v], acc[i][v]);
         }
+#pragma GCC unroll 4
+        for (int i = 0; i < kBlock; ++i)
+#pragma GCC unroll 2
+            for (int v = 0; v < kVectors; ++v) {
+                const int64_t m = min_of<int64_t>(kWidth, n - j - v * kWidth);
+                float* to = y + i * y_stride + j + v * kWidth;
+                if (m > 0) store_first(to, load_first(to, m) + acc[i][v], m);
+            }
     }
 }
 
-void add_lora(const float* x, int64_t rows, int64_t n_in, int64_t n_out, const LoRA& lora,
-              const Lanes& lanes, float* y) {
-    const int64_t rows_per_lane = rows / lanes.n;
-    Buffer group_buffer(lanes.n * (int64_t)sizeof(SeedGroup)), u_buffer(rows * lora.rank * 4);
-    auto* groups = (SeedGroup*)group_buffer.data;
-    auto* u = (float*)u_buffer.data;
-    const int64_t n_groups = group_lanes(lanes, groups);
-
-    const int64_t rank_blocks = ceil_div(lora.rank, kRankBlock);
-    parallel_for(n_groups * rank_blocks, [&](int64_t task) {
-        project_down(x, rows_per_lane, n_in, lora, lanes, groups[task / rank_blocks],
-                     task % rank_blocks * kRankBlock, u);
-    });
-
-    const uint64_t b_offset = lora.offset + (uint64_t)(lora.rank * n_in);
-    const int64_t out_blocks = ceil_div(n_out, kLoraOutputs);
-    parallel_for(n_groups * out_blocks, [&](int64_t task) {
-        const int64_t out0 = task % out_blocks * kLoraOutputs;
-        project_up(u, rows_per_lane, n_out, lora, b_offset, lanes, groups[task / out_blocks], out0,
-                   min_of(kLoraOutputs, n_out - out0), y);
-    });
+// y[rows, out0 .. out0+n] += scale u B^T for the lanes of one group; n <= kLoraOutputs.
+inline void project_up(const float* u, int64_t rows_per_lane, int64_t n_in, int64_t n_out,
+                       const LoRA& lora, const Lanes& lanes, const SeedGroup& group, int64_t out0,
+                       int64_t n, float* y) {
+    const int64_t rank = lora.rank;
+    float* z = (float*)thread_scratch(4 * 2 * kLoraOutputs * rank);  // [n][rank]
+    float* b = z + kLoraOutputs * rank;                              // [rank][kLoraOutputs]
+    if (perturbed(lanes, group))
+        fill_random(lanes.distribution, lanes.seeds[group.first],
+                    lora.offset + (uint64_t)(rank * (n_in + out0)), n * rank, z);
+    __builtin_memset(b, 0, 4 * kLoraOutputs * rank);
+    for (int64_t l = group.first; l < group.first + group.count; ++l) {
+        const float c = lanes.coefficients[l];
+        const float* plain = lora.b + out0 * rank;
+        for (int64_t j = 0; j < n; ++j)
+            for (int64_t r = 0; r < rank; ++r) {
+                const int64_t at = j * rank + r;
+                b[r * kLoraOutputs + j] = lora.scale * (c == 0 ? plain[at] : plain[at] + c * z[at]);
+            }
+        const int64_t end = (l + 1) * rows_per_lane;
+        int64_t i = l * rows_per_lane;
+        for (; i + 4 <= end; i += 4)
+            multiply_b<4>(u + i * rank, rank, b, y + i * n_out + out0, n_out, n);
+        for (; i < end; ++i) multiply_b<1>(u + i * rank, rank, b, y + i * n_out + out0, n_out, n);
+    }
 }
+
+// The LoRA term of a product: made with u = x A^T of every lane, it adds u B^T to any range of
+// outputs. The matmul does that to outputs it has just written, while they are in the cache.
+struct LoraTerm {
+    const LoRA& lora;
+    const Lanes& lanes;
+    int64_t rows, n_in, n_out;
+    Buffer groups, u;
+    int64_t n_groups;
+
+    LoraTerm(const float* x, int64_t rows, int64_t n_in, int64_t n_out, const LoRA& lora,
+             const Lanes& lanes)
+        : lora(lora),
+          lanes(lanes),
+          rows(rows),
+          n_in(n_in),
+          n_out(n_out),
+          groups(lanes.n * (int64_t)sizeof(SeedGroup)),
+          u(rows * lora.rank * 4),
+          n_groups(group_lanes(lanes, (SeedGroup*)groups.data)) {
+        const int64_t rank_blocks = ceil_div(lora.rank, kRankBlock);
+        parallel_for(n_groups * rank_blocks, [&](int64_t task) {
+            project_down(x, rows / lanes.n, n_in, lora, lanes, group(task / rank_blocks),
+                         task % rank_blocks * kRankBlock, (float*)u.data);
+        });
+    }
+
+    const SeedGroup& group(int64_t i) const { return ((const SeedGroup*)groups.data)[i]; }
+
+    void add(int64_t out0, int64_t n, float* y) const {
+        for (int64_t i = 0; i < n_groups; ++i)
+            for (int64_t j = 0; j < n; j += kLoraOutputs)
+                project_up((const float*)u.data, rows / lanes.n, n_in, n_out, lora, lanes, group(i),
+                           out0 + j, min_of(kLoraOutputs, n - j), y);
+    }
+};

@@ -1,5 +1,5 @@
-// y = x W^T + bias, and the output matmul fused with cross-entropy: both walk the outputs panel
-// by panel and hand each finished tile to a sink.
+// y = x W^T + bias + LoRA, and the output matmul fused with cross-entropy: both walk the outputs
+// panel by panel and hand each finished tile to a sink.
 
 // Calls f(product) with the route for this weight. Unless exact fp32 arithmetic is asked for,
 // quantized weights meet int8 activations, or bf16 ones where that is the instruction set, and so
@@ -21,34 +21,53 @@ inline void with_product(const float* x, int64_t rows, const int32_t* references
 // Tasks per thread at least, so that a thread that is late to start costs little.
 constexpr int64_t kTasksPerThread = 2;
 
-void matmul(const float* x, int64_t rows, const int32_t* references, const Weight& w,
-            const float* bias, bool exact, float* y) {
-    with_product(x, rows, references, w, exact, [&](const auto& product) {
-        const auto write = [&](int64_t row0, int64_t n_rows, int64_t out0, int64_t n,
-                               const float* c, int64_t stride) {
-            for (int64_t r = row0; r < row0 + n_rows; ++r, c += stride) {
-                float* to = y + r * w.n_out + out0;
-                const float* base = bias ? bias + out0 : nullptr;
-                if (is_difference(product.references, r))
-                    base = y + product.references[r] * w.n_out + out0;
-                for (int64_t j = 0; j < n; j += kWidth) {
-                    const int64_t m = min_of<int64_t>(kWidth, n - j);
-                    const VF v = load(c + j);
-                    store_first(to + j, base ? load_first(base + j, m) + v : v, m);
-                }
+// Calls body(out0, n) for equal shares of the panels, a multiple of the threads.
+template <typename Product, typename F>
+inline void for_each_share(const Product& product, const F& body) {
+    const int64_t width = product.panel_outputs, n_out = product.w.n_out;
+    const int64_t n_panels = ceil_div(n_out, width), threads = num_threads();
+    const int64_t least =
+        max_of(ceil_div(n_panels, product.panels_at_once()), kTasksPerThread * threads);
+    const int64_t n_tasks = min_of(n_panels, ceil_div(least, threads) * threads);
+    parallel_for(n_tasks, [&](int64_t task) {
+        const int64_t out0 = task * n_panels / n_tasks * width;
+        body(out0, min_of((task + 1) * n_panels / n_tasks * width, n_out) - out0);
+    });
+}
+
+template <typename Product>
+inline void multiply(const Product& product, const float* bias, const LoraTerm* term, float* y) {
+    const int64_t n_out = product.w.n_out;
+    const auto write = [&](int64_t row0, int64_t n_rows, int64_t out0, int64_t n, const float* c,
+                           int64_t stride) {
+        for (int64_t r = row0; r < row0 + n_rows; ++r, c += stride) {
+            float* to = y + r * n_out + out0;
+            const float* base = bias ? bias + out0 : nullptr;
+            if (is_difference(product.references, r))
+                base = y + product.references[r] * n_out + out0;
+            for (int64_t j = 0; j < n; j += kWidth) {
+                const int64_t m = min_of<int64_t>(kWidth, n - j);
+                const VF v = load(c + j);
+                store_first(to + j, base ? load_first(base + j, m) + v : v, m);
             }
-        };
-        // Equal shares of the panels, a multiple of the threads.
-        const int64_t width = product.panel_outputs, n_panels = ceil_div(w.n_out, width);
-        const int64_t threads = num_threads();
-        const int64_t least =
-            max_of(ceil_div(n_panels, product.panels_at_once()), kTasksPerThread * threads);
-        const int64_t n_tasks = min_of(n_panels, ceil_div(least, threads) * threads);
-        parallel_for(n_tasks, [&](int64_t task) {
-            const int64_t out0 = task * n_panels / n_tasks * width;
-            const int64_t end = min_of((task + 1) * n_panels / n_tasks * width, w.n_out);
-            product.run(out0, end - out0, write);
-        });
+        }
+    };
+    for_each_share(product, [&](int64_t out0, int64_t n) {
+        product.run(out0, n, write);
+        if (term) term->add(out0, n, y);
+    });
+}
+
+// y = x W^T + bias + LoRA; without one, lora is null.
+void matmul(const float* x, int64_t rows, const int32_t* references, const Weight& w,
+            const float* bias, const LoRA* lora, const Lanes& lanes, bool exact, float* y) {
+    with_product(x, rows, references, w, exact, [&](const auto& product) {
+        if (lora) {
+            const LoraTerm term(x, rows, w.n_in, w.n_out, *lora, lanes);
+            multiply(product, bias, &term, y);
+        } else {
+            multiply(product, bias, nullptr, y);
+        }
     });
 }
 
