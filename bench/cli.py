@@ -90,7 +90,11 @@ def step(
         str | None, typer.Option(help='Resident memory to keep to, such as "1GiB".')
     ] = None,
     peer: Annotated[
-        str | None, typer.Option(help="plain (as many rows, no adapter), llama.cpp or peft.")
+        str | None,
+        typer.Option(
+            help="plain (as many rows, no adapter), llama.cpp (by its C interface, the model kept "
+            "open), llama-cpp-python (a new Llama for every lane) or peft (PyTorch)."
+        ),
     ] = None,
     rounds: Rounds = 5,
     json: Json = False,

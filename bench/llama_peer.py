@@ -54,7 +54,8 @@ class Prompt:
 class Step:
     """Perturbed inference as llama.cpp allows it: a LoRA file written and read for every lane.
 
-    The model stays loaded and the examples are one batch. folder: for the file, best in memory.
+    reopen: whether each lane opens the model, too, as llama-cpp-python's documented way to apply
+    a LoRA does.  folder: for the file, best in memory.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Step:
         method: str,
         threads: int,
         folder: str,
+        reopen: bool,
     ) -> None:
         adapter = half_trained(Engine.load(model, LoRAConfig(**lora))).adapter
         assert adapter is not None
@@ -73,11 +75,7 @@ class Step:
         self.file = Path(folder) / "lane.gguf"
         self.seeds = np.arange(perturbations, dtype=np.uint64)
         self.plan = plan(self.seeds, method, DEFAULT_EPSILON, "normal")
-        self.labels = step_batch(ids, 1).label_ids
-        self.model = open_model(model, vocab_only=False)
-        self.n_vocab = llama_cpp.llama_vocab_n_tokens(self.model.vocab)
-        self.context = _open_context(self.model.handle, ids, threads)
-        self.batch = _fill_batch(ids)
+        self.model = (ReopenedModel if reopen else OpenModel)(model, ids, threads)
         self.facts = {"version": VERSION, "loss": self._loss(self.adapter)}
 
     def run(self) -> dict[str, list[float]]:
@@ -94,7 +92,53 @@ class Step:
 
     def _loss(self, adapter: Adapter) -> float:
         adapter.save(self.file)
-        with self._adapted():
+        return self.model.loss(self.file)
+
+
+class ReopenedModel:
+    """The documented way: a ``Llama`` takes its LoRA when it is made, and reads one sequence."""
+
+    def __init__(self, model: str, ids: Sequence[Sequence[int]], threads: int) -> None:
+        self.model, self.ids, self.threads = model, ids, threads
+
+    def loss(self, adapter: Path) -> float:
+        """Mean over all label tokens in nats."""
+        n = max(map(len, self.ids))
+        llama = llama_cpp.Llama(
+            self.model,
+            lora_path=str(adapter),
+            n_ctx=n,
+            n_batch=n,
+            n_ubatch=n,
+            n_threads=self.threads,
+            n_threads_batch=self.threads,
+            logits_all=True,
+            verbose=False,
+        )
+        total, count = 0.0, 0
+        for sequence in self.ids:
+            llama.reset()
+            llama.eval(sequence)
+            labels = np.array(sequence[1:])
+            total += len(labels) * mean_nll(llama.scores[: len(labels)].copy(), labels)
+            count += len(labels)
+        llama.close()
+        return total / count
+
+
+class OpenModel:
+    """The fastest way, by the C interface: the model stays open, the examples are one batch."""
+
+    def __init__(self, model: str, ids: Sequence[Sequence[int]], threads: int) -> None:
+        self.labels = step_batch(ids, 1).label_ids
+        self.model = open_model(model, vocab_only=False)
+        self.n_vocab = llama_cpp.llama_vocab_n_tokens(self.model.vocab)
+        self.context = _open_context(self.model.handle, ids, threads)
+        self.batch = _fill_batch(ids)
+
+    def loss(self, adapter: Path) -> float:
+        """Mean over all label tokens in nats."""
+        with self._adapted(adapter):
             llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
             if call(llama_cpp.llama_decode, self.context, self.batch):
                 raise ModelError(f"llama.cpp failed: {reason()}")
@@ -103,10 +147,9 @@ class Step:
             return mean_nll(logits, self.labels)
 
     @contextmanager
-    def _adapted(self) -> Iterator[None]:
+    def _adapted(self, file: Path) -> Iterator[None]:
         """Apply the LoRA file to the context, and take it off again."""
-        path = os.fsencode(self.file)
-        adapter = call(llama_cpp.llama_adapter_lora_init, self.model.handle, path)
+        adapter = call(llama_cpp.llama_adapter_lora_init, self.model.handle, os.fsencode(file))
         if not adapter:
             raise AdapterError(f"llama.cpp cannot use the adapter: {reason()}")
         adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from fwdllm.engine.errors import ConfigError, FwdllmError
 from fwdllm.engine.estimators import plan
 
 PROMPT_PEERS = ("llama.cpp", "plain")
-STEP_PEERS = ("plain", "llama.cpp", "peft")
+STEP_PEERS = ("plain", "llama.cpp", "llama-cpp-python", "peft")
 
 _PROMPT, _STEP = "fwdllm.bench.ours:Prompt", "fwdllm.bench.ours:Step"
 _PLAIN_STEP = "fwdllm.bench.ours:PlainStep"
@@ -110,8 +109,11 @@ def measure_step(model: Path, config: StepConfig, peer: str | None, rounds: int)
         elif peer is not None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(dir=_memory_folder()))
             theirs = {**step, "threads": workers[0].facts["threads"], "folder": folder}
-            open_peer = _open_peft if peer == "peft" else partial(Worker, _LLAMA_STEP)
-            workers.append(stack.enter_context(open_peer(theirs)))
+            if peer == "peft":
+                worker = _open_peft(theirs)
+            else:
+                worker = Worker(_LLAMA_STEP, {**theirs, "reopen": peer == "llama-cpp-python"})
+            workers.append(stack.enter_context(worker))
         answers = _alternate(workers, rounds)
         settings = {"model": model.name, **asdict(config), "rounds": rounds}
         result = _result("step", settings, peer, workers, answers, [n_tokens] * len(workers))

@@ -136,13 +136,20 @@ def test_step_and_its_breakdown(fwdllm: Cli, model: Path) -> None:
     assert operations | {"embedding", "update", "other"} <= set(result["breakdown"])
 
 
-@pytest.mark.parametrize("method", ["central", "forward-difference"])
-def test_llama_cpp_takes_the_same_step(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("peer", "method"),
+    [
+        ("llama.cpp", "central"),
+        ("llama-cpp-python", "central"),
+        ("llama.cpp", "forward-difference"),
+    ],
+)
+def test_llama_cpp_takes_the_same_step(tmp_path: Path, peer: str, method: str) -> None:
     """Without quantization the slopes agree too, so that both perturb along the same seeds."""
     model = tmp_path / "model.gguf"
     make_decoder(model, SHAPES["tiny"], QuantType.F32)
     config = StepConfig(2, 24, 8, method, targets=("attn_q", "ffn_up"))
-    result = measure_step(model, config, "llama.cpp", 1)
+    result = measure_step(model, config, peer, 1)
     assert result["peer"]["loss"] == pytest.approx(result["loss"], abs=1e-3)
     assert np.corrcoef(result["derivatives"], result["peer"]["derivatives"])[0, 1] > 0.98
 

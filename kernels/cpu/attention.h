@@ -2,8 +2,9 @@
 // sequence and key/value head: its keys are transposed once, then all query heads of the group
 // use them. Queries go in blocks, so that a loaded key or value serves several.
 
-// Queries at a time: with 2 vectors of keys or values half of the registers are sums.
-constexpr int kQueries = kWidth == 16 ? 8 : 4;
+// Queries at a time: with 2 vectors of keys or values their sums fill half of 32 registers, or of
+// AVX2's 16.
+constexpr int kQueries = kWidth == 8 ? 4 : 8;
 
 struct Attention {
     const float *q, *k, *v;

@@ -39,6 +39,16 @@ inline VI dot_bytes(VI sum, VI codes, VI x) {
     const int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(a)), high = vmull_high_s8(w, a);
     const int16x8_t pairs = vpaddq_s16(low, high);  // at most 2 x 128 x 127
     return (VI)vpadalq_s16((int32x4_t)sum, pairs);
+#elif defined(__SSE2__) && !defined(__AVX2__)
+    const __m128i zero = _mm_setzero_si128(), w = (__m128i)codes, a = (__m128i)x;
+    const __m128i w0 =
+        kSigned ? _mm_srai_epi16(_mm_unpacklo_epi8(w, w), 8) : _mm_unpacklo_epi8(w, zero);
+    const __m128i w1 =
+        kSigned ? _mm_srai_epi16(_mm_unpackhi_epi8(w, w), 8) : _mm_unpackhi_epi8(w, zero);
+    const __m128i a0 = _mm_srai_epi16(_mm_unpacklo_epi8(a, a), 8);
+    const __m128i a1 = _mm_srai_epi16(_mm_unpackhi_epi8(a, a), 8);
+    const __m128 low = (__m128)_mm_madd_epi16(w0, a0), high = (__m128)_mm_madd_epi16(w1, a1);
+    return sum + (VI)_mm_shuffle_ps(low, high, 0x88) + (VI)_mm_shuffle_ps(low, high, 0xDD);
 #else
     uint8_t w[4 * kWidth];
     int8_t a[4 * kWidth];

@@ -29,11 +29,13 @@ inline void run_chains(int64_t n, const Step& step) {
     V sums[kChains] = {};
     V x = {}, y = {};
     for (int c = 0; c < kChains; ++c) conceal(sums[c]);  // or all would be one
+    conceal(y);
     for (int64_t i = 0; i < n; ++i) {
-        conceal(x);  // or the loop would be computed in advance
-        conceal(y);
 #pragma GCC unroll 16
-        for (int c = 0; c < kChains; ++c) sums[c] = step(sums[c], x, y);
+        for (int c = 0; c < kChains; ++c) {
+            conceal(x);  // or a product that several instructions make would be made once
+            sums[c] = step(sums[c], x, y);
+        }
     }
     for (int c = 0; c < kChains; ++c) conceal(sums[c]);
 }
