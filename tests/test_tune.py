@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cli_runs import MODEL, TRAIN, pirate_rows, start_cli, write_rows
+from cli_runs import QUICK as CLI_QUICK
 
 from fwdllm import (
     ConfigError,
@@ -28,8 +29,9 @@ from fwdllm import (
     tune,
 )
 from fwdllm.engine import llamacpp
+from fwdllm.memory import peak_rss_bytes
 from fwdllm.protocol.local import EvalResult, StepResult
-from fwdllm.tuning import Progress, Started, TuneResult, default_run_dir, peak_rss_bytes
+from fwdllm.tuning import Progress, Started, TuneResult, default_run_dir
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 ENCODER = SHARED / "models" / "minilm-l6-v2.Q4_0.gguf"
@@ -334,6 +336,17 @@ def test_ctrl_c_leaves_an_adapter(data: Path, tmp_path: Path) -> None:
     expected = np.load(tmp_path / "a.run" / "checkpoints" / f"step-{result['steps']}.npz")["theta"]
     assert engine.adapter is not None
     np.testing.assert_array_equal(engine.adapter.theta, expected)
+
+
+def test_a_memory_budget_changes_no_byte(data: Path, tmp_path: Path) -> None:
+    outputs = []
+    for name, options in (("free", ()), ("bounded", ("--memory-budget", "110MiB"))):
+        output = tmp_path / f"{name}.gguf"
+        arguments = ["tune", MODEL, data, "-o", output, *CLI_QUICK, *options, "--json"]
+        out, err = start_cli(arguments).communicate(timeout=60)
+        assert out, err
+        outputs.append((output.read_bytes(), json.loads(out)["loss_after"]))
+    assert outputs[0] == outputs[1]
 
 
 def test_kill_9_and_resume_give_the_same_bytes(data: Path, tmp_path: Path) -> None:

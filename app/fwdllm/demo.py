@@ -29,13 +29,13 @@ class Demo:
 DEMO = Demo(
     lora=LoRAConfig(rank=2, alpha=4.0),
     train=TrainConfig(
-        steps=500,
+        steps=750,
         batch_size=8,
         perturbations=16,
         optimizer="momentum",
         learning_rate=2e-3,
         warmup=20,
-        eval_every=50,
+        eval_every=75,
     ),
     question="What does a cow say?",
 )
