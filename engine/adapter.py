@@ -13,11 +13,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fwdllm.engine.errors import ConfigError, NumericsError
-from fwdllm.kernels.types import DISTRIBUTIONS, LoRA
+from fwdllm.kernels.types import LoRA
+
+if TYPE_CHECKING:
+    from fwdllm.engine.directions import Directions
 
 # Raised whenever ``layout`` or the place of the head changes; ledgers and files carry it.
 LAYOUT_VERSION = 1
@@ -195,16 +199,12 @@ class Adapter:
         """Elements of theta that are the classification head; 0 without one."""
         return self.head.size if self.head else 0
 
-    @property
-    def first_layer(self) -> int:
-        """The lowest adapted layer: everything before it is the same in all lanes."""
-        return self.targets[0].layer
+    def target(self, name: str) -> Target | None:
+        """The target that is the linear layer ``name`` (without ".weight"), or None."""
+        return self._by_name.get(name)
 
-    def factors(self, name: str) -> LoRA | None:
-        """Views of the factors of one linear layer (tensor name without ".weight"), or None."""
-        target = self._by_name.get(name)
-        if target is None:
-            return None
+    def factors(self, target: Target) -> LoRA:
+        """Views of the factors of a target."""
         rank = self.config.rank
         b_offset = target.offset + rank * target.n_in
         a = self.theta[target.offset : b_offset].reshape(rank, target.n_in)
@@ -228,24 +228,25 @@ class Adapter:
         self,
         seeds: Sequence[int] | np.ndarray,
         coefficients: Sequence[float] | np.ndarray,
-        distribution: str = "normal",
+        directions: Directions | None = None,
     ) -> None:
         """theta[:n_lora] += sum_k coefficients[k] * v(seeds[k]), in place; the head stays.
 
-        seeds: uint64 [k].  coefficients: float32 [k].  Errors: NumericsError for a coefficient
-        that is not finite, ConfigError for an unknown distribution or lengths that differ.
+        seeds: uint64 [k].  coefficients: float32 [k].  directions: what v is, by default normal
+        numbers for all of theta.  Errors: NumericsError for a coefficient that is not finite,
+        ConfigError for lengths that differ.
         """
         seeds = np.asarray(seeds, np.uint64)
         coefficients = np.asarray(coefficients, np.float32)
-        if distribution not in DISTRIBUTIONS:
-            raise ConfigError(f"distribution must be one of {DISTRIBUTIONS}, not {distribution!r}")
         if seeds.ndim != 1 or seeds.shape != coefficients.shape:
             raise ConfigError("An update needs as many coefficients as seeds")
         if not np.isfinite(coefficients).all():
             raise NumericsError("An update has a coefficient that is not finite")
-        self.ops.seeded_axpy(
-            self.theta[: self.n_lora], seeds, coefficients, distribution=distribution
-        )
+        lora = self.theta[: self.n_lora]
+        if directions is None:
+            self.ops.seeded_axpy(lora, seeds, coefficients)
+        else:
+            lora += directions.expand(directions.combine(seeds, coefficients))
 
     def save(self, path: str | Path) -> None:
         """Write a GGUF LoRA file, see ``fwdllm.engine.adapter_io.save_gguf``."""

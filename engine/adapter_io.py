@@ -46,8 +46,7 @@ def save_gguf(adapter: Adapter, path: str | Path) -> None:
         _add_metadata(writer, adapter)
         halves: list[np.ndarray] = []
         for target in adapter.targets:
-            factors = adapter.factors(target.name)
-            assert factors is not None
+            factors = adapter.factors(target)
             for suffix, half in ((SUFFIX_A, factors.a), (SUFFIX_B, factors.b)):
                 writer.add_tensor_info(target.name + suffix, half.shape, half.dtype, half.nbytes)
                 halves.append(half)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
+
+from fwdllm.kernels.types import Lanes
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Batch:
     label_rows: int32 [n_labels], rows whose output predicts the next token; label_ids: int32
     [n_labels], that token; label_sequence: int32 [n_labels], its sequence.
     classes: int32 [n_sequences] for classification by a head, else None.
+    first: the place of the first sequence in the batch these were split from.
     """
 
     ids: np.ndarray
@@ -35,6 +38,7 @@ class Batch:
     label_ids: np.ndarray
     label_sequence: np.ndarray
     classes: np.ndarray | None = None
+    first: int = 0
 
     @property
     def n_rows(self) -> int:
@@ -48,6 +52,21 @@ class Batch:
     def n_labels(self) -> int:
         """What losses are means over: label tokens, or sequences with a class."""
         return len(self.label_ids) if self.classes is None else len(self.classes)
+
+    def sums_by_sequence(self, values: np.ndarray) -> np.ndarray:
+        """Of what labels have, float64 [n, n_labels], the sums of sequences: [n, n_sequences]."""
+        if self.classes is not None:
+            return values
+        sums = np.zeros((len(values), self.n_sequences))
+        np.add.at(sums, (slice(None), self.label_sequence), values)
+        return sums
+
+    def lanes(self, lanes: Lanes) -> Lanes:
+        """Lanes of a whole batch for these sequences of it, if they have seeds of their own."""
+        if lanes.seeds.ndim == 1:
+            return lanes
+        seeds = lanes.seeds[:, self.first : self.first + self.n_sequences]
+        return replace(lanes, seeds=seeds, starts=self.starts)
 
 
 def pack(sequences: Sequence[Tokens]) -> Batch:
@@ -92,4 +111,5 @@ def _sequences(batch: Batch, first: int, end: int) -> Batch:
         label_ids=batch.label_ids[labels],
         label_sequence=batch.label_sequence[labels] - np.int32(first),
         classes=None if batch.classes is None else batch.classes[first:end],
+        first=first,
     )

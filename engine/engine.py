@@ -15,6 +15,7 @@ from fwdllm.engine.adapter import Adapter, Head, LoRAConfig
 from fwdllm.engine.adapter_io import load_adapter
 from fwdllm.engine.batch import Batch, Tokens, pack, split
 from fwdllm.engine.data import Example, check_labels
+from fwdllm.engine.directions import Dense, Directions
 from fwdllm.engine.encode import encode_decoder, encode_label, encode_text
 from fwdllm.engine.errors import (
     AdapterError,
@@ -23,10 +24,10 @@ from fwdllm.engine.errors import (
     ModelError,
     NumericsError,
 )
-from fwdllm.engine.estimators import DEFAULT_EPSILON, Probe, plan
+from fwdllm.engine.estimators import DEFAULT_EPSILON, Probe, example_seeds, plan
 from fwdllm.engine.forward import Pass
 from fwdllm.engine.gguf_file import GGUFFile
-from fwdllm.engine.head import head_gradient, log_probabilities
+from fwdllm.engine.head import class_losses, head_gradient, log_probabilities
 from fwdllm.engine.memory import MemoryPlan, keep_freed_memory, plan_step
 from fwdllm.engine.models import bert, family_of
 from fwdllm.engine.residency import Residency, resident_bytes
@@ -129,48 +130,55 @@ class Engine:
     def loss(self, batch: Batch) -> np.ndarray:
         """Mean negative log-likelihood of each example: float64 [n_examples], in nats."""
         if batch.classes is not None:
-            return self._class_losses(self.features(batch), batch.classes)
-        nll = self._token_losses(batch)[0]
+            return self._class_losses(self.features(batch), batch.classes)[0]
         counts = np.bincount(batch.label_sequence, minlength=batch.n_sequences)
-        sums = np.bincount(batch.label_sequence, weights=nll, minlength=batch.n_sequences)
-        return sums / counts
+        return batch.sums_by_sequence(self._token_losses(batch))[0] / counts
 
     def directional_derivatives(
         self,
         batch: Batch,
         seeds: np.ndarray,
-        method: str = "central",
+        method: str = "forward-ad",
         epsilon: float = DEFAULT_EPSILON,
-        distribution: str = "normal",
+        directions: Directions | None = None,
+        per_example: bool = False,
     ) -> Probe:
         """Loss of the batch and its slope along v(seed) of the adapter for every seed.
 
-        seeds: uint64 [n_seeds].  See ``estimators.plan`` for the methods. A slope is NaN or
-        infinite where a perturbed loss is; NumericsError if the loss itself is.
+        seeds: uint64 [n_seeds].  method, epsilon: see ``estimators.plan``.  directions: what v(seed)
+        is, by default normal numbers for all of the adapter.  per_example: every example has a
+        direction of its own, see ``Probe`` and ``estimators.example_seeds``.
+        A slope is NaN or infinite where a perturbed loss is; NumericsError if the loss itself is.
         """
         if self.adapter is None:
             raise ConfigError("directional derivatives need an adapter to perturb")
-        p = plan(seeds, method, epsilon, distribution, plain=batch.classes is not None)
+        directions = directions or Dense(self.adapter)
+        seeds = np.asarray(seeds, np.uint64)
+        if per_example:
+            seeds = example_seeds(seeds, batch.n_sequences)
+        p = plan(seeds, method, epsilon, directions.distribution, batch.classes is not None)
         gradient = None
-        losses = np.empty(0)
+        parts = []
         for lanes in p.parts(self._memory(batch, len(p.lanes)).lanes):
             if batch.classes is not None:
-                features = self.features(batch, lanes)
-                nll = self._class_losses(features, np.tile(batch.classes, len(lanes)))
+                features = self.features(batch, lanes, directions)
+                nll = self._class_losses(features, batch.classes, lanes)
                 if gradient is None:
                     plain = features[: batch.n_sequences]
                     gradient = head_gradient(self.adapter, plain, batch.classes)
             else:
-                nll = self._token_losses(batch, lanes)
-            means = nll.reshape(len(lanes), -1).mean(axis=1)
-            losses = np.concatenate([losses, means[int(p.plain) if len(losses) else 0 :]])
+                nll = self._token_losses(batch, lanes, directions)
+            parts.append(nll[int(p.plain) if parts else 0 :])
+        nll = np.concatenate(parts)
+        losses = nll.mean(axis=1)
         finite = losses[np.isfinite(losses)]
         loss = float(losses[0] if p.plain or not finite.size else finite.mean())
         if not np.isfinite(loss):
             raise NumericsError(
                 f"the loss is {loss}: the model, the adapter or epsilon {epsilon} is out of range"
             )
-        return Probe(loss, p.derivative(losses), gradient, batch.n_rows * len(p.lanes))
+        shares = batch.sums_by_sequence(nll) / nll.shape[1] if per_example else losses
+        return Probe(loss, seeds, p.derivative(shares), gradient, batch.n_rows * len(p.lanes))
 
     def evaluate(self, examples: Sequence[Example], max_tokens: int | None = None) -> Evaluation:
         """Loss and accuracy over examples; see ``Evaluation``. Errors: DataError, NumericsError."""
@@ -256,7 +264,9 @@ class Engine:
             encoder=self.family.encoder,
         )
 
-    def _run(self, batch: Batch, lanes: Lanes | None = None) -> list[tuple[Pass, np.ndarray]]:
+    def _run(
+        self, batch: Batch, lanes: Lanes | None = None, directions: Directions | None = None
+    ) -> list[tuple[Pass, np.ndarray]]:
         """The last layer's output, in passes of some sequences each: float32 [rows, width].
 
         A layer is applied to all passes before the next one, so the file is read once.
@@ -264,11 +274,19 @@ class Engine:
         n_lanes = len(lanes) if lanes else 1
         memory = self._memory(batch, n_lanes)
         self._residency.limit(memory.weights)
-        parts = split(batch, memory.block_rows // n_lanes)
-        passes = [
-            Pass(self.ops, self.weights, b, self.adapter, lanes, self.exact, memory.block_rows)
-            for b in parts
-        ]
+        passes = []
+        for part in split(batch, memory.block_rows // n_lanes):
+            p = Pass(
+                self.ops,
+                self.weights,
+                part,
+                self.adapter,
+                directions,
+                part.lanes(lanes or Lanes.plain()),
+                self.exact,
+                memory.block_rows,
+            )
+            passes.append(p)
         xs = [self.family.embed(self.args, p) for p in passes]
         for layer in range(self.args.n_layers):
             self._residency.enter(layer)
@@ -277,14 +295,16 @@ class Engine:
             self._residency.leave(layer)
         return list(zip(passes, xs, strict=True))
 
-    def _token_losses(self, batch: Batch, lanes: Lanes | None = None) -> np.ndarray:
-        """NLL of every label token in every lane: float64 [n_lanes, n_labels]."""
+    def _token_losses(
+        self, batch: Batch, lanes: Lanes | None = None, directions: Directions | None = None
+    ) -> np.ndarray:
+        """NLL of every label token in every lane, slopes in tangents: float64 [n_lanes, n_labels]."""
         if self.family.encoder:
             raise ConfigError(
                 f"{self.architecture} is an encoder; it learns from texts with labels"
             )
         found = []
-        for p, x in self._run(batch, lanes):
+        for p, x in self._run(batch, lanes, directions):
             n_lanes = len(p.lanes)
             rows = (np.arange(n_lanes)[:, None] * p.batch.n_rows + p.batch.label_rows).ravel()
             x = p.rms_norm(np.ascontiguousarray(x[rows]), "output_norm", self.args.norm_eps)
@@ -294,21 +314,26 @@ class Engine:
         self._residency.leave(self.args.n_layers)
         return np.concatenate(found, axis=1)
 
-    def features(self, batch: Batch, lanes: Lanes | None = None) -> np.ndarray:
+    def features(
+        self, batch: Batch, lanes: Lanes | None = None, directions: Directions | None = None
+    ) -> np.ndarray:
         """Pooled features of every sequence in every lane: float32 [lanes * sequences, width]."""
         if not self.family.encoder:
             raise ConfigError(f"{self.architecture} is a decoder; llama.cpp embeds with it")
         found = [
             bert.pool(self.args, x, p.starts).reshape(len(p.lanes), -1, self.args.width)
-            for p, x in self._run(batch, lanes)
+            for p, x in self._run(batch, lanes, directions)
         ]
         return np.concatenate(found, axis=1).reshape(-1, self.args.width)
 
-    def _class_losses(self, features: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    def _class_losses(
+        self, features: np.ndarray, classes: np.ndarray, lanes: Lanes | None = None
+    ) -> np.ndarray:
+        """NLL of every class in every lane, slopes in tangents: float64 [n_lanes, n_sequences]."""
         if self.adapter is None or self.adapter.head is None:
             raise ConfigError("classifying with an encoder needs an adapter with a head")
-        scores = log_probabilities(self.adapter, features)
-        return -scores[np.arange(len(classes)), classes]
+        lanes = lanes or Lanes.plain()
+        return class_losses(self.adapter, features, classes, len(lanes), lanes.n_tangents)
 
     def _evaluate_labels(self, examples: Sequence[Example], max_tokens: int | None) -> Evaluation:
         labels = self.labels or tuple(sorted({e.label for e in examples if e.label is not None}))

@@ -88,8 +88,7 @@ def save_peft(
     arrays: dict[str, np.ndarray] = {}
     for target in adapter.targets:
         suffix = _suffix(target.name)
-        factors = adapter.factors(target.name)
-        assert factors is not None
+        factors = adapter.factors(target)
         order = row_order(adapter.architecture, suffix, target.n_out, n_heads, n_kv_heads)
         module = f"base_model.model.{_module(adapter.architecture, target.layer, suffix)}"
         arrays[f"{module}.lora_A.weight"] = factors.a

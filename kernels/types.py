@@ -6,7 +6,7 @@ Pure data; the operations live in ``kernels.reference`` (NumPy, the specificatio
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES
@@ -60,17 +60,30 @@ class Weight:
 
 @dataclass(frozen=True)
 class LoRA:
-    """Factors of one adapted linear layer: y += scale * (x A^T) B^T.
+    """Factors of one adapted linear layer: y += scale * (x A^T) B^T, and how seeds change them.
 
-    a: float32 [rank, n_in].  b: float32 [n_out, rank].  offset: the position of A's first
-    element in the flat parameter vector, which indexes the random stream; B's first element
-    is at ``offset + rank * n_in`` (DESIGN section 3).
+    a: float32 [rank, n_in].  b: float32 [n_out, rank].  offset: the position in the stream of a
+    seed where the direction of A begins; that of B follows it (DESIGN section 3).
+    Each element of a factor has its own number of the stream, times mask where there is one:
+    float32 [rank * n_in + n_out * rank], A's elements first.
+    With a basis_a float32 [q, n_in] the direction of A is Z basis_a instead, Z [rank, q] the
+    numbers of the stream; with basis_b float32 [q, n_out] that of B is (Z basis_b)^T, so it also
+    has rank * q numbers. An empty basis (q = 0) holds a factor still.
     """
 
     a: np.ndarray
     b: np.ndarray
     scale: float
     offset: int
+    mask: np.ndarray | None = None
+    basis_a: np.ndarray | None = None
+    basis_b: np.ndarray | None = None
+
+    @property
+    def offset_b(self) -> int:
+        """The position in the stream where the direction of B begins."""
+        rank, n_in = self.a.shape
+        return self.offset + rank * (n_in if self.basis_a is None else len(self.basis_a))
 
 
 @dataclass(frozen=True)
@@ -78,29 +91,61 @@ class Lanes:
     """Row groups of one batched forward; lane l perturbs theta by coefficients[l] * v(seeds[l]).
 
     Rows of lane l are the l-th of n_lanes equal slices. A coefficient of 0 is a plain lane.
-    seeds: uint64 [n_lanes].  coefficients: float32 [n_lanes].
+    seeds: uint64 [n_lanes], or [n_lanes, n_parts] where parts of a lane's rows, such as the
+    examples of a batch, have directions of their own; starts: int32 [n_parts + 1] are their rows.
+    coefficients: float32 [n_lanes].
+    tangents: lane 0 is plain and the others are derivatives of it, along coefficients[l] *
+    v(seeds[l]): rows of lane l hold d/dt of lane 0's rows at theta + t coefficients[l] v(seeds[l]).
+    Lane 0, or all there is while no tangent has begun, is rounded with more care then.
     """
 
     seeds: np.ndarray
     coefficients: np.ndarray
     distribution: str = "normal"
+    tangents: bool = False
+    starts: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.seeds)
 
     @property
+    def n_tangents(self) -> int:
+        """Lanes that are derivatives of lane 0."""
+        return len(self) - 1 if self.tangents else 0
+
+    @property
     def references(self) -> np.ndarray:
         """The lane whose activations each lane is quantized relative to: int32 [n_lanes].
 
-        That is lane 0 if it is plain, else the first of the neighbours with the same seed; a
-        lane that is its own reference is quantized directly. What lanes have in common is then
-        rounded once and cancels in differences of losses, whatever other seeds are there.
+        That is lane 0 if it is plain, else the first of the neighbours with the same seeds; a
+        lane that is its own reference is quantized directly, as tangents are. What lanes have in
+        common is then rounded once and cancels in differences of losses, whatever other seeds are
+        there.
         """
         own = np.arange(len(self), dtype=np.int32)
+        if self.tangents:
+            return own
         if self.coefficients[0] == 0:
             return np.zeros_like(own)
-        starts = np.concatenate([[True], self.seeds[1:] != self.seeds[:-1]])
+        seeds = self.seeds.reshape(len(self), -1)
+        starts = np.concatenate([[True], (seeds[1:] != seeds[:-1]).any(axis=1)])
         return np.maximum.accumulate(np.where(starts, own, 0)).astype(np.int32)
+
+    def take(self, first: int, end: int) -> Lanes:
+        """The lanes for rows first .. end of each lane's rows."""
+        if self.starts is None:
+            return self
+        begin = int(np.searchsorted(self.starts, first, side="right")) - 1
+        stop = int(np.searchsorted(self.starts, end, side="left"))
+        starts = np.clip(self.starts[begin : stop + 1], first, end) - np.int32(first)
+        return replace(self, seeds=self.seeds[:, begin:stop], starts=starts)
+
+    def unperturbed(self) -> Lanes:
+        """As many lanes, for factors that are not perturbed."""
+        n = len(self)
+        return Lanes(
+            np.zeros(n, np.uint64), np.zeros(n, np.float32), self.distribution, self.tangents
+        )
 
     @staticmethod
     def plain() -> Lanes:

@@ -7,6 +7,7 @@ import pytest
 from small_adapters import WIDTH, random_adapter, shapes
 
 from fwdllm.engine.adapter import Adapter, Head, LoRAConfig, layout
+from fwdllm.engine.directions import Dense
 from fwdllm.engine.errors import ConfigError, NumericsError
 from fwdllm.kernels import reference
 
@@ -107,22 +108,22 @@ def test_create_draws_each_a_from_the_stream_at_its_own_index() -> None:
     np.testing.assert_array_equal(adapter.theta, expected)
     assert adapter.n_lora == 128
     assert adapter.n_head == 2 * WIDTH + 2
-    assert adapter.first_layer == 1
+    assert adapter.targets[0].layer == 1
 
 
 def test_factors_are_views_in_the_layout() -> None:
     adapter = random_adapter()
     adapter.theta[:] = np.arange(len(adapter.theta))
     target = adapter.targets[1]
-    lora = adapter.factors(target.name)
-    assert lora is not None
+    lora = adapter.factors(target)
     assert (lora.a.shape, lora.b.shape, lora.offset) == ((2, 16), (8, 2), target.offset)
     assert lora.scale == 1.5
     assert lora.a.ravel().tolist() == list(range(target.offset, target.offset + 32))
     assert lora.b.ravel().tolist() == list(range(target.offset + 32, target.offset + 48))
     adapter.theta[target.offset] = -7
     assert lora.a[0, 0] == -7
-    assert adapter.factors("blk.0.ffn_up") is None
+    assert adapter.target(target.name) is target
+    assert adapter.target("blk.0.ffn_up") is None
 
 
 def test_head_is_the_end_of_theta() -> None:
@@ -143,7 +144,7 @@ def test_add_moves_the_factors_and_not_the_head(distribution: str) -> None:
     adapter = random_adapter(head=Head(("x", "y"), WIDTH))
     before, n = adapter.theta.copy(), adapter.n_lora
     stream = getattr(reference, distribution)
-    adapter.add([SEED, 2**64 - 1], [0.5, -2.0], distribution)
+    adapter.add([SEED, 2**64 - 1], [0.5, -2.0], Dense(adapter, distribution))
     wanted = before[:n] + 0.5 * stream(SEED, 0, n) - 2.0 * stream(2**64 - 1, 0, n)
     np.testing.assert_allclose(adapter.theta[:n], wanted, rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(adapter.theta[n:], before[n:])
@@ -157,7 +158,7 @@ def test_add_refuses_and_leaves_theta_alone() -> None:
     with pytest.raises(ConfigError):
         adapter.add([1, 2], [1.0])
     with pytest.raises(ConfigError):
-        adapter.add([1], [1.0], "cauchy")
+        adapter.add([1], [1.0], Dense(adapter, "cauchy"))
     np.testing.assert_array_equal(adapter.theta, before)
 
 

@@ -259,8 +259,7 @@ def tinymix_adapter(alpha: float, b_scale: float) -> Adapter:
     adapter = Adapter.create("llama", model, config, 3, reference, head)
     rng = np.random.default_rng(1)
     for target in adapter.targets:
-        lora = adapter.factors(target.name)
-        assert lora is not None
+        lora = adapter.factors(target)
         lora.b[:] = b_scale * 0.1 * rng.standard_normal(lora.b.shape)
     return adapter
 

@@ -52,7 +52,7 @@ def load(changed: str, content: bytes) -> Adapter | None:
     # What was accepted can be used.
     assert np.isfinite(adapter.theta).all()
     assert math.isfinite(adapter.config.scale)
-    assert all(adapter.factors(target.name) is not None for target in adapter.targets)
+    assert all(adapter.factors(t).a.shape[1] == t.n_in for t in adapter.targets)
     return adapter
 
 

@@ -1,7 +1,7 @@
 """The C++ kernels against the NumPy reference, on random shapes, for every instruction set here.
 
 Each test body runs in the instruction set this process was started with; `make test` runs the
-suite once and `test_every_isa` repeats this file in a subprocess for each of the others.
+suite once and `test_every_isa` repeats this file and test_tangents.py for each of the others.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from weights import random_weight
 from fwdllm.kernels import cpu, reference
 from fwdllm.kernels.types import SUPPORTED_TYPES, Lanes, LoRA, QuantType
 
+TANGENTS = Path(__file__).with_name("test_tangents.py")
 QUANTIZED = [t for t in SUPPORTED_TYPES if t not in (QuantType.F32, QuantType.F16, QuantType.BF16)]
 types = pytest.mark.parametrize("type", SUPPORTED_TYPES, ids=lambda t: t.name)
 distributions = pytest.mark.parametrize("distribution", ["normal", "rademacher"])
@@ -307,7 +309,7 @@ def test_every_isa(isa: str) -> None:
         pytest.skip(f"this machine has no {isa}")
     assert probe.stdout.strip() == isa
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-x", __file__, str(TANGENTS)],
         env=env,
         capture_output=True,
         text=True,

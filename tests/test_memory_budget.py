@@ -13,6 +13,7 @@ from fwdllm.bench.synthetic import Shape, make_decoder
 from fwdllm.engine import Engine, LoRAConfig
 from fwdllm.engine.batch import Batch, Tokens, pack, split
 from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.estimators import METHODS
 from fwdllm.kernels.types import QuantType
 
 SHAPE = Shape(3, 256, 4, 2, 64, 512, 2048)
@@ -41,7 +42,7 @@ def test_split_keeps_every_row_and_label(max_rows: int) -> None:
         np.testing.assert_array_equal(part.ids[part.label_rows + 1], part.label_ids)
 
 
-@pytest.mark.parametrize("method", ["central", "forward-difference"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("block_rows", [8, 300])
 def test_blocks_and_several_passes_change_no_bit(
     model: Path, monkeypatch: pytest.MonkeyPatch, method: str, block_rows: int

@@ -49,9 +49,8 @@ def test_peft_as_another_reader_sees_it(
     assert sorted(tensors) == sorted(
         f"base_model.model.{name}.lora_{half}.weight" for name in names for half in "AB"
     )
-    for name, target in zip(names, ("blk.1.attn_q", "blk.1.ffn_down"), strict=True):
+    for name, target in zip(names, adapter.targets, strict=True):
         lora = adapter.factors(target)
-        assert lora is not None
         np.testing.assert_array_equal(tensors[f"base_model.model.{name}.lora_A.weight"], lora.a)
         np.testing.assert_array_equal(tensors[f"base_model.model.{name}.lora_B.weight"], lora.b)
     written = json.loads((tmp_path / CONFIG_FILE).read_text())
@@ -104,8 +103,9 @@ def test_only_q_and_k_of_llama_are_reordered(tmp_path: Path) -> None:
         ("attn_v", "self_attn.v_proj", None),
         ("ffn_up", "mlp.up_proj", None),
     ):
-        lora = adapter.factors(f"blk.2.{name}")
-        assert lora is not None
+        target = adapter.target(f"blk.2.{name}")
+        assert target is not None
+        lora = adapter.factors(target)
         b = tensors[f"base_model.model.model.layers.2.{module}.lora_B.weight"]
         if heads:  # ``permute`` of llama.cpp's convert_hf_to_gguf.py
             b = b.reshape(heads, 2, -1, 2).swapaxes(1, 2).reshape(b.shape)

@@ -103,7 +103,7 @@ def _attention(args: Args, p: Pass, block: str, x: np.ndarray) -> np.ndarray:
 
 def _feed_forward(args: Args, p: Pass, block: str, x: np.ndarray) -> np.ndarray:
     x = p.layer_norm(x, f"{block}.attn_output_norm", args.norm_eps)
-    hidden = p.ops.gelu(p.linear(x, f"{block}.ffn_up"))
+    hidden = p.gelu(p.linear(x, f"{block}.ffn_up"))
     x = x + p.linear(hidden, f"{block}.ffn_down")
     return p.layer_norm(x, f"{block}.layer_output_norm", args.norm_eps)
 

@@ -127,4 +127,4 @@ def _head_norm(args: Args, p: Pass, x: np.ndarray, name: str) -> np.ndarray:
 def _feed_forward(args: Args, p: Pass, block: str, x: np.ndarray) -> np.ndarray:
     h = p.rms_norm(x, f"{block}.ffn_norm", args.norm_eps)
     gate, up = p.linear(h, f"{block}.ffn_gate"), p.linear(h, f"{block}.ffn_up")
-    return x + p.linear(p.ops.swiglu(gate, up), f"{block}.ffn_down")
+    return x + p.linear(p.swiglu(gate, up), f"{block}.ffn_down")

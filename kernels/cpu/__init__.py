@@ -4,7 +4,10 @@
 FWDLLM_ISA overrides it and FWDLLM_NUM_THREADS the number of threads. With ``exact=True`` matmuls
 are fp32; otherwise activations of quantized weights go to int8 with a scale per 32 values (to bf16
 under "avx512_bf16"), perturbed lanes as their difference to a reference lane
-(``Lanes.references``).
+(``Lanes.references``), tangents with scales of their own.
+
+tangents: of operations that are not linear. Rows are then 1 + tangents equal slices, a primal and
+directional derivatives of it, and so is the result.
 """
 
 from __future__ import annotations
@@ -131,20 +134,33 @@ def matmul(
     lanes = lanes or Lanes.plain()
     y = np.empty((len(x), weight.n_out), np.float32)
     references = _row_references(lanes, len(x))
+    seeds = np.ascontiguousarray(lanes.seeds, np.uint64).reshape(len(lanes), -1)
+    starts = [0, len(x) // len(lanes)] if lanes.starts is None else lanes.starts
     _native.matmul(
         x,
         weight.data,
         int(weight.type),
         references,
         bias,
-        None if lora is None else (_f32(lora.a), _f32(lora.b), lora.scale, lora.offset),
-        lanes.seeds,
+        None if lora is None else _factors(lora),
+        seeds,
         lanes.coefficients,
+        np.asarray(starts, np.int32),
         lanes.distribution,
+        lanes.tangents,
         exact,
         y,
     )
     return y
+
+
+def _factors(lora: LoRA) -> tuple[object, ...]:
+    mask_a, mask_b = None, None
+    if lora.mask is not None:
+        mask_a, mask_b = np.split(_f32(lora.mask), [lora.a.size])
+    offsets = (int(lora.offset), int(lora.offset_b))
+    factors = (_f32(lora.a), _f32(lora.b), lora.scale)
+    return (*factors, *offsets, mask_a, mask_b, lora.basis_a, lora.basis_b)
 
 
 def _row_references(lanes: Lanes, rows: int) -> np.ndarray:
@@ -163,25 +179,38 @@ def cross_entropy(
     lanes: Lanes | None = None,
     exact: bool = False,
 ) -> np.ndarray:
-    """-log softmax(x W^T)[labels] in nats, float64 [rows]; the logits are never stored."""
+    """-log softmax(x W^T)[labels] in nats, float64 [rows]; the logits are never stored.
+
+    Rows of tangents have the derivatives of those losses.
+    """
     nll = np.empty(len(x), np.float64)
-    labels = np.ascontiguousarray(labels, np.int32)
-    references = _row_references(lanes or Lanes.plain(), len(x))
-    _native.cross_entropy(_f32(x), weight.data, int(weight.type), references, labels, exact, nll)
+    lanes = lanes or Lanes.plain()
+    _native.cross_entropy(
+        _f32(x),
+        weight.data,
+        int(weight.type),
+        _row_references(lanes, len(x)),
+        lanes.n_tangents,
+        np.ascontiguousarray(labels, np.int32),
+        exact,
+        nll,
+    )
     return nll
 
 
-def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float, tangents: int = 0) -> np.ndarray:
     """x / sqrt(mean(x^2) + eps) * weight along rows; x float32 [rows, d]."""
     y = np.empty_like(x)
-    _native.rms_norm(x, weight, eps, y)
+    _native.rms_norm(x, weight, eps, tangents, y)
     return y
 
 
-def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> np.ndarray:
+def layer_norm(
+    x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float, tangents: int = 0
+) -> np.ndarray:
     """(x - mean) / sqrt(var + eps) * weight + bias along rows; x float32 [rows, d]."""
     y = np.empty_like(x)
-    _native.layer_norm(x, weight, bias, eps, y)
+    _native.layer_norm(x, weight, bias, eps, tangents, y)
     return y
 
 
@@ -211,25 +240,27 @@ def attention(
     head_dim: int,
     scale: float,
     causal: bool,
+    tangents: int = 0,
 ) -> np.ndarray:
     """Softmax attention inside each sequence starts[i] .. starts[i+1] of the rows.
 
     q float32 [rows, heads * head_dim]; k, v [rows, kv_heads * head_dim], kv_heads dividing heads.
+    With tangents starts are those of the primal, and the same again of each tangent.
     """
     y = np.empty_like(q)
-    _native.attention(q, k, v, starts, head_dim, scale, causal, y)
+    _native.attention(q, k, v, starts, head_dim, scale, causal, tangents, y)
     return y
 
 
-def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+def swiglu(gate: np.ndarray, up: np.ndarray, tangents: int = 0) -> np.ndarray:
     """silu(gate) * up, elementwise on float32 [rows, d]."""
     y = np.empty_like(gate)
-    _native.swiglu(gate, up, y)
+    _native.swiglu(gate, up, tangents, y)
     return y
 
 
-def gelu(x: np.ndarray) -> np.ndarray:
+def gelu(x: np.ndarray, tangents: int = 0) -> np.ndarray:
     """GELU by its tanh approximation, as llama.cpp computes it; float32 [rows, d]."""
     y = np.empty_like(x)
-    _native.gelu(x, y)
+    _native.gelu(x, tangents, y)
     return y

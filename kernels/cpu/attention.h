@@ -1,6 +1,8 @@
 // Softmax attention of several sequences in one batch, none seeing another. One task is one
 // sequence and key/value head: its keys are transposed once, then all query heads of the group
-// use them. Queries go in blocks, so that a loaded key or value serves several.
+// use them. Queries go in blocks, so that a loaded key or value serves several. Tangents follow
+// each block of the primal, whose softmax they share:
+//   dS = scale (dQ K^T + Q dK^T),  dY = P (dS - rowsum(P dS)) V + P dV.
 
 // Queries at a time: with 2 vectors of keys or values their sums fill half of 32 registers, or of
 // AVX2's 16.
@@ -12,10 +14,12 @@ struct Attention {
     int64_t n_heads, n_kv_heads, head_dim;
     float scale;
     bool causal;
+    int64_t tangents, rows;  // rows of each of them
 };
 
-// scores [kQueries][stride] = scale q . k for kVectors of keys; keys_t [head_dim][stride].
-template <int kVectors>
+// scores [kQueries][stride] = scale q . k for kVectors of keys; keys_t [head_dim][stride]. kAdd:
+// added to what is there, here and below.
+template <int kVectors, bool kAdd>
 inline void score_keys(const float* const* q, const float* keys_t, int64_t head_dim, int64_t stride,
                        float scale, float* scores) {
     VF acc[kQueries][kVectors] = {};
@@ -30,17 +34,21 @@ inline void score_keys(const float* const* q, const float* keys_t, int64_t head_
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kQueries; ++i)
-        for (int v = 0; v < kVectors; ++v)
-            store(scores + i * stride + v * kWidth, acc[i][v] * splat(scale));
+        for (int v = 0; v < kVectors; ++v) {
+            float* to = scores + i * stride + v * kWidth;
+            const VF score = acc[i][v] * splat(scale);
+            store(to, kAdd ? load(to) + score : score);
+        }
 }
 
 // The same for keys 0 .. n.
+template <bool kAdd>
 inline void score(const float* const* q, const float* keys_t, int64_t head_dim, int64_t n,
                   int64_t stride, float scale, float* scores) {
     int64_t j = 0;
     for (; j + kWidth < n; j += 2 * kWidth)
-        score_keys<2>(q, keys_t + j, head_dim, stride, scale, scores + j);
-    if (j < n) score_keys<1>(q, keys_t + j, head_dim, stride, scale, scores + j);
+        score_keys<2, kAdd>(q, keys_t + j, head_dim, stride, scale, scores + j);
+    if (j < n) score_keys<1, kAdd>(q, keys_t + j, head_dim, stride, scale, scores + j);
 }
 
 // scores[0 .. n) -> exp(score - max), zeros up to padded; returns 1 / their sum.
@@ -66,7 +74,7 @@ inline float softmax(float* scores, int64_t n, int64_t padded) {
 }
 
 // y [kQueries rows], dimensions d on = weights v for keys 0 .. n, m dimensions of the last vector.
-template <int kVectors>
+template <int kVectors, bool kAdd>
 inline void mix_values(const float* weights, int64_t stride, const float* inverse_sums,
                        const float* v, int64_t v_stride, int64_t n, int64_t d, int64_t m,
                        float* const* y, int n_queries) {
@@ -87,62 +95,101 @@ inline void mix_values(const float* weights, int64_t stride, const float* invers
     for (int i = 0; i < kQueries; ++i) {  // a fixed count keeps the sums in registers
         if (i >= n_queries) break;
 #pragma GCC unroll 2
-        for (int u = 0; u < kVectors; ++u)
-            store_first(y[i] + d + u * kWidth, acc[i][u] * splat(inverse_sums[i]),
-                        u < kVectors - 1 ? kWidth : m);
+        for (int u = 0; u < kVectors; ++u) {
+            float* to = y[i] + d + u * kWidth;
+            const int64_t n_to = u < kVectors - 1 ? kWidth : m;
+            const VF mixed = acc[i][u] * splat(inverse_sums[i]);
+            store_first(to, kAdd ? load_first(to, n_to) + mixed : mixed, n_to);
+        }
     }
 }
 
+template <bool kAdd>
 inline void mix(const float* weights, int64_t stride, const float* inverse_sums, const float* v,
                 int64_t v_stride, int64_t n, int64_t head_dim, float* const* y, int n_queries) {
     int64_t d = 0;
     for (; d + kWidth < head_dim; d += 2 * kWidth)
-        mix_values<2>(weights, stride, inverse_sums, v, v_stride, n, d,
-                      min_of<int64_t>(kWidth, head_dim - d - kWidth), y, n_queries);
+        mix_values<2, kAdd>(weights, stride, inverse_sums, v, v_stride, n, d,
+                            min_of<int64_t>(kWidth, head_dim - d - kWidth), y, n_queries);
     if (d < head_dim)
-        mix_values<1>(weights, stride, inverse_sums, v, v_stride, n, d, head_dim - d, y, n_queries);
+        mix_values<1, kAdd>(weights, stride, inverse_sums, v, v_stride, n, d, head_dim - d, y,
+                            n_queries);
+}
+
+// dS [kQueries][stride] -> e (dS - mean of dS under the softmax e / sum(e)), zeros up to padded.
+inline void softmax_tangent(const float* e, const float* inverse_sums, int64_t stride, int64_t n,
+                            float* ds) {
+    for (int i = 0; i < kQueries; ++i) {
+        VF total = {};
+        for (int64_t j = 0; j < n; j += kWidth)
+            total = fmadd(load(e + i * stride + j), load(ds + i * stride + j), total);
+        const VF mean = splat(sum(total) * inverse_sums[i]);
+        for (int64_t j = i * stride; j < i * stride + n; j += kWidth)
+            store(ds + j, load(e + j) * (load(ds + j) - mean));
+    }
 }
 
 inline void attend(const Attention& a, int64_t row0, int64_t n, int64_t kv_head) {
     const int64_t q_stride = a.n_heads * a.head_dim, kv_stride = a.n_kv_heads * a.head_dim;
-    const int64_t stride = ceil_div(n, 2 * kWidth) * 2 * kWidth;
-    float* keys_t = (float*)thread_scratch(4 * stride * (a.head_dim + kQueries));
-    float* scores = keys_t + stride * a.head_dim;
-    const float* keys = a.k + row0 * kv_stride + kv_head * a.head_dim;
-    const float* values = a.v + row0 * kv_stride + kv_head * a.head_dim;
-    for (int64_t j = 0; j < stride; ++j)
-        for (int64_t d = 0; d < a.head_dim; ++d)
-            keys_t[d * stride + j] = j < n ? keys[j * kv_stride + d] : 0.0f;
-
+    const int64_t stride = ceil_div(n, 2 * kWidth) * 2 * kWidth, size = stride * a.head_dim;
     const int64_t group = a.n_heads / a.n_kv_heads;
+    // Transposed keys of the primal and of every tangent, and the scores of a block of queries.
+    float* keys_t = (float*)thread_scratch(4 * ((1 + a.tangents) * size + 2 * kQueries * stride));
+    float* scores = keys_t + (1 + a.tangents) * size;
+    float* dscores = scores + kQueries * stride;
+    const float* values = a.v + row0 * kv_stride + kv_head * a.head_dim;
+    for (int64_t t = 0; t <= a.tangents; ++t) {
+        const float* keys = a.k + (row0 + t * a.rows) * kv_stride + kv_head * a.head_dim;
+        for (int64_t j = 0; j < stride; ++j)
+            for (int64_t d = 0; d < a.head_dim; ++d)
+                keys_t[t * size + d * stride + j] = j < n ? keys[j * kv_stride + d] : 0.0f;
+    }
+
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
         for (int64_t i0 = 0; i0 < n; i0 += kQueries) {
             const int n_queries = (int)min_of<int64_t>(kQueries, n - i0);
             const int64_t n_keys = a.causal ? i0 + n_queries : n;
-            const float* q[kQueries];
+            const int64_t padded = ceil_div(n_keys, kWidth) * kWidth;
+            const float *q[kQueries], *dq[kQueries];
             float* y[kQueries];
             float inverse_sums[kQueries];
             for (int i = 0; i < kQueries; ++i) {  // the last block repeats its last query
                 const int64_t row = row0 + min_of<int64_t>(i0 + i, n - 1);
-                q[i] = a.q + row * q_stride + head * a.head_dim;
+                q[i] = dq[i] = a.q + row * q_stride + head * a.head_dim;
                 y[i] = a.y + row * q_stride + head * a.head_dim;
             }
-            score(q, keys_t, a.head_dim, n_keys, stride, a.scale, scores);
+            score<false>(q, keys_t, a.head_dim, n_keys, stride, a.scale, scores);
             for (int i = 0; i < kQueries; ++i) {
                 const int64_t seen = a.causal ? min_of<int64_t>(i0 + i + 1, n_keys) : n_keys;
-                inverse_sums[i] =
-                    softmax(scores + i * stride, seen, ceil_div(n_keys, kWidth) * kWidth);
+                inverse_sums[i] = softmax(scores + i * stride, seen, padded);
             }
-            mix(scores, stride, inverse_sums, values, kv_stride, n_keys, a.head_dim, y, n_queries);
+            mix<false>(scores, stride, inverse_sums, values, kv_stride, n_keys, a.head_dim, y,
+                       n_queries);
+            for (int64_t t = 1; t <= a.tangents; ++t) {
+                for (int i = 0; i < kQueries; ++i) {
+                    dq[i] += a.rows * q_stride;
+                    y[i] += a.rows * q_stride;
+                }
+                const float* dvalues = values + t * a.rows * kv_stride;
+                score<false>(dq, keys_t, a.head_dim, n_keys, stride, a.scale, dscores);
+                score<true>(q, keys_t + t * size, a.head_dim, n_keys, stride, a.scale, dscores);
+                softmax_tangent(scores, inverse_sums, stride, padded, dscores);
+                mix<false>(dscores, stride, inverse_sums, values, kv_stride, n_keys, a.head_dim, y,
+                           n_queries);
+                mix<true>(scores, stride, inverse_sums, dvalues, kv_stride, n_keys, a.head_dim, y,
+                          n_queries);
+            }
         }
     }
 }
 
 void attention(const float* q, const float* k, const float* v, const int32_t* starts, int64_t n_seq,
                int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, float scale, bool causal,
-               float* y) {
-    const Attention a{q, k, v, y, n_heads, n_kv_heads, head_dim, scale, causal};
-    parallel_for(n_seq * n_kv_heads, [&](int64_t task) {
+               int64_t tangents, float* y) {
+    const int64_t n_primal = n_seq / (1 + tangents);
+    const Attention a{q,        k,     v,      y,        n_heads,         n_kv_heads,
+                      head_dim, scale, causal, tangents, starts[n_primal]};
+    parallel_for(n_primal * n_kv_heads, [&](int64_t task) {
         const int64_t s = task / n_kv_heads;
         attend(a, starts[s], starts[s + 1] - starts[s], task % n_kv_heads);
     });

@@ -130,18 +130,48 @@ const int32_t* references_of(const In<int32_t, 1>& references, size_t rows) {
     return r;
 }
 
-// lora: None or (A, B, scale, offset).
+// mask: None or [size], basis: None or [n_basis, width].
+FactorDirection direction_of(uint64_t offset, const nb::object& mask, const nb::object& basis,
+                             int64_t width) {
+    FactorDirection d{offset, nullptr, false, nullptr, 0};
+    if (!mask.is_none()) d.mask = nb::cast<Vector>(mask, false).data();
+    if (!basis.is_none()) {
+        const Matrix vectors = nb::cast<Matrix>(basis, false);
+        require((int64_t)vectors.shape(1) == width, "a basis does not fit its factor");
+        d.in_subspace = true;
+        d.basis = vectors.data();
+        d.n_basis = (int64_t)vectors.shape(0);
+    }
+    return d;
+}
+
+// tangents: rows are 1 + tangents equal slices.
+void require_tangents(size_t rows, int64_t tangents) {
+    require(tangents >= 0 && rows % (1 + tangents) == 0, "the rows are not a primal and tangents");
+}
+
+using LoraArguments = std::tuple<Matrix, Matrix, float, uint64_t, uint64_t, nb::object, nb::object,
+                                 nb::object, nb::object>;
+
+// lora: None or (A, B, scale, offset, offset of B, mask of A, mask of B, basis of A, basis of B).
 void matmul(Matrix x, Bytes data, int type, In<int32_t, 1> references, nb::object bias,
-            nb::object lora, In<uint64_t, 1> seeds, Vector coefficients,
-            const std::string& distribution, bool exact, Out<float, 2> y) {
+            nb::object lora, In<uint64_t, 2> seeds, Vector coefficients, In<int32_t, 1> starts,
+            const std::string& distribution, bool tangents, bool exact, Out<float, 2> y) {
     const Weight w = weight_of(data, type, (int64_t)x.shape(1));
     const int32_t* r = references_of(references, x.shape(0));
     require(y.shape(0) == x.shape(0) && (int64_t)y.shape(1) == w.n_out, "y is [rows, n_out]");
     require(seeds.shape(0) > 0 && seeds.shape(0) == coefficients.shape(0),
             "one coefficient per lane");
     require(x.shape(0) % seeds.shape(0) == 0, "the rows are not whole lanes");
-    const Lanes lanes{seeds.data(), coefficients.data(), (int64_t)seeds.shape(0),
-                      distribution_code(distribution)};
+    const Lanes lanes{
+        seeds.data(), coefficients.data(), (int64_t)seeds.shape(0), distribution_code(distribution),
+        tangents,     starts.data(),       (int64_t)seeds.shape(1)};
+    require(starts.shape(0) == seeds.shape(1) + 1 && starts.data()[0] == 0 &&
+                starts.data()[lanes.n_parts] == (int64_t)x.shape(0) / lanes.n,
+            "parts are not the rows of a lane");
+    for (int64_t p = 0; p < lanes.n_parts; ++p)
+        require(starts.data()[p] <= starts.data()[p + 1], "parts do not ascend");
+    require(!tangents || coefficients.data()[0] == 0, "lane 0 is not plain");
     const float* b = nullptr;
     if (!bias.is_none()) {
         const Vector v = nb::cast<Vector>(bias);
@@ -150,21 +180,31 @@ void matmul(Matrix x, Bytes data, int type, In<int32_t, 1> references, nb::objec
     }
     LoRA term{};
     if (!lora.is_none()) {
-        const auto [factor_a, factor_b, scale, offset] =
-            nb::cast<std::tuple<Matrix, Matrix, float, uint64_t>>(lora);
+        const auto [factor_a, factor_b, scale, offset_a, offset_b, mask_a, mask_b, basis_a,
+                    basis_b] = nb::cast<LoraArguments>(lora);
         const int64_t rank = (int64_t)factor_a.shape(0);
         require(rank > 0 && (int64_t)factor_a.shape(1) == w.n_in, "A is [rank, n_in]");
         require((int64_t)factor_b.shape(0) == w.n_out && (int64_t)factor_b.shape(1) == rank,
                 "B is [n_out, rank]");
-        term = {factor_a.data(), factor_b.data(), scale, offset, rank};
+        for (const auto& [mask, size] :
+             {std::pair(mask_a, factor_a.size()), std::pair(mask_b, factor_b.size())})
+            require(mask.is_none() || nb::cast<Vector>(mask).shape(0) == size,
+                    "a mask does not fit its factor");
+        term = {factor_a.data(),
+                factor_b.data(),
+                scale,
+                rank,
+                direction_of(offset_a, mask_a, basis_a, w.n_in),
+                direction_of(offset_b, mask_b, basis_b, w.n_out)};
     }
     nb::gil_scoped_release release_gil;
     kernels().matmul(x.data(), (int64_t)x.shape(0), r, w, b, lora.is_none() ? nullptr : &term,
                      lanes, exact, y.data());
 }
 
-void cross_entropy(Matrix x, Bytes data, int type, In<int32_t, 1> references, In<int32_t, 1> labels,
-                   bool exact, Out<double, 1> nll) {
+void cross_entropy(Matrix x, Bytes data, int type, In<int32_t, 1> references, int64_t tangents,
+                   In<int32_t, 1> labels, bool exact, Out<double, 1> nll) {
+    require_tangents(x.shape(0), tangents);
     const Weight w = weight_of(data, type, (int64_t)x.shape(1));
     const int32_t* refs = references_of(references, x.shape(0));
     require(labels.shape(0) == x.shape(0) && nll.shape(0) == x.shape(0),
@@ -173,25 +213,28 @@ void cross_entropy(Matrix x, Bytes data, int type, In<int32_t, 1> references, In
         require(labels.data()[i] >= 0 && labels.data()[i] < w.n_out,
                 "a label is outside the vocabulary");
     nb::gil_scoped_release release_gil;
-    kernels().cross_entropy(x.data(), (int64_t)x.shape(0), refs, w, labels.data(), exact,
+    kernels().cross_entropy(x.data(), (int64_t)x.shape(0), refs, tangents, w, labels.data(), exact,
                             nll.data());
 }
 
-void rms_norm(Matrix x, Vector weight, float eps, Out<float, 2> y) {
+void rms_norm(Matrix x, Vector weight, float eps, int64_t tangents, Out<float, 2> y) {
+    require_tangents(x.shape(0), tangents);
     require(weight.shape(0) == x.shape(1) && y.shape(0) == x.shape(0) && y.shape(1) == x.shape(1),
             "x and y are [rows, d], weight is [d]");
     nb::gil_scoped_release release_gil;
     kernels().rms_norm(x.data(), (int64_t)x.shape(0), (int64_t)x.shape(1), weight.data(), eps,
-                       y.data());
+                       tangents, y.data());
 }
 
-void layer_norm(Matrix x, Vector weight, Vector bias, float eps, Out<float, 2> y) {
+void layer_norm(Matrix x, Vector weight, Vector bias, float eps, int64_t tangents,
+                Out<float, 2> y) {
+    require_tangents(x.shape(0), tangents);
     require(weight.shape(0) == x.shape(1) && bias.shape(0) == x.shape(1) &&
                 y.shape(0) == x.shape(0) && y.shape(1) == x.shape(1),
             "x and y are [rows, d], weight and bias are [d]");
     nb::gil_scoped_release release_gil;
     kernels().layer_norm(x.data(), (int64_t)x.shape(0), (int64_t)x.shape(1), weight.data(),
-                         bias.data(), eps, y.data());
+                         bias.data(), eps, tangents, y.data());
 }
 
 void rope(Matrix x, In<int32_t, 1> positions, Matrix cos, Matrix sin, int64_t head_dim,
@@ -212,20 +255,22 @@ void rope(Matrix x, In<int32_t, 1> positions, Matrix cos, Matrix sin, int64_t he
                    cos.data(), sin.data(), interleaved, y.data());
 }
 
-void swiglu(Matrix gate, Matrix up, Out<float, 2> y) {
+void swiglu(Matrix gate, Matrix up, int64_t tangents, Out<float, 2> y) {
+    require_tangents(gate.shape(0), tangents);
     require(gate.size() == up.size() && gate.size() == y.size(), "gate, up and y differ in shape");
     nb::gil_scoped_release release_gil;
-    kernels().swiglu(gate.data(), up.data(), (int64_t)gate.size(), y.data());
+    kernels().swiglu(gate.data(), up.data(), (int64_t)gate.size(), tangents, y.data());
 }
 
-void gelu(Matrix x, Out<float, 2> y) {
+void gelu(Matrix x, int64_t tangents, Out<float, 2> y) {
+    require_tangents(x.shape(0), tangents);
     require(x.size() == y.size(), "x and y differ in shape");
     nb::gil_scoped_release release_gil;
-    kernels().gelu(x.data(), (int64_t)x.size(), y.data());
+    kernels().gelu(x.data(), (int64_t)x.size(), tangents, y.data());
 }
 
 void attention(Matrix q, Matrix k, Matrix v, In<int32_t, 1> starts, int64_t head_dim, float scale,
-               bool causal, Out<float, 2> y) {
+               bool causal, int64_t tangents, Out<float, 2> y) {
     const int64_t rows = (int64_t)q.shape(0), n_seq = (int64_t)starts.shape(0) - 1;
     require(head_dim > 0 && q.shape(1) % head_dim == 0 && k.shape(1) % head_dim == 0,
             "rows are not whole heads");
@@ -238,9 +283,14 @@ void attention(Matrix q, Matrix k, Matrix v, In<int32_t, 1> starts, int64_t head
             "starts run from 0 to the number of rows");
     for (int64_t s = 0; s < n_seq; ++s)
         require(starts.data()[s] < starts.data()[s + 1], "starts do not ascend");
+    require(tangents >= 0 && n_seq % (1 + tangents) == 0, "tangents have other sequences");
+    const int64_t n_primal = n_seq / (1 + tangents), primal = rows / (1 + tangents);
+    for (int64_t s = 0; s + n_primal <= n_seq; ++s)
+        require(starts.data()[s] + primal == starts.data()[s + n_primal],
+                "tangents have other sequences");
     nb::gil_scoped_release release_gil;
     kernels().attention(q.data(), k.data(), v.data(), starts.data(), n_seq, n_heads, n_kv, head_dim,
-                        scale, causal, y.data());
+                        scale, causal, tangents, y.data());
 }
 
 }  // namespace
@@ -262,7 +312,8 @@ NB_MODULE(_native, m) {
     m.def("seeded_dot", &seeded_dot);
     m.def("gather", &gather);
     m.def("matmul", &matmul, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
-          nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
+          nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+          nb::arg());
     m.def("cross_entropy", &cross_entropy);
     m.def("rms_norm", &rms_norm);
     m.def("layer_norm", &layer_norm);

@@ -131,23 +131,29 @@ struct DenseProduct {
     const Weight& w;
     int64_t rows;
     const int32_t* references;
-    Buffer tiles;
+    Buffer tiles, zeros;
     static constexpr int panel_outputs = kDenseOutputs;
 
     DenseProduct(const float* x, int64_t rows, const int32_t* references, const Weight& w)
         : w(w),
           rows(rows),
           references(references),
-          tiles(4 * ceil_div(rows, kRows) * kRows * words_of<E>(w.n_in)) {
+          tiles(4 * ceil_div(rows, kRows) * kRows * words_of<E>(w.n_in)),
+          zeros(ceil_div(rows, kRows)) {
         parallel_for(ceil_div(rows, kRows), [&](int64_t t) {
             pack_tile_dense<E>(x, t * kRows, min_of<int64_t>(kRows, rows - t * kRows), references,
                                w.n_in, tile(t));
+            uint32_t any = 0;
+            for (int64_t i = 0; i < kRows * words_of<E>(w.n_in); ++i) any |= tile(t)[i];
+            is_zero(t) = any == 0;
         });
     }
 
     uint32_t* tile(int64_t t) const {
         return (uint32_t*)tiles.data + t * kRows * words_of<E>(w.n_in);
     }
+    // Lanes do not differ before the first perturbed product, and have no tangents there.
+    bool& is_zero(int64_t t) const { return ((bool*)zeros.data)[t]; }
     int64_t panels_at_once() const { return 1; }
 
     template <typename Sink>
@@ -160,8 +166,9 @@ struct DenseProduct {
             const int64_t k = min_of(kDenseDepth, w.n_in - first);
             pack_panel_dense<E>(w, out0, n, first, k, panel);
             for (int64_t t = 0; t < n_tiles; ++t)
-                multiply_dense<E>(tile(t) + first / E::per_word * kRows, panel, words_of<E>(k),
-                                  c + t * c_size);
+                if (!is_zero(t))
+                    multiply_dense<E>(tile(t) + first / E::per_word * kRows, panel, words_of<E>(k),
+                                      c + t * c_size);
         }
         for (int64_t t = 0; t < n_tiles; ++t)
             sink(t * kRows, min_of<int64_t>(kRows, rows - t * kRows), out0, n, c + t * c_size,

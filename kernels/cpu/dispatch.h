@@ -32,22 +32,42 @@ struct Weight {  // W [n_out, n_in], rows of row_bytes in GGUF blocks
     size_t row_bytes;
 };
 
-struct LoRA {  // y += scale (x A^T) B^T; offset: flat position of A, then B
+// How the stream of a seed becomes the direction of a factor, seen as [rank][width]: its own
+// numbers from offset on, times mask if there is one; or, with a basis [n_basis][width], the
+// combinations of it that n_basis numbers for each rank say. B is [width][rank] in memory, and so
+// is its mask.
+struct FactorDirection {
+    uint64_t offset;
+    const float* mask;
+    bool in_subspace;
+    const float* basis;
+    int64_t n_basis;
+};
+
+struct LoRA {  // y += scale (x A^T) B^T
     const float* a;
     const float* b;
     float scale;
-    uint64_t offset;
     int64_t rank;
+    FactorDirection direction_a, direction_b;
 };
 
-struct Lanes {  // rows of lane l are the l-th of n equal slices
+// Rows of lane l are the l-th of n equal slices; seeds [n][n_parts], of parts starts[p] ..
+// starts[p + 1] of a lane's rows. tangents: lanes from 1 on are derivatives of lane 0.
+struct Lanes {
     const uint64_t* seeds;
     const float* coefficients;
     int64_t n;
     int distribution;
+    bool tangents;
+    const int32_t* starts;
+    int64_t n_parts;
+
+    int64_t n_tangents() const { return tangents ? n - 1 : 0; }
 };
 
 // references: for every row the earlier row (or itself) it is quantized relative to, or null.
+// tangents: rows are 1 + tangents equal slices, a primal and its derivatives; so is the result.
 struct Kernels {
     const char* name;
     void (*philox)(uint64_t seed, uint64_t start, int64_t count, uint32_t* out);
@@ -60,20 +80,20 @@ struct Kernels {
     void (*gather)(const Weight& w, const int32_t* ids, int64_t rows, float* out);
     void (*matmul)(const float* x, int64_t rows, const int32_t* references, const Weight& w,
                    const float* bias, const LoRA* lora, const Lanes& lanes, bool exact, float* y);
-    void (*cross_entropy)(const float* x, int64_t rows, const int32_t* references, const Weight& w,
-                          const int32_t* labels, bool exact, double* nll);
+    void (*cross_entropy)(const float* x, int64_t rows, const int32_t* references, int64_t tangents,
+                          const Weight& w, const int32_t* labels, bool exact, double* nll);
     void (*rms_norm)(const float* x, int64_t rows, int64_t d, const float* weight, float eps,
-                     float* y);
+                     int64_t tangents, float* y);
     void (*layer_norm)(const float* x, int64_t rows, int64_t d, const float* weight,
-                       const float* bias, float eps, float* y);
+                       const float* bias, float eps, int64_t tangents, float* y);
     void (*rope)(const float* x, int64_t rows, int64_t width, int64_t head_dim, int64_t half,
                  const int32_t* positions, const float* cos, const float* sin, bool interleaved,
                  float* y);
-    void (*swiglu)(const float* gate, const float* up, int64_t n, float* y);
-    void (*gelu)(const float* x, int64_t n, float* y);
+    void (*swiglu)(const float* gate, const float* up, int64_t n, int64_t tangents, float* y);
+    void (*gelu)(const float* x, int64_t n, int64_t tangents, float* y);
     void (*attention)(const float* q, const float* k, const float* v, const int32_t* starts,
                       int64_t n_seq, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim,
-                      float scale, bool causal, float* y);
+                      float scale, bool causal, int64_t tangents, float* y);
     double (*peak)(Peak kind);
 };
 

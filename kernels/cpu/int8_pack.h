@@ -96,30 +96,47 @@ inline float quantize_group(const float* x, int8_t* q, int32_t* sums) {
     return largest * (1.0f / 127.0f);
 }
 
+// Quantizes 32 values into row r of a group.
+template <typename Codec>
+inline void pack_group_int8(const float* values, int64_t r, TileGroup<Codec>* out) {
+    int8_t q[32];
+    int32_t sums[Codec::scales];
+    out->scale[r] = quantize_group<Codec::scales>(values, q, sums);
+    for (int i = 0; i < kDots; ++i) __builtin_memcpy(out->x[i][r], q + kDotBytes * i, kDotBytes);
+    for (int s = 0; s < Codec::scales; ++s) {
+        if (Codec::has_min)
+            out->sum[r] = out->scale[r] * (float)sums[s];
+        else
+            out->start[s][r] = signed_codes<Codec>() ? 0 : -Codec::offset * sums[s];
+    }
+}
+
+// values -= what row r of a group holds of them.
+template <typename Codec>
+inline void subtract_packed(const TileGroup<Codec>& t, int64_t r, float* values) {
+    for (int i = 0; i < 32; ++i)
+        values[i] -= t.scale[r] * (float)t.x[i / kDotBytes][r][i % kDotBytes];
+}
+
 // Rows row0 .. row0+rows of x [., k], zero rows at the end; a row with an earlier reference row is
-// packed as its difference to that one, with the difference's own scale.
+// packed as its difference to that one, with the difference's own scale. What rounding takes from
+// the first ``refined`` of them goes to a second tile, rest.
 template <typename Codec>
 inline void pack_tile_int8(const float* x, int64_t row0, int64_t rows, const int32_t* references,
-                           int64_t k, TileGroup<Codec>* out) {
+                           int64_t k, TileGroup<Codec>* out, int64_t refined,
+                           TileGroup<Codec>* rest) {
     __builtin_memset(out, 0, rows < kRows ? k / 32 * sizeof *out : 0);
+    if (0 < refined && refined < kRows) __builtin_memset(rest, 0, k / 32 * sizeof *rest);
     constexpr int64_t run = 8;  // groups of a row at a time: 1 KiB read, 4 KiB of the tile written
     for (int64_t first = 0; first < k / 32; first += run) {
         for (int64_t r = 0; r < rows; ++r) {
             for (int64_t g = first; g < min_of(first + run, k / 32); ++g) {
-                TileGroup<Codec>& t = out[g];
                 float values[32];
-                int8_t q[32];
-                int32_t sums[Codec::scales];
                 row_or_difference(x, k, row0 + r, references, 32 * g, 32, values);
-                t.scale[r] = quantize_group<Codec::scales>(values, q, sums);
-                for (int i = 0; i < kDots; ++i)
-                    __builtin_memcpy(t.x[i][r], q + kDotBytes * i, kDotBytes);
-                for (int s = 0; s < Codec::scales; ++s) {
-                    if (Codec::has_min)
-                        t.sum[r] = t.scale[r] * (float)sums[s];
-                    else
-                        t.start[s][r] = signed_codes<Codec>() ? 0 : -Codec::offset * sums[s];
-                }
+                pack_group_int8(values, r, out + g);
+                if (r >= refined) continue;
+                subtract_packed(out[g], r, values);
+                pack_group_int8(values, r, rest + g);
             }
         }
     }

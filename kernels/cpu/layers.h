@@ -1,4 +1,5 @@
-// Row-wise operations: norms, rotary embedding, activations.
+// Row-wise operations: norms, rotary embedding, activations; and the directional derivatives of
+// those that are not linear, each with what it needs of the primal computed once.
 
 constexpr int64_t kRowsPerTask = 16;         // of a norm or rotary embedding
 constexpr int64_t kElementsPerTask = 16384;  // of an activation: 3 arrays of 64 KiB
@@ -11,8 +12,20 @@ inline void for_each_row(int64_t rows, const F& body) {
     });
 }
 
-void rms_norm(const float* x, int64_t rows, int64_t d, const float* weight, float eps, float* y) {
-    for_each_row(rows, [=](int64_t r) {
+// (a - mean) . b
+inline float centred_dot(const float* a, float mean, const float* b, int64_t n) {
+    VF products = {};
+    for (int64_t i = 0; i < n; i += kWidth) {
+        const int64_t m = min_of<int64_t>(kWidth, n - i);
+        products = fmadd(load_first(a + i, m) - splat(mean), load_first(b + i, m), products);
+    }
+    return sum(products);
+}
+
+void rms_norm(const float* x, int64_t rows, int64_t d, const float* weight, float eps,
+              int64_t tangents, float* y) {
+    const int64_t primal = rows / (1 + tangents);
+    for_each_row(primal, [=](int64_t r) {
         const float* from = x + r * d;
         VF squares = {};
         for (int64_t i = 0; i < d; i += kWidth) {
@@ -21,17 +34,28 @@ void rms_norm(const float* x, int64_t rows, int64_t d, const float* weight, floa
         }
         const float scale = 1.0f / __builtin_sqrtf(sum(squares) / (float)d + eps);
         for (int64_t i = 0; i < d; ++i) y[r * d + i] = from[i] * scale * weight[i];
+        for (int64_t t = r + primal; t < rows; t += primal) {
+            const float* dx = x + t * d;
+            const float along = scale * scale * centred_dot(from, 0.0f, dx, d) / (float)d;
+            for (int64_t i = 0; i < d; ++i)
+                y[t * d + i] = (dx[i] - from[i] * along) * scale * weight[i];
+        }
     });
 }
 
+inline float mean_of(const float* x, int64_t n) {
+    VF total = {};
+    for (int64_t i = 0; i < n; i += kWidth)
+        total += load_first(x + i, min_of<int64_t>(kWidth, n - i));
+    return sum(total) / (float)n;
+}
+
 void layer_norm(const float* x, int64_t rows, int64_t d, const float* weight, const float* bias,
-                float eps, float* y) {
-    for_each_row(rows, [=](int64_t r) {
+                float eps, int64_t tangents, float* y) {
+    const int64_t primal = rows / (1 + tangents);
+    for_each_row(primal, [=](int64_t r) {
         const float* from = x + r * d;
-        VF total = {};
-        for (int64_t i = 0; i < d; i += kWidth)
-            total += load_first(from + i, min_of<int64_t>(kWidth, d - i));
-        const float mean = sum(total) / (float)d;
+        const float mean = mean_of(from, d);
         VF squares = {};
         for (int64_t i = 0; i < d; i += kWidth) {
             const int64_t m = min_of<int64_t>(kWidth, d - i);
@@ -42,6 +66,13 @@ void layer_norm(const float* x, int64_t rows, int64_t d, const float* weight, co
         const float scale = 1.0f / __builtin_sqrtf(sum(squares) / (float)d + eps);
         for (int64_t i = 0; i < d; ++i)
             y[r * d + i] = (from[i] - mean) * scale * weight[i] + bias[i];
+        for (int64_t t = r + primal; t < rows; t += primal) {
+            const float* dx = x + t * d;
+            const float dmean = mean_of(dx, d);
+            const float along = scale * scale * centred_dot(from, mean, dx, d) / (float)d;
+            for (int64_t i = 0; i < d; ++i)
+                y[t * d + i] = (dx[i] - dmean - (from[i] - mean) * along) * scale * weight[i];
+        }
     });
 }
 
@@ -77,18 +108,33 @@ inline void for_each_vector(int64_t n, const F& body) {
 
 inline VF sigmoid(VF x) { return splat(1.0f) / (splat(1.0f) + vexp(-x)); }
 
-void swiglu(const float* gate, const float* up, int64_t n, float* y) {
-    for_each_vector(n, [=](int64_t i, int64_t m) {
-        const VF g = load_first(gate + i, m);
-        store_first(y + i, g * sigmoid(g) * load_first(up + i, m), m);
+void swiglu(const float* gate, const float* up, int64_t n, int64_t tangents, float* y) {
+    const int64_t primal = n / (1 + tangents);
+    for_each_vector(primal, [=](int64_t i, int64_t m) {
+        const VF g = load_first(gate + i, m), u = load_first(up + i, m);
+        const VF s = sigmoid(g), silu = g * s;
+        store_first(y + i, silu * u, m);
+        if (tangents == 0) return;
+        const VF slope = s * fmadd(g, splat(1.0f) - s, splat(1.0f)) * u;
+        for (int64_t t = i + primal; t < n; t += primal)
+            store_first(y + t, fmadd(slope, load_first(gate + t, m), silu * load_first(up + t, m)),
+                        m);
     });
 }
 
 // The tanh approximation, as llama.cpp computes it: 0.5 x (1 + tanh(t)) = x sigmoid(2 t).
-void gelu(const float* x, int64_t n, float* y) {
-    for_each_vector(n, [=](int64_t i, int64_t m) {
+void gelu(const float* x, int64_t n, int64_t tangents, float* y) {
+    const int64_t primal = n / (1 + tangents);
+    for_each_vector(primal, [=](int64_t i, int64_t m) {
         const VF v = load_first(x + i, m);
-        const VF t = v * splat(0.79788456f) * fmadd(splat(0.044715f) * v, v, splat(1.0f));
-        store_first(y + i, v * sigmoid(t + t), m);
+        const VF cubic = v * splat(0.79788456f) * fmadd(splat(0.044715f) * v, v, splat(1.0f));
+        const VF s = sigmoid(cubic + cubic);
+        store_first(y + i, v * s, m);
+        if (tangents == 0) return;
+        // d/dx 2 cubic = 2 sqrt(2 / pi) (1 + 3 0.044715 x^2)
+        const VF twice = splat(1.59576912f) * fmadd(splat(0.134145f) * v, v, splat(1.0f));
+        const VF slope = fmadd(v * s * (splat(1.0f) - s), twice, s);
+        for (int64_t t = i + primal; t < n; t += primal)
+            store_first(y + t, slope * load_first(x + t, m), m);
     });
 }

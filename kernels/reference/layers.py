@@ -1,4 +1,8 @@
-"""What stands between the matrix products of a transformer; float64 inside, float32 out."""
+"""What stands between the matrix products of a transformer; float64 inside, float32 out.
+
+tangents: rows are 1 + tangents equal slices, a primal and directional derivatives of it; so is the
+result. Rotary embedding is linear: it needs no such number.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +11,25 @@ from itertools import pairwise
 import numpy as np
 
 from fwdllm.kernels.reference.checks import require_indices
+from fwdllm.kernels.reference.tangents import join, split
 
 
-def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float, tangents: int = 0) -> np.ndarray:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis: float32 [rows, d] and [d]."""
-    x = x.astype(np.float64)
-    mean_square = np.mean(x**2, axis=-1, keepdims=True)
-    return (x / np.sqrt(mean_square + eps) * weight).astype(np.float32)
+    x, dx = split(x, tangents)
+    scale = 1 / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps)
+    dscale = -(scale**3) * np.mean(x * dx, axis=-1, keepdims=True)
+    return join(x * scale * weight, (dx * scale + x * dscale) * weight)
 
 
-def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> np.ndarray:
+def layer_norm(
+    x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float, tangents: int = 0
+) -> np.ndarray:
     """(x - mean) / sqrt(variance + eps) * weight + bias: float32 [rows, d], [d] and [d]."""
-    x = x.astype(np.float64)
-    x = x - np.mean(x, axis=-1, keepdims=True)
-    variance = np.mean(x**2, axis=-1, keepdims=True)
-    return (x / np.sqrt(variance + eps) * weight + bias).astype(np.float32)
+    x, dx = (t - np.mean(t, axis=-1, keepdims=True) for t in split(x, tangents))
+    scale = 1 / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps)
+    dscale = -(scale**3) * np.mean(x * dx, axis=-1, keepdims=True)
+    return join(x * scale * weight + bias, (dx * scale + x * dscale) * weight)
 
 
 def rope(
@@ -60,29 +68,36 @@ def attention(
     head_dim: int,
     scale: float,
     causal: bool,
+    tangents: int = 0,
 ) -> np.ndarray:
     """softmax(scale q k^T) v for every sequence and head: float32 [rows, n_heads * head_dim].
 
     q: float32 [rows, n_heads * head_dim].  k, v: float32 [rows, n_kv_heads * head_dim]; query
     head h reads key/value head h // (n_heads / n_kv_heads).
     starts: int32 [n_sequences + 1]; sequence s is rows starts[s] .. starts[s + 1] and sees no
-    other rows. causal: a row sees itself and the rows before it.
+    other rows. With tangents those of the primal, and the same again of each tangent.
+    causal: a row sees itself and the rows before it.
     ValueError if starts do not run from 0 to rows in order.
     """
     if starts[0] != 0 or starts[-1] != len(q) or np.any(np.diff(starts) < 0):
         raise ValueError(f"sequence starts must run from 0 to {len(q)} in order")
-    q, k, v = (_heads(t, head_dim) for t in (q, k, v))
-    n_heads = q.shape[1]
-    group = n_heads // k.shape[1]
-    out = np.empty(q.shape)
-    for begin, end in pairwise(starts):
+    n_heads, group = q.shape[1] // head_dim, q.shape[1] // k.shape[1]
+    (q, dq), (k, dk), (v, dv) = (split(_heads(t, head_dim), tangents) for t in (q, k, v))
+    y, dy = np.empty(q.shape), np.empty(dq.shape)
+    for begin, end in pairwise(starts[: (len(starts) - 1) // (1 + tangents) + 1]):
+        rows = slice(begin, end)
         for h in range(n_heads):
-            keys, values = k[begin:end, h // group], v[begin:end, h // group]
-            scores = scale * (q[begin:end, h] @ keys.T)
+            g = h // group
+            scores = scale * (q[rows, h] @ k[rows, g].T)
             if causal:
                 scores[np.triu(np.ones(scores.shape, bool), 1)] = -np.inf
-            out[begin:end, h] = _softmax(scores) @ values
-    return out.reshape(len(q), n_heads * head_dim).astype(np.float32)
+            p = _softmax(scores)
+            y[rows, h] = p @ v[rows, g]
+            for t in range(tangents):
+                ds = scale * (dq[t, rows, h] @ k[rows, g].T + q[rows, h] @ dk[t, rows, g].T)
+                dp = p * (ds - np.sum(p * ds, axis=-1, keepdims=True))
+                dy[t, rows, h] = dp @ v[rows, g] + p @ dv[t, rows, g]
+    return join(y, dy).reshape(-1, n_heads * head_dim)
 
 
 def _heads(x: np.ndarray, head_dim: int) -> np.ndarray:
@@ -96,15 +111,26 @@ def _softmax(x: np.ndarray) -> np.ndarray:
     return e / np.sum(e, axis=-1, keepdims=True)
 
 
-def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+def swiglu(gate: np.ndarray, up: np.ndarray, tangents: int = 0) -> np.ndarray:
     """silu(gate) * up, element by element, float32; silu(g) = g / (1 + exp(-g))."""
-    gate = gate.astype(np.float64)
-    sigmoid = np.exp(-np.logaddexp(0, -gate))  # 1 / (1 + exp(-g)) without overflow
-    return (gate * sigmoid * up).astype(np.float32)
+    (gate, dgate), (up, dup) = split(gate, tangents), split(up, tangents)
+    sigmoid = _sigmoid(gate)
+    slope = sigmoid * (1 + gate * (1 - sigmoid))
+    return join(gate * sigmoid * up, slope * dgate * up + gate * sigmoid * dup)
 
 
-def gelu(x: np.ndarray) -> np.ndarray:
-    """GELU in its tanh approximation, element by element, float32 (ggml's GGML_OP_GELU)."""
-    x = x.astype(np.float64)
-    inner = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
-    return (0.5 * x * (1 + np.tanh(inner))).astype(np.float32)
+def gelu(x: np.ndarray, tangents: int = 0) -> np.ndarray:
+    """GELU in its tanh approximation, element by element, float32 (ggml's GGML_OP_GELU).
+
+    0.5 x (1 + tanh(t)) = x sigmoid(2 t), t = sqrt(2 / pi) (x + 0.044715 x^3).
+    """
+    x, dx = split(x, tangents)
+    twice = 2 * np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
+    slope = 2 * np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * x**2)
+    sigmoid = _sigmoid(twice)
+    return join(x * sigmoid, (sigmoid + x * sigmoid * (1 - sigmoid) * slope) * dx)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-x)) without overflow."""
+    return np.exp(-np.logaddexp(0, -x))

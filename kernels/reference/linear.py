@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from fwdllm.kernels.reference.decode import dequantize
@@ -20,19 +22,23 @@ def matmul(
 ) -> np.ndarray:
     """y_l = x_l W^T + bias + scale (x_l A_l^T) B_l^T for each lane l, float32 [rows, n_out].
 
-    A_l = A + c_l v(seed_l)[offset : offset + rank n_in], and B_l likewise with the elements
-    that follow.
+    A_l = A + c_l dA(seed_l), and B_l likewise, with the directions ``LoRA`` describes.
+    With tangents lane 0 is plain and the others have its derivative, by the product rule
+    dx W^T + scale ((dx A^T + c x dA^T) B^T + c x A^T dB^T).
 
     x: float32 [rows, n_in]; rows of lane l are the l-th of len(lanes) equal slices.
     bias: float32 [n_out].  lanes: None is one plain lane; without lora, lanes change nothing.
     exact: accepted for the common signature; this backend always is, summing in float64 and
     rounding once. ValueError if the rows are not equal slices.
     """
+    lanes = Lanes.plain() if lanes is None else lanes
+    if len(lanes) == 0 or len(x) % len(lanes):
+        raise ValueError(f"{len(x)} rows are not {len(lanes)} equal lanes")
     y = row_products(x, dequantize(weight))
     if bias is not None:
-        y += bias
+        y[: len(y) // (1 + lanes.n_tangents)] += bias
     if lora is not None:
-        y += _lora(x, lora, Lanes.plain() if lanes is None else lanes)
+        y += _lora(x, lora, lanes)
     return y.astype(np.float32)
 
 
@@ -47,18 +53,43 @@ def row_products(x: np.ndarray, w: np.ndarray) -> np.ndarray:
 
 
 def _lora(x: np.ndarray, lora: LoRA, lanes: Lanes) -> np.ndarray:
-    if len(lanes) == 0 or len(x) % len(lanes):
-        raise ValueError(f"{len(x)} rows are not {len(lanes)} equal lanes")
-    y = []
-    for lane, rows in enumerate(np.split(x, len(lanes))):
-        a, b = _perturbed(lora, lanes, lane)
-        y.append(lora.scale * row_products(row_products(rows, a), b))
-    return np.concatenate(y)
+    slices = x.reshape(len(lanes), len(x) // len(lanes), x.shape[1])
+    n = slices.shape[1]
+    starts = np.array([0, n]) if lanes.starts is None else lanes.starts
+    seeds = lanes.seeds.reshape(len(lanes), -1)
+    y = np.zeros((*slices.shape[:2], len(lora.b)))
+    for lane, rows in enumerate(slices):
+        for part, (begin, end) in enumerate(pairwise(starts)):
+            at = slice(begin, end)
+            da, db = _direction(lora, seeds[lane, part], lanes.distribution)
+            da, db = (np.float64(lanes.coefficients[lane]) * d for d in (da, db))
+            if lanes.tangents and lane > 0:
+                primal = slices[0, at]
+                du = row_products(rows[at], lora.a) + row_products(primal, da)
+                u = row_products(primal, lora.a)
+                y[lane, at] = row_products(du, lora.b) + row_products(u, db)
+            else:
+                y[lane, at] = row_products(row_products(rows[at], lora.a + da), lora.b + db)
+    return lora.scale * y.reshape(len(x), len(lora.b))
 
 
-def _perturbed(lora: LoRA, lanes: Lanes, lane: int) -> tuple[np.ndarray, np.ndarray]:
-    """A_l and B_l of one lane, in float64."""
-    n_a, n_b = lora.a.size, lora.b.size
-    v = direction(lanes.seeds[lane], lora.offset, n_a + n_b, lanes.distribution)
-    step = np.float64(lanes.coefficients[lane]) * v
-    return lora.a + step[:n_a].reshape(lora.a.shape), lora.b + step[n_a:].reshape(lora.b.shape)
+def _direction(lora: LoRA, seed: int, distribution: str) -> tuple[np.ndarray, np.ndarray]:
+    """The directions of A and B of one seed, in float64."""
+    mask_a, mask_b = (1, 1) if lora.mask is None else np.split(lora.mask, [lora.a.size])
+    if lora.basis_a is None:
+        da = direction(seed, lora.offset, lora.a.size, distribution) * np.float64(mask_a)
+    else:
+        da = _in_subspace(seed, lora.offset, len(lora.a), lora.basis_a, distribution)
+    if lora.basis_b is None:
+        db = direction(seed, lora.offset_b, lora.b.size, distribution) * np.float64(mask_b)
+    else:
+        db = _in_subspace(seed, lora.offset_b, len(lora.a), lora.basis_b, distribution).T
+    return da.reshape(lora.a.shape), db.reshape(lora.b.shape)
+
+
+def _in_subspace(
+    seed: int, offset: int, rank: int, basis: np.ndarray, distribution: str
+) -> np.ndarray:
+    """Z basis, Z [rank, len(basis)] from the stream: float64 [rank, basis.shape[1]]."""
+    z = direction(seed, offset, rank * len(basis), distribution).astype(np.float64)
+    return z.reshape(rank, len(basis)) @ basis.astype(np.float64)

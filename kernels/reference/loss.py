@@ -7,6 +7,7 @@ import numpy as np
 from fwdllm.kernels.reference.checks import require_indices
 from fwdllm.kernels.reference.decode import dequantize
 from fwdllm.kernels.reference.linear import row_products
+from fwdllm.kernels.reference.tangents import split
 from fwdllm.kernels.types import Lanes, Weight
 
 
@@ -21,10 +22,17 @@ def cross_entropy(
     """-log softmax(x W^T)[label] of each row, in nats, float64 [rows].
 
     x: float32 [rows, n_in].  weight: [n_vocabulary, n_in].  labels: int32 [rows].
-    lanes, exact: accepted for the common signature; this backend always computes exactly.
-    IndexError if a label is outside the vocabulary.
+    lanes: with tangents, rows of lane 0 have losses and those of the others the derivatives of
+    them; else they change nothing.  exact: accepted for the common signature; this backend always
+    computes exactly. IndexError if a label is outside the vocabulary.
     """
     require_indices(labels, weight.n_out, "labels")
-    logits = row_products(x, dequantize(weight))
+    n_tangents = lanes.n_tangents if lanes else 0
+    logits, tangents = split(row_products(x, dequantize(weight)), n_tangents)
     logits -= logits.max(axis=1, keepdims=True)
-    return np.log(np.sum(np.exp(logits), axis=1)) - logits[np.arange(len(x)), labels]
+    sums = np.sum(np.exp(logits), axis=1, keepdims=True)
+    at = np.arange(len(logits))
+    label = labels[: len(logits)]
+    nll = np.log(sums[:, 0]) - logits[at, label]
+    slopes = np.sum(np.exp(logits) / sums * tangents, axis=2) - tangents[:, at, label]
+    return np.concatenate([nll, slopes.ravel()])

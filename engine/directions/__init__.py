@@ -1,0 +1,24 @@
+"""What direction of the adapter a seed names: v(seed) = M z(seed), for the stream z of the seed
+(DESIGN section 3) and a linear map M that differs from one kind of directions to the next.
+"""
+
+from __future__ import annotations
+
+from fwdllm.engine.directions.base import Directions, Scope
+from fwdllm.engine.directions.dense import Dense
+from fwdllm.engine.directions.frozen_a import lora_fa
+from fwdllm.engine.directions.sparse import Sparse, foresight_mask
+from fwdllm.engine.directions.subspace import Bases, Subspace
+from fwdllm.engine.directions.subzero import subzero
+
+__all__ = [
+    "Bases",
+    "Dense",
+    "Directions",
+    "Scope",
+    "Sparse",
+    "Subspace",
+    "foresight_mask",
+    "lora_fa",
+    "subzero",
+]

@@ -1,0 +1,92 @@
+"""The interface of directions, and what all of them share: scopes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from fwdllm.engine.adapter import Adapter, Target
+from fwdllm.engine.errors import ConfigError
+from fwdllm.kernels.types import DISTRIBUTIONS, LoRA
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The part of an adapter that perturbations touch. None is all.
+
+    layers: block numbers.  targets: tensor names without "blk.N." and ".weight".
+    """
+
+    layers: tuple[int, ...] | None = None
+    targets: tuple[str, ...] | None = None
+
+    def of(self, adapter: Adapter) -> tuple[Target, ...]:
+        """The targets inside, in their order; ConfigError if there are none."""
+        inside = tuple(t for t in adapter.targets if self._has(t))
+        if not inside:
+            raise ConfigError(f"nothing of the adapter is in the scope {self}")
+        return inside
+
+    def _has(self, target: Target) -> bool:
+        name = target.name.split(".", 2)[2]
+        in_layers = self.layers is None or target.layer in self.layers
+        return in_layers and (self.targets is None or name in self.targets)
+
+
+class Directions(Protocol):
+    """What v(seed) = M z(seed) is, z the numbers of the seed's stream, called coordinates.
+
+    An update of theta is made in coordinates and expanded: M sum_k c_k z(seed_k).
+    distribution: of the coordinates.  size: how many there are.  targets: what M moves.
+    """
+
+    @property
+    def distribution(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def targets(self) -> tuple[Target, ...]: ...
+
+    def lora(self, target: Target) -> LoRA:
+        """The factors of a target with their directions, for the kernels."""
+        ...
+
+    def combine(self, seeds: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
+        """sum_k coefficients[k] z(seeds[k]): float32 [size]. Two of it: uint64 [k], float32 [k]."""
+        ...
+
+    def expand(self, coordinates: np.ndarray) -> np.ndarray:
+        """M coordinates: float32 [n_lora]."""
+        ...
+
+    def project(self, theta: np.ndarray) -> np.ndarray:
+        """M^T theta, of a gradient by theta that by coordinates: float32 [n_lora] to [size]."""
+        ...
+
+
+def combine(
+    adapter: Adapter,
+    distribution: str,
+    size: int,
+    ranges: Sequence[tuple[int, int]],
+    seeds: np.ndarray,
+    coefficients: np.ndarray,
+) -> np.ndarray:
+    """sum_k coefficients[k] z(seeds[k]) in ranges start .. end, zero elsewhere: float32 [size]."""
+    out = np.zeros(size, np.float32)
+    for start, end in ranges:
+        adapter.ops.seeded_axpy(
+            out[start:end], seeds, coefficients, offset=start, distribution=distribution
+        )
+    return out
+
+
+def check_distribution(distribution: str) -> None:
+    """ConfigError for a distribution that does not exist."""
+    if distribution not in DISTRIBUTIONS:
+        raise ConfigError(f"distribution must be one of {DISTRIBUTIONS}, not {distribution!r}")

@@ -1,0 +1,17 @@
+"""LoRA-FA (arXiv 2308.03303), as P-RGE uses it: A stays as it is and B alone moves."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fwdllm.engine.adapter import Adapter
+from fwdllm.engine.directions.base import Scope
+from fwdllm.engine.directions.subspace import Bases, Subspace
+
+
+def lora_fa(adapter: Adapter, scope: Scope | None = None) -> Subspace:
+    """Normal numbers for every element of B."""
+    targets = (scope or Scope()).of(adapter)
+    return Subspace(
+        adapter, {t.name: Bases(np.zeros((0, t.n_in), np.float32), None) for t in targets}
+    )

@@ -1,0 +1,86 @@
+"""Directions that leave most parameters alone: M = diag(mask)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fwdllm.engine.adapter import Adapter, Target
+from fwdllm.engine.directions.dense import Dense
+from fwdllm.engine.errors import ConfigError
+from fwdllm.kernels.types import LoRA
+
+
+@dataclass(frozen=True, eq=False)
+class Sparse:
+    """Normal numbers where mask, float32 [n_lora], is one; nothing moves where it is zero."""
+
+    dense: Dense
+    mask: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.mask.shape != (self.dense.size,) or self.mask.dtype != np.float32:
+            raise ConfigError(
+                f"a mask of {self.dense.size} numbers is needed, not {self.mask.shape}"
+            )
+
+    @property
+    def distribution(self) -> str:
+        return self.dense.distribution
+
+    @property
+    def size(self) -> int:
+        return self.dense.size
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return self.dense.targets
+
+    def lora(self, target: Target) -> LoRA:
+        rank = self.dense.adapter.config.rank
+        mask = self.mask[target.offset : target.offset + target.size(rank)]
+        return replace(self.dense.lora(target), mask=mask)
+
+    def combine(self, seeds: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
+        return self.dense.combine(seeds, coefficients) * self.mask
+
+    def expand(self, coordinates: np.ndarray) -> np.ndarray:
+        return coordinates * self.mask
+
+    def project(self, theta: np.ndarray) -> np.ndarray:
+        return self.dense.project(theta) * self.mask
+
+
+def foresight_mask(
+    adapter: Adapter, mean_squares: Mapping[str, np.ndarray], keep: float
+) -> np.ndarray:
+    """The mask that keeps a share of the parameters by what they can do to the model's outputs.
+
+    mean_squares: of the inputs of every target over some data, float32 [n_in], see
+    ``Engine.input_mean_squares``.  keep: from 0 to 1.
+
+    Foresight pruning scores a weight before training by its part of the trace of the neural
+    tangent kernel, the squared slopes of the outputs by it (NTK-SAP, arXiv 2304.02840). For a
+    factor y = scale B A x these are, but for what the rest of the model does to y, which a forward
+    pass does not know, x_j^2 |B_r|^2 for A[r, j] and (A_r x)^2 for B[i, r], of which the mean is
+    taken with the inputs x_j independent. While B is zero, |B_r|^2 counts as one for all r.
+    """
+    if not 0 < keep <= 1:
+        raise ConfigError(f"the share of parameters to keep is above 0 and at most 1, not {keep}")
+    score = np.empty(adapter.n_lora, np.float64)
+    for target in adapter.targets:
+        lora, squares = adapter.factors(target), mean_squares[target.name].astype(np.float64)
+        b_squares = np.square(lora.b, dtype=np.float64).sum(axis=0)
+        if not b_squares.any():
+            b_squares[:] = 1
+        a = b_squares[:, None] * squares
+        b = np.tile(np.square(lora.a, dtype=np.float64) @ squares, (target.n_out, 1))
+        at = target.offset + a.size
+        score[target.offset : at] = a.ravel()
+        score[at : at + b.size] = b.ravel()
+    n = max(1, round(keep * score.size))
+    mask = np.zeros(score.size, np.float32)
+    mask[np.argsort(-score, kind="stable")[:n]] = 1
+    return mask

@@ -1,0 +1,37 @@
+"""SubZero (arXiv 2410.08989): a random subspace of low rank in every layer.
+
+SubZero perturbs a weight by U Z V^T with random orthonormal U and V. Of a LoRA factor one side has
+only ``rank`` entries, so the long side alone gets a basis: A moves by Z_A V^T and B by U Z_B.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fwdllm.engine.adapter import Adapter
+from fwdllm.engine.directions.base import Scope
+from fwdllm.engine.directions.subspace import Bases, Subspace
+from fwdllm.engine.errors import ConfigError
+
+
+def subzero(adapter: Adapter, dimension: int, seed: int, scope: Scope | None = None) -> Subspace:
+    """Normal numbers in a subspace of ``dimension`` vectors of each factor's long side.
+
+    Equal seeds give equal subspaces everywhere, to rounding.  ConfigError if a factor has fewer
+    dimensions.
+    """
+    bases = {}
+    for t in (scope or Scope()).of(adapter):
+        if not 1 <= dimension <= min(t.n_in, t.n_out):
+            raise ConfigError(f"{t.name} has no subspace of {dimension} dimensions")
+        # Where theta's own elements are in the stream, so that targets differ.
+        n_in, n_out = t.n_in * dimension, t.n_out * dimension
+        numbers = adapter.ops.normal(seed, t.offset * dimension, n_in + n_out)
+        a, b = np.split(numbers, [n_in])
+        bases[t.name] = Bases(_orthonormal(a, t.n_in), _orthonormal(b, t.n_out))
+    return Subspace(adapter, bases)
+
+
+def _orthonormal(numbers: np.ndarray, width: int) -> np.ndarray:
+    q, r = np.linalg.qr(numbers.astype(np.float64).reshape(-1, width).T)
+    return np.ascontiguousarray((q * np.sign(np.diag(r))).T, np.float32)
