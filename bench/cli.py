@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fwdllm.console import print_json
+from fwdllm.console import parse_layers, print_json
 from fwdllm.memory import parse_bytes
 
 if TYPE_CHECKING:
@@ -81,19 +81,26 @@ def step(
     examples: Annotated[int, typer.Option(help="Sequences of the batch.")] = 4,
     tokens: Annotated[int, typer.Option(help="Length of each.")] = 64,
     perturbations: Annotated[int, typer.Option("--perturbations", "-k", help="Directions.")] = 8,
-    method: Annotated[str, typer.Option(help="central or forward-difference.")] = "central",
+    method: Annotated[
+        str, typer.Option(help="forward-ad, central or forward-difference.")
+    ] = "forward-ad",
     rank: Annotated[int, typer.Option(help="Rank of the LoRA factors.")] = 8,
     targets: Annotated[
         str, typer.Option(help="Tensors to adapt; all: every linear layer.")
     ] = "attn_q,attn_v",
+    scope: Annotated[
+        str | None,
+        typer.Option(help='Layers to perturb, such as "4-5" or "0,2".', show_default="all"),
+    ] = None,
     memory_budget: Annotated[
         str | None, typer.Option(help='Resident memory to keep to, such as "1GiB".')
     ] = None,
     peer: Annotated[
         str | None,
         typer.Option(
-            help="plain (as many rows, no adapter), llama.cpp (by its C interface, the model kept "
-            "open), llama-cpp-python (a new Llama for every lane) or peft (PyTorch)."
+            help="plain (as many rows, no adapter), central (the same by differences), unscoped "
+            "(the same without --scope); by differences too, llama.cpp (by its C interface, the "
+            "model kept open), llama-cpp-python (a new Llama for every lane) or peft (PyTorch)."
         ),
     ] = None,
     rounds: Rounds = 5,
@@ -115,6 +122,7 @@ def step(
         method=method,
         rank=rank,
         targets=None if targets == "all" else tuple(targets.split(",")),
+        scope=parse_layers(scope),
         memory_budget=parse_bytes(memory_budget) if memory_budget is not None else None,
     )
     with _status():

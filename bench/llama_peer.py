@@ -14,7 +14,7 @@ import llama_cpp
 import numpy as np
 
 from fwdllm.bench.inputs import UPDATE_RATE, half_trained, step_batch
-from fwdllm.engine import DEFAULT_EPSILON, Engine, LoRAConfig
+from fwdllm.engine import Engine, LoRAConfig
 from fwdllm.engine.adapter import Adapter
 from fwdllm.engine.errors import AdapterError, ModelError
 from fwdllm.engine.estimators import plan
@@ -74,7 +74,7 @@ class Step:
         self.adapter: Adapter = adapter
         self.file = Path(folder) / "lane.gguf"
         self.seeds = np.arange(perturbations, dtype=np.uint64)
-        self.plan = plan(self.seeds, method, DEFAULT_EPSILON, "normal")
+        self.plan = plan(self.seeds, method)
         self.model = (ReopenedModel if reopen else OpenModel)(model, ids, threads)
         self.facts = {"version": VERSION, "loss": self._loss(self.adapter)}
 

@@ -20,12 +20,12 @@ import numpy as np
 
 from fwdllm.bench.inputs import linear_targets, open_decoder, random_ids
 from fwdllm.bench.worker import Answer, Worker
-from fwdllm.engine import DEFAULT_EPSILON
 from fwdllm.engine.errors import ConfigError, FwdllmError
 from fwdllm.engine.estimators import plan
 
 PROMPT_PEERS = ("llama.cpp", "plain")
-STEP_PEERS = ("plain", "llama.cpp", "llama-cpp-python", "peft")
+DIFFERENCE_PEERS = ("llama.cpp", "llama-cpp-python", "peft")
+STEP_PEERS = ("plain", "central", "unscoped", *DIFFERENCE_PEERS)
 
 _PROMPT, _STEP = "fwdllm.bench.ours:Prompt", "fwdllm.bench.ours:Step"
 _PLAIN_STEP = "fwdllm.bench.ours:PlainStep"
@@ -60,26 +60,29 @@ def measure_prompt(
             workers.append(stack.enter_context(Worker(_PROMPT, options)))
             n_tokens.append(tokens * lanes)
         answers = _alternate(workers, rounds)
-        return _result("prompt", settings, peer, workers, answers, n_tokens)
+        return _result("prompt", settings, peer, workers, answers, n_tokens, n_tokens)
 
 
 @dataclass(frozen=True)
 class StepConfig:
-    """One step of tuning. targets: None for every linear layer.  memory_budget: in bytes."""
+    """One step of tuning. targets: None for every linear layer.  scope: layers that are perturbed,
+    None for all.  memory_budget: in bytes.
+    """
 
     examples: int = 4
     tokens: int = 64
     perturbations: int = 8
-    method: str = "central"
+    method: str = "forward-ad"
     rank: int = 8
     targets: tuple[str, ...] | None = ("attn_q", "attn_v")
+    scope: tuple[int, ...] | None = None
     memory_budget: int | None = None
 
     @property
-    def lanes(self) -> int:
-        """Variants of the adapter in a step; ConfigError for a method that does not exist."""
+    def n_tokens(self) -> int:
+        """Lane-tokens of a step; ConfigError for a method that does not exist."""
         seeds = np.arange(self.perturbations, dtype=np.uint64)
-        return len(plan(seeds, self.method, DEFAULT_EPSILON, "normal").lanes)
+        return self.examples * self.tokens * len(plan(seeds, self.method).lanes)
 
 
 def measure_step(model: Path, config: StepConfig, peer: str | None, rounds: int) -> dict[str, Any]:
@@ -91,7 +94,9 @@ def measure_step(model: Path, config: StepConfig, peer: str | None, rounds: int)
     _check(peer, STEP_PEERS, rounds)
     if config.examples < 1 or config.perturbations < 1:
         raise ConfigError("--examples and --perturbations must be at least 1")
-    n_tokens = config.examples * config.tokens * config.lanes
+    if peer in DIFFERENCE_PEERS and config.method == "forward-ad":
+        raise ConfigError(f"the peer {peer} takes differences: choose --method central")
+    n_tokens = [config.n_tokens, config.n_tokens]
     file = open_decoder(model, config.tokens)
     config = replace(config, targets=config.targets or linear_targets(file))
     step = {
@@ -102,10 +107,15 @@ def measure_step(model: Path, config: StepConfig, peer: str | None, rounds: int)
         "method": config.method,
     }
     with ExitStack() as stack:
-        ours = {**step, "memory_budget": config.memory_budget}
+        ours = {**step, "scope": config.scope, "memory_budget": config.memory_budget}
         workers = [stack.enter_context(Worker(_STEP, ours))]
         if peer == "plain":
             workers.append(stack.enter_context(Worker(_PLAIN_STEP, ours)))
+        elif peer == "central":
+            workers.append(stack.enter_context(Worker(_STEP, {**ours, "method": peer})))
+            n_tokens[1] = replace(config, method=peer).n_tokens
+        elif peer == "unscoped":
+            workers.append(stack.enter_context(Worker(_STEP, {**ours, "scope": None})))
         elif peer is not None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(dir=_memory_folder()))
             theirs = {**step, "threads": workers[0].facts["threads"], "folder": folder}
@@ -116,7 +126,8 @@ def measure_step(model: Path, config: StepConfig, peer: str | None, rounds: int)
             workers.append(stack.enter_context(worker))
         answers = _alternate(workers, rounds)
         settings = {"model": model.name, **asdict(config), "rounds": rounds}
-        result = _result("step", settings, peer, workers, answers, [n_tokens] * len(workers))
+        n_tokens = n_tokens[: len(workers)]
+        result = _result("step", settings, peer, workers, answers, n_tokens, [1] * len(workers))
         return {**result, "breakdown": workers[0].call("breakdown")}
 
 
@@ -166,7 +177,9 @@ def _result(
     workers: Sequence[Worker],
     answers: Sequence[Sequence[Answer]],
     n_tokens: Sequence[int],
+    work: Sequence[int],
 ) -> dict[str, Any]:
+    """work: of each side in a round, in a unit they share."""
     machine = {name: workers[0].facts[name] for name in ("isa", "threads")}
     ours, *others = [
         {**{k: v for k, v in worker.facts.items() if k not in machine}, **_figures(mine, n)}
@@ -176,7 +189,7 @@ def _result(
     if not others:
         return {**result, "peer": None, "ratio": None}
     ratios = [
-        (n_tokens[0] / mine.seconds) / (n_tokens[1] / theirs.seconds)
+        (work[0] / mine.seconds) / (work[1] / theirs.seconds)
         for mine, theirs in zip(*answers, strict=True)
     ]
     return {

@@ -11,7 +11,8 @@ import numpy as np
 
 from fwdllm.bench.inputs import UPDATE_RATE, half_trained, prompt_batch, step_batch
 from fwdllm.bench.stopwatch import Stopwatch
-from fwdllm.engine import DEFAULT_EPSILON, Engine, LoRAConfig
+from fwdllm.engine import Engine, LoRAConfig
+from fwdllm.engine.directions import Dense, Scope
 from fwdllm.engine.estimators import plan
 from fwdllm.kernels import cpu
 
@@ -36,13 +37,14 @@ class Prompt:
         if self.plain:
             self.engine.loss(self.batch)
         else:
-            self.engine.directional_derivatives(self.batch, self.seeds)
+            self.engine.directional_derivatives(self.batch, self.seeds, "central")
 
 
 class Step:
     """Directional derivatives of a batch along ``perturbations`` seeds, and an update.
 
-    lora: rank and targets.  memory_budget: in bytes.
+    lora: rank and targets.  scope: layers that are perturbed, None for all.  memory_budget: in
+    bytes.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Step:
         lora: Mapping[str, Any],
         perturbations: int,
         method: str,
+        scope: Sequence[int] | None,
         memory_budget: int | None,
     ) -> None:
         adapted = Engine.load(model, LoRAConfig(**lora), memory_budget=memory_budget)
@@ -59,13 +62,19 @@ class Step:
         self.batch = step_batch(ids, 1)
         self.seeds = np.arange(perturbations, dtype=np.uint64)
         self.method = method
+        assert self.engine.adapter is not None
+        layers = None if scope is None else tuple(scope)
+        self.directions = Dense(self.engine.adapter, scope=Scope(layers))
         self.facts = {**machine(), "loss": float(self.engine.loss(self.batch).mean())}
         self.run()
 
     def run(self) -> dict[str, list[float]]:
         assert self.engine.adapter is not None
-        probe = self.engine.directional_derivatives(self.batch, self.seeds, self.method)
-        self.engine.adapter.add(self.seeds, -UPDATE_RATE / len(self.seeds) * probe.derivative)
+        probe = self.engine.directional_derivatives(
+            self.batch, self.seeds, self.method, directions=self.directions
+        )
+        steps = -UPDATE_RATE / len(self.seeds) * probe.derivative
+        self.engine.adapter.add(self.seeds, steps, self.directions)
         return {"derivatives": probe.derivative.tolist()}
 
     def breakdown(self) -> dict[str, float]:
@@ -76,6 +85,7 @@ class Step:
         # In this engine, because a second one would not fit the same memory budget.
         self.engine.ops = watch.backend
         self.engine.adapter = replace(self.engine.adapter, ops=watch.backend)
+        self.directions = replace(self.directions, adapter=self.engine.adapter)
         start = time.perf_counter()
         self.run()
         watch.seconds["other"] = time.perf_counter() - start - watch.spent
@@ -92,11 +102,12 @@ class PlainStep:
         lora: Mapping[str, Any],
         perturbations: int,
         method: str,
+        scope: Sequence[int] | None,
         memory_budget: int | None,
     ) -> None:
         self.engine = Engine.load(model, memory_budget=memory_budget)
         seeds = np.arange(perturbations, dtype=np.uint64)
-        lanes = plan(seeds, method, DEFAULT_EPSILON, "normal").lanes
+        lanes = plan(seeds, method).lanes
         self.batch = step_batch(ids, len(lanes))
         self.facts = {"loss": float(self.engine.loss(self.batch).mean())}
 

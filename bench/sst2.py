@@ -61,7 +61,7 @@ def head_alone(engine: Engine, config: TrainConfig, examples: Sequence[Example])
     """Train the head by its exact gradient; the adapter stays as it is."""
     adapter = engine.adapter
     assert adapter is not None
-    state = TrainState.initial(config, adapter.theta.size)
+    state = TrainState.initial(config, engine)
     rates = np.zeros(adapter.theta.size, np.float32)
     for step in range(config.steps):
         chosen = batch_indices(config.seed, step, len(examples), config.batch_size)
@@ -78,7 +78,7 @@ def head_alone(engine: Engine, config: TrainConfig, examples: Sequence[Example])
 def forward_gradients(engine: Engine, config: TrainConfig, examples: Sequence[Example]) -> None:
     """The product's own trainer."""
     assert engine.adapter is not None
-    state = TrainState.initial(config, engine.adapter.theta.size)
+    state = TrainState.initial(config, engine)
     for event in train(engine, config, examples, [], state):
         if isinstance(event, StepResult) and event.step % 50 == 0:
             print(f"  step {event.step} loss {event.loss:.4f}", file=sys.stderr, flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +15,7 @@ from fwdllm.engine.adapter import Adapter, Head, LoRAConfig
 from fwdllm.engine.adapter_io import load_adapter
 from fwdllm.engine.batch import Batch, Tokens, pack, split
 from fwdllm.engine.data import Example, check_labels
-from fwdllm.engine.directions import Dense, Directions
+from fwdllm.engine.directions import Dense, Directions, DirectionsConfig
 from fwdllm.engine.encode import encode_decoder, encode_label, encode_text
 from fwdllm.engine.errors import (
     AdapterError,
@@ -85,6 +85,7 @@ class Engine:
         if self.tokenizer.n_vocab > self.args.n_vocab:
             raise ModelError(f"{file.path}: the vocabulary has more tokens than the embedding")
         self.adapter: Adapter | None = None
+        self._directions: Directions | None = None
         self._residency = Residency(file, self.args.n_layers)
         self._resident = resident_bytes()
 
@@ -121,6 +122,38 @@ class Engine:
             )
         return engine
 
+    @property
+    def directions(self) -> Directions:
+        """What seeds mean where nothing else is said: normal numbers for all of the adapter."""
+        if self.adapter is None:
+            raise ConfigError("directions need an adapter to perturb")
+        if self._directions is None:
+            self._directions = Dense(self.adapter)
+        return self._directions
+
+    def use_directions(
+        self, config: DirectionsConfig, seed: int, examples: Sequence[Example]
+    ) -> None:
+        """Let seeds mean ``config`` from now on; see ``DirectionsConfig.make``.
+
+        examples: what a mask is chosen by.
+        """
+        if self.adapter is None:
+            raise ConfigError("directions need an adapter to perturb")
+        self._directions = config.make(
+            self.adapter, seed, lambda: self.input_mean_squares(self.encode(examples))
+        )
+
+    def input_mean_squares(self, batch: Batch) -> dict[str, np.ndarray]:
+        """Mean squares over a batch's rows of what adapted layers read: float64 [n_in] each."""
+        sums: dict[str, np.ndarray] = {}
+
+        def observe(name: str, x: np.ndarray) -> None:
+            sums[name] = sums.get(name, 0) + np.square(x, dtype=np.float64).sum(axis=0)
+
+        self._run(batch, observe=observe)
+        return {name: total / batch.n_rows for name, total in sums.items()}
+
     def encode(self, examples: Sequence[Example], max_tokens: int | None = None) -> Batch:
         """Tokenize examples into one batch, one sequence each; DataError names a bad line."""
         if not examples:
@@ -145,14 +178,14 @@ class Engine:
     ) -> Probe:
         """Loss of the batch and its slope along v(seed) of the adapter for every seed.
 
-        seeds: uint64 [n_seeds].  method, epsilon: see ``estimators.plan``.  directions: what v(seed)
-        is, by default normal numbers for all of the adapter.  per_example: every example has a
-        direction of its own, see ``Probe`` and ``estimators.example_seeds``.
+        seeds: uint64 [n_seeds].  method, epsilon: see ``estimators.plan``.  directions: what
+        v(seed) is, by default ``self.directions``.  per_example: every example has a direction of
+        its own, see ``Probe`` and ``estimators.example_seeds``.
         A slope is NaN or infinite where a perturbed loss is; NumericsError if the loss itself is.
         """
         if self.adapter is None:
             raise ConfigError("directional derivatives need an adapter to perturb")
-        directions = directions or Dense(self.adapter)
+        directions = directions or self.directions
         seeds = np.asarray(seeds, np.uint64)
         if per_example:
             seeds = example_seeds(seeds, batch.n_sequences)
@@ -265,7 +298,11 @@ class Engine:
         )
 
     def _run(
-        self, batch: Batch, lanes: Lanes | None = None, directions: Directions | None = None
+        self,
+        batch: Batch,
+        lanes: Lanes | None = None,
+        directions: Directions | None = None,
+        observe: Callable[[str, np.ndarray], None] | None = None,
     ) -> list[tuple[Pass, np.ndarray]]:
         """The last layer's output, in passes of some sequences each: float32 [rows, width].
 
@@ -285,6 +322,7 @@ class Engine:
                 part.lanes(lanes or Lanes.plain()),
                 self.exact,
                 memory.block_rows,
+                observe,
             )
             passes.append(p)
         xs = [self.family.embed(self.args, p) for p in passes]
@@ -298,7 +336,7 @@ class Engine:
     def _token_losses(
         self, batch: Batch, lanes: Lanes | None = None, directions: Directions | None = None
     ) -> np.ndarray:
-        """NLL of every label token in every lane, slopes in tangents: float64 [n_lanes, n_labels]."""
+        """NLL of label tokens in every lane, slopes in tangents: float64 [n_lanes, n_labels]."""
         if self.family.encoder:
             raise ConfigError(
                 f"{self.architecture} is an encoder; it learns from texts with labels"

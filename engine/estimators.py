@@ -113,9 +113,9 @@ def plan(
 
 
 def example_seeds(seeds: np.ndarray, n_examples: int) -> np.ndarray:
-    """A seed for every example of a batch from each seed: uint64 [n_seeds] to [n_seeds, n_examples].
+    """A seed for every example of a batch from each seed: uint64 [n_seeds, n_examples].
 
-    Example i gets the first 64 bits of block 2^62 + i of the seed's stream.
+    seeds: uint64 [n_seeds]. Example i gets the first 64 bits of block 2^62 + i of their streams.
     """
     words = np.stack([philox(int(s), _EXAMPLES_AT, n_examples) for s in seeds]).astype(np.uint64)
     return words[..., 0] | words[..., 1] << np.uint64(32)

@@ -27,7 +27,7 @@ class Pass:
     Until the first perturbed layer all lanes are equal, so there is one; ``enter`` makes the rows
     of the others when the graph gets there. ids, positions, starts and lanes are those of
     the rows at hand. directions: what the lanes' seeds mean.  block_rows: what ``in_blocks`` takes
-    at a time.
+    at a time.  observe: is shown the name and the input of every adapted layer.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class Pass:
         lanes: Lanes | None = None,
         exact: bool = False,
         block_rows: int = 1 << 30,
+        observe: Callable[[str, np.ndarray], None] | None = None,
     ) -> None:
         self.ops = ops
         self.weights = weights
@@ -49,6 +50,7 @@ class Pass:
         self.starts = batch.starts
         self.exact = exact
         self.block_rows = block_rows
+        self._observe = observe
         self._adapter = adapter
         self._all_lanes = lanes or Lanes.plain()
         self.lanes = replace(Lanes.plain(), tangents=self._all_lanes.tangents)
@@ -83,7 +85,7 @@ class Pass:
 
     def linear(self, x: np.ndarray, name: str) -> np.ndarray:
         """x W^T + bias, with the adapter's term in each lane: float32 [rows, n_out]."""
-        lora, lanes = self._term(name, len(x))
+        lora, lanes = self._term(name, x)
         return self.ops.matmul(
             x,
             self.weights.matrix(name),
@@ -93,12 +95,14 @@ class Pass:
             exact=self.exact,
         )
 
-    def _term(self, name: str, rows: int) -> tuple[LoRA | None, Lanes]:
-        """The adapter's factors for ``name`` and the lanes of them."""
+    def _term(self, name: str, x: np.ndarray) -> tuple[LoRA | None, Lanes]:
+        """The adapter's factors for ``name`` and the lanes of the rows x."""
         target = self._adapter.target(name) if self._adapter else None
-        lanes = self.lanes.take(self._first_row, self._first_row + rows // len(self.lanes))
+        lanes = self.lanes.take(self._first_row, self._first_row + len(x) // len(self.lanes))
         if target is None or self._adapter is None:
             return None, lanes
+        if self._observe is not None:
+            self._observe(name, x)
         if self._directions is None or name not in self._moved:
             return self._adapter.factors(target), lanes.unperturbed()
         return self._directions.lora(target), lanes

@@ -91,7 +91,7 @@ def estimate_step(
         "weights": weight_bytes,
         "adapter": _FLOAT * n_trainable,
         "optimizer": _FLOAT * n_trainable * optimizer_slots,
-        "update": _FLOAT * n_trainable * 4,
+        "update": _FLOAT * n_trainable * 6,
         "residual": _FLOAT * rows * args.width,
         "attention": _FLOAT * sequences * (2 * args.width + 2 * query + 2 * key_value),
         "feed_forward": _FLOAT * block * (hidden_arrays * args.hidden + 3 * args.width),

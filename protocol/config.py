@@ -7,13 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fwdllm.engine.errors import ConfigError
-from fwdllm.engine.estimators import DEFAULT_EPSILON
-from fwdllm.kernels.types import DISTRIBUTIONS
+from fwdllm.engine.estimators import DEFAULT_EPSILON, METHODS
 from fwdllm.protocol.optimizers import OPTIMIZERS, OptimizerConfig
 from fwdllm.protocol.schedule import SCHEDULES
 from fwdllm.protocol.seeds import MAX_INDEX, MAX_ROUNDS, MAX_RUN_SEED
-
-METHODS = ("central", "forward-difference")
 
 
 @dataclass(frozen=True)
@@ -22,7 +19,8 @@ class TrainConfig:
 
     steps: updates in all.  batch_size: examples per step (all of them if there are fewer).
     perturbations: K, random directions per step.  method: the estimator of DESIGN section 5.
-    epsilon: its step length along a direction.  distribution: of a direction's elements.
+    epsilon: its step length along a direction.  per_example: every example has K directions of its
+    own.
     max_tokens: examples are cut to this many; None leaves it to the engine.
     optimizer: "sgd", "momentum" or "adam", with its momentum, beta1, beta2, eps, weight_decay.
     learning_rate: base rate.  head_learning_rate: of a classification head; None is the same.
@@ -36,9 +34,9 @@ class TrainConfig:
     steps: int
     batch_size: int = 8
     perturbations: int = 8
-    method: str = "central"
+    method: str = "forward-ad"
     epsilon: float = DEFAULT_EPSILON
-    distribution: str = "normal"
+    per_example: bool = False
     max_tokens: int | None = None
     optimizer: str = "adam"
     learning_rate: float = 1e-3
@@ -57,6 +55,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self._check_integers()
         self._check_numbers()
+        if not isinstance(self.per_example, bool):
+            raise ConfigError(f"per_example must be true or false, not {self.per_example!r}")
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
         if self.warmup > self.steps:
@@ -103,7 +103,6 @@ class TrainConfig:
 
 _CHOICES: dict[str, Sequence[str]] = {
     "method": METHODS,
-    "distribution": DISTRIBUTIONS,
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
 }

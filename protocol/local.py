@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
+from fwdllm.engine.directions import Directions
 from fwdllm.engine.errors import DataError, NumericsError
 from fwdllm.protocol.config import TrainConfig
 from fwdllm.protocol.contribution import Contribution, Rejection, accept
@@ -26,14 +27,14 @@ class ForwardEngine(Protocol):
     """What the trainer needs of an engine; ``fwdllm.engine.Engine`` is one.
 
     adapter.theta: float32 [n_lora + n_head], updated in place; adapter.n_lora.
-    ops: a kernel backend.
+    directions: what seeds mean, see ``fwdllm.engine.directions``.
     """
 
     @property
     def adapter(self) -> Any: ...
 
     @property
-    def ops(self) -> Any: ...
+    def directions(self) -> Directions: ...
 
     def encode(self, examples: Any, max_tokens: int | None = None) -> Any: ...
 
@@ -45,7 +46,8 @@ class ForwardEngine(Protocol):
         seeds: np.ndarray,
         method: str = ...,
         epsilon: float = ...,
-        distribution: str = ...,
+        *,
+        per_example: bool = ...,
     ) -> Any: ...
 
 
@@ -57,8 +59,9 @@ class TrainState:
     optimizer: OptimizerState
 
     @staticmethod
-    def initial(config: TrainConfig, n: int) -> TrainState:
-        """The state before the first step of a theta of ``n`` elements."""
+    def initial(config: TrainConfig, engine: ForwardEngine) -> TrainState:
+        """The state before the first step."""
+        n = n_trainable(engine)
         return TrainState(0, OptimizerState.initial(config.optimizer_config(), n))
 
 
@@ -66,7 +69,8 @@ class TrainState:
 class StepResult:
     """One update. step: completed ones, this included.  loss: of the batch before it, in nats.
 
-    derivatives: of the accepted contributions.  lr: the adapter's rate.  gradient_norm: L2 of
+    derivatives: of the accepted contributions; empty, as there are too many to keep, where every
+    example has its own.  lr: the adapter's rate.  gradient_norm: L2 of
     the forward gradient, head included.  n_tokens: lane-tokens forwarded.
     """
 
@@ -145,20 +149,22 @@ def train_step(
         seeds,
         method=config.method,
         epsilon=config.epsilon,
-        distribution=config.distribution,
+        per_example=config.per_example,
     )
+    n_examples = 1 if config.per_example else len(chosen)
     accepted, rejected = accept(
-        Contribution(int(seed), float(derivative), len(chosen), float(probe.loss))
-        for seed, derivative in zip(seeds, probe.derivative, strict=True)
+        Contribution(int(seed), float(derivative), n_examples, float(probe.loss))
+        for seed, derivative in zip(probe.seeds.flat, probe.derivative.flat, strict=True)
     )
     if not accepted:
         raise NumericsError(
             f"step {state.step + 1} has no usable perturbation ({rejected[0].reason}); "
             "lower the learning rate or epsilon, and check the data"
         )
-    gradient = forward_gradient(engine, accepted, config.distribution)
+    per_perturbation = probe.derivative.size // len(seeds)
+    gradient = forward_gradient(engine, accepted, per_perturbation)
     if probe.head_gradient is not None:
-        gradient[engine.adapter.n_lora :] = probe.head_gradient
+        gradient[engine.directions.size :] = probe.head_gradient
     norm = _norm(gradient)
     if not math.isfinite(norm):
         raise NumericsError(f"the gradient of step {state.step + 1} is not finite")
@@ -166,7 +172,7 @@ def train_step(
     return StepResult(
         step=state.step,
         loss=float(probe.loss),
-        derivatives=tuple(c.derivative for c in accepted),
+        derivatives=() if config.per_example else tuple(c.derivative for c in accepted),
         lr=lr,
         gradient_norm=norm,
         n_tokens=int(probe.n_tokens),
@@ -174,22 +180,27 @@ def train_step(
     )
 
 
-def forward_gradient(
-    engine: ForwardEngine, contributions: Sequence[Contribution], distribution: str
-) -> np.ndarray:
-    """mean_k derivative_k v(seed_k) over the adapter, zero over a head: float32, like theta.
+def n_trainable(engine: ForwardEngine) -> int:
+    """What the optimizer sees: coordinates of the directions, then the head's parameters."""
+    adapter = engine.adapter
+    return engine.directions.size + adapter.theta.size - adapter.n_lora
 
-    FwdLLM's estimator (arXiv 2308.13894): unbiased, as E[v v^T] = I for both distributions.
+
+def forward_gradient(
+    engine: ForwardEngine, contributions: Sequence[Contribution], per_perturbation: int = 1
+) -> np.ndarray:
+    """mean_k derivative_k z(seed_k) over coordinates, zero over a head: float32 [n_trainable].
+
+    FwdLLM's estimator (arXiv 2308.13894) in the coordinates of ``engine.directions``: unbiased, as
+    E[z z^T] = I for both distributions.  per_perturbation: contributions that make one whole
+    perturbation, each of an example's share of the loss.
     """
-    gradient = np.zeros(engine.adapter.theta.size, np.float32)
+    directions = engine.directions
     seeds = np.array([c.seed for c in contributions], np.uint64)
-    coefficients = np.array([c.derivative for c in contributions]) / len(contributions)
-    engine.ops.seeded_axpy(
-        gradient[: engine.adapter.n_lora],
-        seeds,
-        coefficients.astype(np.float32),
-        distribution=distribution,
-    )
+    weight = per_perturbation / len(contributions)
+    coefficients = np.array([c.derivative for c in contributions]) * weight
+    gradient = np.zeros(n_trainable(engine), np.float32)
+    gradient[: directions.size] = directions.combine(seeds, coefficients.astype(np.float32))
     return gradient
 
 
@@ -197,15 +208,19 @@ def _update(
     engine: ForwardEngine, config: TrainConfig, state: TrainState, gradient: np.ndarray
 ) -> float:
     """Apply the gradient, advance the state and give the adapter's learning rate."""
-    theta, n_lora = engine.adapter.theta, engine.adapter.n_lora
+    directions, theta, n_lora = engine.directions, engine.adapter.theta, engine.adapter.n_lora
     optimizer = config.optimizer_config()
     factor = lr_factor(state.step, config.steps, config.warmup, config.schedule)
     lr = optimizer.learning_rate * factor
     rates: float | np.ndarray = lr
     if config.head_learning_rate is not None and theta.size > n_lora:
-        rates = np.full(theta.size, lr, np.float32)
-        rates[n_lora:] = config.head_learning_rate * factor
-    apply(optimizer, state.optimizer, theta, gradient, rates)
+        rates = np.full(gradient.size, lr, np.float32)
+        rates[directions.size :] = config.head_learning_rate * factor
+    before = np.concatenate([directions.project(theta[:n_lora]), theta[n_lora:]])
+    after = before.copy()
+    apply(optimizer, state.optimizer, after, gradient, rates)
+    theta[:n_lora] += directions.expand((after - before)[: directions.size])
+    theta[n_lora:] = after[directions.size :]
     if not np.isfinite(theta).all():
         raise NumericsError(
             f"step {state.step + 1} made adapter weights infinite; lower the learning rate"

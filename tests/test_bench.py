@@ -136,6 +136,17 @@ def test_step_and_its_breakdown(fwdllm: Cli, model: Path) -> None:
     assert operations | {"embedding", "update", "other"} <= set(result["breakdown"])
 
 
+def test_forward_ad_against_differences_and_all_layers(fwdllm: Cli, model: Path) -> None:
+    result = fwdllm("bench", "step", model, *SMALL_STEP, "--peer", "central", "--json").json
+    np.testing.assert_allclose(
+        result["derivatives"], result["peer"]["derivatives"], rtol=0.1, atol=0.05
+    )
+    step = ("bench", "step", model, *SMALL_STEP, "--scope", "1", "--peer", "unscoped", "--json")
+    result = fwdllm(*step).json
+    assert result["settings"]["scope"] == [1]
+    assert result["derivatives"] != result["peer"]["derivatives"]
+
+
 @pytest.mark.parametrize(
     ("peer", "method"),
     [
@@ -160,7 +171,7 @@ def test_peft_computes_the_same_loss(model: Path, tmp_path: Path) -> None:
     step = {"model": str(model), "ids": ids, "lora": LORA, "perturbations": 1, "method": "central"}
     peer = {**step, "threads": 2, "folder": str(tmp_path / "peft"), "dtype": "float32"}
     with (
-        Worker("fwdllm.bench.ours:Step", {**step, "memory_budget": None}) as ours,
+        Worker("fwdllm.bench.ours:Step", {**step, "scope": None, "memory_budget": None}) as ours,
         Worker("fwdllm.bench.peft_peer:Step", peer) as peft,
     ):
         assert peft.facts["loss"] == pytest.approx(ours.facts["loss"], abs=0.01)
@@ -230,6 +241,8 @@ def test_figures_are_compared_by_name() -> None:
         (["prompt", MODEL, "--compare", __file__], "is not JSON"),
         (["step", MODEL, "--examples", "0"], "must be at least 1"),
         (["step", MODEL, "--method", "backprop"], "method must be"),
+        (["step", MODEL, "--peer", "llama.cpp"], "takes differences: choose --method central"),
+        (["step", MODEL, "--scope", "99"], "nothing of the adapter is in the scope of layers 99"),
         (["step", MODEL, "--targets", "attn_x"], "No layer has a target 'attn_x'"),
         (["step", MODEL, "--memory-budget", "much"], "an amount of memory is like"),
         (["kernels", "--isa", "mmx"], "this machine has no 'mmx'"),

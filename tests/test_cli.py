@@ -286,7 +286,7 @@ BAD = {
     "all held out": ((*TUNE, "--held-out", "4"), "cannot hold out 4 of 4"),
     "no steps": ((*TUNE, "--steps", "0"), "steps"),
     "no directions": ((*TUNE, "-k", "0"), "perturbations"),
-    "method": ((*TUNE, "--method", "exact"), "method must be one of central"),
+    "method": ((*TUNE, "--method", "exact"), "method must be one of forward-ad"),
     "no folder": ((*TUNE[:4], "OUT/none/a.gguf"), "the folder OUT/none does not exist"),
     "no folder for PEFT": ((*TUNE[:4], "OUT/none/a/"), "the folder OUT/none does not exist"),
     "suffix": ((*TUNE[:4], "OUT/a.bin"), "cannot tell the format of OUT/a.bin"),

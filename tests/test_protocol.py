@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_engine import N_HEAD, N_LORA, Probe, ToyEngine, make_examples
+from toy_engine import N_HEAD, N_LORA, Probe, ToyDirections, ToyEngine, make_examples
 
 from fwdllm.engine.errors import ConfigError, DataError, NumericsError
 from fwdllm.kernels import reference
@@ -166,7 +166,7 @@ def test_unknown_schedule() -> None:
         ("method", "forward"),
         ("epsilon", 0.0),
         ("epsilon", math.nan),
-        ("distribution", "uniform"),
+        ("per_example", 1),
         ("max_tokens", 1),
         ("optimizer", "adamw"),
         ("learning_rate", -1e-3),
@@ -199,12 +199,13 @@ def test_settings_at_their_limits_are_accepted() -> None:
 
 
 def start(engine: ToyEngine, config: TrainConfig) -> TrainState:
-    return TrainState.initial(config, engine.adapter.theta.size)
+    return TrainState.initial(config, engine)
 
 
 @pytest.mark.parametrize("distribution", ["normal", "rademacher"])
 def test_step_descends_along_the_mean_forward_gradient(distribution: str) -> None:
-    engine, config = ToyEngine(), replace(SGD, distribution=distribution)
+    engine, config = ToyEngine(), replace(SGD, method="central")
+    engine.directions = ToyDirections(distribution)
     before, examples = engine.adapter.theta.copy(), make_examples(10)
     batch = [examples[i] for i in batch_indices(config.seed, 0, 10, 4)]
     slope = engine.gradient(batch).astype(np.float64)
@@ -228,7 +229,7 @@ def test_many_perturbations_give_the_gradient() -> None:
     derivative = engine.directional_derivatives(batch, seeds).derivative
     pairs = zip(seeds, derivative, strict=True)
     contributions = [Contribution(int(s), float(d), 10, 1.0) for s, d in pairs]
-    estimate, truth = forward_gradient(engine, contributions, "normal"), engine.gradient(batch)
+    estimate, truth = forward_gradient(engine, contributions), engine.gradient(batch)
     assert np.linalg.norm(estimate - truth) < 0.15 * np.linalg.norm(truth)
 
 
@@ -251,7 +252,7 @@ def test_settings_reach_the_engine() -> None:
         SGD,
         method="forward-difference",
         epsilon=0.25,
-        distribution="rademacher",
+        per_example=True,
         max_tokens=99,
     )
     state = start(engine, config)
@@ -262,7 +263,7 @@ def test_settings_reach_the_engine() -> None:
         "evaluate_max_tokens": 99,
         "method": "forward-difference",
         "epsilon": 0.25,
-        "distribution": "rademacher",
+        "per_example": True,
         "max_tokens": 99,
     }
 
@@ -310,7 +311,7 @@ def test_rejected_contributions_do_not_count_in_the_mean() -> None:
     batch = [examples[i] for i in batch_indices(SGD.seed, 0, 10, 4)]
     derivative = clean.directional_derivatives(batch, seeds).derivative
     usable = [Contribution(int(seeds[k]), float(derivative[k]), 4, 1.0) for k in (0, 2, 4)]
-    expected = clean.adapter.theta - 0.1 * forward_gradient(clean, usable, "normal")
+    expected = clean.adapter.theta - 0.1 * forward_gradient(clean, usable)
 
     result = train_step(engine, SGD, start(engine, SGD), examples)
 

@@ -34,8 +34,29 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class ToyDirections:
+    """The stream itself, for the first N_LORA parameters."""
+
+    distribution: str = "normal"
+    size: int = N_LORA
+    targets: tuple[()] = ()
+
+    def combine(self, seeds: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
+        out = np.zeros(self.size, np.float32)
+        reference.seeded_axpy(out, seeds, coefficients, distribution=self.distribution)
+        return out
+
+    def expand(self, coordinates: np.ndarray) -> np.ndarray:
+        return coordinates
+
+    def project(self, theta: np.ndarray) -> np.ndarray:
+        return theta
+
+
+@dataclass(frozen=True)
 class Probe:
     loss: float
+    seeds: np.ndarray
     derivative: np.ndarray
     head_gradient: np.ndarray | None
     n_tokens: int
@@ -57,6 +78,7 @@ class ToyEngine:
     def __init__(self, n_head: int = 0, pause: float = 0.0) -> None:
         theta = np.linspace(-1, 1, N_LORA + n_head, dtype=np.float32)
         self.adapter = Adapter(theta, N_LORA)
+        self.directions = ToyDirections()
         self.pause = pause
         self.options: dict[str, object] = {}
 
@@ -72,25 +94,35 @@ class ToyEngine:
         self,
         batch: list[Example],
         seeds: np.ndarray,
-        method: str = "central",
+        method: str = "forward-ad",
         epsilon: float = 1e-3,
-        distribution: str = "normal",
+        *,
+        per_example: bool = False,
     ) -> Probe:
-        self.options |= {"method": method, "epsilon": epsilon, "distribution": distribution}
+        self.options |= {"method": method, "epsilon": epsilon, "per_example": per_example}
         time.sleep(self.pause)
-        loss = self._loss(batch, 0.0)
-        derivative = []
-        for seed in seeds:
-            step = np.zeros(self.adapter.theta.size)
-            step[:N_LORA] = getattr(reference, distribution)(int(seed), 0, N_LORA)
-            step *= epsilon
-            if method == "central":
-                rise = (self._loss(batch, step) - self._loss(batch, -step)) / 2
-            else:
-                rise = self._loss(batch, step) - loss
-            derivative.append(rise / epsilon)
+        if per_example:
+            seeds = np.stack([seeds + np.uint64(i) for i in range(len(batch))], axis=1)
+            parts = [[example] for example in batch]
+            columns = zip(parts, seeds.T, strict=True)
+            slopes = [[self._slope(part, s, method, epsilon) for s in own] for part, own in columns]
+            derivative = np.array(slopes).T / len(batch)
+        else:
+            derivative = np.array([self._slope(batch, seed, method, epsilon) for seed in seeds])
         head = self.gradient(batch)[N_LORA:] if self.adapter.theta.size > N_LORA else None
-        return Probe(loss, np.array(derivative), head, (1 + len(seeds)) * len(batch))
+        n_tokens = (1 + len(seeds)) * len(batch)
+        return Probe(self._loss(batch, 0.0), seeds, derivative, head, n_tokens)
+
+    def _slope(self, batch: list[Example], seed: int, method: str, epsilon: float) -> float:
+        v = self.directions.combine(np.array([seed], np.uint64), np.ones(1, np.float32))
+        step = np.zeros(self.adapter.theta.size)
+        step[:N_LORA] = v
+        if method == "forward-ad":
+            return float(self.gradient(batch) @ step)
+        above = self._loss(batch, epsilon * step)
+        if method == "central":
+            return (above - self._loss(batch, -epsilon * step)) / (2 * epsilon)
+        return (above - self._loss(batch, 0.0)) / epsilon
 
     def gradient(self, batch: list[Example]) -> np.ndarray:
         """The true gradient, float32 [n]."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fwdllm.engine.adapter import LoRAConfig
     from fwdllm.engine.data import Example, read_jsonl
+    from fwdllm.engine.directions import DirectionsConfig
     from fwdllm.engine.engine import Engine, Evaluation
     from fwdllm.engine.errors import (
         AdapterError,
@@ -33,6 +34,7 @@ __all__ = [
     "AdapterError",
     "ConfigError",
     "DataError",
+    "DirectionsConfig",
     "Engine",
     "Evaluation",
     "Example",
@@ -49,6 +51,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "DirectionsConfig": "engine.directions",
     "Engine": "engine.engine",
     "Evaluation": "engine.engine",
     "Example": "engine.data",

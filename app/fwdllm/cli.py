@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from fwdllm.bench.cli import app as bench
-from fwdllm.console import explain, print_json, print_result, tuning_progress
+from fwdllm.console import explain, parse_layers, print_json, print_result, tuning_progress
 
 app = typer.Typer(
     help="Fine-tune quantized language models with forward passes only.",
@@ -65,8 +65,18 @@ def tune(
     perturbations: Annotated[
         int, typer.Option("--perturbations", "-k", help="Random directions of each step.")
     ] = 8,
-    method: Annotated[str, typer.Option(help="central or forward-difference.")] = "central",
-    epsilon: Annotated[float, typer.Option(help="Step length along a direction.")] = 1e-3,
+    method: Annotated[
+        str, typer.Option(help="forward-ad, central or forward-difference.")
+    ] = "forward-ad",
+    epsilon: Annotated[float, typer.Option(help="Step length of differences.")] = 1e-3,
+    directions: Annotated[
+        str, typer.Option(help="normal, rademacher, lora-fa, subzero or sparse.")
+    ] = "normal",
+    dimension: Annotated[int, typer.Option(help="Of subzero's subspaces.")] = 8,
+    keep: Annotated[float, typer.Option(help="Share of the parameters sparse trains.")] = 0.1,
+    per_example: Annotated[
+        bool, typer.Option("--per-example", help="Directions of its own for each example.")
+    ] = False,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
     head_lr: Annotated[
         float | None,
@@ -106,7 +116,7 @@ def tune(
     json: Json = False,
 ) -> None:
     """Tune a LoRA adapter. Ctrl-C saves the run and the adapter so far."""
-    from fwdllm import LoRAConfig, TrainConfig
+    from fwdllm import DirectionsConfig, LoRAConfig, TrainConfig
     from fwdllm import tune as tune_model
     from fwdllm.memory import parse_bytes
     from fwdllm.run import stop_on_interrupt
@@ -118,6 +128,7 @@ def tune(
         perturbations=perturbations,
         method=method,
         epsilon=epsilon,
+        per_example=per_example,
         max_tokens=max_tokens,
         optimizer=optimizer,
         learning_rate=lr,
@@ -135,6 +146,7 @@ def tune(
             output,
             lora=lora,
             train=train,
+            directions=DirectionsConfig(directions, dimension, keep),
             eval_data=eval_data,
             held_out=parse_held_out(held_out),
             run_dir=run_dir,
@@ -249,19 +261,6 @@ def parse_held_out(text: str | None) -> float | None:
         return int(text) if text.lstrip("+-").isdigit() else float(text)
     except ValueError:
         raise typer.BadParameter(f"--held-out is a fraction or a count, not {text!r}") from None
-
-
-def parse_layers(text: str | None) -> tuple[int, ...] | None:
-    """Layer numbers and ranges of them, separated by commas: "0,4-6" is (0, 4, 5, 6)."""
-    if text is None:
-        return None
-    layers: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal():
-            raise typer.BadParameter(f'--layers is like "4-5" or "0,2", not {text!r}')
-        layers += range(int(first), int(last or first) + 1)
-    return tuple(layers)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -139,3 +140,16 @@ def print_result(result: TuneResult) -> None:
     print(f"run: {result.run_dir}")
     if result.stopped_early:
         print("the same command with --resume continues it", file=sys.stderr)
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """Layer numbers and ranges of them, separated by commas: "0,4-6" is (0, 4, 5, 6)."""
+    if text is None:
+        return None
+    layers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal():
+            raise typer.BadParameter(f'--layers is like "4-5" or "0,2", not {text!r}')
+        layers += range(int(first), int(last or first) + 1)
+    return tuple(layers)

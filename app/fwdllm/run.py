@@ -28,7 +28,15 @@ from fwdllm import checkpoints
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.files import atomic_write
 from fwdllm.protocol.config import TrainConfig
-from fwdllm.protocol.local import CheckpointDue, Event, ForwardEngine, StepResult, TrainState, train
+from fwdllm.protocol.local import (
+    CheckpointDue,
+    Event,
+    ForwardEngine,
+    StepResult,
+    TrainState,
+    n_trainable,
+    train,
+)
 from fwdllm.protocol.optimizers import OptimizerState
 
 
@@ -88,7 +96,7 @@ class RunDirectory:
         """
         theta = engine.adapter.theta
         if self.checkpoint is None:
-            return TrainState.initial(config, theta.size)
+            return TrainState.initial(config, engine)
         saved = self.checkpoint
         if saved.theta.shape != theta.shape or saved.theta.dtype != theta.dtype:
             raise ConfigError(
@@ -97,7 +105,7 @@ class RunDirectory:
             )
         try:
             optimizer = OptimizerState.from_arrays(
-                config.optimizer_config(), theta.size, saved.optimizer
+                config.optimizer_config(), n_trainable(engine), saved.optimizer
             )
         except ValueError as error:
             raise ConfigError(f"the checkpoint in {self.path} does not fit: {error}") from error

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 from fwdllm.adapters import check_output, is_peft, write_adapter
 from fwdllm.engine.adapter import LoRAConfig
 from fwdllm.engine.data import Example, check_labels, labels_of, read_jsonl, split
+from fwdllm.engine.directions import DirectionsConfig
 from fwdllm.engine.engine import Engine, Evaluation
 from fwdllm.engine.errors import ConfigError
 from fwdllm.hub import local_path
@@ -28,6 +29,8 @@ DEFAULT_HELD_OUT, MAX_DEFAULT_HELD_OUT = 0.1, 200
 
 # Examples tokenized together when the data is checked: bounds memory, costs nothing.
 _CHECK_AT_ONCE = 1000
+# Examples that a mask of parameters is chosen by: means over their tokens settle long before.
+_MASK_EXAMPLES = 32
 # Bytes at either end of a model file that identify it: its header, and the last tensors.
 _FINGERPRINT_BYTES = 1 << 20
 
@@ -83,6 +86,7 @@ def tune(
     *,
     lora: LoRAConfig | None = None,
     train: TrainConfig | None = None,
+    directions: DirectionsConfig | None = None,
     eval_data: _Path | None = None,
     held_out: float | None = None,
     run_dir: _Path | None = None,
@@ -96,8 +100,9 @@ def tune(
 
     model: a GGUF file, or hf://owner/repo/file.gguf.  data: JSONL, see ``engine.data``.
     output: NAME.gguf for a GGUF LoRA file, NAME or NAME/ for a PEFT folder.
-    lora, train: shape of the adapter and settings of the run; None is their defaults, with
-    ``DEFAULT_STEPS``. An eval_every of 0 evaluates before the first step and after the last.
+    lora, train, directions: shape of the adapter, settings of the run and what perturbs the
+    adapter; None is their defaults, with ``DEFAULT_STEPS``. An eval_every of 0 evaluates before
+    the first step and after the last.
     eval_data: JSONL to evaluate on.  held_out: without it, this share (float) or number (int)
     of ``data`` is kept for that; None is a tenth, at most 200.
     run_dir: for checkpoints, metrics and plot; None is NAME.run beside ``output``.
@@ -116,7 +121,15 @@ def tune(
     train = train or TrainConfig(steps=DEFAULT_STEPS)
     train = dataclasses.replace(train, eval_every=train.eval_every or train.steps)
     task = _prepare(
-        model, data, lora or LoRAConfig(), train, eval_data, held_out, exact, memory_budget
+        model,
+        data,
+        lora or LoRAConfig(),
+        train,
+        directions or DirectionsConfig(),
+        eval_data,
+        held_out,
+        exact,
+        memory_budget,
     )
     if should_stop():  # nothing is worth saving yet
         raise KeyboardInterrupt
@@ -170,6 +183,7 @@ def _prepare(
     data: _Path,
     lora: LoRAConfig,
     train: TrainConfig,
+    directions: DirectionsConfig,
     eval_data: _Path | None,
     held_out: float | None,
     exact: bool,
@@ -197,12 +211,14 @@ def _prepare(
     for part in (examples, kept):
         for start in range(0, len(part), _CHECK_AT_ONCE):
             engine.encode(part[start : start + _CHECK_AT_ONCE], train.max_tokens)
+    engine.use_directions(directions, train.seed, examples[:_MASK_EXAMPLES])
     settings = {
         "model": {"name": engine.file.metadata.get("general.name"), **_fingerprint(path)},
         "data": _sha256(Path(data)),
         "held_out": held_out if eval_data is None else _sha256(Path(eval_data)),
         "lora": dataclasses.asdict(lora),
         "train": dataclasses.asdict(train),
+        "directions": dataclasses.asdict(directions),
         "exact": exact,
     }
     return _Task(new_engine, engine, train, examples, kept, settings)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from fwdllm.engine.directions.base import Directions, Scope
+from fwdllm.engine.directions.config import DIRECTIONS, DirectionsConfig
 from fwdllm.engine.directions.dense import Dense
 from fwdllm.engine.directions.frozen_a import lora_fa
 from fwdllm.engine.directions.sparse import Sparse, foresight_mask
@@ -12,9 +13,11 @@ from fwdllm.engine.directions.subspace import Bases, Subspace
 from fwdllm.engine.directions.subzero import subzero
 
 __all__ = [
+    "DIRECTIONS",
     "Bases",
     "Dense",
     "Directions",
+    "DirectionsConfig",
     "Scope",
     "Sparse",
     "Subspace",

@@ -23,17 +23,25 @@ class Scope:
     layers: tuple[int, ...] | None = None
     targets: tuple[str, ...] | None = None
 
+    def __str__(self) -> str:
+        layers = "all layers" if self.layers is None else f"layers {_listed(self.layers)}"
+        return layers if self.targets is None else f"{_listed(self.targets)} of {layers}"
+
     def of(self, adapter: Adapter) -> tuple[Target, ...]:
         """The targets inside, in their order; ConfigError if there are none."""
         inside = tuple(t for t in adapter.targets if self._has(t))
         if not inside:
-            raise ConfigError(f"nothing of the adapter is in the scope {self}")
+            raise ConfigError(f"nothing of the adapter is in the scope of {self}")
         return inside
 
     def _has(self, target: Target) -> bool:
         name = target.name.split(".", 2)[2]
         in_layers = self.layers is None or target.layer in self.layers
         return in_layers and (self.targets is None or name in self.targets)
+
+
+def _listed(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values))
 
 
 class Directions(Protocol):

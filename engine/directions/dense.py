@@ -18,7 +18,7 @@ class Dense:
 
     adapter: Adapter
     distribution: str = "normal"
-    scope: Scope = Scope()
+    scope: Scope | None = None
 
     def __post_init__(self) -> None:
         check_distribution(self.distribution)
@@ -29,7 +29,7 @@ class Dense:
 
     @cached_property
     def targets(self) -> tuple[Target, ...]:
-        return self.scope.of(self.adapter)
+        return (self.scope or Scope()).of(self.adapter)
 
     def lora(self, target: Target) -> LoRA:
         return self.adapter.factors(target)
