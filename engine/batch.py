@@ -58,7 +58,7 @@ class Batch:
         if self.classes is not None:
             return values
         sums = np.zeros((len(values), self.n_sequences))
-        np.add.at(sums, (slice(None), self.label_sequence), values)
+        np.add.at(sums.T, self.label_sequence, values.T)
         return sums
 
     def lanes(self, lanes: Lanes) -> Lanes:

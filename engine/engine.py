@@ -191,7 +191,7 @@ class Engine:
             seeds = example_seeds(seeds, batch.n_sequences)
         p = plan(seeds, method, epsilon, directions.distribution, batch.classes is not None)
         gradient = None
-        parts = []
+        parts: list[np.ndarray] = []
         for lanes in p.parts(self._memory(batch, len(p.lanes)).lanes):
             if batch.classes is not None:
                 features = self.features(batch, lanes, directions)
