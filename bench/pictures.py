@@ -21,6 +21,40 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     drawn.savefig(path, format="png")
 
 
+def curves(
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    levels: Mapping[str, float],
+    x_label: str,
+    y_label: str,
+    path: Path,
+    log: bool = False,
+) -> None:
+    """Draw lines through points, and levels as dotted ones, as a PNG. log: of the x axis."""
+    figure = Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)  # no global state and no window system, unlike pyplot
+    axes = figure.add_subplot()
+    for i, (name, points) in enumerate(lines.items()):
+        style = ("o-", "s--", "^:")[i // len(_COLORS) % 3]
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, style, color=_COLORS[i % len(_COLORS)], markersize=3, label=name)
+    for name, level in levels.items():
+        axes.axhline(level, color=_TEXT, linewidth=1, linestyle=":")
+        axes.annotate(name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    if log:
+        axes.set_xscale("log")
+    axes.set_xlabel(x_label, color=_TEXT)
+    axes.set_ylabel(y_label, color=_TEXT)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_TEXT)
+    axes.tick_params(colors=_TEXT)
+    axes.grid(color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.legend(
+        frameon=False, labelcolor=_TEXT, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5)
+    )
+    figure.savefig(path, format="png")
+
+
 def _draw_kernels(result: Mapping[str, Any]) -> Figure:
     """Each kernel's share of this machine's limit, a bar for each instruction set."""
     isas = list(result["kernels"])

@@ -1,10 +1,11 @@
-"""Sentiment by MiniLM: head alone, forward gradients and backprop LoRA, one table.
+"""Sentiment by MiniLM: how much of what backprop gains over a head alone do forward passes gain?
 
-    python -m fwdllm.bench.sst2 MODEL.gguf SST2.train.jsonl [--seeds 0,1,2] [--json OUT]
+    python -m fwdllm.bench.sst2 MODEL.gguf SST2.train.jsonl OUT.jsonl [--runs NAMES] [--seeds 0,1,2]
+    python -m fwdllm.bench.sst2 --report OUT.jsonl [--plot PLOT.png]
 
-All three see the same batches for the same number of steps with the same learning-rate
-schedule; the two LoRA runs have adapters of the same size. Held-out examples are split from the
-training file. Each method's learning rate is its own, chosen on seed 0.
+All runs see the same 600 batches of 32, with a linear schedule and Adam; forward passes have at
+most 64 lanes. Each run's learning rate is its own, chosen on seed 0. Held-out examples are split
+from the training file. Each evaluation is a line of OUT.jsonl, written when it is made.
 """
 
 from __future__ import annotations
@@ -14,78 +15,60 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 from fwdllm.engine import Engine, Example, LoRAConfig, read_jsonl
+from fwdllm.engine.batch import Batch
 from fwdllm.engine.data import labels_of, split
-from fwdllm.engine.head import head_gradient
 from fwdllm.protocol.config import TrainConfig
 from fwdllm.protocol.local import StepResult, TrainState, train
-from fwdllm.protocol.optimizers import apply
+from fwdllm.protocol.optimizers import OptimizerConfig, OptimizerState, apply
 from fwdllm.protocol.schedule import lr_factor
 from fwdllm.protocol.seeds import batch_indices
 
-LORA = LoRAConfig(rank=4, alpha=8, targets=("attn_q", "attn_v"), layers=(4, 5))
-TRAIN = TrainConfig(
-    steps=100,
-    batch_size=64,
-    perturbations=32,
-    learning_rate=1e-2,
-    head_learning_rate=1e-2,
-    checkpoint_every=0,
-)
-BACKPROP_LEARNING_RATE = 5e-3
+STEPS, BATCH, EVAL_EVERY, HEAD_RATE = 600, 32, 100, 1e-2
+
+# What LoRA usually adapts, and the layers after which bottlenecks are worth perturbing.
+WEIGHTS = LoRAConfig(rank=8, alpha=16)
+BOTTLENECKS = LoRAConfig(rank=1, alpha=1, targets=("attn_v", "attn_output", "ffn_up", "ffn_down"))
+
+# One update: yields the lane-tokens forwarded so far, and -1 where they are not comparable.
+Trainer = Callable[[Engine, TrainConfig, Sequence[Example]], Iterator[int]]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One run's result on the held-out examples."""
-
-    method: str
-    seed: int
-    loss: float
-    accuracy: float
-    seconds: float
-
-
-def new_engine(model: Path, labels: Sequence[str], seed: int) -> Engine:
-    """The model with a new adapter and an empty head."""
-    return Engine.load(model, LORA, labels=labels, seed=seed)
+def forward_passes(
+    engine: Engine, config: TrainConfig, examples: Sequence[Example]
+) -> Iterator[int]:
+    """The product's own trainer."""
+    if config.method == "activation":
+        engine.use_activations()
+    n_tokens = 0
+    for event in train(engine, config, examples, [], TrainState.initial(config, engine)):
+        if isinstance(event, StepResult):
+            n_tokens += event.n_tokens
+            yield n_tokens
 
 
-def head_alone(engine: Engine, config: TrainConfig, examples: Sequence[Example]) -> None:
-    """Train the head by its exact gradient; the adapter stays as it is."""
+def head_alone(engine: Engine, config: TrainConfig, examples: Sequence[Example]) -> Iterator[int]:
+    """The head by its exact gradient; the adapter stays as it is."""
     adapter = engine.adapter
     assert adapter is not None
-    state = TrainState.initial(config, engine)
-    rates = np.zeros(adapter.theta.size, np.float32)
+    optimizer = OptimizerConfig()
+    state = OptimizerState.initial(optimizer, adapter.n_head)
+    n_tokens = 0
     for step in range(config.steps):
-        chosen = batch_indices(config.seed, step, len(examples), config.batch_size)
-        batch = engine.encode([examples[i] for i in chosen])
-        assert batch.classes is not None
-        gradient = np.zeros(adapter.theta.size, np.float32)
-        gradient[adapter.n_lora :] = head_gradient(adapter, engine.features(batch), batch.classes)
-        assert config.head_learning_rate is not None
-        factor = lr_factor(step, config.steps, config.warmup, config.schedule)
-        rates[adapter.n_lora :] = config.head_learning_rate * factor
-        apply(config.optimizer_config(), state.optimizer, adapter.theta, gradient, rates)
+        found = engine.head_step(_batch(engine, config, examples, step))
+        assert found.head_gradient is not None
+        rate = HEAD_RATE * lr_factor(step, config.steps, config.warmup, config.schedule)
+        apply(optimizer, state, adapter.theta[adapter.n_lora :], found.head_gradient, rate)
+        n_tokens += found.n_tokens
+        yield n_tokens
 
 
-def forward_gradients(engine: Engine, config: TrainConfig, examples: Sequence[Example]) -> None:
-    """The product's own trainer."""
-    assert engine.adapter is not None
-    state = TrainState.initial(config, engine)
-    for event in train(engine, config, examples, [], state):
-        if isinstance(event, StepResult) and event.step % 50 == 0:
-            print(f"  step {event.step} loss {event.loss:.4f}", file=sys.stderr, flush=True)
-
-
-def backprop(engine: Engine, config: TrainConfig, examples: Sequence[Example]) -> None:
-    """The same adapter and head trained by PyTorch on the decoded weights."""
+def backprop(engine: Engine, config: TrainConfig, examples: Sequence[Example]) -> Iterator[int]:
+    """Adapter and head by PyTorch on the decoded weights."""
     import torch
 
     from fwdllm.bench.torch_model import TorchModel
@@ -95,80 +78,161 @@ def backprop(engine: Engine, config: TrainConfig, examples: Sequence[Example]) -
     model = TorchModel(engine, torch.float32)
     theta = model.theta()
     rates = torch.full_like(theta, config.learning_rate, requires_grad=False)
-    assert config.head_learning_rate is not None
-    rates[adapter.n_lora :] = config.head_learning_rate
+    rates[adapter.n_lora :] = HEAD_RATE
     optimizer = torch.optim.Adam([theta], lr=1.0, betas=(config.beta1, config.beta2))
     for step in range(config.steps):
-        chosen = batch_indices(config.seed, step, len(examples), config.batch_size)
-        batch = engine.encode([examples[i] for i in chosen])
         optimizer.zero_grad()
-        model.loss(theta, batch).backward()
+        model.loss(theta, _batch(engine, config, examples, step)).backward()
         before = theta.detach().clone()
         optimizer.step()
         factor = lr_factor(step, config.steps, config.warmup, config.schedule)
         with torch.no_grad():  # Adam's step of rate 1, scaled for each parameter
             theta.copy_(before + (theta - before) * rates * factor)
-    adapter.theta[:] = theta.detach().numpy()
+        adapter.theta[:] = theta.detach().numpy()
+        yield -1
 
 
-METHODS: dict[str, Callable[[Engine, TrainConfig, Sequence[Example]], None]] = {
-    "head alone": head_alone,
-    "forward gradients": forward_gradients,
-    "backprop LoRA": backprop,
+@dataclass(frozen=True)
+class Run:
+    """learning_rate: of the adapter. method, perturbations, per_example: as in TrainConfig."""
+
+    lora: LoRAConfig
+    learning_rate: float
+    trainer: Trainer = forward_passes
+    method: str = "forward-ad"
+    perturbations: int = 63
+    per_example: bool = False
+
+
+RUNS = {
+    "head alone": Run(WEIGHTS, 1e-2, head_alone),
+    "central": Run(WEIGHTS, 1e-2, method="central", perturbations=31),
+    "forward-ad": Run(WEIGHTS, 1e-2),
+    "forward-ad, per example": Run(WEIGHTS, 1e-2, per_example=True),
+    "activation": Run(BOTTLENECKS, 1e-2, method="activation", perturbations=62),
+    "backprop, same bottlenecks": Run(BOTTLENECKS, 1e-2, backprop),
+    "backprop": Run(WEIGHTS, 5e-3, backprop),
 }
 
 
-def run(
-    model: Path, data: Path, seeds: Sequence[int], n_held_out: int, methods: Sequence[str]
-) -> list[Row]:
-    """Train and evaluate every method with every seed."""
-    examples = read_jsonl(data)
-    labels = labels_of(examples)
-    rows = []
-    for seed in seeds:
-        train_set, held_out = split(examples, n_held_out, seed)
-        for method in methods:
-            engine = new_engine(model, labels, seed)
-            config = replace(TRAIN, seed=seed)
-            if method == "backprop LoRA":
-                config = replace(config, learning_rate=BACKPROP_LEARNING_RATE)
-            start = time.perf_counter()
-            METHODS[method](engine, config, train_set)
-            seconds = time.perf_counter() - start
-            result = engine.evaluate(held_out)
-            assert result.accuracy is not None
-            rows.append(Row(method, seed, result.loss, result.accuracy, seconds))
-            print(rows[-1], file=sys.stderr, flush=True)
-    return rows
+@dataclass(frozen=True)
+class Row:
+    """The held-out loss and accuracy after ``step`` updates. n_tokens: lane-tokens, -1 unknown."""
+
+    run: str
+    seed: int
+    step: int
+    n_tokens: int
+    loss: float
+    accuracy: float
+    seconds: float
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Markdown: a line a method, losses and accuracies of the seeds and their medians."""
-    lines = ["| method | held-out loss | accuracy | median loss |", "| --- | --- | --- | --- |"]
-    for method in METHODS:
-        mine = [row for row in rows if row.method == method]
-        losses = " / ".join(f"{row.loss:.4f}" for row in mine)
-        accuracies = " / ".join(f"{100 * row.accuracy:.1f}%" for row in mine)
-        median = statistics.median(row.loss for row in mine)
-        lines.append(f"| {method} | {losses} | {accuracies} | {median:.4f} |")
+def measure(
+    model: Path, data: Path, name: str, seed: int, n_held_out: int, steps: int = STEPS
+) -> Iterator[Row]:
+    """Train one run and evaluate it on the way."""
+    run, examples = RUNS[name], read_jsonl(data)
+    train_set, held_out = split(examples, n_held_out, seed)
+    engine = Engine.load(model, run.lora, labels=labels_of(examples), seed=seed)
+    config = TrainConfig(
+        steps=steps,
+        batch_size=BATCH,
+        perturbations=run.perturbations,
+        method=run.method,
+        per_example=run.per_example,
+        learning_rate=run.learning_rate,
+        head_learning_rate=HEAD_RATE,
+        checkpoint_every=0,
+        seed=seed,
+    )
+    seconds, clock = 0.0, time.perf_counter()
+    for step, n_tokens in enumerate(run.trainer(engine, config, train_set), 1):
+        if step % EVAL_EVERY and step != steps:
+            continue
+        seconds += time.perf_counter() - clock
+        found = engine.evaluate(held_out)
+        assert found.accuracy is not None
+        yield Row(name, seed, step, n_tokens, found.loss, found.accuracy, seconds)
+        clock = time.perf_counter()
+
+
+def report(rows: Sequence[Row]) -> str:
+    """Markdown: of each run the last losses of all seeds, and its share of the gap."""
+    lines = [
+        "| run | held-out loss, by seed | accuracy | share of the gap | lane-tokens |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    last = {(row.run, row.seed): row for row in rows if row.step == max(r.step for r in rows)}
+    for name in RUNS:
+        mine = [row for (run, _), row in sorted(last.items()) if run == name]
+        if not mine:
+            continue
+        shares = [share for row in mine if (share := _share(last, row)) is not None]
+        tokens = statistics.median(row.n_tokens for row in mine)
+        lines.append(
+            f"| {name} | {' / '.join(f'{row.loss:.4f}' for row in mine)}"
+            f" | {' / '.join(f'{100 * row.accuracy:.1f}%' for row in mine)}"
+            f" | {' / '.join(f'{100 * share:.0f}%' for share in shares)}"
+            f" | {f'{tokens / 1e6:.1f} M' if tokens > 0 else ''} |"
+        )
     return "\n".join(lines)
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Held-out loss against lane-tokens, seed 0, with the ends of the gap as lines."""
+    from fwdllm.bench.pictures import curves
+
+    lines, levels = {}, {}
+    final = max(row.step for row in rows)
+    for name, run in RUNS.items():
+        mine = [row for row in rows if row.run == name and row.seed == 0]
+        if run.trainer is forward_passes and mine:
+            lines[name] = [(row.n_tokens / 1e6, row.loss) for row in mine]
+        elif mine:
+            levels[name] = next(row.loss for row in mine if row.step == final)
+    curves(lines, levels, "million lane-tokens", "held-out loss (nats)", path)
+
+
+def _share(last: dict[tuple[str, int], Row], row: Row) -> float | None:
+    """What of the gap between the head alone and backprop, of the same seed, a run closed."""
+    ends = [last.get((name, row.seed)) for name in ("head alone", "backprop")]
+    if ends[0] is None or ends[1] is None:
+        return None
+    return (ends[0].loss - row.loss) / (ends[0].loss - ends[1].loss)
+
+
+def _batch(engine: Engine, config: TrainConfig, examples: Sequence[Example], step: int) -> Batch:
+    chosen = batch_indices(config.seed, step, len(examples), config.batch_size)
+    return engine.encode([examples[i] for i in chosen])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("data", type=Path, nargs="?")
+    parser.add_argument("output", type=Path, nargs="?")
+    parser.add_argument("--runs", default=";".join(RUNS), help="names with ; between them")
+    parser.add_argument("--seeds", default="0")
     parser.add_argument("--held-out", type=int, default=5000)
-    parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--report", type=Path)
+    parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    seeds = [int(seed) for seed in options.seeds.split(",")]
-    rows = run(options.model, options.data, seeds, options.held_out, options.methods.split(","))
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-    if set(METHODS) <= {row.method for row in rows}:
-        print(table(rows))
+    if options.report:
+        rows = [Row(**json.loads(line)) for line in options.report.read_text().splitlines()]
+        print(report(rows))
+        if options.plot:
+            plot(rows, options.plot)
+        return
+    for seed in map(int, options.seeds.split(",")):
+        for name in options.runs.split(";"):
+            for row in measure(
+                options.model, options.data, name, seed, options.held_out, options.steps
+            ):
+                print(row, file=sys.stderr, flush=True)
+                with open(options.output, "a", encoding="utf-8") as out:
+                    out.write(json.dumps(asdict(row)) + "\n")
 
 
 if __name__ == "__main__":

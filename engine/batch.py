@@ -28,7 +28,7 @@ class Batch:
     label_rows: int32 [n_labels], rows whose output predicts the next token; label_ids: int32
     [n_labels], that token; label_sequence: int32 [n_labels], its sequence.
     classes: int32 [n_sequences] for classification by a head, else None.
-    first: the place of the first sequence in the batch these were split from.
+    first, first_row: places of the first sequence and its row in the batch these were split from.
     """
 
     ids: np.ndarray
@@ -39,6 +39,7 @@ class Batch:
     label_sequence: np.ndarray
     classes: np.ndarray | None = None
     first: int = 0
+    first_row: int = 0
 
     @property
     def n_rows(self) -> int:
@@ -112,4 +113,5 @@ def _sequences(batch: Batch, first: int, end: int) -> Batch:
         label_sequence=batch.label_sequence[labels] - np.int32(first),
         classes=None if batch.classes is None else batch.classes[first:end],
         first=first,
+        first_row=int(batch.starts[first]),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from fwdllm.engine import activation
+from fwdllm.engine.activation import Gradient
 from fwdllm.engine.adapter import Adapter, Head, LoRAConfig
 from fwdllm.engine.adapter_io import load_adapter
 from fwdllm.engine.batch import Batch, Tokens, pack, split
 from fwdllm.engine.data import Example, check_labels
-from fwdllm.engine.directions import Dense, Directions, DirectionsConfig
+from fwdllm.engine.directions import Dense, Directions, DirectionsConfig, Scope, frozen_b
 from fwdllm.engine.encode import encode_decoder, encode_label, encode_text
 from fwdllm.engine.errors import (
     AdapterError,
@@ -25,7 +27,7 @@ from fwdllm.engine.errors import (
     NumericsError,
 )
 from fwdllm.engine.estimators import DEFAULT_EPSILON, Probe, example_seeds, plan
-from fwdllm.engine.forward import Pass
+from fwdllm.engine.forward import Pass, SquareSums, Tap
 from fwdllm.engine.gguf_file import GGUFFile
 from fwdllm.engine.head import class_losses, head_gradient, log_probabilities
 from fwdllm.engine.memory import MemoryPlan, keep_freed_memory, plan_step
@@ -124,12 +126,16 @@ class Engine:
 
     @property
     def directions(self) -> Directions:
-        """What seeds mean where nothing else is said: normal numbers for all of the adapter."""
+        """What seeds mean where nothing else is said; at first normal numbers for all of theta."""
         if self.adapter is None:
             raise ConfigError("directions need an adapter to perturb")
         if self._directions is None:
             self._directions = Dense(self.adapter)
         return self._directions
+
+    @directions.setter
+    def directions(self, directions: Directions) -> None:
+        self._directions = directions
 
     def use_directions(
         self, config: DirectionsConfig, seed: int, examples: Sequence[Example]
@@ -140,19 +146,29 @@ class Engine:
         """
         if self.adapter is None:
             raise ConfigError("directions need an adapter to perturb")
-        self._directions = config.make(
-            self.adapter, seed, lambda: self.input_mean_squares(self.encode(examples))
+        self.directions = config.make(
+            self.adapter,
+            seed,
+            lambda: self.input_mean_squares(self.encode(examples)),
+            lambda target: self.ops.dequantize(self.weights.matrix(target.name)),
         )
+
+    def use_activations(self, scope: Scope | None = None) -> None:
+        """Get ready for ``activation_gradient``: factors zero, and only A learns from now on.
+
+        Errors: ConfigError if the adapter's rank is more than ``activation.max_rank``.
+        """
+        if self.adapter is None:
+            raise ConfigError("activations are perturbed where an adapter reads them")
+        activation.check_rank(self)
+        self.adapter.theta[: self.adapter.n_lora] = 0
+        self.directions = frozen_b(self.adapter, scope)
 
     def input_mean_squares(self, batch: Batch) -> dict[str, np.ndarray]:
         """Mean squares over a batch's rows of what adapted layers read: float64 [n_in] each."""
-        sums: dict[str, np.ndarray] = {}
-
-        def observe(name: str, x: np.ndarray) -> None:
-            sums[name] = sums.get(name, 0) + np.square(x, dtype=np.float64).sum(axis=0)
-
-        self._run(batch, observe=observe)
-        return {name: total / batch.n_rows for name, total in sums.items()}
+        tap = SquareSums()
+        self.run(batch, tap=tap)
+        return {name: total / batch.n_rows for name, total in tap.sums.items()}
 
     def encode(self, examples: Sequence[Example], max_tokens: int | None = None) -> Batch:
         """Tokenize examples into one batch, one sequence each; DataError names a bad line."""
@@ -192,15 +208,10 @@ class Engine:
         p = plan(seeds, method, epsilon, directions.distribution, batch.classes is not None)
         gradient = None
         parts: list[np.ndarray] = []
-        for lanes in p.parts(self._memory(batch, len(p.lanes)).lanes):
-            if batch.classes is not None:
-                features = self.features(batch, lanes, directions)
-                nll = self._class_losses(features, batch.classes, lanes)
-                if gradient is None:
-                    plain = features[: batch.n_sequences]
-                    gradient = head_gradient(self.adapter, plain, batch.classes)
-            else:
-                nll = self._token_losses(batch, lanes, directions)
+        for lanes in p.parts(self.max_lanes(batch, len(p.lanes))):
+            nll, features = self.lane_losses(batch, lanes, directions)
+            if not parts:
+                gradient = self.head_gradient(batch, features)
             parts.append(nll[int(p.plain) if parts else 0 :])
         nll = np.concatenate(parts)
         losses = nll.mean(axis=1)
@@ -212,6 +223,40 @@ class Engine:
             )
         shares = batch.sums_by_sequence(nll) / nll.shape[1] if per_example else losses
         return Probe(loss, seeds, p.derivative(shares), gradient, batch.n_rows * len(p.lanes))
+
+    def head_step(self, batch: Batch) -> Gradient:
+        """The gradient by the head alone, from one forward pass."""
+        return activation.head_alone(self, batch)
+
+    def activation_gradient(self, batch: Batch, seed: int, n_tangents: int) -> Gradient:
+        """The gradient by A from perturbed bottlenecks; see ``engine.activation.gradient``."""
+        return activation.gradient(self, batch, seed, n_tangents)
+
+    def output_sensitivity(self, batch: Batch, seed: int, n_tangents: int) -> Gradient:
+        """What layers' outputs do to the loss; see ``engine.activation.sensitivity``."""
+        return activation.sensitivity(self, batch, seed, n_tangents)
+
+    def lane_losses(
+        self,
+        batch: Batch,
+        lanes: Lanes | None = None,
+        directions: Directions | None = None,
+        tap: Tap | None = None,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """NLL of every label in every lane, slopes in tangents: float64 [n_lanes, n_labels].
+
+        And what a head reads, see ``features``, or None without classes.
+        """
+        if batch.classes is None:
+            return self._token_losses(batch, lanes, directions, tap), None
+        features = self.features(batch, lanes, directions, tap)
+        return self._class_losses(features, batch.classes, lanes), features
+
+    def head_gradient(self, batch: Batch, features: np.ndarray | None) -> np.ndarray | None:
+        """Gradient by the head's parameters from features of ``lane_losses``: float32 [n_head]."""
+        if features is None or batch.classes is None or self.adapter is None:
+            return None
+        return head_gradient(self.adapter, features[: batch.n_sequences], batch.classes)
 
     def evaluate(self, examples: Sequence[Example], max_tokens: int | None = None) -> Evaluation:
         """Loss and accuracy over examples; see ``Evaluation``. Errors: DataError, NumericsError."""
@@ -231,7 +276,7 @@ class Engine:
         if self.family.encoder:
             raise ConfigError(f"{self.architecture} is an encoder and predicts no tokens")
         tokens = Tokens(list(ids), [False] * len(ids))
-        [(p, x)] = self._run(pack([tokens]))
+        [(p, x)] = self.run(pack([tokens]))
         x = p.rms_norm(x, "output_norm", self.args.norm_eps)
         return self.ops.matmul(x, self._output, exact=self.exact)
 
@@ -282,6 +327,10 @@ class Engine:
         check_labels([example], self.labels)
         return Tokens(ids, [False] * len(ids), self.labels.index(example.label))
 
+    def max_lanes(self, batch: Batch, n_lanes: int) -> int:
+        """How many of n_lanes go through the model at once within the memory budget."""
+        return self._memory(batch, n_lanes).lanes
+
     def _memory(self, batch: Batch, n_lanes: int) -> MemoryPlan:
         return plan_step(
             self.args,
@@ -297,12 +346,12 @@ class Engine:
             encoder=self.family.encoder,
         )
 
-    def _run(
+    def run(
         self,
         batch: Batch,
         lanes: Lanes | None = None,
         directions: Directions | None = None,
-        observe: Callable[[str, np.ndarray], None] | None = None,
+        tap: Tap | None = None,
     ) -> list[tuple[Pass, np.ndarray]]:
         """The last layer's output, in passes of some sequences each: float32 [rows, width].
 
@@ -322,7 +371,7 @@ class Engine:
                 part.lanes(lanes or Lanes.plain()),
                 self.exact,
                 memory.block_rows,
-                observe,
+                tap,
             )
             passes.append(p)
         xs = [self.family.embed(self.args, p) for p in passes]
@@ -334,7 +383,11 @@ class Engine:
         return list(zip(passes, xs, strict=True))
 
     def _token_losses(
-        self, batch: Batch, lanes: Lanes | None = None, directions: Directions | None = None
+        self,
+        batch: Batch,
+        lanes: Lanes | None = None,
+        directions: Directions | None = None,
+        tap: Tap | None = None,
     ) -> np.ndarray:
         """NLL of label tokens in every lane, slopes in tangents: float64 [n_lanes, n_labels]."""
         if self.family.encoder:
@@ -342,7 +395,7 @@ class Engine:
                 f"{self.architecture} is an encoder; it learns from texts with labels"
             )
         found = []
-        for p, x in self._run(batch, lanes, directions):
+        for p, x in self.run(batch, lanes, directions, tap):
             n_lanes = len(p.lanes)
             rows = (np.arange(n_lanes)[:, None] * p.batch.n_rows + p.batch.label_rows).ravel()
             x = p.rms_norm(np.ascontiguousarray(x[rows]), "output_norm", self.args.norm_eps)
@@ -353,14 +406,18 @@ class Engine:
         return np.concatenate(found, axis=1)
 
     def features(
-        self, batch: Batch, lanes: Lanes | None = None, directions: Directions | None = None
+        self,
+        batch: Batch,
+        lanes: Lanes | None = None,
+        directions: Directions | None = None,
+        tap: Tap | None = None,
     ) -> np.ndarray:
         """Pooled features of every sequence in every lane: float32 [lanes * sequences, width]."""
         if not self.family.encoder:
             raise ConfigError(f"{self.architecture} is a decoder; llama.cpp embeds with it")
         found = [
             bert.pool(self.args, x, p.starts).reshape(len(p.lanes), -1, self.args.width)
-            for p, x in self._run(batch, lanes, directions)
+            for p, x in self.run(batch, lanes, directions, tap)
         ]
         return np.concatenate(found, axis=1).reshape(-1, self.args.width)
 

@@ -10,15 +10,43 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
+from typing import Protocol
 
 import numpy as np
 
-from fwdllm.engine.adapter import Adapter
+from fwdllm.engine.adapter import Adapter, Target
 from fwdllm.engine.batch import Batch
 from fwdllm.engine.directions import Directions
 from fwdllm.engine.rotary import Rotary
 from fwdllm.engine.weights import Weights
 from fwdllm.kernels.types import Lanes, LoRA
+
+
+class Tap(Protocol):
+    """Sees what adapted layers read and give, and may change what they give.
+
+    layer: the first where a tap makes lanes differ, None if it only looks on.
+    """
+
+    @property
+    def layer(self) -> int | None: ...
+
+    def __call__(self, target: Target, rows: slice, x: np.ndarray, y: np.ndarray) -> None:
+        """x: float32 [n_lanes * n, n_in] and y: [n_lanes * n, n_out] of n rows of the batch."""
+        ...
+
+
+class SquareSums:
+    """A tap that adds up what layers read, squared. sums: float64 [n_in] by target."""
+
+    layer = None
+
+    def __init__(self) -> None:
+        self.sums: dict[str, np.ndarray] = {}
+
+    def __call__(self, target: Target, rows: slice, x: np.ndarray, y: np.ndarray) -> None:
+        squares = np.square(x, dtype=np.float64).sum(axis=0)
+        self.sums[target.name] = self.sums.get(target.name, 0) + squares
 
 
 class Pass:
@@ -27,7 +55,7 @@ class Pass:
     Until the first perturbed layer all lanes are equal, so there is one; ``enter`` makes the rows
     of the others when the graph gets there. ids, positions, starts and lanes are those of
     the rows at hand. directions: what the lanes' seeds mean.  block_rows: what ``in_blocks`` takes
-    at a time.  observe: is shown the name and the input of every adapted layer.
+    at a time.
     """
 
     def __init__(
@@ -40,7 +68,7 @@ class Pass:
         lanes: Lanes | None = None,
         exact: bool = False,
         block_rows: int = 1 << 30,
-        observe: Callable[[str, np.ndarray], None] | None = None,
+        tap: Tap | None = None,
     ) -> None:
         self.ops = ops
         self.weights = weights
@@ -50,7 +78,7 @@ class Pass:
         self.starts = batch.starts
         self.exact = exact
         self.block_rows = block_rows
-        self._observe = observe
+        self._tap = tap
         self._adapter = adapter
         self._all_lanes = lanes or Lanes.plain()
         self.lanes = replace(Lanes.plain(), tangents=self._all_lanes.tangents)
@@ -58,7 +86,10 @@ class Pass:
         self._directions = directions
         moved = directions.targets if directions else ()
         self._moved = {target.name for target in moved}
-        self._split = moved[0].layer if moved else None
+        layers = [moved[0].layer] if moved else []
+        if tap is not None and tap.layer is not None:
+            layers.append(tap.layer)
+        self._split = min(layers, default=None)
 
     def enter(self, layer: int, x: np.ndarray) -> np.ndarray:
         """The rows that layer works on: those of all lanes from the first perturbed one on.
@@ -85,8 +116,11 @@ class Pass:
 
     def linear(self, x: np.ndarray, name: str) -> np.ndarray:
         """x W^T + bias, with the adapter's term in each lane: float32 [rows, n_out]."""
-        lora, lanes = self._term(name, x)
-        return self.ops.matmul(
+        target = self._adapter.target(name) if self._adapter else None
+        n_rows = len(x) // len(self.lanes)
+        lanes = self.lanes.take(self._first_row, self._first_row + n_rows)
+        lora, lanes = self._term(target, lanes)
+        y: np.ndarray = self.ops.matmul(
             x,
             self.weights.matrix(name),
             bias=self.weights.vector_or_none(f"{name}.bias"),
@@ -94,16 +128,16 @@ class Pass:
             lanes=lanes,
             exact=self.exact,
         )
+        if self._tap is not None and target is not None:
+            start = self.batch.first_row + self._first_row
+            self._tap(target, slice(start, start + n_rows), x, y)
+        return y
 
-    def _term(self, name: str, x: np.ndarray) -> tuple[LoRA | None, Lanes]:
-        """The adapter's factors for ``name`` and the lanes of the rows x."""
-        target = self._adapter.target(name) if self._adapter else None
-        lanes = self.lanes.take(self._first_row, self._first_row + len(x) // len(self.lanes))
+    def _term(self, target: Target | None, lanes: Lanes) -> tuple[LoRA | None, Lanes]:
+        """The adapter's factors for a target, and the lanes as far as they perturb it."""
         if target is None or self._adapter is None:
             return None, lanes
-        if self._observe is not None:
-            self._observe(name, x)
-        if self._directions is None or name not in self._moved:
+        if self._directions is None or target.name not in self._moved:
             return self._adapter.factors(target), lanes.unperturbed()
         return self._directions.lora(target), lanes
 

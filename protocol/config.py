@@ -12,13 +12,16 @@ from fwdllm.protocol.optimizers import OPTIMIZERS, OptimizerConfig
 from fwdllm.protocol.schedule import SCHEDULES
 from fwdllm.protocol.seeds import MAX_INDEX, MAX_ROUNDS, MAX_RUN_SEED
 
+TRAIN_METHODS = (*METHODS, "activation")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything a run's numbers depend on besides the model and the data.
 
     steps: updates in all.  batch_size: examples per step (all of them if there are fewer).
-    perturbations: K, random directions per step.  method: the estimator of DESIGN section 5.
+    perturbations: K, random directions per step.  method: the estimator of DESIGN section 5, or
+    "activation" (``fwdllm.engine.activation``).
     epsilon: its step length along a direction.  per_example: every example has K directions of its
     own.
     max_tokens: examples are cut to this many; None leaves it to the engine.
@@ -59,6 +62,10 @@ class TrainConfig:
             raise ConfigError(f"per_example must be true or false, not {self.per_example!r}")
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
+        if self.method == "activation" and self.per_example:
+            raise ConfigError("activation gives every example directions of its own already")
+        if self.method == "activation" and self.steps < 3:
+            raise ConfigError("activation needs at least 3 steps: head, measuring and training")
         if self.warmup > self.steps:
             raise ConfigError(f"warmup {self.warmup} is longer than the run of {self.steps} steps")
 
@@ -102,7 +109,7 @@ class TrainConfig:
 
 
 _CHOICES: dict[str, Sequence[str]] = {
-    "method": METHODS,
+    "method": TRAIN_METHODS,
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
 }

@@ -16,6 +16,7 @@ import numpy as np
 
 from fwdllm.engine.directions import Directions
 from fwdllm.engine.errors import DataError, NumericsError
+from fwdllm.protocol.activation import ActivationEngine, Phases, activation_step
 from fwdllm.protocol.config import TrainConfig
 from fwdllm.protocol.contribution import Contribution, Rejection, accept
 from fwdllm.protocol.optimizers import OptimizerState, apply
@@ -23,15 +24,12 @@ from fwdllm.protocol.schedule import lr_factor
 from fwdllm.protocol.seeds import batch_indices, derive_seeds
 
 
-class ForwardEngine(Protocol):
+class ForwardEngine(ActivationEngine, Protocol):
     """What the trainer needs of an engine; ``fwdllm.engine.Engine`` is one.
 
     adapter.theta: float32 [n_lora + n_head], updated in place; adapter.n_lora.
     directions: what seeds mean, see ``fwdllm.engine.directions``.
     """
-
-    @property
-    def adapter(self) -> Any: ...
 
     @property
     def directions(self) -> Directions: ...
@@ -70,7 +68,7 @@ class StepResult:
     """One update. step: completed ones, this included.  loss: of the batch before it, in nats.
 
     derivatives: of the accepted contributions; empty, as there are too many to keep, where every
-    example has its own.  lr: the adapter's rate.  gradient_norm: L2 of
+    example or activation has its own.  lr: the adapter's rate.  gradient_norm: L2 of
     the forward gradient, head included.  n_tokens: lane-tokens forwarded.
     """
 
@@ -144,6 +142,58 @@ def train_step(
     chosen = batch_indices(config.seed, state.step, len(examples), config.batch_size)
     seeds = derive_seeds(config.seed, state.step, config.perturbations)
     batch = engine.encode([examples[i] for i in chosen], max_tokens=config.max_tokens)
+    if config.method == "activation":
+        found = _by_activations(engine, config, state, batch, int(seeds[0]))
+    else:
+        found = _by_perturbations(engine, config, state, batch, seeds, len(chosen))
+    gradient = found.gradient
+    norm = _norm(gradient)
+    if not math.isfinite(norm):
+        raise NumericsError(f"the gradient of step {state.step + 1} is not finite")
+    lr = _update(engine, config, state, gradient)
+    return StepResult(
+        step=state.step,
+        loss=found.loss,
+        derivatives=found.derivatives,
+        lr=lr,
+        gradient_norm=norm,
+        n_tokens=found.n_tokens,
+        rejected=found.rejected,
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a step learned; gradient: float32 [n_trainable]. The rest is as in StepResult."""
+
+    loss: float
+    gradient: np.ndarray
+    n_tokens: int
+    derivatives: tuple[float, ...] = ()
+    rejected: tuple[Rejection, ...] = ()
+
+
+def _by_activations(
+    engine: ForwardEngine, config: TrainConfig, state: TrainState, batch: Any, seed: int
+) -> _Found:
+    phases = Phases.of(config, engine.adapter.head is not None)
+    if state.step == phases.both:  # averages of A's zeros would make its first steps too long
+        state.optimizer = TrainState.initial(config, engine).optimizer
+    found = activation_step(engine, config, phases, state.step, batch, seed)
+    gradient = [engine.directions.project(found.values)]
+    if found.head_gradient is not None:
+        gradient.append(found.head_gradient)
+    return _Found(found.loss, np.concatenate(gradient), found.n_tokens)
+
+
+def _by_perturbations(
+    engine: ForwardEngine,
+    config: TrainConfig,
+    state: TrainState,
+    batch: Any,
+    seeds: np.ndarray,
+    n_examples: int,
+) -> _Found:
     probe = engine.directional_derivatives(
         batch,
         seeds,
@@ -151,9 +201,9 @@ def train_step(
         epsilon=config.epsilon,
         per_example=config.per_example,
     )
-    n_examples = 1 if config.per_example else len(chosen)
+    share = 1 if config.per_example else n_examples
     accepted, rejected = accept(
-        Contribution(int(seed), float(derivative), n_examples, float(probe.loss))
+        Contribution(int(seed), float(derivative), share, float(probe.loss))
         for seed, derivative in zip(probe.seeds.flat, probe.derivative.flat, strict=True)
     )
     if not accepted:
@@ -161,21 +211,14 @@ def train_step(
             f"step {state.step + 1} has no usable perturbation ({rejected[0].reason}); "
             "lower the learning rate or epsilon, and check the data"
         )
-    per_perturbation = probe.derivative.size // len(seeds)
-    gradient = forward_gradient(engine, accepted, per_perturbation)
+    gradient = forward_gradient(engine, accepted, probe.derivative.size // len(seeds))
     if probe.head_gradient is not None:
         gradient[engine.directions.size :] = probe.head_gradient
-    norm = _norm(gradient)
-    if not math.isfinite(norm):
-        raise NumericsError(f"the gradient of step {state.step + 1} is not finite")
-    lr = _update(engine, config, state, gradient)
-    return StepResult(
-        step=state.step,
+    return _Found(
         loss=float(probe.loss),
-        derivatives=() if config.per_example else tuple(c.derivative for c in accepted),
-        lr=lr,
-        gradient_norm=norm,
+        gradient=gradient,
         n_tokens=int(probe.n_tokens),
+        derivatives=() if config.per_example else tuple(c.derivative for c in accepted),
         rejected=tuple(rejected),
     )
 

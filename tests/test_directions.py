@@ -12,7 +12,7 @@ from fwdllm.bench.inputs import half_trained
 from fwdllm.bench.synthetic import Shape, make_decoder
 from fwdllm.bench.torch_model import TorchModel, gradient
 from fwdllm.engine import Engine, Example, LoRAConfig
-from fwdllm.engine.adapter import Adapter
+from fwdllm.engine.adapter import Adapter, Target
 from fwdllm.engine.batch import Batch
 from fwdllm.engine.directions import (
     Dense,
@@ -22,6 +22,7 @@ from fwdllm.engine.directions import (
     Sparse,
     foresight_mask,
     lora_fa,
+    lora_xs,
     subzero,
 )
 from fwdllm.engine.errors import ConfigError
@@ -38,12 +39,18 @@ def checkered(adapter: Adapter) -> Sparse:
     return Sparse(Dense(adapter), mask)
 
 
+def random_weight(target: Target) -> np.ndarray:
+    shape = (target.n_out, target.n_in)
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
 MAKERS: dict[str, Callable[[Adapter], Directions]] = {
     "normal": Dense,
     "rademacher": lambda a: Dense(a, "rademacher"),
     "scope": lambda a: Dense(a, scope=Scope(layers=(1,), targets=("attn_q", "ffn_up"))),
     "sparse": checkered,
     "lora-fa": lora_fa,
+    "lora-xs": lambda a: lora_xs(a, random_weight),
     "subzero": lambda a: subzero(a, 5, seed=3),
     "subzero in a scope": lambda a: subzero(a, 4, 9, Scope(targets=("ffn_up",))),
 }
@@ -166,6 +173,28 @@ def test_what_each_kind_leaves_alone(path: Path) -> None:
     a = vector(subzero(adapter, 2, seed=1), 5)[: rank * first.n_in].reshape(rank, first.n_in)
     assert np.linalg.matrix_rank(a, tol=1e-4) == 2
     assert not vector(checkered(adapter), 5)[1::3].any()
+
+
+def test_lora_xs_holds_the_leading_singular_vectors(path: Path) -> None:
+    """Of weights with a spectrum that falls, as numpy's SVD has them up to signs."""
+    _, adapter, _ = load(path)
+    spectrum = 0.8 ** np.arange(128)
+    weights = {}
+
+    def decoded(t: Target) -> np.ndarray:
+        rng = np.random.default_rng(t.offset)
+        u, v = (np.linalg.qr(rng.normal(size=(n, 128)))[0] for n in (max(t.n_out, 128), t.n_in))
+        weights[t.name] = ((u * spectrum) @ v.T)[: t.n_out].astype(np.float32)
+        return weights[t.name]
+
+    directions = lora_xs(adapter, decoded)
+    assert directions.size == 9 * len(adapter.targets)
+    for t in adapter.targets:
+        u, _, v = np.linalg.svd(weights[t.name])
+        a, found = adapter.factors(t).a, directions.bases[t.name].b
+        assert found is not None
+        np.testing.assert_allclose(np.abs(a @ v[:3].T), np.eye(3), atol=1e-3)
+        np.testing.assert_allclose(np.abs(found @ u[:, :3]), np.eye(3), atol=1e-3)
 
 
 def test_foresight_keeps_what_can_move_the_output(path: Path) -> None:

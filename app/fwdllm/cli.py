@@ -70,7 +70,7 @@ def tune(
     ] = "forward-ad",
     epsilon: Annotated[float, typer.Option(help="Step length of differences.")] = 1e-3,
     directions: Annotated[
-        str, typer.Option(help="normal, rademacher, lora-fa, subzero or sparse.")
+        str, typer.Option(help="normal, rademacher, lora-fa, lora-xs, subzero or sparse.")
     ] = "normal",
     dimension: Annotated[int, typer.Option(help="Of subzero's subspaces.")] = 8,
     keep: Annotated[float, typer.Option(help="Share of the parameters sparse trains.")] = 0.1,

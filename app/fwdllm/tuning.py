@@ -211,7 +211,14 @@ def _prepare(
     for part in (examples, kept):
         for start in range(0, len(part), _CHECK_AT_ONCE):
             engine.encode(part[start : start + _CHECK_AT_ONCE], train.max_tokens)
-    engine.use_directions(directions, train.seed, examples[:_MASK_EXAMPLES])
+    if train.method == "activation":
+        if directions.kind != DirectionsConfig.kind:
+            raise ConfigError(
+                f"activation perturbs no weights, so {directions.kind} has no meaning"
+            )
+        engine.use_activations(directions.scope)
+    else:
+        engine.use_directions(directions, train.seed, examples[:_MASK_EXAMPLES])
     settings = {
         "model": {"name": engine.file.metadata.get("general.name"), **_fingerprint(path)},
         "data": _sha256(Path(data)),

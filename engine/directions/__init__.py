@@ -8,6 +8,8 @@ from fwdllm.engine.directions.base import Directions, Scope
 from fwdllm.engine.directions.config import DIRECTIONS, DirectionsConfig
 from fwdllm.engine.directions.dense import Dense
 from fwdllm.engine.directions.frozen_a import lora_fa
+from fwdllm.engine.directions.frozen_b import frozen_b
+from fwdllm.engine.directions.lora_xs import lora_xs
 from fwdllm.engine.directions.sparse import Sparse, foresight_mask
 from fwdllm.engine.directions.subspace import Bases, Subspace
 from fwdllm.engine.directions.subzero import subzero
@@ -22,6 +24,8 @@ __all__ = [
     "Sparse",
     "Subspace",
     "foresight_mask",
+    "frozen_b",
     "lora_fa",
+    "lora_xs",
     "subzero",
 ]

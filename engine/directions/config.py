@@ -7,15 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fwdllm.engine.adapter import Adapter
+from fwdllm.engine.adapter import Adapter, Target
 from fwdllm.engine.directions.base import Directions, Scope
 from fwdllm.engine.directions.dense import Dense
 from fwdllm.engine.directions.frozen_a import lora_fa
+from fwdllm.engine.directions.lora_xs import lora_xs
 from fwdllm.engine.directions.sparse import Sparse, foresight_mask
 from fwdllm.engine.directions.subzero import subzero
 from fwdllm.engine.errors import ConfigError
 
-DIRECTIONS = ("normal", "rademacher", "lora-fa", "subzero", "sparse")
+DIRECTIONS = ("normal", "rademacher", "lora-fa", "lora-xs", "subzero", "sparse")
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,21 @@ class DirectionsConfig:
             raise ConfigError(f"directions are {', '.join(DIRECTIONS)}, not {self.kind!r}")
 
     def make(
-        self, adapter: Adapter, seed: int, mean_squares: Callable[[], Mapping[str, np.ndarray]]
+        self,
+        adapter: Adapter,
+        seed: int,
+        mean_squares: Callable[[], Mapping[str, np.ndarray]],
+        decoded: Callable[[Target], np.ndarray],
     ) -> Directions:
-        """The directions for an adapter as it is before training.
+        """The directions for an adapter as it is before training; lora-xs sets its A.
 
         seed: of random subspaces.  mean_squares: gives those of the targets' inputs, for a mask.
+        decoded: gives a target's weight, float32 [n_out, n_in].
         """
         if self.kind == "lora-fa":
             return lora_fa(adapter, self.scope)
+        if self.kind == "lora-xs":
+            return lora_xs(adapter, decoded, self.scope)
         if self.kind == "subzero":
             return subzero(adapter, self.dimension, seed, self.scope)
         if self.kind == "sparse":

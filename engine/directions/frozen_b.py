@@ -1,0 +1,17 @@
+"""B stays as it is and A alone moves, as activation perturbation trains (``engine.activation``)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fwdllm.engine.adapter import Adapter
+from fwdllm.engine.directions.base import Scope
+from fwdllm.engine.directions.subspace import Bases, Subspace
+
+
+def frozen_b(adapter: Adapter, scope: Scope | None = None) -> Subspace:
+    """Normal numbers for every element of A; its coordinates are the A of the targets in turn."""
+    targets = (scope or Scope()).of(adapter)
+    return Subspace(
+        adapter, {t.name: Bases(None, np.zeros((0, t.n_out), np.float32)) for t in targets}
+    )
