@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import signal
@@ -19,6 +20,7 @@ from cli_runs import QUICK as CLI_QUICK
 from fwdllm import (
     ConfigError,
     DataError,
+    DirectionsConfig,
     Engine,
     FwdllmError,
     LoRAConfig,
@@ -26,6 +28,7 @@ from fwdllm import (
     TrainConfig,
     evaluate,
     read_jsonl,
+    recipe,
     tune,
 )
 from fwdllm.engine import llamacpp
@@ -211,6 +214,38 @@ def test_an_encoder_learns_labels(tmp_path: Path) -> None:
         tune(ENCODER, data, tmp_path / "b.gguf", train=train, eval_data=held_out)
     with pytest.raises(ConfigError, match="examples with two or more labels"):
         tune(ENCODER, write_rows(data, [{"text": "a"}] * 4), tmp_path / "b.gguf", train=train)
+
+
+@pytest.mark.skipif(not ENCODER.exists(), reason="the shared models are not here")
+def test_an_encoder_learns_by_activations_unless_told_otherwise(tmp_path: Path) -> None:
+    with open(SHARED / "data" / "sst2.train.jsonl", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line, _ in zip(lines, range(60), strict=False)]
+    data = write_rows(tmp_path / "sst2.jsonl", rows)
+    lora, train = recipe(ENCODER, data)
+    assert (train.method, lora.rank) == ("activation", 1)
+    short = dataclasses.replace(train, steps=6, perturbations=4, batch_size=8)
+    result = tune(ENCODER, data, tmp_path / "a.gguf", lora=lora, train=short, held_out=20)
+    assert result.loss_before == pytest.approx(np.log(2))
+    assert result.loss_after < result.loss_before
+    assert result.n_trainable == 6 * (3 * 384 + 1536) + 2 * 385  # every A, and the head
+    # Stopped in each phase and resumed, to the same bytes.
+    for stop in (1, 2, 4):
+        seen = 0
+
+        def count(event: Progress) -> None:
+            nonlocal seen
+            seen += isinstance(event, StepResult)
+
+        options: dict[str, Any] = {"lora": lora, "train": short, "held_out": 20}
+        output = tmp_path / f"b{stop}.gguf"
+        tune(ENCODER, data, output, on_event=count, should_stop=lambda: seen == stop, **options)  # noqa: B023
+        tune(ENCODER, data, output, resume=True, **options)
+        assert output.read_bytes() == result.adapter.read_bytes()
+    three = write_rows(data, [{"text": row["text"], "label": x} for row in rows for x in "abc"])
+    assert recipe(ENCODER, three).lora.rank == 2
+    assert recipe(ENCODER, three, "central") == (LoRAConfig(), TrainConfig(200, method="central"))
+    with pytest.raises(ConfigError, match="perturbs no weights, so sparse has no meaning"):
+        tune(ENCODER, data, output, directions=DirectionsConfig("sparse"))
 
 
 def test_a_decoder_scores_labels(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from fwdllm.inference import evaluate, generate
     from fwdllm.protocol.config import TrainConfig
+    from fwdllm.recipes import Recipe, recipe
     from fwdllm.tuning import TuneResult, tune
 
 __all__ = [
@@ -42,11 +43,13 @@ __all__ = [
     "LoRAConfig",
     "ModelError",
     "NumericsError",
+    "Recipe",
     "TrainConfig",
     "TuneResult",
     "evaluate",
     "generate",
     "read_jsonl",
+    "recipe",
     "tune",
 ]
 
@@ -56,11 +59,13 @@ _MODULES = {
     "Evaluation": "engine.engine",
     "Example": "engine.data",
     "LoRAConfig": "engine.adapter",
+    "Recipe": "recipes",
     "TrainConfig": "protocol.config",
     "TuneResult": "tuning",
     "evaluate": "inference",
     "generate": "inference",
     "read_jsonl": "engine.data",
+    "recipe": "recipes",
     "tune": "tuning",
 }
 

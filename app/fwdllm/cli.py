@@ -9,7 +9,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -61,13 +61,25 @@ def tune(
         ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Updates in all.")] = 200,
-    batch_size: Annotated[int, typer.Option(help="Examples of each step.")] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Examples of each step.", show_default="8, activation 32")
+    ] = None,
     perturbations: Annotated[
-        int, typer.Option("--perturbations", "-k", help="Random directions of each step.")
-    ] = 8,
+        int | None,
+        typer.Option(
+            "--perturbations",
+            "-k",
+            help="Random directions of each step.",
+            show_default="8, activation 62",
+        ),
+    ] = None,
     method: Annotated[
-        str, typer.Option(help="forward-ad, central or forward-difference.")
-    ] = "forward-ad",
+        str | None,
+        typer.Option(
+            help="forward-ad, activation, central or forward-difference.",
+            show_default="activation for an encoder, else forward-ad",
+        ),
+    ] = None,
     epsilon: Annotated[float, typer.Option(help="Step length of differences.")] = 1e-3,
     directions: Annotated[
         str, typer.Option(help="normal, rademacher, lora-fa, lora-xs, subzero or sparse.")
@@ -77,7 +89,9 @@ def tune(
     per_example: Annotated[
         bool, typer.Option("--per-example", help="Directions of its own for each example.")
     ] = False,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate.", show_default="0.001, activation 0.01")
+    ] = None,
     head_lr: Annotated[
         float | None,
         typer.Option(help="Learning rate of a classification head.", show_default="as --lr"),
@@ -85,11 +99,25 @@ def tune(
     optimizer: Annotated[str, typer.Option(help="adam, momentum or sgd.")] = "adam",
     schedule: Annotated[str, typer.Option(help="linear (to zero) or constant.")] = "linear",
     warmup: Annotated[int, typer.Option(help="Steps of linear warmup.")] = 0,
-    rank: Annotated[int, typer.Option(help="Rank of the LoRA factors.")] = 8,
-    alpha: Annotated[float, typer.Option(help="The adapter adds alpha / rank * B A.")] = 16.0,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Rank of the LoRA factors.", show_default="8, activation one less than labels"
+        ),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="The adapter adds alpha / rank * B A.", show_default="16, activation rank"
+        ),
+    ] = None,
     targets: Annotated[
-        str, typer.Option(help="Tensors to adapt; inspect lists them.")
-    ] = "attn_q,attn_v",
+        str | None,
+        typer.Option(
+            help="Tensors to adapt; inspect lists them.",
+            show_default="attn_q,attn_v, activation attn_v,attn_output,ffn_up,ffn_down",
+        ),
+    ] = None,
     layers: Annotated[
         str | None,
         typer.Option(help='Layers to adapt, such as "4-5" or "0,2".', show_default="all"),
@@ -116,28 +144,31 @@ def tune(
     json: Json = False,
 ) -> None:
     """Tune a LoRA adapter. Ctrl-C saves the run and the adapter so far."""
-    from fwdllm import DirectionsConfig, LoRAConfig, TrainConfig
+    from fwdllm import DirectionsConfig, recipe
     from fwdllm import tune as tune_model
     from fwdllm.memory import parse_bytes
     from fwdllm.run import stop_on_interrupt
 
-    lora = LoRAConfig(rank, alpha, tuple(targets.split(",")), parse_layers(layers))
-    train = TrainConfig(
+    lora, train = recipe(model, data, method)
+    lora = dataclasses.replace(
+        lora,
+        layers=parse_layers(layers),
+        **_given(rank=rank, alpha=alpha, targets=tuple(targets.split(",")) if targets else None),
+    )
+    train = dataclasses.replace(
+        train,
         steps=steps,
-        batch_size=batch_size,
-        perturbations=perturbations,
-        method=method,
         epsilon=epsilon,
         per_example=per_example,
         max_tokens=max_tokens,
         optimizer=optimizer,
-        learning_rate=lr,
         head_learning_rate=head_lr,
         warmup=warmup,
         schedule=schedule,
         seed=seed,
         eval_every=max(1, steps // 10) if eval_every is None else eval_every,
         checkpoint_every=checkpoint_every,
+        **_given(batch_size=batch_size, perturbations=perturbations, learning_rate=lr),
     )
     with stop_on_interrupt() as should_stop, tuning_progress() as on_event:
         result = tune_model(
@@ -251,6 +282,11 @@ def demo(run_dir: RunDir = None) -> None:
     print_result(result.tuning)
     print(f"plot: {result.plot}\n")
     print(f"{result.question}\n  before: {result.base}\n  after:  {result.tuned}")
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given, by the name of the setting."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def parse_held_out(text: str | None) -> float | None:

@@ -21,10 +21,10 @@ from fwdllm.engine.errors import ConfigError
 from fwdllm.hub import local_path
 from fwdllm.memory import peak_rss_bytes
 from fwdllm.protocol.config import TrainConfig
-from fwdllm.protocol.local import Event, StepResult
+from fwdllm.protocol.local import Event, StepResult, n_trainable
+from fwdllm.recipes import recipe
 from fwdllm.run import RunDirectory, train_recorded
 
-DEFAULT_STEPS = 200
 DEFAULT_HELD_OUT, MAX_DEFAULT_HELD_OUT = 0.1, 200
 
 # Examples tokenized together when the data is checked: bounds memory, costs nothing.
@@ -101,8 +101,8 @@ def tune(
     model: a GGUF file, or hf://owner/repo/file.gguf.  data: JSONL, see ``engine.data``.
     output: NAME.gguf for a GGUF LoRA file, NAME or NAME/ for a PEFT folder.
     lora, train, directions: shape of the adapter, settings of the run and what perturbs the
-    adapter; None is their defaults, with ``DEFAULT_STEPS``. An eval_every of 0 evaluates before
-    the first step and after the last.
+    adapter; None is what ``recipe`` has for the model, the data and train's method. An eval_every
+    of 0 evaluates before the first step and after the last.
     eval_data: JSONL to evaluate on.  held_out: without it, this share (float) or number (int)
     of ``data`` is kept for that; None is a tenth, at most 200.
     run_dir: for checkpoints, metrics and plot; None is NAME.run beside ``output``.
@@ -118,12 +118,14 @@ def tune(
     """
     began = time.perf_counter()
     check_output(output)
-    train = train or TrainConfig(steps=DEFAULT_STEPS)
+    if lora is None or train is None:
+        defaults = recipe(model, data, train.method if train else None)
+        lora, train = lora or defaults.lora, train or defaults.train
     train = dataclasses.replace(train, eval_every=train.eval_every or train.steps)
     task = _prepare(
         model,
         data,
-        lora or LoRAConfig(),
+        lora,
         train,
         directions or DirectionsConfig(),
         eval_data,
@@ -140,7 +142,6 @@ def tune(
         adapter = write_adapter(task.engine, output)
         after = _evaluation(run, task, work.step) or task.evaluate(task.engine)
         before = _evaluation(run, task, 0) or task.evaluate(task.new_engine())
-    assert task.engine.adapter is not None
     return TuneResult(
         loss_before=before.loss,
         loss_after=after.loss,
@@ -153,7 +154,7 @@ def tune(
         run_dir=folder,
         tokens_per_s=work.n_tokens / work.seconds if work.seconds else 0.0,
         stopped_early=work.step < train.steps,
-        n_trainable=task.engine.adapter.theta.size,
+        n_trainable=n_trainable(task.engine),
     )
 
 
@@ -256,11 +257,10 @@ def _follow(
     should_stop: Callable[[], bool],
 ) -> _Work:
     """Train to the end, or until asked to stop."""
-    adapter, train = task.engine.adapter, task.train
-    assert adapter is not None
+    train = task.train
     step = 0 if run.checkpoint is None else run.checkpoint.step
     n_train, n_held_out = len(task.examples), len(task.held_out)
-    started = (step, train.steps, adapter.theta.size, n_train, n_held_out, tuple(run.damaged))
+    started = (step, train.steps, n_trainable(task.engine), n_train, n_held_out, tuple(run.damaged))
     work = _Work(step)
     try:
         on_event(Started(*started))
