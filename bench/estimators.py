@@ -163,7 +163,7 @@ def measure(model: Path, examples: list[Example]) -> Iterator[Point]:
             for repeat in range(REPEATS):
                 found, n_tokens = estimate(engine, way, batch, k, repeat)
                 cosines.append(float(true @ found / np.linalg.norm(true) / np.linalg.norm(found)))
-            yield Point(name, k, n_tokens, np.count_nonzero(found), cosines)
+            yield Point(name, k, n_tokens, int(np.count_nonzero(found)), cosines)
 
 
 def table(points: list[Point]) -> str:
