@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fwdllm.engine.errors import ConfigError
+from fwdllm.kernels.cpu import num_threads
 
 _FLOAT = 4
 # kernels/cpu/int8_pack.h: 32 activations as int8, their scale, and up to two corrections.
@@ -64,10 +65,10 @@ def estimate_step(
 
     args: of the model's family.  weight_bytes: of all tensors in the file, or of those kept in
     memory.  n_trainable: elements of theta.  n_rows: tokens of the batch.  n_lanes: variants of
-    the adapter in one pass, 2K for central differences.  block_rows: rows of all lanes that go
-    through a layer at a time; None is ``default_block_rows``.  longest: tokens of the longest
-    example, which goes through a layer as a whole; None is ``n_rows``.  n_labels: tokens that
-    count in the loss; None is all.
+    the adapter in one pass, 1 + K with tangents and 2K for central differences.  block_rows: rows
+    of all lanes that go through a layer at a time; None is ``default_block_rows``.  longest: tokens
+    of the longest example, which goes through a layer as a whole; None is ``n_rows``.  n_labels:
+    tokens that count in the loss; None is all.
     optimizer_slots: averages kept for each parameter, 2 for Adam.  int8: whether products
     quantize activations (quantized weights, not exact).  encoder: a BERT, not a decoder.
 
@@ -93,7 +94,8 @@ def estimate_step(
         "optimizer": _FLOAT * n_trainable * optimizer_slots,
         "update": _FLOAT * n_trainable * 6,
         "residual": _FLOAT * rows * args.width,
-        "attention": _FLOAT * sequences * (2 * args.width + 2 * query + 2 * key_value),
+        "attention": _FLOAT * sequences * (2 * args.width + 2 * query + 2 * key_value)
+        + _FLOAT * num_threads() * n_lanes * (longest or n_rows) * args.head_dim,
         "feed_forward": _FLOAT * block * (hidden_arrays * args.hidden + 3 * args.width),
         "packed": int(packed * max(sequences * max(args.width, query), block * args.hidden)),
         "logits": labels * (chunks * _SOFTMAX_BYTES + 2 * _FLOAT * args.width),

@@ -9,15 +9,16 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from fwdllm.engine.adapter import LoRAConfig, by_layer, layout
+from fwdllm.engine.adapter import by_layer, layout
 from fwdllm.engine.gguf_file import GGUFFile
 from fwdllm.engine.memory import estimate_step
 from fwdllm.engine.models import Family, family_of
 from fwdllm.hub import local_path
 from fwdllm.kernels.types import SUPPORTED_TYPES, QuantType
+from fwdllm.recipes import recipe_for
 
 # The step whose memory is shown: the defaults of ``fwdllm tune`` on examples of 64 tokens.
-BATCH_SIZE, TOKENS, PERTURBATIONS = 8, 64, 8
+TOKENS = 64
 
 _FLOAT_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 
@@ -29,8 +30,8 @@ def inspect_model(model: str | os.PathLike[str]) -> dict[str, Any]:
     heads, kv_heads, head_dim, hidden, vocab, context.  tensor_types: of each type its name,
     count, bytes, and whether it is supported.  targets: of each tunable linear layer its
     name, shape (n_out, n_in) and the number of layers that have it.  n_trainable: parameters
-    of a default adapter, without a classification head.  step_memory: bytes of a default
-    step by purpose, see ``estimate_step``; step: what that step is.
+    of a default adapter (an encoder's for two labels), without a head.  step_memory: bytes of a
+    default step by purpose, see ``estimate_step``; step: what that step is.
 
     Errors: ModelError, for a damaged file or an architecture without a graph.
     """
@@ -39,9 +40,9 @@ def inspect_model(model: str | os.PathLike[str]) -> dict[str, Any]:
     args = family.read_args(file)
     linear = _linear_shapes(family, args)
     types = _tensor_types(file)
-    lora = LoRAConfig()
+    lora, train = recipe_for(family.encoder, n_labels=2)
     n_trainable = sum(target.size(lora.rank) for target in layout(linear, lora))
-    n_lanes = 2 * PERTURBATIONS + family.encoder
+    n_lanes = 1 + train.perturbations
     return {
         "architecture": architecture,
         "name": file.metadata.get("general.name"),
@@ -61,12 +62,12 @@ def inspect_model(model: str | os.PathLike[str]) -> dict[str, Any]:
         "tensor_types": types,
         "targets": _targets(linear),
         "n_trainable": n_trainable,
-        "step": {"batch_size": BATCH_SIZE, "tokens": TOKENS, "lanes": n_lanes},
+        "step": {"batch_size": train.batch_size, "tokens": TOKENS, "lanes": n_lanes},
         "step_memory": estimate_step(
             args,
             weight_bytes=sum(entry["bytes"] for entry in types),
             n_trainable=n_trainable,
-            n_rows=BATCH_SIZE * TOKENS,
+            n_rows=train.batch_size * TOKENS,
             n_lanes=n_lanes,
             longest=TOKENS,
             int8=any(file.tensors[f"{name}.weight"].type not in _FLOAT_TYPES for name in linear),
@@ -123,7 +124,7 @@ def render(report: Mapping[str, Any]) -> RenderableType:
     facts.add_row("file", f"{report['file']} ({megabytes(report['file_bytes'])})")
     facts.add_row("parameters", f"{report['n_parameters']:,}")
     facts.add_row("shapes", ", ".join(f"{key} {value:,}" for key, value in shapes.items()))
-    facts.add_row("default adapter", f"{report['n_trainable']:,} trainable parameters")
+    facts.add_row("default adapter", f"{report['n_trainable']:,} parameters")
     types = _table("tensor type", "tensors", "size", "")
     for entry in report["tensor_types"]:
         note = "" if entry["supported"] else "not supported"

@@ -35,12 +35,17 @@ def recipe(
     Errors: ModelError, DataError.
     """
     _, family = family_of(GGUFFile.open(local_path(model)))
+    labels = labels_of(read_jsonl(Path(data))) if family.encoder else ()
+    return recipe_for(family.encoder, len(labels), method)
+
+
+def recipe_for(encoder: bool, n_labels: int, method: str | None = None) -> Recipe:
+    """As ``recipe``, for a kind of model and a number of labels."""
     if method is None:
-        method = "activation" if family.encoder else "forward-ad"
+        method = "activation" if encoder else "forward-ad"
     if method != "activation":
         return Recipe(LoRAConfig(), TrainConfig(DEFAULT_STEPS, method=method))
-    labels = labels_of(read_jsonl(Path(data))) if family.encoder else ()
-    rank = min(max(1, len(labels) - 1), _MAX_ACTIVATION_RANK)
+    rank = min(max(1, n_labels - 1), _MAX_ACTIVATION_RANK) if encoder else 1
     targets = ("attn_v", "attn_output", "ffn_up", "ffn_down")
     train = TrainConfig(
         DEFAULT_STEPS, batch_size=32, perturbations=62, method=method, learning_rate=1e-2
