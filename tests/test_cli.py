@@ -6,18 +6,20 @@ import contextlib
 import dataclasses
 import errno
 import inspect
+import json
 import resource
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from cli_runs import MODEL, QUICK, Cli, make_cli, pirate_rows, start_cli, write_rows
 from gguf import GGUFWriter
 
-from fwdllm import LoRAConfig, TrainConfig, cli, demo, tuning
+from fwdllm import LoRAConfig, TrainConfig, cli, demo, recipes
 from fwdllm.engine.engine import Engine
 from fwdllm.tuning import tune
 
@@ -89,13 +91,32 @@ def test_every_command_has_help(fwdllm: Cli, command: str) -> None:
 
 def test_the_options_default_to_those_of_the_library() -> None:
     options = {name: p.default for name, p in inspect.signature(cli.tune).parameters.items()}
-    renamed = {"learning_rate": "lr", "head_learning_rate": "head_lr"}
-    for config in (TrainConfig(steps=tuning.DEFAULT_STEPS), LoRAConfig()):
-        for name, value in dataclasses.asdict(config).items():
-            option = renamed.get(name, name)
-            if option in options and option != "eval_every":
-                expected = ",".join(value) if isinstance(value, tuple) else value
-                assert (option, options[option]) == (option, expected)
+    defaults = dataclasses.asdict(TrainConfig(recipes.DEFAULT_STEPS))
+    for name in set(options) & set(defaults) - {"eval_every"}:
+        assert options[name] in (defaults[name], None), name
+
+
+def test_what_is_not_given_is_the_recipe_s(fwdllm: Cli, data: Path, tmp_path: Path) -> None:
+    def settings(name: str, *options: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        output = tmp_path / f"{name}.gguf"
+        assert fwdllm("tune", MODEL, data, "--steps", "3", "-o", output, *options).code == 0
+        found = json.loads((tmp_path / f"{name}.run" / "config.json").read_text())
+        return found["lora"], found["train"]
+
+    lora, train = settings("a")
+    defaults = recipes.recipe(MODEL, data)
+    assert lora == json.loads(json.dumps(dataclasses.asdict(defaults.lora)))
+    of_recipe = dataclasses.asdict(defaults.train)
+    assert {name for name in train if train[name] != of_recipe[name]} == {"steps", "eval_every"}
+    options = ["--method", "activation", "--lr", "0.5", "-k", "3", "--targets", "attn_q"]
+    lora, train = settings("b", *options)
+    assert (lora["rank"], lora["targets"]) == (1, ["attn_q"])
+    assert (train["method"], train["learning_rate"], train["perturbations"]) == (
+        "activation",
+        0.5,
+        3,
+    )
+    assert train["batch_size"] == 32
 
 
 def test_usage_errors_exit_with_2(fwdllm: Cli, data: Path) -> None:
