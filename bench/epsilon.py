@@ -21,7 +21,7 @@ from fwdllm.engine.batch import Batch
 from fwdllm.engine.data import labels_of
 from fwdllm.kernels import cpu
 
-EPSILONS = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+EPSILONS = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 2e-2, 3e-2)
 SEEDS = np.arange(64, dtype=np.uint64)
 
 
