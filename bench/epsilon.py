@@ -81,7 +81,7 @@ def separately(engine: Engine, batch: Batch, epsilon: float) -> np.ndarray:
     for seed in SEEDS:
         losses = []
         for step in (epsilon, -epsilon):
-            adapter.add([seed], [step])
+            adapter.add([int(seed)], [step])
             losses.append(mean_loss(engine, batch))
             adapter.theta[:] = before
         found.append((losses[0] - losses[1]) / (2 * epsilon))

@@ -100,9 +100,8 @@ def measured_b(engine: Engine, examples: list[Example]) -> None:
     assert engine.adapter is not None
     batches = (engine.encode(examples[i * BATCH : (i + 1) * BATCH]) for i in range(10))
     found = [engine.output_sensitivity(batch, i, 62).values for i, batch in enumerate(batches)]
-    engine.adapter.theta[: engine.adapter.n_lora] = scaled(
-        engine.adapter, np.mean(found, axis=0, dtype=np.float64).astype(np.float32)
-    )
+    mean = np.stack(found).mean(axis=0).astype(np.float32)
+    engine.adapter.theta[: engine.adapter.n_lora] = scaled(engine.adapter, mean)
 
 
 def random_b(engine: Engine) -> None:
