@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from fwdllm.kernels import reference
 from fwdllm.kernels.types import QuantType
 from fwdllm.protocol.config import TrainConfig
 from fwdllm.protocol.local import StepResult, TrainState, train, train_step
+from fwdllm.protocol.seeds import batch_indices, derive_seeds
 
 TARGETS = ("attn_v", "attn_output", "ffn_up", "ffn_down")
 TEXTS = ["The cat sat on the mat.", "A dog ran.", "Rain fell all day long over the green hills."]
@@ -39,17 +41,23 @@ def encoder(shared: Path) -> Path:
     return shared / "models" / "minilm-l6-v2.Q4_0.gguf"
 
 
-def load(path: Path, rank: int = 1, **options) -> tuple[Engine, Batch]:
+def load(
+    path: Path, rank: int = 1, texts: Sequence[str] = TEXTS, **options
+) -> tuple[Engine, Batch]:
     """An engine in the middle of training, and a batch."""
     labels = LABELS if "minilm" in path.name else ()
     lora = LoRAConfig(rank=rank, alpha=3.0 * rank, targets=TARGETS)
     engine = half_trained(Engine.load(path, lora, labels=labels, exact=True, **options))
     assert engine.adapter is not None
     engine.directions = frozen_b(engine.adapter)
-    examples = [
-        Example(text=text, label=LABELS[i] if labels else None) for i, text in enumerate(TEXTS)
+    return engine, engine.encode(labelled(texts, labels))
+
+
+def labelled(texts: Sequence[str], labels: Sequence[str]) -> list[Example]:
+    return [
+        Example(text=text, label=labels[i % len(labels)] if labels else None)
+        for i, text in enumerate(texts)
     ]
-    return engine, engine.encode(examples)
 
 
 def part(engine: Engine, theta: np.ndarray, factor: str) -> np.ndarray:
@@ -129,7 +137,7 @@ def test_only_the_scope_gets_a_gradient(decoder: Path) -> None:
 def test_work_in_pieces_changes_no_bit(
     kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, batch = load(request.getfixturevalue(kind))
+    engine, batch = load(request.getfixturevalue(kind), texts=[*TEXTS, 5 * TEXTS[2]])
     want = engine.activation_gradient(batch, 4, 9), engine.output_sensitivity(batch, 4, 9)
     plan = type(engine._memory(batch, 4))(30, 4, 0)  # few rows and lanes at a time
     monkeypatch.setattr(engine, "_memory", lambda batch, n_lanes: plan)
@@ -211,10 +219,7 @@ def new_run(path: Path, config: TrainConfig = CONFIG) -> tuple[Engine, list[Exam
     lora = LoRAConfig(rank=2 if labels else 1, targets=TARGETS)
     engine = Engine.load(path, lora, labels=labels, seed=3)
     engine.use_activations()
-    examples = [
-        Example(text=text, label=LABELS[i] if labels else None) for i, text in enumerate(TEXTS)
-    ]
-    return engine, examples, TrainState.initial(config, engine)
+    return engine, labelled(TEXTS, labels), TrainState.initial(config, engine)
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
@@ -270,6 +275,23 @@ def test_b_stays_once_it_is_measured(encoder: Path) -> None:
     assert not seen[3][0].any() and seen[5][0].any()  # A learns from step 5 on
     assert not seen[1][1].any() and seen[2][1].any()  # B is measured in steps 3 and 4
     np.testing.assert_array_equal(seen[3][1], seen[-1][1])
+
+
+def test_b_is_the_scaled_mean_of_what_was_measured(decoder: Path) -> None:
+    config = replace(CONFIG, steps=60)
+    engine, examples, state = new_run(decoder, config)
+    adapter = engine.adapter
+    assert adapter is not None
+    found = []
+    for step in range(3):  # 5% of the run
+        chosen = batch_indices(config.seed, step, len(examples), config.batch_size)
+        seed = int(derive_seeds(config.seed, step, 1)[0])
+        batch = engine.encode([examples[i] for i in chosen])
+        found.append(engine.output_sensitivity(batch, seed, config.perturbations).values)
+    for _ in found:
+        train_step(engine, config, state, examples)
+    want = scaled(adapter, np.mean(found, axis=0, dtype=np.float64).astype(np.float32))
+    np.testing.assert_allclose(adapter.theta, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
 
 def test_what_makes_no_sense_is_said(decoder: Path, encoder: Path) -> None:
