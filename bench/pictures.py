@@ -9,10 +9,12 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 _OURS, _PEER, _TEXT, _GRID = "#4c78a8", "#e4572e", "#444444", "#e6e6e6"
 _COLORS = (_OURS, _PEER, "#54a24b", "#b279a2", "#9d755d", "#777777")
 _BAR_INCHES = 0.28
+_MARKED = 20  # lines of fewer points show them
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
@@ -34,14 +36,19 @@ def curves(
     FigureCanvasAgg(figure)  # no global state and no window system, unlike pyplot
     axes = figure.add_subplot()
     for i, (name, points) in enumerate(lines.items()):
-        style = ("o-", "s--", "^:")[i // len(_COLORS) % 3]
         x, y = zip(*points, strict=True)
-        axes.plot(x, y, style, color=_COLORS[i % len(_COLORS)], markersize=3, label=name)
+        style = ("-", "--", ":")[i // len(_COLORS) % 3]
+        marker = "o" if len(points) < _MARKED else ""
+        color = _COLORS[i % len(_COLORS)]
+        axes.plot(x, y, style, color=color, marker=marker, markersize=3, label=name)
     for name, level in levels.items():
         axes.axhline(level, color=_TEXT, linewidth=1, linestyle=":")
         axes.annotate(name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom")
     if log:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(x_label, color=_TEXT)
     axes.set_ylabel(y_label, color=_TEXT)
     axes.spines[["top", "right"]].set_visible(False)
