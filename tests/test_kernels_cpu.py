@@ -315,3 +315,33 @@ def test_every_isa(isa: str) -> None:
         text=True,
     )
     assert run.returncode == 0, run.stdout[-3000:]
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 2), st.sampled_from([4, 20, 64]), st.booleans())
+def test_tangents_of_layers(length: int, group: int, head_dim: int, causal: bool) -> None:
+    """As the reference, which test_tangents.py compares with PyTorch where that exists."""
+    rng = np.random.default_rng(length)
+    tangents, width = 2, group * head_dim
+    rows = (1 + tangents) * (length + 3)
+    x, y = (rng.normal(size=(rows, width)).astype(np.float32) for _ in range(2))
+    weight, bias = (rng.normal(size=width).astype(np.float32) for _ in range(2))
+    starts = np.cumsum([0, *[length, 3] * (1 + tangents)]).astype(np.int32)
+    heads = {"head_dim": head_dim, "scale": 0.3, "causal": causal, "tangents": tangents}
+    key, value = y[:, :head_dim].copy(), y[:, -head_dim:].copy()
+    labels = np.tile(rng.integers(0, 50, length + 3), 1 + tangents).astype(np.int32)
+    output = random_weight(rng, QuantType.F32, 50, width)
+    lanes = Lanes(np.zeros(1 + tangents, np.uint64), np.zeros(1 + tangents, "f"), tangents=True)
+    found = [
+        [
+            ops.rms_norm(x, weight, 1e-2, tangents),
+            ops.layer_norm(x, weight, bias, 1e-2, tangents),
+            ops.swiglu(x, y, tangents),
+            ops.gelu(x, tangents),
+            ops.attention(x, key, value, starts, **heads),
+            ops.cross_entropy(x, output, labels, lanes=lanes, exact=True),
+        ]
+        for ops in (cpu, reference)
+    ]
+    for got, want in zip(*found, strict=True):
+        np.testing.assert_allclose(got, want, rtol=3e-5, atol=1e-5 * (1 + np.abs(want).max()))
