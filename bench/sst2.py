@@ -106,9 +106,9 @@ class Run:
 
 RUNS = {
     "head alone": Run(WEIGHTS, 1e-2, head_alone),
-    "central": Run(WEIGHTS, 1e-2, method="central", perturbations=31),
-    "forward-ad": Run(WEIGHTS, 1e-2),
-    "forward-ad, per example": Run(WEIGHTS, 1e-2, per_example=True),
+    "central": Run(WEIGHTS, 1e-3, method="central", perturbations=31),
+    "forward-ad": Run(WEIGHTS, 1e-3),
+    "forward-ad, per example": Run(WEIGHTS, 1e-3, per_example=True),
     "activation": Run(BOTTLENECKS, 1e-2, method="activation", perturbations=62),
     "backprop, same bottlenecks": Run(BOTTLENECKS, 1e-2, backprop),
     "backprop": Run(WEIGHTS, 5e-3, backprop),
