@@ -21,6 +21,7 @@ DEFAULT_ROWS = (512,)
 # n_out, n_in: TinyLlama's attention and feed-forward, and a 7B model's attention.
 MATRICES = ((2048, 2048), (5632, 2048), (2048, 5632), (4096, 4096))
 LANES, RANK = 8, 8
+TANGENTS = LANES - 1
 N_VOCAB, WIDTH, HEADS, KV_HEADS, HEAD_DIM = 32000, 2048, 32, 4, 64
 LOSS_ROWS = 256
 LAYER_ROWS = 2048  # 16 MiB an array: memory is measured, not a cache
@@ -59,6 +60,7 @@ def cases(types: Sequence[QuantType], rows: Sequence[int]) -> Iterator[Case]:
     yield from _layers()
     yield _attention_case(1, 512)
     yield _attention_case(8, 64)
+    yield _attention_case(1, 64, TANGENTS)
 
 
 def generator() -> Case:
@@ -76,7 +78,11 @@ def _products(type: QuantType, rows: Sequence[int]) -> Iterator[Case]:
             plain = partial(_matmul, type, n_out, n_in, n)
             yield Case(name, "matmul", "GOPS", work, limit, plain)
             name = f"{name}, {LANES} lanes"
-            yield Case(name, "matmul", "GOPS", work, limit, partial(plain, lanes=True), plain)
+            yield Case(name, "matmul", "GOPS", work, limit, partial(plain, lanes=_pairs()), plain)
+            name = f"matmul {type.name} {n_out}x{n_in}x{n}, {TANGENTS} tangents"
+            yield Case(
+                name, "matmul", "GOPS", work, limit, partial(plain, lanes=_tangents()), plain
+            )
         n_out, n_in = MATRICES[0]
         work = 2 * n * n_out * n_in / _GIGA
         exact = partial(_matmul, type, n_out, n_in, n, exact=True)
@@ -101,13 +107,21 @@ def _layers() -> Iterator[Case]:
         ("gelu", 2, _gelu),
     ):
         yield Case(f"{name} {LAYER_ROWS}x{WIDTH}", name, "GB/s", arrays * array, "read", prepare)
+        if name == "rope":  # linear: tangents are rows like others
+            continue
+        with_tangents = partial(prepare, tangents=TANGENTS)
+        name_t = f"{name} {LAYER_ROWS}x{WIDTH}, {TANGENTS} tangents"
+        yield Case(name_t, name, "GB/s", arrays * array, "read", with_tangents)
 
 
-def _attention_case(sequences: int, tokens: int) -> Case:
+def _attention_case(sequences: int, tokens: int, tangents: int = 0) -> Case:
     pairs = sequences * tokens * (tokens + 1) // 2
-    work = 4 * pairs * HEADS * HEAD_DIM / _GIGA  # scores and sums, a product each
+    # Scores and sums, a product each; of a tangent two each.
+    work = 4 * pairs * HEADS * HEAD_DIM * (1 + 2 * tangents) / _GIGA
     name = f"attention {sequences}x{tokens}, {HEADS}/{KV_HEADS} heads of {HEAD_DIM}"
-    prepare = partial(_attention, sequences, tokens)
+    if tangents:
+        name += f", {tangents} tangents"
+    prepare = partial(_attention, sequences, tokens, tangents)
     return Case(name, "attention", "GOPS", work, "fp32", prepare)
 
 
@@ -120,17 +134,30 @@ def _weight(type: QuantType, n_out: int, n_in: int) -> Weight:
     return Weight(random_weights(rng, type, n_out, n_in, n_in**-0.5), type, n_out, n_in)
 
 
+def _pairs() -> Lanes:
+    signs = np.tile(np.array([1e-3, -1e-3], np.float32), LANES // 2)
+    return Lanes(np.repeat(np.arange(LANES // 2, dtype=np.uint64), 2), signs)
+
+
+def _tangents() -> Lanes:
+    coefficients = np.r_[np.float32(0), np.ones(TANGENTS, np.float32)]
+    return Lanes(np.arange(LANES, dtype=np.uint64), coefficients, tangents=True)
+
+
 def _matmul(
-    type: QuantType, n_out: int, n_in: int, rows: int, lanes: bool = False, exact: bool = False
+    type: QuantType,
+    n_out: int,
+    n_in: int,
+    rows: int,
+    lanes: Lanes | None = None,
+    exact: bool = False,
 ) -> Call:
     x, weight = _random(rows, n_in), _weight(type, n_out, n_in)
     plain = partial(cpu.matmul, x, weight, exact=exact)
-    if not lanes:
+    if lanes is None:
         return plain
     lora = LoRA(_random(RANK, n_in), _random(n_out, RANK), scale=2.0, offset=0)
-    signs = np.tile(np.array([1e-3, -1e-3], np.float32), LANES // 2)
-    perturbed = Lanes(np.repeat(np.arange(LANES // 2, dtype=np.uint64), 2), signs)
-    return partial(plain, lora=lora, lanes=perturbed)
+    return partial(plain, lora=lora, lanes=lanes)
 
 
 def _cross_entropy(type: QuantType) -> Call:
@@ -156,13 +183,13 @@ def _seeded_dot() -> Call:
     return partial(cpu.seeded_dot, _random(N_NORMALS), np.arange(N_SEEDS, dtype=np.uint64))
 
 
-def _rms_norm() -> Call:
-    return partial(cpu.rms_norm, _random(LAYER_ROWS, WIDTH), _random(WIDTH), 1e-5)
+def _rms_norm(tangents: int = 0) -> Call:
+    return partial(cpu.rms_norm, _random(LAYER_ROWS, WIDTH), _random(WIDTH), 1e-5, tangents)
 
 
-def _layer_norm() -> Call:
+def _layer_norm(tangents: int = 0) -> Call:
     x, weight, bias = _random(LAYER_ROWS, WIDTH), _random(WIDTH), _random(WIDTH)
-    return partial(cpu.layer_norm, x, weight, bias, 1e-5)
+    return partial(cpu.layer_norm, x, weight, bias, 1e-5, tangents)
 
 
 def _rope() -> Call:
@@ -171,18 +198,19 @@ def _rope() -> Call:
     return partial(cpu.rope, _random(LAYER_ROWS, WIDTH), positions, cos, sin, HEAD_DIM, True)
 
 
-def _swiglu() -> Call:
-    return partial(cpu.swiglu, _random(LAYER_ROWS, WIDTH), _random(LAYER_ROWS, WIDTH))
+def _swiglu(tangents: int = 0) -> Call:
+    return partial(cpu.swiglu, _random(LAYER_ROWS, WIDTH), _random(LAYER_ROWS, WIDTH), tangents)
 
 
-def _gelu() -> Call:
-    return partial(cpu.gelu, _random(LAYER_ROWS, WIDTH))
+def _gelu(tangents: int = 0) -> Call:
+    return partial(cpu.gelu, _random(LAYER_ROWS, WIDTH), tangents)
 
 
-def _attention(sequences: int, tokens: int) -> Call:
-    rows = sequences * tokens
+def _attention(sequences: int, tokens: int, tangents: int) -> Call:
+    rows = sequences * tokens * (1 + tangents)
     q = _random(rows, HEADS * HEAD_DIM)
     k, v = _random(rows, KV_HEADS * HEAD_DIM), _random(rows, KV_HEADS * HEAD_DIM)
     starts = np.arange(0, rows + 1, tokens, dtype=np.int32)
     scale = HEAD_DIM**-0.5
-    return partial(cpu.attention, q, k, v, starts, head_dim=HEAD_DIM, scale=scale, causal=True)
+    options = {"head_dim": HEAD_DIM, "scale": scale, "causal": True, "tangents": tangents}
+    return partial(cpu.attention, q, k, v, starts, **options)
