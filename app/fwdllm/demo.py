@@ -29,13 +29,13 @@ class Demo:
 DEMO = Demo(
     lora=LoRAConfig(rank=2, alpha=4.0),
     train=TrainConfig(
-        steps=750,
+        steps=1000,
         batch_size=8,
         perturbations=16,
         optimizer="momentum",
         learning_rate=2e-3,
         warmup=20,
-        eval_every=75,
+        eval_every=100,
     ),
     question="What does a cow say?",
 )
