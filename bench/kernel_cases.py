@@ -98,14 +98,14 @@ def _products(type: QuantType, rows: Sequence[int]) -> Iterator[Case]:
 
 def _layers() -> Iterator[Case]:
     array = 4 * LAYER_ROWS * WIDTH / _GIGA
-    # Arrays read and written.
-    for name, arrays, prepare in (
+    kernels: tuple[tuple[str, int, Callable[..., Call]], ...] = (
         ("rms_norm", 2, _rms_norm),
         ("layer_norm", 2, _layer_norm),
         ("rope", 2, _rope),
         ("swiglu", 3, _swiglu),
         ("gelu", 2, _gelu),
-    ):
+    )
+    for name, arrays, prepare in kernels:  # arrays read and written
         yield Case(f"{name} {LAYER_ROWS}x{WIDTH}", name, "GB/s", arrays * array, "read", prepare)
         if name == "rope":  # linear: tangents are rows like others
             continue
