@@ -2,8 +2,9 @@
 
 from fwdllm.engine.adapter import Adapter, LoRAConfig
 from fwdllm.engine.data import Example, read_jsonl
-from fwdllm.engine.engine import Engine, Evaluation
+from fwdllm.engine.engine import Engine
 from fwdllm.engine.estimators import DEFAULT_EPSILON, Probe
+from fwdllm.engine.evaluation import Evaluation
 
 __all__ = [
     "DEFAULT_EPSILON",

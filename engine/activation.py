@@ -24,9 +24,9 @@ import numpy as np
 
 from fwdllm.engine.adapter import Adapter, Target
 from fwdllm.engine.batch import Batch
-from fwdllm.engine.errors import ConfigError, NumericsError
+from fwdllm.engine.errors import ConfigError, finite
 from fwdllm.engine.estimators import plan
-from fwdllm.engine.forward import Tap
+from fwdllm.engine.forward import Tap, Variants
 
 if TYPE_CHECKING:
     from fwdllm.engine.engine import Engine
@@ -55,7 +55,7 @@ def head_alone(engine: Engine, batch: Batch) -> Gradient:
     nll, features = engine.lane_losses(batch)
     head = engine.head_gradient(batch, features)
     zero = np.zeros(_adapter(engine).n_lora, np.float32)
-    return Gradient(_finite(float(nll.mean())), zero, head, batch.n_rows)
+    return Gradient(finite(float(nll.mean())), zero, head, batch.n_rows)
 
 
 def gradient(engine: Engine, batch: Batch, seed: int, n_tangents: int) -> Gradient:
@@ -78,7 +78,7 @@ def gradient(engine: Engine, batch: Batch, seed: int, n_tangents: int) -> Gradie
     found = _slopes(engine, batch, n_tangents, inject)
     du = sign * found.slopes[tangent, _sequence(batch)[:, None]]
     outer = _OuterProducts(columns, du)
-    engine.run(batch, tap=outer)
+    engine.run(batch, Variants(tap=outer))
     values = np.zeros(adapter.n_lora, np.float32)
     for t in targets:
         values[t.offset : t.offset + rank * t.n_in] = outer.sums[t.name].ravel()
@@ -177,14 +177,14 @@ def _slopes(
     features: list[np.ndarray] = []
     for lanes in p.parts(engine.max_lanes(batch, len(p.lanes))):
         first, end = int(lanes.seeds[1]), int(lanes.seeds[-1]) + 1
-        nll, found = engine.lane_losses(batch, lanes, tap=inject(first, end))
+        nll, found = engine.lane_losses(batch, Variants(lanes, tap=inject(first, end)))
         if not slopes:
             loss, head = float(nll[0].mean()), engine.head_gradient(batch, found)
         slopes.append(batch.sums_by_sequence(nll[1:]) / nll.shape[1])
         if found is not None:
             features.append(found.reshape(len(lanes), batch.n_sequences, -1)[1:])
     seen = np.concatenate(features) if features else None
-    return _Slopes(_finite(loss), np.concatenate(slopes), seen, head)
+    return _Slopes(finite(loss), np.concatenate(slopes), seen, head)
 
 
 @dataclass(frozen=True)
@@ -258,12 +258,6 @@ class _OuterProducts:
             products = du[i : i + 16, :, None] * x[i : i + 16, None, :].astype(np.float64)
             total = np.add.reduce(np.concatenate([total[None], products]), axis=0)
         self.sums[target.name] = total
-
-
-def _finite(loss: float) -> float:
-    if not np.isfinite(loss):
-        raise NumericsError(f"the loss is {loss}: the model or the adapter is out of range")
-    return loss
 
 
 def _adapter(engine: Engine) -> Adapter:

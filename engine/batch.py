@@ -91,6 +91,18 @@ def pack(sequences: Sequence[Tokens]) -> Batch:
     )
 
 
+def pack_many(sequences: Sequence[Tokens], max_rows: int) -> list[Batch]:
+    """The sequences in order as batches of at most ``max_rows`` rows, or of one sequence."""
+    batches, start, rows = [], 0, 0
+    for i, t in enumerate(sequences):
+        if rows + len(t.ids) > max_rows and i > start:
+            batches.append(pack(sequences[start:i]))
+            start, rows = i, 0
+        rows += len(t.ids)
+    batches.append(pack(sequences[start:]))
+    return batches
+
+
 def split(batch: Batch, max_rows: int) -> list[Batch]:
     """The sequences in order as batches of at most ``max_rows`` rows, or of one sequence."""
     bounds = [0]

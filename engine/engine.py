@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,10 +15,10 @@ from fwdllm.engine import activation
 from fwdllm.engine.activation import Gradient
 from fwdllm.engine.adapter import Adapter, Head, LoRAConfig
 from fwdllm.engine.adapter_io import load_adapter
-from fwdllm.engine.batch import Batch, Tokens, pack, split
+from fwdllm.engine.batch import Batch, Tokens, pack, pack_many, split
 from fwdllm.engine.data import Example, check_labels
 from fwdllm.engine.directions import Dense, Directions, DirectionsConfig, Scope, frozen_b
-from fwdllm.engine.encode import encode_decoder, encode_label, encode_text
+from fwdllm.engine.encode import encode_decoder, encode_text
 from fwdllm.engine.errors import (
     AdapterError,
     ConfigError,
@@ -27,9 +27,10 @@ from fwdllm.engine.errors import (
     NumericsError,
 )
 from fwdllm.engine.estimators import DEFAULT_EPSILON, Probe, example_seeds, plan
-from fwdllm.engine.forward import Pass, SquareSums, Tap
+from fwdllm.engine.evaluation import EVAL_ROWS, Evaluation, evaluate
+from fwdllm.engine.forward import PLAIN, Pass, SquareSums, Variants
 from fwdllm.engine.gguf_file import GGUFFile
-from fwdllm.engine.head import class_losses, head_gradient, log_probabilities
+from fwdllm.engine.head import class_losses, head_gradient
 from fwdllm.engine.memory import MemoryPlan, keep_freed_memory, plan_step
 from fwdllm.engine.models import bert, family_of
 from fwdllm.engine.residency import Residency, resident_bytes
@@ -37,23 +38,6 @@ from fwdllm.engine.tokenizer import Tokenizer
 from fwdllm.engine.weights import Weights
 from fwdllm.kernels import cpu
 from fwdllm.kernels.types import Lanes, Weight
-
-# Rows of one evaluation batch: enough to amortize decoding the weights, small in memory.
-EVAL_ROWS = 2048
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """loss: mean negative log-likelihood per label token (or class) in nats.
-
-    n_tokens: label tokens (or classes).  accuracy: share of labels chosen right, None for
-    examples without labels.
-    """
-
-    loss: float
-    n_tokens: int
-    n_examples: int
-    accuracy: float | None
 
 
 class Engine:
@@ -167,21 +151,21 @@ class Engine:
     def input_mean_squares(self, batch: Batch) -> dict[str, np.ndarray]:
         """Mean squares over a batch's rows of what adapted layers read: float64 [n_in] each."""
         tap = SquareSums()
-        self.run(batch, tap=tap)
+        self.run(batch, Variants(tap=tap))
         return {name: total / batch.n_rows for name, total in tap.sums.items()}
 
     def encode(self, examples: Sequence[Example], max_tokens: int | None = None) -> Batch:
         """Tokenize examples into one batch, one sequence each; DataError names a bad line."""
         if not examples:
             raise DataError("there are no examples")
-        return pack([self._tokens(example, max_tokens) for example in examples])
+        return pack([self.tokenize(example, max_tokens) for example in examples])
 
     def loss(self, batch: Batch) -> np.ndarray:
         """Mean negative log-likelihood of each example: float64 [n_examples], in nats."""
         if batch.classes is not None:
             return self._class_losses(self.features(batch), batch.classes)[0]
         counts = np.bincount(batch.label_sequence, minlength=batch.n_sequences)
-        return batch.sums_by_sequence(self._token_losses(batch))[0] / counts
+        return batch.sums_by_sequence(self.token_losses(batch))[0] / counts
 
     def directional_derivatives(
         self,
@@ -209,7 +193,7 @@ class Engine:
         gradient = None
         parts: list[np.ndarray] = []
         for lanes in p.parts(self.max_lanes(batch, len(p.lanes))):
-            nll, features = self.lane_losses(batch, lanes, directions)
+            nll, features = self.lane_losses(batch, Variants(lanes, directions))
             if not parts:
                 gradient = self.head_gradient(batch, features)
             parts.append(nll[int(p.plain) if parts else 0 :])
@@ -237,20 +221,16 @@ class Engine:
         return activation.sensitivity(self, batch, seed, n_tangents)
 
     def lane_losses(
-        self,
-        batch: Batch,
-        lanes: Lanes | None = None,
-        directions: Directions | None = None,
-        tap: Tap | None = None,
+        self, batch: Batch, variants: Variants = PLAIN
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """NLL of every label in every lane, slopes in tangents: float64 [n_lanes, n_labels].
 
         And what a head reads, see ``features``, or None without classes.
         """
         if batch.classes is None:
-            return self._token_losses(batch, lanes, directions, tap), None
-        features = self.features(batch, lanes, directions, tap)
-        return self._class_losses(features, batch.classes, lanes), features
+            return self.token_losses(batch, variants), None
+        features = self.features(batch, variants)
+        return self._class_losses(features, batch.classes, variants.lanes), features
 
     def head_gradient(self, batch: Batch, features: np.ndarray | None) -> np.ndarray | None:
         """Gradient by the head's parameters from features of ``lane_losses``: float32 [n_head]."""
@@ -260,16 +240,7 @@ class Engine:
 
     def evaluate(self, examples: Sequence[Example], max_tokens: int | None = None) -> Evaluation:
         """Loss and accuracy over examples; see ``Evaluation``. Errors: DataError, NumericsError."""
-        if not examples:
-            raise DataError("there are no examples to evaluate")
-        if examples[0].kind == "label":
-            return self._evaluate_labels(examples, max_tokens)
-        total, count = 0.0, 0
-        for batch in self._batches([self._tokens(e, max_tokens) for e in examples]):
-            nll = self._token_losses(batch)
-            total += float(nll.sum())
-            count += nll.size
-        return Evaluation(_finite(total / count), count, len(examples), None)
+        return evaluate(self, examples, max_tokens)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Next-token logits after each token of one sequence: float32 [n_tokens, n_vocab]."""
@@ -282,8 +253,8 @@ class Engine:
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Unit-length embeddings of texts by an encoder: float32 [n, width]."""
-        tokens = [self._tokens(Example(text=text), None) for text in texts]
-        features = np.concatenate([self.features(batch) for batch in self._batches(tokens)])
+        tokens = [self.tokenize(Example(text=text), None) for text in texts]
+        features = np.concatenate([self.features(batch) for batch in pack_many(tokens, EVAL_ROWS)])
         return features / np.linalg.norm(features, axis=1, keepdims=True)
 
     @property
@@ -317,7 +288,8 @@ class Engine:
                 raise AdapterError(f"{path} has a classification head for another model")
             self.labels = head.labels
 
-    def _tokens(self, example: Example, max_tokens: int | None) -> Tokens:
+    def tokenize(self, example: Example, max_tokens: int | None) -> Tokens:
+        """One example as ``encode`` packs it. Errors: DataError."""
         context = self.args.context
         if not self.family.encoder:
             return encode_decoder(self.tokenizer, example, context, max_tokens)
@@ -346,18 +318,12 @@ class Engine:
             encoder=self.family.encoder,
         )
 
-    def run(
-        self,
-        batch: Batch,
-        lanes: Lanes | None = None,
-        directions: Directions | None = None,
-        tap: Tap | None = None,
-    ) -> list[tuple[Pass, np.ndarray]]:
+    def run(self, batch: Batch, variants: Variants = PLAIN) -> list[tuple[Pass, np.ndarray]]:
         """The last layer's output, in passes of some sequences each: float32 [rows, width].
 
         A layer is applied to all passes before the next one, so the file is read once.
         """
-        n_lanes = len(lanes) if lanes else 1
+        n_lanes = len(variants.lanes)
         memory = self._memory(batch, n_lanes)
         self._residency.limit(memory.weights)
         passes = []
@@ -367,11 +333,9 @@ class Engine:
                 self.weights,
                 part,
                 self.adapter,
-                directions,
-                part.lanes(lanes or Lanes.plain()),
+                replace(variants, lanes=part.lanes(variants.lanes)),
                 self.exact,
                 memory.block_rows,
-                tap,
             )
             passes.append(p)
         xs = [self.family.embed(self.args, p) for p in passes]
@@ -382,20 +346,14 @@ class Engine:
             self._residency.leave(layer)
         return list(zip(passes, xs, strict=True))
 
-    def _token_losses(
-        self,
-        batch: Batch,
-        lanes: Lanes | None = None,
-        directions: Directions | None = None,
-        tap: Tap | None = None,
-    ) -> np.ndarray:
+    def token_losses(self, batch: Batch, variants: Variants = PLAIN) -> np.ndarray:
         """NLL of label tokens in every lane, slopes in tangents: float64 [n_lanes, n_labels]."""
         if self.family.encoder:
             raise ConfigError(
                 f"{self.architecture} is an encoder; it learns from texts with labels"
             )
         found = []
-        for p, x in self.run(batch, lanes, directions, tap):
+        for p, x in self.run(batch, variants):
             n_lanes = len(p.lanes)
             rows = (np.arange(n_lanes)[:, None] * p.batch.n_rows + p.batch.label_rows).ravel()
             x = p.rms_norm(np.ascontiguousarray(x[rows]), "output_norm", self.args.norm_eps)
@@ -405,82 +363,20 @@ class Engine:
         self._residency.leave(self.args.n_layers)
         return np.concatenate(found, axis=1)
 
-    def features(
-        self,
-        batch: Batch,
-        lanes: Lanes | None = None,
-        directions: Directions | None = None,
-        tap: Tap | None = None,
-    ) -> np.ndarray:
+    def features(self, batch: Batch, variants: Variants = PLAIN) -> np.ndarray:
         """Pooled features of every sequence in every lane: float32 [lanes * sequences, width]."""
         if not self.family.encoder:
             raise ConfigError(f"{self.architecture} is a decoder; llama.cpp embeds with it")
         found = [
             bert.pool(self.args, x, p.starts).reshape(len(p.lanes), -1, self.args.width)
-            for p, x in self.run(batch, lanes, directions, tap)
+            for p, x in self.run(batch, variants)
         ]
         return np.concatenate(found, axis=1).reshape(-1, self.args.width)
 
     def _class_losses(
-        self, features: np.ndarray, classes: np.ndarray, lanes: Lanes | None = None
+        self, features: np.ndarray, classes: np.ndarray, lanes: Lanes = PLAIN.lanes
     ) -> np.ndarray:
         """NLL of every class in every lane, slopes in tangents: float64 [n_lanes, n_sequences]."""
         if self.adapter is None or self.adapter.head is None:
             raise ConfigError("classifying with an encoder needs an adapter with a head")
-        lanes = lanes or Lanes.plain()
         return class_losses(self.adapter, features, classes, len(lanes), lanes.n_tangents)
-
-    def _evaluate_labels(self, examples: Sequence[Example], max_tokens: int | None) -> Evaluation:
-        labels = self.labels or tuple(sorted({e.label for e in examples if e.label is not None}))
-        check_labels(examples, labels)
-        if self.family.encoder:
-            return self._evaluate_head(examples, max_tokens)
-        context = self.args.context
-        candidates = [
-            encode_label(self.tokenizer, example, label, context, max_tokens)
-            for example in examples
-            for label in labels
-        ]
-        score: list[float] = []  # summed log-likelihood of each candidate
-        counts: list[int] = []
-        for batch in self._batches(candidates):
-            nll = self._token_losses(batch)[0]
-            n = batch.n_sequences
-            score += (-np.bincount(batch.label_sequence, weights=nll, minlength=n)).tolist()
-            counts += np.bincount(batch.label_sequence, minlength=n).tolist()
-        scores = np.array(score).reshape(len(examples), len(labels))
-        truth = np.array([labels.index(e.label) for e in examples if e.label is not None])
-        at = np.arange(len(examples))
-        n_tokens = int(np.array(counts).reshape(scores.shape)[at, truth].sum())
-        accuracy = float(np.mean(scores.argmax(axis=1) == truth))
-        loss = _finite(float(-scores[at, truth].sum()) / n_tokens)
-        return Evaluation(loss, n_tokens, len(examples), accuracy)
-
-    def _evaluate_head(self, examples: Sequence[Example], max_tokens: int | None) -> Evaluation:
-        if self.adapter is None or self.adapter.head is None:
-            raise ConfigError("classifying with an encoder needs an adapter with a head")
-        total, right = 0.0, 0
-        for batch in self._batches([self._tokens(e, max_tokens) for e in examples]):
-            assert batch.classes is not None
-            scores = log_probabilities(self.adapter, self.features(batch))
-            total -= float(scores[np.arange(len(batch.classes)), batch.classes].sum())
-            right += int((scores.argmax(axis=1) == batch.classes).sum())
-        n = len(examples)
-        return Evaluation(_finite(total / n), n, n, right / n)
-
-    def _batches(self, tokens: Sequence[Tokens]) -> list[Batch]:
-        """Batches of about EVAL_ROWS rows, in order."""
-        batches, start, rows = [], 0, 0
-        for i, t in enumerate(tokens):
-            if rows + len(t.ids) > EVAL_ROWS and i > start:
-                batches.append(pack(tokens[start:i]))
-                start, rows = i, 0
-            rows += len(t.ids)
-        batches.append(pack(tokens[start:]))
-        return batches
-
-
-def _finite(loss: float) -> float:
-    if not np.isfinite(loss):
-        raise NumericsError(f"the loss is {loss}: the model or the adapter is out of range")
-    return loss

@@ -3,6 +3,8 @@
 The command line prints the message and exits with code 2; library users catch the type.
 """
 
+import math
+
 
 class FwdllmError(Exception):
     """Base of everything raised on purpose."""
@@ -26,3 +28,10 @@ class ConfigError(FwdllmError):
 
 class NumericsError(FwdllmError):
     """A loss or derivative that is not finite."""
+
+
+def finite(loss: float) -> float:
+    """A loss as it is; NumericsError if it is not a finite number."""
+    if not math.isfinite(loss):
+        raise NumericsError(f"the loss is {loss}: the model or the adapter is out of range")
+    return loss

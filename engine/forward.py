@@ -8,7 +8,7 @@ its sequences; a layer is applied to all of them in turn, so weights are visited
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Protocol
 
@@ -49,13 +49,24 @@ class SquareSums:
         self.sums[target.name] = self.sums.get(target.name, 0) + squares
 
 
+@dataclass(frozen=True)
+class Variants:
+    """What a pass evaluates beside the plain model: lanes, what their seeds mean, and a tap."""
+
+    lanes: Lanes = field(default_factory=Lanes.plain)
+    directions: Directions | None = None
+    tap: Tap | None = None
+
+
+PLAIN = Variants()
+
+
 class Pass:
-    """A forward pass of ``batch`` under every lane of ``lanes``.
+    """A forward pass of ``batch`` under every lane of ``variants``.
 
     Until the first perturbed layer all lanes are equal, so there is one; ``enter`` makes the rows
     of the others when the graph gets there. ids, positions, starts and lanes are those of
-    the rows at hand. directions: what the lanes' seeds mean.  block_rows: what ``in_blocks`` takes
-    at a time.
+    the rows at hand.  block_rows: what ``in_blocks`` takes at a time.
     """
 
     def __init__(
@@ -64,11 +75,9 @@ class Pass:
         weights: Weights,
         batch: Batch,
         adapter: Adapter | None = None,
-        directions: Directions | None = None,
-        lanes: Lanes | None = None,
+        variants: Variants = PLAIN,
         exact: bool = False,
         block_rows: int = 1 << 30,
-        tap: Tap | None = None,
     ) -> None:
         self.ops = ops
         self.weights = weights
@@ -78,17 +87,17 @@ class Pass:
         self.starts = batch.starts
         self.exact = exact
         self.block_rows = block_rows
-        self._tap = tap
+        self._tap = variants.tap
         self._adapter = adapter
-        self._all_lanes = lanes or Lanes.plain()
+        self._all_lanes = variants.lanes
         self.lanes = replace(Lanes.plain(), tangents=self._all_lanes.tangents)
         self._first_row = 0  # of a lane's rows at hand, in a block of them
-        self._directions = directions
-        moved = directions.targets if directions else ()
+        self._directions = variants.directions
+        moved = self._directions.targets if self._directions else ()
         self._moved = {target.name for target in moved}
         layers = [moved[0].layer] if moved else []
-        if tap is not None and tap.layer is not None:
-            layers.append(tap.layer)
+        if self._tap is not None and self._tap.layer is not None:
+            layers.append(self._tap.layer)
         self._split = min(layers, default=None)
 
     def enter(self, layer: int, x: np.ndarray) -> np.ndarray:

@@ -251,7 +251,7 @@ def test_batches_do_not_change_an_evaluation(bundled: Path, monkeypatch) -> None
     engine = Engine.load(bundled)
     examples = read_jsonl(bundled.parent / "pirate.valid.jsonl")[:12]
     whole = engine.evaluate(examples)
-    monkeypatch.setattr("fwdllm.engine.engine.EVAL_ROWS", 1)
+    monkeypatch.setattr("fwdllm.engine.evaluation.EVAL_ROWS", 1)
     parts = engine.evaluate(examples)
     assert parts.n_tokens == whole.n_tokens
     assert parts.loss == pytest.approx(whole.loss, rel=1e-12)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fwdllm.engine.adapter import LoRAConfig
     from fwdllm.engine.data import Example, read_jsonl
     from fwdllm.engine.directions import DirectionsConfig
-    from fwdllm.engine.engine import Engine, Evaluation
+    from fwdllm.engine.engine import Engine
     from fwdllm.engine.errors import (
         AdapterError,
         ConfigError,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         ModelError,
         NumericsError,
     )
+    from fwdllm.engine.evaluation import Evaluation
     from fwdllm.inference import evaluate, generate
     from fwdllm.protocol.config import TrainConfig
     from fwdllm.recipes import Recipe, recipe
@@ -56,7 +57,7 @@ __all__ = [
 _MODULES = {
     "DirectionsConfig": "engine.directions",
     "Engine": "engine.engine",
-    "Evaluation": "engine.engine",
+    "Evaluation": "engine.evaluation",
     "Example": "engine.data",
     "LoRAConfig": "engine.adapter",
     "Recipe": "recipes",

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from fwdllm.adapters import as_gguf
 from fwdllm.engine import llamacpp
 from fwdllm.engine.data import read_jsonl
-from fwdllm.engine.engine import Engine, Evaluation
+from fwdllm.engine.engine import Engine
+from fwdllm.engine.evaluation import Evaluation
 from fwdllm.engine.tokenizer import Message
 from fwdllm.hub import local_path
 

@@ -16,8 +16,9 @@ from fwdllm.adapters import check_output, is_peft, write_adapter
 from fwdllm.engine.adapter import LoRAConfig
 from fwdllm.engine.data import Example, check_labels, labels_of, read_jsonl, split
 from fwdllm.engine.directions import DirectionsConfig
-from fwdllm.engine.engine import Engine, Evaluation
+from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.evaluation import Evaluation
 from fwdllm.hub import local_path
 from fwdllm.memory import peak_rss_bytes
 from fwdllm.protocol.config import TrainConfig
