@@ -179,7 +179,19 @@ class Adapter:
         integer) divided by sqrt(n_in), so that equal seeds give equal adapters everywhere.
         Errors: ConfigError as ``layout``.
         """
-        targets = layout(shapes, config)
+        return cls.empty(architecture, layout(shapes, config), config, seed, ops, head)
+
+    @classmethod
+    def empty(
+        cls,
+        architecture: str,
+        targets: tuple[Target, ...],
+        config: LoRAConfig,
+        seed: int,
+        ops: ModuleType,
+        head: Head | None = None,
+    ) -> Adapter:
+        """As ``create``, for targets that are laid out already."""
         n_lora = sum(target.size(config.rank) for target in targets)
         theta = np.zeros(n_lora + (head.size if head else 0), np.float32)
         for target in targets:

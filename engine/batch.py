@@ -63,11 +63,32 @@ class Batch:
         return sums
 
     def lanes(self, lanes: Lanes) -> Lanes:
-        """Lanes of a whole batch for these sequences of it, if they have seeds of their own."""
+        """Lanes of a whole batch for these sequences of it, if they have seeds of their own.
+
+        Neighbours with equal seeds are one part, so that a direction is generated once for them.
+        """
         if lanes.seeds.ndim == 1:
             return lanes
         seeds = lanes.seeds[:, self.first : self.first + self.n_sequences]
-        return replace(lanes, seeds=seeds, starts=self.starts)
+        first = np.flatnonzero([True, *(seeds[:, 1:] != seeds[:, :-1]).any(axis=0)])
+        starts = self.starts[[*first, -1]]
+        return replace(lanes, seeds=seeds[:, first], starts=starts)
+
+    def sequences(self, first: int, end: int) -> Batch:
+        """Sequences first .. end as a batch that knows its place in this one."""
+        rows = slice(self.starts[first], self.starts[end])
+        labels = (self.label_sequence >= first) & (self.label_sequence < end)
+        return Batch(
+            ids=self.ids[rows],
+            positions=self.positions[rows],
+            starts=self.starts[first : end + 1] - self.starts[first],
+            label_rows=self.label_rows[labels] - self.starts[first],
+            label_ids=self.label_ids[labels],
+            label_sequence=self.label_sequence[labels] - np.int32(first),
+            classes=None if self.classes is None else self.classes[first:end],
+            first=first,
+            first_row=int(self.starts[first]),
+        )
 
 
 def pack(sequences: Sequence[Tokens]) -> Batch:
@@ -110,20 +131,4 @@ def split(batch: Batch, max_rows: int) -> list[Batch]:
         if batch.starts[i + 1] - batch.starts[bounds[-1]] > max_rows:
             bounds.append(i)
     bounds.append(batch.n_sequences)
-    return [_sequences(batch, first, end) for first, end in pairwise(bounds)]
-
-
-def _sequences(batch: Batch, first: int, end: int) -> Batch:
-    rows = slice(batch.starts[first], batch.starts[end])
-    labels = (batch.label_sequence >= first) & (batch.label_sequence < end)
-    return Batch(
-        ids=batch.ids[rows],
-        positions=batch.positions[rows],
-        starts=batch.starts[first : end + 1] - batch.starts[first],
-        label_rows=batch.label_rows[labels] - batch.starts[first],
-        label_ids=batch.label_ids[labels],
-        label_sequence=batch.label_sequence[labels] - np.int32(first),
-        classes=None if batch.classes is None else batch.classes[first:end],
-        first=first,
-        first_row=int(batch.starts[first]),
-    )
+    return [batch.sequences(first, end) for first, end in pairwise(bounds)]

@@ -51,6 +51,11 @@ class Plan:
     epsilon: float
     plain: bool
 
+    def loss(self, losses: np.ndarray) -> float:
+        """The unperturbed loss of losses [n_lanes], or without a plain lane the mean of all."""
+        finite = losses[np.isfinite(losses)]
+        return float(losses[0] if self.plain or not finite.size else finite.mean())
+
     def derivative(self, losses: np.ndarray) -> np.ndarray:
         """Slopes of the seeds: float64 [n_lanes, ...] to [n_seeds, ...].
 

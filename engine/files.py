@@ -1,17 +1,22 @@
-"""Writing files so that a crash or a full disk never leaves half a file behind."""
+"""Files: written whole or not at all, locked, and told apart."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import secrets
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fwdllm.engine.errors import ConfigError
 
 # A file name may have 255 bytes on common file systems, and one character up to four.
 MAX_NAME_CHARACTERS = 40
+# Bytes at either end of a model file that identify it: its header, and the last tensors.
+_FINGERPRINT_BYTES = 1 << 20
 
 
 @contextlib.contextmanager
@@ -45,6 +50,34 @@ def check_destination(path: Path) -> None:
         raise ConfigError(f"cannot write {path}: it is a folder; name a file in it")
     if not path.parent.is_dir():
         raise ConfigError(f"cannot write {path}: the folder {path.parent} does not exist")
+
+
+def lock(path: Path) -> sqlite3.Connection:
+    """Lock ``path`` until the connection is closed or the process ends, however it ends.
+
+    SQLite is used for its file lock alone: the standard library has no other that works the
+    same on every system.
+    """
+    connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute("PRAGMA journal_mode=MEMORY")  # no second file beside the lock
+        connection.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error as error:
+        connection.close()
+        if "locked" in str(error):
+            raise ConfigError(f"{path.parent} is in use by another process") from error
+        raise ConfigError(f"cannot lock {path}: {error}") from error
+    return connection
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Identifies a model file without reading all of it: its size and a hash of its ends."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        ends = file.read(_FINGERPRINT_BYTES)
+        file.seek(max(0, size - _FINGERPRINT_BYTES))
+        ends += file.read(_FINGERPRINT_BYTES)
+    return {"bytes": size, "sha256_of_ends": hashlib.sha256(ends).hexdigest()}
 
 
 def _flush(path: Path) -> None:

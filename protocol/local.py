@@ -19,7 +19,8 @@ from fwdllm.engine.errors import DataError, NumericsError
 from fwdllm.protocol.activation import ActivationEngine, Phases, activation_step
 from fwdllm.protocol.config import TrainConfig
 from fwdllm.protocol.contribution import Contribution, Rejection, accept
-from fwdllm.protocol.optimizers import OptimizerState, apply
+from fwdllm.protocol.descent import descend
+from fwdllm.protocol.optimizers import OptimizerState
 from fwdllm.protocol.schedule import lr_factor
 from fwdllm.protocol.seeds import batch_indices, derive_seeds
 
@@ -251,20 +252,12 @@ def _update(
     engine: ForwardEngine, config: TrainConfig, state: TrainState, gradient: np.ndarray
 ) -> float:
     """Apply the gradient, advance the state and give the adapter's learning rate."""
-    directions, theta, n_lora = engine.directions, engine.adapter.theta, engine.adapter.n_lora
-    optimizer = config.optimizer_config()
     factor = lr_factor(state.step, config.steps, config.warmup, config.schedule)
-    lr = optimizer.learning_rate * factor
-    rates: float | np.ndarray = lr
-    if config.head_learning_rate is not None and theta.size > n_lora:
-        rates = np.full(gradient.size, lr, np.float32)
-        rates[directions.size :] = config.head_learning_rate * factor
-    before = np.concatenate([directions.project(theta[:n_lora]), theta[n_lora:]])
-    after = before.copy()
-    apply(optimizer, state.optimizer, after, gradient, rates)
-    theta[:n_lora] += directions.expand((after - before)[: directions.size])
-    theta[n_lora:] = after[directions.size :]
-    if not np.isfinite(theta).all():
+    lr = config.learning_rate * factor
+    head_lr = lr if config.head_learning_rate is None else config.head_learning_rate * factor
+    optimizer = config.optimizer_config()
+    descend(engine.adapter, engine.directions, optimizer, state.optimizer, gradient, lr, head_lr)
+    if not np.isfinite(engine.adapter.theta).all():
         raise NumericsError(
             f"step {state.step + 1} made adapter weights infinite; lower the learning rate"
         )

@@ -2,7 +2,7 @@
 
 Every operation is an elementwise float32 one, correctly rounded by IEEE 754, so an update
 gives the same bits on every run. Weight decay is added to the gradient (L2), as in torch's
-SGD and Adam.
+SGD and Adam; "adamw" shrinks the weights instead.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """name: "sgd", "momentum" or "adam".  learning_rate: the base rate, before a schedule.
+    """name: of OPTIMIZERS.  learning_rate: the base rate, before a schedule.
 
-    momentum is read by "momentum"; beta1, beta2 and eps by "adam"; weight_decay by all.
+    momentum is read by "momentum"; beta1, beta2 and eps by "adam", "adamw" and "yogi";
+    weight_decay by all.
     """
 
     name: str = "adam"
@@ -74,7 +75,9 @@ def apply(
     gradient: float32 [n], left as it is.  learning_rate: a number, or float32 [n] where parts
     of theta learn at different rates.
     """
-    if config.weight_decay:
+    if config.weight_decay and config.name == "adamw":
+        theta *= 1 - learning_rate * config.weight_decay
+    elif config.weight_decay:
         gradient = gradient + config.weight_decay * theta
     state.step += 1
     _RULES[config.name](config, state, theta, gradient, learning_rate)
@@ -124,13 +127,40 @@ def adam(
     theta -= learning_rate / (1 - config.beta1**state.step) * mean / denominator
 
 
+def yogi(
+    config: OptimizerConfig,
+    state: OptimizerState,
+    theta: np.ndarray,
+    gradient: np.ndarray,
+    learning_rate: float | np.ndarray,
+) -> None:
+    """FedYogi (Reddi et al. 2021, algorithm 2): the square grows and falls by sums, not averages.
+
+    eps is the paper's tau, the degree of adaptivity; 1e-3 there.
+    """
+    mean, square = state.slots["mean"], state.slots["square"]
+    mean *= config.beta1
+    mean += (1 - config.beta1) * gradient
+    new = gradient * gradient
+    square -= (1 - config.beta2) * new * np.sign(square - new)
+    theta -= learning_rate * mean / (np.sqrt(square) + config.eps)
+
+
 Rule = Callable[
     [OptimizerConfig, OptimizerState, np.ndarray, np.ndarray, "float | np.ndarray"], None
 ]
-_RULES: dict[str, Rule] = {"sgd": sgd, "momentum": momentum, "adam": adam}
+_RULES: dict[str, Rule] = {
+    "sgd": sgd,
+    "momentum": momentum,
+    "adam": adam,
+    "adamw": adam,
+    "yogi": yogi,
+}
 _SLOTS: dict[str, tuple[str, ...]] = {
     "sgd": (),
     "momentum": ("velocity",),
     "adam": ("mean", "square"),
+    "adamw": ("mean", "square"),
+    "yogi": ("mean", "square"),
 }
 OPTIMIZERS = tuple(_RULES)

@@ -1,4 +1,4 @@
-"""Which seeds and which examples a step uses: pure functions of (run seed, step).
+"""Which seeds, examples and clients a step uses: pure functions of (run seed, step).
 
 Both come from one Philox stream keyed by the run seed. Its 64-bit counter is split into
 purpose (2 bits), round or epoch (32 bits) and index (28 bits), so no two draws of a run ever
@@ -15,17 +15,26 @@ MAX_RUN_SEED = 2**64 - 1
 MAX_ROUNDS = 2**32
 MAX_INDEX = 2**28
 
-_PERTURBATIONS, _SHUFFLE = 0, 1
+_PERTURBATIONS, _SHUFFLE, _CLIENTS, _HEAD = range(4)
 
 
-def derive_seeds(run_seed: int, round: int, count: int) -> np.ndarray:
-    """The perturbation seeds of one round: uint64 [count].
+def derive_seeds(run_seed: int, round: int, count: int, first: int = 0) -> np.ndarray:
+    """The perturbation seeds first .. first + count of one round: uint64 [count].
 
-    A longer draw extends a shorter one: ``derive_seeds(s, r, 9)[:4]`` is
-    ``derive_seeds(s, r, 4)``, so a round can ask for more perturbations of the same state.
-    ValueError outside 0 <= run_seed < 2**64, 0 <= round < 2**32, 0 <= count <= 2**28.
+    A round can ask for more perturbations of the same state by going on where it stopped.
+    ValueError outside 0 <= run_seed < 2**64, 0 <= round < 2**32, 0 <= first + count <= 2**28.
     """
-    return _draw(run_seed, _PERTURBATIONS, round, count)
+    return _draw(run_seed, _PERTURBATIONS, round, count, first)
+
+
+def head_seeds(run_seed: int, round: int, count: int, first: int = 0) -> np.ndarray:
+    """As ``derive_seeds``, of directions of a classification head."""
+    return _draw(run_seed, _HEAD, round, count, first)
+
+
+def client_keys(run_seed: int, round: int, count: int, first: int = 0) -> np.ndarray:
+    """A random number of each client in a round: uint64 [count]. Errors as ``derive_seeds``."""
+    return _draw(run_seed, _CLIENTS, round, count, first)
 
 
 def batch_indices(run_seed: int, step: int, n_examples: int, batch_size: int) -> np.ndarray:
@@ -53,8 +62,11 @@ def _epoch(run_seed: int, epoch: int, n_examples: int) -> np.ndarray:
     return np.argsort(keys, kind="stable").astype(np.int64)
 
 
-def _draw(run_seed: int, purpose: int, round: int, count: int) -> np.ndarray:
-    if not (0 <= run_seed <= MAX_RUN_SEED and 0 <= round < MAX_ROUNDS and 0 <= count <= MAX_INDEX):
-        raise ValueError(f"no seeds for run seed {run_seed}, round {round}, count {count}")
-    words = philox(run_seed, purpose << 60 | round << 28, count).astype(np.uint64)
+def _draw(run_seed: int, purpose: int, round: int, count: int, first: int = 0) -> np.ndarray:
+    fits = min(first, count) >= 0 and first + count <= MAX_INDEX
+    if not (0 <= run_seed <= MAX_RUN_SEED and 0 <= round < MAX_ROUNDS and fits):
+        raise ValueError(
+            f"no seeds for run seed {run_seed}, round {round}, {first} .. {first + count}"
+        )
+    words = philox(run_seed, (purpose << 60 | round << 28) + first, count).astype(np.uint64)
     return words[:, 0] | words[:, 1] << np.uint64(32)

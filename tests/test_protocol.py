@@ -168,7 +168,7 @@ def test_unknown_schedule() -> None:
         ("epsilon", math.nan),
         ("per_example", 1),
         ("max_tokens", 1),
-        ("optimizer", "adamw"),
+        ("optimizer", "adagrad"),
         ("learning_rate", -1e-3),
         ("learning_rate", math.inf),
         ("head_learning_rate", 0),

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-_TRAIN, _HELD_OUT, _TEXT, _GRID = "#4c78a8", "#e4572e", "#444444", "#e6e6e6"
+LINE, _HELD_OUT, _TEXT, _GRID = "#4c78a8", "#e4572e", "#444444", "#e6e6e6"
 
 
 def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
@@ -27,12 +27,13 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
     axes = figure.add_subplot()
     if train:
         steps, losses = zip(*train, strict=True)
-        axes.plot(steps, losses, color=_TRAIN, alpha=0.25, linewidth=1)
-        axes.plot(steps, _running_mean(losses), color=_TRAIN, linewidth=1.8, label="training")
+        axes.plot(steps, losses, color=LINE, alpha=0.25, linewidth=1)
+        axes.plot(steps, _running_mean(losses), color=LINE, linewidth=1.8, label="training")
     if held_out:
         steps, losses = zip(*held_out, strict=True)
         axes.plot(steps, losses, "o-", color=_HELD_OUT, markersize=4, label="held out")
-    _style(axes)
+    style(axes, "step", "loss (nats)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, format="png")
 
 
@@ -54,14 +55,14 @@ def _running_mean(losses: Sequence[float], decay: float = 0.9) -> list[float]:
     return means
 
 
-def _style(axes: Axes) -> None:
-    axes.set_xlabel("step", color=_TEXT)
-    axes.set_ylabel("loss (nats)", color=_TEXT)
+def style(axes: Axes, x_label: str, y_label: str) -> None:
+    """The look of all plots."""
+    axes.set_xlabel(x_label, color=_TEXT)
+    axes.set_ylabel(y_label, color=_TEXT)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_TEXT)
     axes.tick_params(colors=_TEXT)
     axes.grid(color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, labelcolor=_TEXT)

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import signal
-import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ import numpy as np
 
 from fwdllm import checkpoints
 from fwdllm.engine.errors import ConfigError
-from fwdllm.engine.files import atomic_write
+from fwdllm.engine.files import atomic_write, lock
 from fwdllm.protocol.config import TrainConfig
 from fwdllm.protocol.local import (
     CheckpointDue,
@@ -62,7 +61,7 @@ class RunDirectory:
         self._check_presence(resume)
         with contextlib.ExitStack() as stack:
             self.path.mkdir(parents=True, exist_ok=True)
-            stack.callback(_lock(self.path / "lock").close)
+            stack.callback(lock(self.path / "lock").close)
             self._check_presence(resume)  # again, as another process may just have started a run
             self._delete_leftovers()
             self._checkpoints.mkdir(exist_ok=True)
@@ -165,10 +164,10 @@ class RunDirectory:
             saved = json.loads(self._config.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ConfigError(f"{self._config} is damaged: {error}") from error
-        difference = _difference(saved, json.loads(json.dumps(config)))
-        if difference is not None:
+        changed = difference(saved, json.loads(json.dumps(config)))
+        if changed is not None:
             raise ConfigError(
-                f"{difference} in the run in {self.path}; resume with the same value or start "
+                f"{changed} in the run in {self.path}; resume with the same value or start "
                 "a new run"
             )
 
@@ -236,24 +235,6 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _lock(path: Path) -> sqlite3.Connection:
-    """Lock ``path`` until the connection is closed or the process ends, however it ends.
-
-    SQLite is used for its file lock alone: the standard library has no other that works the
-    same on every system.
-    """
-    connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
-    try:
-        connection.execute("PRAGMA journal_mode=MEMORY")  # no second file beside the lock
-        connection.execute("BEGIN EXCLUSIVE")
-    except sqlite3.Error as error:
-        connection.close()
-        if "locked" in str(error):
-            raise ConfigError(f"{path.parent} is in use by another process") from error
-        raise ConfigError(f"cannot lock {path}: {error}") from error
-    return connection
-
-
 def _is_leftover(path: Path) -> bool:
     """Whether a process that died while starting a run may have left this."""
     empty_folder = path.name == "checkpoints" and path.is_dir() and not any(path.iterdir())
@@ -296,12 +277,12 @@ def _precedes(record: dict[str, Any], step: int) -> bool:
     return record["step"] < step or (record["step"] == step and record["event"] == "step")
 
 
-def _difference(saved: Any, given: Any, key: str = "") -> str | None:
+def difference(saved: Any, given: Any, key: str = "") -> str | None:
     """The first place where two JSON values differ, as "key is x here but y"."""
     if isinstance(saved, dict) and isinstance(given, dict):
         for name in sorted({*saved, *given}):
             inner = f"{key}.{name}" if key else name
-            found = _difference(saved.get(name), given.get(name), inner)
+            found = difference(saved.get(name), given.get(name), inner)
             if found is not None:
                 return found
         return None

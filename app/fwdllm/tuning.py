@@ -19,6 +19,7 @@ from fwdllm.engine.directions import DirectionsConfig
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.evaluation import Evaluation
+from fwdllm.engine.files import fingerprint
 from fwdllm.hub import local_path
 from fwdllm.memory import peak_rss_bytes
 from fwdllm.protocol.config import TrainConfig
@@ -32,8 +33,6 @@ DEFAULT_HELD_OUT, MAX_DEFAULT_HELD_OUT = 0.1, 200
 _CHECK_AT_ONCE = 1000
 # Examples that a mask of parameters is chosen by: means over their tokens settle long before.
 _MASK_EXAMPLES = 32
-# Bytes at either end of a model file that identify it: its header, and the last tensors.
-_FINGERPRINT_BYTES = 1 << 20
 
 _Path = str | os.PathLike[str]
 
@@ -222,7 +221,7 @@ def _prepare(
     else:
         engine.use_directions(directions, train.seed, examples[:_MASK_EXAMPLES])
     settings = {
-        "model": {"name": engine.file.metadata.get("general.name"), **_fingerprint(path)},
+        "model": {"name": engine.file.metadata.get("general.name"), **fingerprint(path)},
         "data": _sha256(Path(data)),
         "held_out": held_out if eval_data is None else _sha256(Path(eval_data)),
         "lora": dataclasses.asdict(lora),
@@ -289,16 +288,6 @@ def _evaluation(run: RunDirectory, task: _Task, step: int) -> Evaluation | None:
             fields = dataclasses.fields(Evaluation)
             return Evaluation(**{field.name: record[field.name] for field in fields})
     return None
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    """Identifies a model file without reading all of it: its size and a hash of its ends."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        ends = file.read(_FINGERPRINT_BYTES)
-        file.seek(max(0, size - _FINGERPRINT_BYTES))
-        ends += file.read(_FINGERPRINT_BYTES)
-    return {"bytes": size, "sha256_of_ends": hashlib.sha256(ends).hexdigest()}
 
 
 def _sha256(path: Path) -> str:

@@ -68,6 +68,10 @@ class Directions(Protocol):
         """sum_k coefficients[k] z(seeds[k]): float32 [size]. Two of it: uint64 [k], float32 [k]."""
         ...
 
+    def dot(self, coordinates: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        """coordinates . z(seed) for every seed: float32 [size], uint64 [k] to float64 [k]."""
+        ...
+
     def expand(self, coordinates: np.ndarray) -> np.ndarray:
         """M coordinates: float32 [n_lora]."""
         ...
@@ -92,6 +96,22 @@ def combine(
             out[start:end], seeds, coefficients, offset=start, distribution=distribution
         )
     return out
+
+
+def dot(
+    adapter: Adapter,
+    distribution: str,
+    ranges: Sequence[tuple[int, int]],
+    coordinates: np.ndarray,
+    seeds: np.ndarray,
+) -> np.ndarray:
+    """coordinates . z(seed) over ranges start .. end, for every seed: float64 [k]."""
+    total = np.zeros(len(seeds))
+    for start, end in ranges:
+        total += adapter.ops.seeded_dot(
+            coordinates[start:end], seeds, offset=start, distribution=distribution
+        )
+    return total
 
 
 def check_distribution(distribution: str) -> None:

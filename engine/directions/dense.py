@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from fwdllm.engine.adapter import Adapter, Target
-from fwdllm.engine.directions.base import Scope, check_distribution, combine
+from fwdllm.engine.directions.base import Scope, check_distribution, combine, dot
 from fwdllm.kernels.types import LoRA
 
 
@@ -35,16 +35,26 @@ class Dense:
         return self.adapter.factors(target)
 
     def combine(self, seeds: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
-        rank = self.adapter.config.rank
-        ranges = [(t.offset, t.offset + t.size(rank)) for t in self.targets]
-        return combine(self.adapter, self.distribution, self.size, ranges, seeds, coefficients)
+        return combine(self.adapter, self.distribution, self.size, self.ranges, seeds, coefficients)
+
+    def dot(self, coordinates: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        return dot(self.adapter, self.distribution, self.ranges, coordinates, seeds)
 
     def expand(self, coordinates: np.ndarray) -> np.ndarray:
         return coordinates
 
     def project(self, theta: np.ndarray) -> np.ndarray:
         inside = np.zeros_like(theta)
-        for t in self.targets:
-            rows = slice(t.offset, t.offset + t.size(self.adapter.config.rank))
-            inside[rows] = theta[rows]
+        for start, end in self.ranges:
+            inside[start:end] = theta[start:end]
         return inside
+
+    @cached_property
+    def ranges(self) -> list[tuple[int, int]]:
+        """Where the targets' parameters are in theta, neighbours as one."""
+        rank = self.adapter.config.rank
+        ranges: list[tuple[int, int]] = []
+        for t in self.targets:
+            start = ranges.pop()[0] if ranges and ranges[-1][1] == t.offset else t.offset
+            ranges.append((start, t.offset + t.size(rank)))
+        return ranges

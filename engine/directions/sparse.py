@@ -46,6 +46,9 @@ class Sparse:
     def combine(self, seeds: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
         return self.dense.combine(seeds, coefficients) * self.mask
 
+    def dot(self, coordinates: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        return self.dense.dot(coordinates * self.mask, seeds)
+
     def expand(self, coordinates: np.ndarray) -> np.ndarray:
         return coordinates * self.mask
 

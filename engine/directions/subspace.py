@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from fwdllm.engine.adapter import Adapter, Target
-from fwdllm.engine.directions.base import check_distribution, combine
+from fwdllm.engine.directions.base import check_distribution, combine, dot
 from fwdllm.kernels.types import LoRA
 
 
@@ -68,6 +68,9 @@ class Subspace:
     def combine(self, seeds: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
         whole = [(0, self.size)]
         return combine(self.adapter, self.distribution, self.size, whole, seeds, coefficients)
+
+    def dot(self, coordinates: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        return dot(self.adapter, self.distribution, [(0, self.size)], coordinates, seeds)
 
     def expand(self, coordinates: np.ndarray) -> np.ndarray:
         theta = np.zeros(self.adapter.n_lora, np.float32)

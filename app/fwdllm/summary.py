@@ -1,0 +1,70 @@
+"""A ledger in numbers, round by round."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from fwdllm.protocol import wire
+from fwdllm.protocol.ledger import Ledger
+from fwdllm.protocol.privacy import epsilon
+
+
+@dataclass(frozen=True)
+class RoundSummary:
+    """One closed round, counted from 1. n_accepted, n_rejected: answers of n_asked clients.
+
+    n_perturbations: scalars of the adapter.  loss: mean of clients', in nats.  variance: of the
+    gradient's halves.  client_seconds: of accepted clients.  epsilon: spent so far.
+    held_out_loss, accuracy: after the round, where it was evaluated.
+    """
+
+    round: int
+    parts: int
+    n_asked: int
+    n_accepted: int
+    n_rejected: int
+    n_perturbations: int
+    loss: float | None
+    variance: float | None
+    client_seconds: float
+    bytes_up: int
+    bytes_down: int
+    epsilon: float | None
+    held_out_loss: float | None
+    accuracy: float | None
+
+
+def summarize(ledger: Ledger) -> list[RoundSummary]:
+    """Every closed round of a run."""
+    rejected = Counter(round for round, _, _, _ in ledger.rejections())
+    evaluations = {row[0]: row for row in ledger.evaluations()}
+    traffic = {row[0]: row for row in ledger.traffic()}
+    available: list[int] = []
+    found = []
+    for closed in ledger.rounds():
+        r = closed.round
+        parts = ledger.parts(r)
+        available += [n for _, _, n in parts]
+        messages = [m for part, _, _ in parts for _, m in ledger.contributions(r, part)]
+        _, asked, down, up = traffic.get(r, (r, 0, 0, 0))
+        evaluation = evaluations.get(r + 1)
+        found.append(
+            RoundSummary(
+                round=r + 1,
+                parts=len(parts),
+                n_asked=asked,
+                n_accepted=len(messages),
+                n_rejected=rejected[r],
+                n_perturbations=closed.n_perturbations,
+                loss=closed.loss,
+                variance=closed.variance,
+                client_seconds=sum(wire.decode_report(m).seconds for m in messages),
+                bytes_up=up,
+                bytes_down=down,
+                epsilon=epsilon(ledger.meta.config, available),
+                held_out_loss=evaluation[1] if evaluation else None,
+                accuracy=evaluation[2] if evaluation else None,
+            )
+        )
+    return found

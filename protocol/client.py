@@ -1,0 +1,183 @@
+"""A client's side of a round: an assignment and examples in, a report out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from fwdllm.engine.batch import Tokens, pack
+from fwdllm.engine.estimators import Probe
+from fwdllm.protocol.descent import descend
+from fwdllm.protocol.federation import FederationConfig
+from fwdllm.protocol.optimizers import OptimizerState
+from fwdllm.protocol.plan import Assignment
+from fwdllm.protocol.report import Report
+from fwdllm.protocol.seeds import batch_indices
+from fwdllm.protocol.space import HEAD, Layers, Space
+
+# Lane-rows of clients that go through the model together: enough to amortize decoding the weights,
+# and some hundred MB of activations at a width of 1,000.
+_LANE_ROWS = 1 << 15
+
+Examples: TypeAlias = "Sequence[Any]"
+
+# An assignment and its tokenized batch.
+_Work: TypeAlias = "tuple[Assignment, list[Tokens]]"
+
+
+def answer(engine: Any, space: Space, assignment: Assignment, examples: Examples) -> Report:
+    """The report of one client, with 0 seconds. Errors: DataError.
+
+    The engine's adapter is the server's, and is so again when this returns.
+    """
+    return next(answer_all(engine, space, [assignment], lambda client: examples))
+
+
+def answer_all(
+    engine: Any,
+    space: Space,
+    assignments: Sequence[Assignment],
+    examples_of: Callable[[int], Examples],
+) -> Iterator[Report]:
+    """Reports of many clients, in order and with the bits each would have alone.
+
+    examples_of: gives those of a client.  Clients that upload scalars share passes.
+    """
+    if space.config.upload == "scalars":
+        yield from _scalars(engine, space, assignments, examples_of)
+        return
+    for assignment in assignments:
+        yield _local_training(engine, space, assignment, examples_of(assignment.client))
+
+
+def _scalars(
+    engine: Any,
+    space: Space,
+    assignments: Sequence[Assignment],
+    examples_of: Callable[[int], Examples],
+) -> Iterator[Report]:
+    found: dict[int, Report] = {}
+    for layers in dict.fromkeys(a.layers for a in assignments):
+        members = [a for a in assignments if a.layers == layers]
+        work = [(a, _batch(engine, space, a, examples_of(a.client), 0)) for a in members]
+        for group in _groups(space.config, work):
+            seeds = np.stack([a.seeds[0] for a, _ in group])
+            probes = _probes(engine, space, layers, [batch for _, batch in group], seeds)
+            for (assignment, batch), probe in zip(group, probes, strict=True):
+                slopes, head = _slopes(space, probe, assignment.head_seeds[0])
+                found[id(assignment)] = Report(
+                    assignment.round,
+                    assignment.part,
+                    len(batch),
+                    probe.n_tokens,
+                    0.0,
+                    probe.loss,
+                    slopes[None],
+                    head[None],
+                )
+    for assignment in assignments:
+        yield found[id(assignment)]
+
+
+def _local_training(
+    engine: Any, space: Space, assignment: Assignment, examples: Examples
+) -> Report:
+    """Local steps on the client's scope, from the server's adapter, which is put back after."""
+    config, theta = space.config, engine.adapter.theta
+    by_weights = config.upload == "weights"
+    before = theta.copy()
+    optimizer = config.client_optimizer_config()
+    state = OptimizerState.initial(optimizer, space.size)
+    rate = config.client_learning_rate
+    slopes, heads, losses = [], [], []
+    n_examples = n_tokens = 0
+    try:
+        for step in range(config.local_steps):
+            batch = _batch(engine, space, assignment, examples, step)
+            seeds = assignment.seeds[step]
+            probe = _probes(engine, space, assignment.layers, [batch], seeds[None])[0]
+            own, head = _slopes(space, probe, assignment.head_seeds[step])
+            gradient = np.zeros(space.size, np.float32)
+            space.add(gradient, assignment.layers, seeds, own / np.float32(len(seeds)))
+            if by_weights and probe.head_gradient is not None:
+                gradient[space.n_coordinates :] = probe.head_gradient
+            elif len(head):
+                shares = head / np.float32(len(head))
+                space.add(gradient, HEAD, assignment.head_seeds[step], shares)
+            directions = space.directions(assignment.layers)
+            descend(engine.adapter, directions, optimizer, state, gradient, rate, rate)
+            slopes.append(own)
+            heads.append(head)
+            losses.append(probe.loss)
+            n_examples += len(batch)
+            n_tokens += probe.n_tokens
+        moved = _coordinates(space, before) - _coordinates(space, theta)
+    finally:
+        theta[:] = before
+    return Report(
+        assignment.round,
+        assignment.part,
+        n_examples,
+        n_tokens,
+        0.0,
+        float(np.mean(losses)),
+        np.zeros((0, 0), np.float32) if by_weights else np.stack(slopes),
+        np.zeros((0, 0), np.float32) if by_weights else np.stack(heads),
+        space.pack(moved, assignment.layers) if by_weights else None,
+    )
+
+
+def _coordinates(space: Space, theta: np.ndarray) -> np.ndarray:
+    n_lora = space.adapter.n_lora
+    return np.concatenate([space.directions(None).project(theta[:n_lora]), theta[n_lora:]])
+
+
+def _batch(
+    engine: Any, space: Space, assignment: Assignment, examples: Examples, step: int
+) -> list[Tokens]:
+    """The tokens of a client's batch of a local step; one it has no more than once."""
+    config: FederationConfig = space.config
+    at = assignment.first_step + step
+    chosen = batch_indices(assignment.batch_seed, at, len(examples), config.batch_size)
+    return [engine.tokenize(examples[i], config.max_tokens) for i in chosen]
+
+
+def _groups(config: FederationConfig, work: Sequence[_Work]) -> Iterator[list[_Work]]:
+    """Clients whose batches go through the model together."""
+    lanes = 1 + config.perturbations * (2 if config.method == "central" else 1)
+    group: list[_Work] = []
+    rows = 0
+    for assignment, batch in work:
+        mine = lanes * sum(len(tokens.ids) for tokens in batch)
+        if group and rows + mine > _LANE_ROWS:
+            yield group
+            group, rows = [], 0
+        group.append((assignment, batch))
+        rows += mine
+    if group:
+        yield group
+
+
+def _probes(
+    engine: Any, space: Space, layers: Layers, batches: Sequence[list[Tokens]], seeds: np.ndarray
+) -> list[Probe]:
+    config = space.config
+    return engine.group_derivatives(
+        pack([tokens for batch in batches for tokens in batch]),
+        [len(batch) for batch in batches],
+        seeds,
+        config.method,
+        config.epsilon,
+        space.directions(layers),
+    )
+
+
+def _slopes(space: Space, probe: Probe, head_seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Slopes along seeds and along head_seeds, as they are uploaded: float32."""
+    head = np.zeros(0)
+    if probe.head_gradient is not None:
+        head = space.head_dot(probe.head_gradient, head_seeds)
+    with np.errstate(over="ignore"):  # becomes infinite, which the server refuses
+        return probe.derivative.astype(np.float32), head.astype(np.float32)

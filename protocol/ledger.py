@@ -1,0 +1,437 @@
+"""The record of a run: one SQLite file from which every state of the adapter can be made again.
+
+Every round, assignment, contribution, rejection and update is in it, in messages of
+``protocol.wire``, and each round's hash covers the round before. What has been accepted is on disk
+when ``accept`` returns; a crash at any instant loses nothing of that.
+
+The file names the seed of differential privacy's noise, so it is the server's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fwdllm.engine.adapter import LAYOUT_VERSION, Adapter, Head, LoRAConfig, Target
+from fwdllm.engine.errors import FwdllmError
+from fwdllm.engine.files import lock
+from fwdllm.kernels import cpu
+from fwdllm.protocol.federation import FederationConfig
+
+FORMAT = 1
+NAME = "ledger.sqlite"
+
+_SCHEMA = """
+CREATE TABLE meta (id INTEGER PRIMARY KEY CHECK (id = 0), json TEXT NOT NULL);
+CREATE TABLE part (
+    round INTEGER, part INTEGER, opened REAL NOT NULL, n_available INTEGER NOT NULL,
+    PRIMARY KEY (round, part)
+) WITHOUT ROWID;
+CREATE TABLE assignment (
+    round INTEGER, part INTEGER, client INTEGER, message BLOB NOT NULL, bytes_down INTEGER NOT NULL,
+    PRIMARY KEY (round, part, client)
+) WITHOUT ROWID;
+CREATE TABLE contribution (
+    round INTEGER, part INTEGER, client INTEGER, received REAL NOT NULL, message BLOB NOT NULL,
+    PRIMARY KEY (round, part, client)
+) WITHOUT ROWID;
+CREATE INDEX contribution_of_client ON contribution (client, round);
+CREATE TABLE rejection (
+    id INTEGER PRIMARY KEY, round INTEGER, part INTEGER, client INTEGER, received REAL NOT NULL,
+    reason TEXT NOT NULL, n_bytes INTEGER NOT NULL, UNIQUE (round, part, client, reason, n_bytes)
+);
+CREATE TABLE round (
+    round INTEGER PRIMARY KEY, closed REAL NOT NULL, message BLOB, loss REAL,
+    first_variance REAL, variance REAL, n_perturbations INTEGER NOT NULL,
+    theta BLOB NOT NULL, hash BLOB NOT NULL
+);
+CREATE TABLE snapshot (round INTEGER PRIMARY KEY, state BLOB NOT NULL);
+CREATE TABLE evaluation (
+    round INTEGER PRIMARY KEY, loss REAL NOT NULL, accuracy REAL, n_examples INTEGER NOT NULL
+);
+"""
+
+
+class LedgerError(FwdllmError):
+    """A ledger that is missing, damaged, of another format, in use, or cannot be written."""
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What a run is. model: see ``fingerprint``.  adapter_seed: of the empty adapter.
+
+    noise_seed: secret, of differential privacy's noise.
+    """
+
+    config: FederationConfig
+    architecture: str
+    lora: LoRAConfig
+    targets: tuple[Target, ...]
+    head: Head | None
+    adapter_seed: int
+    model: dict[str, Any]
+    noise_seed: int
+
+    @staticmethod
+    def of(
+        config: FederationConfig,
+        adapter: Adapter,
+        adapter_seed: int,
+        model: dict[str, Any],
+        noise_seed: int,
+    ) -> Meta:
+        """The description of a run that starts from an empty adapter like this one."""
+        a = adapter
+        return Meta(
+            config, a.architecture, a.config, a.targets, a.head, adapter_seed, model, noise_seed
+        )
+
+    def empty_adapter(self) -> Adapter:
+        """The adapter before the first round."""
+        return Adapter.empty(
+            self.architecture, self.targets, self.lora, self.adapter_seed, cpu, self.head
+        )
+
+    def to_json(self) -> str:
+        """With the versions a reader must know."""
+        versions = {"format": FORMAT, "layout_version": LAYOUT_VERSION}
+        return json.dumps({**versions, **dataclasses.asdict(self)})
+
+    @staticmethod
+    def from_json(text: str) -> Meta:
+        """The inverse of ``to_json``; KeyError, TypeError or ValueError for anything else."""
+        raw = json.loads(text)
+        if (raw["format"], raw["layout_version"]) != (FORMAT, LAYOUT_VERSION):
+            raise ValueError(f"it is of format {raw['format']}.{raw['layout_version']}")
+        return Meta(
+            FederationConfig(**raw["config"]),
+            raw["architecture"],
+            LoRAConfig(**raw["lora"]),
+            tuple(Target(**target) for target in raw["targets"]),
+            Head(**raw["head"]) if raw["head"] else None,
+            raw["adapter_seed"],
+            raw["model"],
+            raw["noise_seed"],
+        )
+
+
+@dataclass(frozen=True)
+class Round:
+    """A closed round. message: its update, None of weights.  loss: mean of the clients' losses.
+
+    first_variance, variance: after its first part and at its end.  theta: SHA-256 of the adapter
+    after it.  hash: over everything of the run up to here.
+    """
+
+    round: int
+    closed: float
+    message: bytes | None
+    loss: float | None
+    first_variance: float | None
+    variance: float | None
+    n_perturbations: int
+    theta: bytes
+    hash: bytes = b""
+
+
+class Ledger:
+    """An open ledger. Use as a context manager, or ``close`` it.
+
+    meta: what the run is.  Errors of all methods: LedgerError.
+    """
+
+    def __init__(self, path: Path, *, writable: bool = False):
+        """Open the ledger of a run; a writable one is locked until it is closed."""
+        self.path = path
+        if not path.is_file():
+            raise LedgerError(f"there is no ledger at {path}")
+        with contextlib.ExitStack() as stack:
+            if writable:
+                stack.callback(lock(path.with_name(path.name + ".lock")).close)
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            stack.callback(self._db.close)
+            with self._errors():
+                if writable:
+                    self._db.execute("PRAGMA journal_mode = WAL")
+                    self._db.execute("PRAGMA synchronous = FULL")
+                else:
+                    self._db.execute("PRAGMA query_only = 1")
+                row = self._db.execute("SELECT json FROM meta").fetchone()
+            try:
+                self.meta = Meta.from_json(row[0])
+            except (KeyError, TypeError, ValueError, FwdllmError) as error:
+                raise LedgerError(f"{path} is no ledger this version reads: {error}") from error
+            self._resources = stack.pop_all()
+
+    @staticmethod
+    def create(path: Path, meta: Meta) -> Ledger:
+        """A new ledger; LedgerError if there is a file already. It appears whole or not at all."""
+        if path.exists():
+            raise LedgerError(f"{path} already holds a run; resume it or name another folder")
+        temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+        try:
+            # It holds a secret and what clients sent.
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            db = sqlite3.connect(temporary, isolation_level=None)
+            try:
+                db.executescript(f"BEGIN;{_SCHEMA}")
+                db.execute("INSERT INTO meta VALUES (0, ?)", (meta.to_json(),))
+                db.execute("COMMIT")
+            finally:
+                db.close()
+            os.replace(temporary, path)
+        except (OSError, sqlite3.Error) as error:
+            raise LedgerError(f"cannot write {path}: {error}") from error
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        return Ledger(path, writable=True)
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the file; nothing can be written after."""
+        self._resources.close()
+
+    # Writing
+
+    def open_part(
+        self,
+        round: int,
+        part: int,
+        now: float,
+        n_available: int,
+        assignments: Sequence[tuple[int, bytes, int]],
+    ) -> None:
+        """Record a part before anybody is asked. assignments: client, message, bytes down."""
+        with self._transaction() as db:
+            db.execute("INSERT INTO part VALUES (?, ?, ?, ?)", (round, part, now, n_available))
+            db.executemany(
+                "INSERT INTO assignment VALUES (?, ?, ?, ?, ?)",
+                [(round, part, *assignment) for assignment in assignments],
+            )
+
+    def set_bytes_down(self, round: int, part: int, client: int, n_bytes: int) -> None:
+        """What was really sent with an assignment, if it was not what had been expected."""
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE assignment SET bytes_down = ? WHERE round = ? AND part = ? AND client = ?",
+                (n_bytes, round, part, client),
+            )
+
+    def accept(self, round: int, part: int, client: int, now: float, message: bytes) -> None:
+        """Record a contribution; it is on disk when this returns."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO contribution VALUES (?, ?, ?, ?, ?)",
+                (round, part, client, now, message),
+            )
+
+    def reject(
+        self, round: int, part: int, client: int, now: float, reason: str, n_bytes: int
+    ) -> None:
+        """Record a contribution that is not used; one of equal particulars only once."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT OR IGNORE INTO rejection VALUES (NULL, ?, ?, ?, ?, ?, ?)",
+                (round, part, client, now, reason, n_bytes),
+            )
+
+    def close_round(self, closed: Round, snapshot: bytes | None) -> None:
+        """Record an update, chained to the rounds before it, and the state after it if given."""
+        chained = self.chain(closed)
+        with self._transaction() as db:
+            row = dataclasses.astuple(dataclasses.replace(closed, hash=chained))
+            db.execute("INSERT INTO round VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            if snapshot is not None:
+                db.execute("INSERT INTO snapshot VALUES (?, ?)", (closed.round + 1, snapshot))
+
+    def evaluated(self, round: int, loss: float, accuracy: float | None, n_examples: int) -> None:
+        """Record a held-out evaluation after ``round`` rounds."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO evaluation VALUES (?, ?, ?, ?)",
+                (round, loss, accuracy, n_examples),
+            )
+
+    # Reading
+
+    def rounds(self, first: int = 0) -> list[Round]:
+        """Closed rounds from ``first`` on."""
+        query = "SELECT * FROM round WHERE round >= ? ORDER BY round"
+        return [Round(*row) for row in self._all(query, first)]
+
+    @property
+    def n_rounds(self) -> int:
+        """How many rounds are closed."""
+        return int(self._all("SELECT count(*) FROM round")[0][0])
+
+    def parts(self, round: int) -> list[tuple[int, float, int]]:
+        """Parts of a round that have been opened: number, time, clients available."""
+        return self._all(
+            "SELECT part, opened, n_available FROM part WHERE round = ? ORDER BY part", round
+        )
+
+    def available(self) -> list[int]:
+        """Clients available in each part of all rounds so far."""
+        return [row[0] for row in self._all("SELECT n_available FROM part ORDER BY round, part")]
+
+    def assignments(self, round: int, part: int) -> list[tuple[int, bytes]]:
+        """Client and message of a part, by client."""
+        return self._all(
+            "SELECT client, message FROM assignment WHERE round = ? AND part = ? ORDER BY client",
+            round,
+            part,
+        )
+
+    def assignment(self, round: int, part: int, client: int) -> bytes | None:
+        """The message of one assignment, if there is one."""
+        found = self._all(
+            "SELECT message FROM assignment WHERE round = ? AND part = ? AND client = ?",
+            round,
+            part,
+            client,
+        )
+        return found[0][0] if found else None
+
+    def contributions(self, round: int, part: int) -> list[tuple[int, bytes]]:
+        """Client and message of a part's accepted contributions, by client."""
+        return self._all(
+            "SELECT client, message FROM contribution WHERE round = ? AND part = ? ORDER BY client",
+            round,
+            part,
+        )
+
+    def arrivals(self, round: int, part: int) -> list[float]:
+        """When a part's accepted contributions came."""
+        query = "SELECT received FROM contribution WHERE round = ? AND part = ?"
+        return [row[0] for row in self._all(query, round, part)]
+
+    def has_contribution(self, round: int, part: int, client: int) -> bool:
+        """Whether a client's contribution has been accepted."""
+        return bool(
+            self._all(
+                "SELECT 1 FROM contribution WHERE round = ? AND part = ? AND client = ?",
+                round,
+                part,
+                client,
+            )
+        )
+
+    def last_round_of(self, client: int) -> int | None:
+        """The last round to which a client contributed: it had the state before it."""
+        query = "SELECT max(round) FROM contribution WHERE client = ?"
+        found: int | None = self._all(query, client)[0][0]
+        return found
+
+    def messages_size(self, first: int) -> int | None:
+        """Bytes of the updates of rounds from ``first`` on; None if one has no message."""
+        count, whole, size = self._all(
+            "SELECT count(*), count(message), sum(length(message) + 4) FROM round WHERE round >= ?",
+            first,
+        )[0]
+        return None if whole < count else int(size or 0)
+
+    def snapshot(self, most: int | None = None) -> bytes | None:
+        """The state of the latest snapshot, of at most ``most`` rounds, if there is one."""
+        query = "SELECT state FROM snapshot WHERE round <= ? ORDER BY round DESC LIMIT 1"
+        found = self._all(query, 2**62 if most is None else most)
+        return found[0][0] if found else None
+
+    def rejections(self) -> list[tuple[int, int, int, str]]:
+        """Round, part, client and reason of each."""
+        return self._all("SELECT round, part, client, reason FROM rejection ORDER BY id")
+
+    def evaluations(self) -> list[tuple[int, float, float | None, int]]:
+        """Rounds, loss, accuracy and examples of each."""
+        return self._all("SELECT * FROM evaluation ORDER BY round")
+
+    def traffic(self) -> list[tuple[int, int, int, int]]:
+        """Of each round: the round, clients asked, bytes down and bytes up."""
+        return self._all(
+            "SELECT a.round, count(*), sum(a.bytes_down), coalesce(sum(length(c.message)), 0)"
+            " FROM assignment a LEFT JOIN contribution c USING (round, part, client)"
+            " GROUP BY a.round ORDER BY a.round"
+        )
+
+    def traffic_by_client(self) -> list[tuple[int, int, int, int, int]]:
+        """Of each client: the client, times asked, answers accepted, bytes down and bytes up."""
+        return self._all(
+            "SELECT a.client, count(*), count(c.message), sum(a.bytes_down),"
+            " coalesce(sum(length(c.message)), 0)"
+            " FROM assignment a LEFT JOIN contribution c USING (round, part, client)"
+            " GROUP BY a.client ORDER BY a.client"
+        )
+
+    def chain(self, closed: Round) -> bytes:
+        """The hash of a round: SHA-256 over that before it and all that led to its update."""
+        before = self._all("SELECT hash FROM round WHERE round = ?", closed.round - 1)
+        digest = hashlib.sha256(before[0][0] if before else self.meta.to_json().encode())
+        for part, _, n_available in self.parts(closed.round):
+            _feed(digest, closed.round, part, n_available)
+            for rows in (
+                self.assignments(closed.round, part),
+                self.contributions(closed.round, part),
+            ):
+                _feed(digest, len(rows))
+                for client, message in rows:
+                    _feed(digest, client, len(message))
+                    digest.update(message)
+        message = closed.message or b""
+        _feed(digest, len(message))
+        digest.update(message)
+        digest.update(closed.theta)
+        return digest.digest()
+
+    def check_file(self) -> None:
+        """LedgerError if SQLite finds the file damaged."""
+        found = self._all("PRAGMA integrity_check")
+        if found != [("ok",)]:
+            raise LedgerError(f"{self.path} is damaged: {found[0][0]}")
+
+    def _all(self, query: str, *values: Any) -> list[Any]:
+        with self._errors():
+            return self._db.execute(query, values).fetchall()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._errors():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:  # a full disk may have rolled back already
+                    self._db.execute("ROLLBACK")
+                raise
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise LedgerError(f"cannot use the ledger {self.path}: {error}") from error
+
+
+def theta_hash(theta: np.ndarray) -> bytes:
+    """SHA-256 of an adapter's parameters."""
+    return hashlib.sha256(np.ascontiguousarray(theta, "<f4").tobytes()).digest()
+
+
+def _feed(digest: Any, *numbers: int) -> None:
+    for number in numbers:
+        digest.update(number.to_bytes(8, "little"))

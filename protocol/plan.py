@@ -1,0 +1,166 @@
+"""Who does what in a part of a round: a pure function of the settings and the server's state.
+
+A round asks for perturbations of one state of the adapter, in one part or, where pacing wants
+more, in several; every part asks clients anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fwdllm.engine.errors import ConfigError
+from fwdllm.protocol.federation import MAX_CLIENTS, FederationConfig
+from fwdllm.protocol.seeds import MAX_INDEX, client_keys, derive_seeds, head_seeds
+from fwdllm.protocol.space import Layers, Space
+
+# Seeds of a part are those from here on; 64 parts fit the 2^28 of a round.
+_PART_SEEDS = 1 << 22
+
+
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """What one client is asked for in a part of a round.
+
+    layers: its scope.  seeds: uint64 [local_steps, perturbations]; head_seeds: uint64
+    [local_steps, head_perturbations], without columns where there is no head.
+    batch_seed, first_step: its batches are those of these steps of the order ``batch_indices``
+    gives its own examples.
+    """
+
+    round: int
+    part: int
+    client: int
+    layers: Layers
+    seeds: np.ndarray
+    head_seeds: np.ndarray
+    batch_seed: int
+    first_step: int
+
+
+def plan_part(
+    config: FederationConfig,
+    space: Space,
+    round: int,
+    part: int,
+    clients: Sequence[int],
+    gradient: np.ndarray | None,
+) -> list[Assignment]:
+    """Assignments of a part, by client; none if no client is chosen.
+
+    clients: numbers of those that can be asked, below 2^22.  gradient: the last one, float32
+    [space.size], or None before the first update.
+    """
+    chosen = choose(config, round, part, clients)
+    if not chosen:
+        return []
+    keys = client_keys(config.seed, round, max(chosen) + 1)
+    scopes = deal(space.layers, len(chosen), round) if config.split else [None] * len(chosen)
+    seeds = _seeds(config, space, round, part, scopes, gradient)
+    of_head = _head_seeds(config, space, round, part, len(chosen))
+    first = part * config.local_steps
+    return [
+        Assignment(round, part, client, layers, own, head, int(keys[client]), first)
+        for client, layers, own, head in zip(chosen, scopes, seeds, of_head, strict=True)
+    ]
+
+
+def choose(config: FederationConfig, round: int, part: int, clients: Sequence[int]) -> list[int]:
+    """Clients of a part, ascending: per_round of them at random, those not asked before first.
+
+    Under differential privacy each takes part with probability per_round / len(clients), which is
+    what the accountant assumes.
+    """
+    clients = sorted(clients)
+    if not clients:
+        return []
+    if not 0 <= clients[0] <= clients[-1] < MAX_CLIENTS:
+        raise ConfigError(f"clients are numbered from 0 to {MAX_CLIENTS - 1}")
+    n = clients[-1] + 1
+    if config.sigma > 0:
+        if (part + 1) * n > MAX_INDEX:
+            raise ConfigError(f"{n} clients are too many for {part + 1} private parts of a round")
+        keys = client_keys(config.seed, round, n, part * n)[clients]
+        share = config.per_round / len(clients)
+        taken = keys < np.uint64(min(share, 1) * (2**64 - 1)) if share < 1 else keys >= 0
+        return [client for client, is_taken in zip(clients, taken, strict=True) if is_taken]
+    order = np.argsort(client_keys(config.seed, round, n)[clients], kind="stable")
+    size = min(config.per_round, len(clients))
+    at = (part * size + np.arange(size)) % len(clients)
+    return sorted(clients[i] for i in order[at])
+
+
+def deal(layers: Sequence[int], n_clients: int, round: int) -> list[Layers]:
+    """Scopes of clients that cover all layers (Spry, arXiv 2405.15551, section 3.1).
+
+    Layers go round: fewer clients than layers have several each, more share them.
+    """
+    n = len(layers)
+    if n_clients <= n:
+        return [tuple(layers[i::n_clients]) for i in range(n_clients)]
+    return [(layers[(i + round * n_clients) % n],) for i in range(n_clients)]
+
+
+def _seeds(
+    config: FederationConfig,
+    space: Space,
+    round: int,
+    part: int,
+    scopes: Sequence[Layers],
+    gradient: np.ndarray | None,
+) -> list[np.ndarray]:
+    shape = (config.local_steps, config.perturbations)
+    each, n, first = shape[0] * shape[1], len(scopes), part * _PART_SEEDS
+    if config.seeds == "shared":
+        return [derive_seeds(config.seed, round, each, first).reshape(shape)] * n
+    if n * each * config.candidates > _PART_SEEDS:
+        raise ConfigError(f"a part of a round has at most {_PART_SEEDS} seeds and candidates")
+    if config.seeds == "pool":
+        pool = derive_seeds(config.seed, 0, config.pool_size)
+        drawn = derive_seeds(config.seed, round + 1, n * each, first) % np.uint64(len(pool))
+        return list(pool[drawn].reshape(n, *shape))
+    m = config.candidates if gradient is not None else 1
+    drawn = derive_seeds(config.seed, round, n * each * m, first)
+    if m == 1:
+        return list(drawn.reshape(n, *shape))
+    return _discriminate(config, space, drawn, scopes, gradient)
+
+
+def _discriminate(
+    config: FederationConfig,
+    space: Space,
+    drawn: np.ndarray,
+    scopes: Sequence[Layers],
+    gradient: np.ndarray,
+) -> list[np.ndarray]:
+    """Of each scope's seeds those along the last gradient (FwdLLM, section 3.3).
+
+    All directions are about equally long, so the products order them as cosines do.
+    """
+    shape = (config.local_steps, config.perturbations)
+    each = shape[0] * shape[1]
+    own = drawn.reshape(len(scopes), each * config.candidates)
+    found: list[np.ndarray] = [np.empty(0)] * len(scopes)
+    for layers in dict.fromkeys(scopes):
+        members = [i for i, scope in enumerate(scopes) if scope == layers]
+        seeds = own[members].ravel()
+        order = np.argsort(-space.dot(gradient, layers, seeds), kind="stable")
+        # Dealt like cards, so that every client has good ones.
+        best = seeds[order[: len(members) * each]].reshape(each, len(members)).T
+        for i, kept in zip(members, best, strict=True):
+            found[i] = np.ascontiguousarray(kept).reshape(shape)
+    return found
+
+
+def _head_seeds(
+    config: FederationConfig, space: Space, round: int, part: int, n: int
+) -> list[np.ndarray]:
+    shape = (config.local_steps, config.head_perturbations if space.adapter.n_head else 0)
+    each, first = shape[0] * shape[1], part * _PART_SEEDS
+    if config.seeds == "shared":
+        return [head_seeds(config.seed, round, each, first).reshape(shape)] * n
+    if n * each > _PART_SEEDS:
+        raise ConfigError(f"a part of a round has at most {_PART_SEEDS} seeds of a head")
+    return list(head_seeds(config.seed, round, n * each, first).reshape(n, *shape))

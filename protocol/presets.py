@@ -1,0 +1,146 @@
+"""Settings of the papers, by name; each says what its paper used and what differs here.
+
+Learning rates are ours: they depend on the adapter and the model, and the papers' are for theirs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fwdllm.engine.errors import ConfigError
+from fwdllm.protocol.federation import FederationConfig
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # FwdLLM (arXiv 2308.13894): central differences with h = 0.01, batch 8 of 64 tokens, 100 of
+    # 1,000 clients a round, perturbations picked 1 of 10 by the cosine with the last gradient,
+    # more of them until the variance is below a threshold (0.1 to 0.2 there, in units of its
+    # gradients; calibrated here), SGD with linear warmup and decay.
+    "fwdllm": {
+        "per_round": 100,
+        "perturbations": 1,
+        "batch_size": 8,
+        "max_tokens": 64,
+        "method": "central",
+        "epsilon": 1e-2,
+        "pacing": True,
+        "candidates": 10,
+        "optimizer": "sgd",
+        "learning_rate": 1e-2,
+        "schedule": "linear",
+    },
+    # Spry (arXiv 2405.15551): exact directional derivatives, layers split among clients, one
+    # perturbation for each batch of 8, Yogi on the server. Per-iteration mode: scalars go up.
+    "spry": {
+        "per_round": 100,
+        "perturbations": 1,
+        "batch_size": 8,
+        "method": "forward-ad",
+        "split": True,
+        "optimizer": "yogi",
+        "learning_rate": 1e-2,
+        "eps": 1e-3,
+        "beta2": 0.99,
+        "schedule": "constant",
+    },
+    # Spry's per-epoch mode: clients make local steps of AdamW on their layers and upload those.
+    "spry-epoch": {
+        "per_round": 10,
+        "upload": "weights",
+        "local_steps": 8,
+        "perturbations": 1,
+        "batch_size": 8,
+        "method": "forward-ad",
+        "split": True,
+        "client_optimizer": "adamw",
+        "client_learning_rate": 1e-3,
+        "optimizer": "yogi",
+        "learning_rate": 1e-2,
+        "eps": 1e-3,
+        "beta2": 0.99,
+        "schedule": "constant",
+    },
+    # P-RGE (arXiv 2409.15520): many perturbations of LoRA-FA in one batched pass of
+    # both sides of a central difference; here the same for all clients.
+    "p-rge": {
+        "per_round": 100,
+        "seeds": "shared",
+        "perturbations": 16,
+        "batch_size": 16,
+        "method": "central",
+        "epsilon": 1e-2,
+        "directions": "lora-fa",
+        "optimizer": "sgd",
+        "learning_rate": 1e-2,
+    },
+    # MeZO (arXiv 2305.17333) in a federation: one shared direction a round, eps = 1e-3, batch 16,
+    # constant SGD.
+    "mezo": {
+        "per_round": 100,
+        "seeds": "shared",
+        "perturbations": 1,
+        "batch_size": 16,
+        "method": "central",
+        "epsilon": 1e-3,
+        "optimizer": "sgd",
+        "learning_rate": 1e-3,
+        "schedule": "constant",
+    },
+    # FedKSeed (arXiv 2312.06353): local steps along a pool of K = 4,096 seeds, 200 of them a
+    # round there, 5% of the clients, scalars of all steps go up.
+    "fedkseed": {
+        "per_round": 50,
+        "upload": "steps",
+        "seeds": "pool",
+        "pool_size": 4096,
+        "local_steps": 200,
+        "perturbations": 1,
+        "head_perturbations": 1,
+        "batch_size": 8,
+        "method": "central",
+        "epsilon": 1e-3,
+        "client_learning_rate": 1e-3,
+        "optimizer": "sgd",
+        "learning_rate": 1.0,
+        "schedule": "constant",
+    },
+    # FedAvg of adapters (McMahan et al., arXiv 1602.05629), with forward gradients on the clients.
+    "fedavg": {
+        "per_round": 10,
+        "upload": "weights",
+        "local_steps": 10,
+        "perturbations": 8,
+        "batch_size": 8,
+        "method": "forward-ad",
+        "client_optimizer": "sgd",
+        "client_learning_rate": 1e-2,
+        "optimizer": "sgd",
+        "learning_rate": 1.0,
+        "schedule": "constant",
+    },
+    # DPZero (arXiv 2310.09639): shared signs, the clipped scalar with Gaussian noise.
+    "dpzero": {
+        "per_round": 100,
+        "seeds": "shared",
+        "perturbations": 8,
+        "directions": "rademacher",
+        "batch_size": 8,
+        "method": "forward-ad",
+        "weighted": False,
+        "clip": 10.0,
+        "sigma": 1.0,
+        "optimizer": "sgd",
+        "learning_rate": 1e-2,
+        "schedule": "constant",
+    },
+}
+
+
+def preset(name: str, **changes: Any) -> FederationConfig:
+    """The settings of a preset with changes; ``rounds`` must be among them. Errors: ConfigError."""
+    if name not in PRESETS:
+        raise ConfigError(f"presets are {', '.join(PRESETS)}; there is no {name!r}")
+    known = FederationConfig.__dataclass_fields__
+    for change in changes:
+        if change not in known:
+            raise ConfigError(f"there is no setting {change!r}; docs/federated.md lists them")
+    return FederationConfig(**{**PRESETS[name], **changes})

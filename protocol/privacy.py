@@ -1,0 +1,58 @@
+"""Differential privacy on the scalars (DPZero, arXiv 2310.09639), accounted by dp-accounting.
+
+A client's scalars of a part are clipped together to L2 norm ``clip``; the server adds them up with
+Gaussian noise of deviation ``sigma * clip`` on each sum and divides by a fixed number. Each client
+takes part with a fixed probability, so a part is a Poisson-sampled Gaussian mechanism and what is
+protected is a client with all its data. The server is trusted; what it publishes is protected.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from fwdllm.engine.errors import ConfigError
+from fwdllm.kernels import cpu
+from fwdllm.protocol.federation import FederationConfig
+
+# Orders at which dp-accounting's default accountant looks, extended for small epsilons.
+_ORDERS = [1 + x / 10.0 for x in range(1, 100)] + list(range(11, 64)) + [128, 256, 512, 1024]
+
+
+def private_sum(rows: np.ndarray, clip: float, sigma: float, noise_seed: int) -> np.ndarray:
+    """The sum of clipped rows [n, k] with noise: float64 [k].
+
+    noise_seed: a 64-bit number that the server alone knows and uses once.
+    """
+    rows = rows.astype(np.float64)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    clipped = rows * np.minimum(1, clip / np.maximum(norms, np.finfo(np.float64).tiny))
+    noise = cpu.normal(noise_seed, 0, rows.shape[1]).astype(np.float64)
+    return clipped.sum(axis=0) + sigma * clip * noise
+
+
+def epsilon(config: FederationConfig, available: Sequence[int]) -> float | None:
+    """What published parts cost at ``config.delta``; None without noise.
+
+    available: of each part, the clients of which config.per_round took part on average.
+
+    ConfigError where dp-accounting is not installed.
+    """
+    if config.sigma == 0:
+        return None
+    try:
+        import dp_accounting
+        from dp_accounting import rdp
+    except ImportError:
+        raise ConfigError(
+            "differential privacy needs dp-accounting: pip install 'fwdllm[federation]'"
+        ) from None
+
+    accountant = rdp.RdpAccountant(_ORDERS)
+    for n_clients, n_parts in Counter(available).items():
+        share = min(1.0, config.per_round / n_clients)
+        noise = dp_accounting.GaussianDpEvent(config.sigma)
+        accountant.compose(dp_accounting.PoissonSampledDpEvent(share, noise), n_parts)
+    return float(accountant.get_epsilon(config.delta))

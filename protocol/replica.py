@@ -1,0 +1,122 @@
+"""The state that updates move: the server's, a client's copy of it, or one that is replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from fwdllm.engine.adapter import Adapter
+from fwdllm.engine.errors import NumericsError
+from fwdllm.protocol.aggregate import Sums, Term
+from fwdllm.protocol.descent import descend
+from fwdllm.protocol.federation import FederationConfig
+from fwdllm.protocol.optimizers import OptimizerState
+from fwdllm.protocol.schedule import lr_factor
+from fwdllm.protocol.space import Space
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """What a round does to the adapter, given its state before.
+
+    terms: those of its gradient, in order.  vector: the gradient itself, float32 [space.size],
+    where clients upload weights. Without either the round changed nothing.
+    """
+
+    round: int
+    terms: tuple[Term, ...] = ()
+    vector: np.ndarray | None = None
+
+    @property
+    def empty(self) -> bool:
+        return not self.terms and self.vector is None
+
+
+class Replica:
+    """An adapter after ``round`` rounds. theta: of the adapter, changed in place.
+
+    optimizer: the server's averages.  gradient: of the last round that had one, or None.
+    """
+
+    def __init__(self, config: FederationConfig, adapter: Adapter) -> None:
+        self.config = config
+        self.space = Space(adapter, config)
+        self.round = 0
+        self.optimizer = OptimizerState.initial(config.optimizer_config(), self.space.size)
+        self.gradient: np.ndarray | None = None
+
+    @property
+    def theta(self) -> np.ndarray:
+        return self.space.adapter.theta
+
+    def apply(self, update: Update, gradient: np.ndarray | None = None) -> None:
+        """Step to the state after ``update``.
+
+        gradient: of the update, if it is known already.  ValueError for an update of another
+        round; NumericsError, with everything as it was, if the step is not finite.
+        """
+        if update.round != self.round:
+            raise ValueError(f"an update of round {update.round} does not follow {self.round}")
+        if not update.empty:
+            self._step(self.gradient_of(update) if gradient is None else gradient)
+        self.round += 1
+
+    def gradient_of(self, update: Update) -> np.ndarray:
+        """The update's gradient: float32 [space.size]."""
+        if update.vector is not None:
+            return update.vector
+        sums = Sums(self.space)
+        sums.add(update.terms)
+        return sums.gradient()
+
+    def rates(self) -> tuple[float, float]:
+        """Learning rates of the next update, of the adapter and of the head."""
+        config = self.config
+        factor = lr_factor(self.round, config.rounds, config.warmup, config.schedule)
+        base = config.learning_rate
+        head = base if config.head_learning_rate is None else config.head_learning_rate
+        return base * factor, head * factor
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """The state as plain arrays."""
+        optimizer = {f"optimizer.{k}": v for k, v in self.optimizer.to_arrays().items()}
+        arrays = {"round": np.array(self.round, np.int64), "theta": self.theta, **optimizer}
+        return arrays if self.gradient is None else {**arrays, "gradient": self.gradient}
+
+    def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take a state of ``to_arrays``; ValueError if it is of another run."""
+        theta, gradient = arrays["theta"], arrays.get("gradient")
+        if theta.shape != self.theta.shape or theta.dtype != np.float32:
+            raise ValueError(f"{theta.size} adapter weights are not {self.theta.size}")
+        if gradient is not None and gradient.shape != (self.space.size,):
+            raise ValueError(f"a gradient of {gradient.size} is not {self.space.size}")
+        saved = {k.removeprefix("optimizer."): v for k, v in arrays.items() if "." in k}
+        config = self.config.optimizer_config()
+        self.optimizer = OptimizerState.from_arrays(config, self.space.size, saved)
+        self.gradient = None if gradient is None else gradient.copy()
+        self.theta[:] = theta
+        self.round = int(arrays["round"])
+
+    def _step(self, gradient: np.ndarray) -> None:
+        before = self.theta.copy(), self.optimizer
+        self.optimizer = OptimizerState(
+            self.optimizer.step, {k: v.copy() for k, v in self.optimizer.slots.items()}
+        )
+        directions = self.space.directions(None)
+        with np.errstate(over="ignore", invalid="ignore"):
+            descend(
+                self.space.adapter,
+                directions,
+                self.config.optimizer_config(),
+                self.optimizer,
+                gradient,
+                *self.rates(),
+            )
+        if not np.isfinite(self.theta).all():
+            self.theta[:], self.optimizer = before
+            raise NumericsError(
+                f"round {self.round + 1} made adapter weights infinite; lower the learning rate"
+            )
+        self.gradient = gradient

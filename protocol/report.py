@@ -1,0 +1,62 @@
+"""What a client sends back, and whether the server may use it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from fwdllm.protocol.federation import FederationConfig
+from fwdllm.protocol.plan import Assignment
+from fwdllm.protocol.space import Space
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """A client's answer to an assignment.
+
+    n_examples: in its batches.  n_tokens: lane-tokens forwarded.  seconds: of its own clock.
+    loss: mean of its batches in nats, at their start.
+    derivatives: float32 [local_steps, perturbations], head_derivatives: float32 [local_steps,
+    head_perturbations], slopes of the loss along the assignment's seeds.
+    vector: float32, how far its share of the adapter came towards the gradient, before - after in
+    the order of ``Space.pack``, where clients upload weights; None elsewhere.
+    """
+
+    round: int
+    part: int
+    n_examples: int
+    n_tokens: int
+    seconds: float
+    loss: float
+    derivatives: np.ndarray
+    head_derivatives: np.ndarray
+    vector: np.ndarray | None = None
+
+
+def expected_shapes(
+    config: FederationConfig, space: Space, assignment: Assignment
+) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Shapes of derivatives and head_derivatives of an answer, and the size of its vector."""
+    if config.upload == "weights":
+        return (0, 0), (0, 0), space.packed_size(assignment.layers)
+    return assignment.seeds.shape, assignment.head_seeds.shape, 0
+
+
+def fault(config: FederationConfig, report: Report) -> str | None:
+    """Why a report may not be used, in a few words, or None."""
+    most = config.batch_size * config.local_steps
+    if not 1 <= report.n_examples <= most:
+        return f"{report.n_examples} examples are not between 1 and {most}"
+    if not math.isfinite(report.loss):
+        return f"loss is {report.loss}"
+    arrays = {"derivative": report.derivatives, "head derivative": report.head_derivatives}
+    if report.vector is not None:
+        arrays["weight"] = report.vector
+    for name, values in arrays.items():
+        if values.size and not np.isfinite(values).all():
+            return f"a {name} is not finite"
+        if values.size and (largest := float(np.abs(values).max())) > config.max_derivative:
+            return f"a {name} of {largest:.3g} is beyond {config.max_derivative:g}"
+    return None

@@ -1,0 +1,327 @@
+"""The server of a run: plans rounds, takes reports, makes updates, and writes all of it down.
+
+It has no sockets and no clock: a transport asks ``open_part`` whom to ask, hands what comes back to
+``receive``, and calls ``close_part`` when everybody has answered or the deadline has passed. A
+server made from a ledger goes on where the last one stopped, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from fwdllm.protocol import wire
+from fwdllm.protocol.aggregate import Answer, Sums, Term, mean_vector, terms_of
+from fwdllm.protocol.ledger import Ledger, Round, theta_hash
+from fwdllm.protocol.pacing import enough, variance
+from fwdllm.protocol.plan import Assignment, plan_part
+from fwdllm.protocol.replica import Replica, Update
+from fwdllm.protocol.report import expected_shapes, fault
+from fwdllm.protocol.seeds import derive_seeds
+from fwdllm.protocol.wire import WireError
+
+
+@dataclass(frozen=True)
+class Closed:
+    """A round that has ended. loss: mean of clients' losses; None, as variance, if unknown.
+
+    n_asked, n_accepted: clients.  n_perturbations: scalars of the adapter used.  n_tokens:
+    lane-tokens of clients, seconds of them.  moved: whether the adapter did.
+    """
+
+    round: int
+    parts: int
+    n_asked: int
+    n_accepted: int
+    n_perturbations: int
+    n_tokens: int
+    seconds: float
+    loss: float | None
+    variance: float | None
+    moved: bool
+
+
+class Server:
+    """See the module. round: how many are closed.  replica: the state after them."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger, self.config = ledger, ledger.meta.config
+        self.replica = restore(ledger)
+        self._sums: Sums | None = None
+        self._terms: list[Term] = []
+        self._variances: list[float | None] = []
+        self._part = -1
+        self._lost: set[int] = set()
+        self._resume_round()
+
+    @property
+    def round(self) -> int:
+        return self.replica.round
+
+    @property
+    def done(self) -> bool:
+        return self.round >= self.config.rounds
+
+    @property
+    def part(self) -> int:
+        """The part that is open, -1 between rounds."""
+        return self._part
+
+    @property
+    def opened(self) -> float:
+        """When the open part was opened."""
+        return self.ledger.parts(self.round)[-1][1]
+
+    def outstanding(self) -> list[int]:
+        """Clients of the open part that have not answered."""
+        part = self.round, self._part
+        answered = {client for client, _ in self.ledger.contributions(*part)}
+        return [client for client, _ in self.ledger.assignments(*part) if client not in answered]
+
+    def arrivals(self) -> list[float]:
+        """When the open part's accepted contributions came."""
+        return self.ledger.arrivals(self.round, self._part)
+
+    def open_part(self, clients: Sequence[int], now: float) -> list[Assignment]:
+        """Whom to ask now: of the open part those who have not answered, else of a new one.
+
+        clients: those that can be asked; a part waits for others only until it is closed.
+        """
+        if self._part < 0 or self._part_is_closed:
+            self._new_part(clients, now)
+        waiting = set(clients).intersection(self.outstanding())
+        return [
+            wire.decode_assignment(message, client)
+            for client, message in self.ledger.assignments(self.round, self._part)
+            if client in waiting
+        ]
+
+    def synchronize(self, client: int) -> bytes:
+        """What brings a client to the state its assignment is about; "" if it is there already.
+
+        The updates since the round it last contributed to, or the state, whichever is smaller. A
+        client that has never contributed starts from the empty adapter.
+        """
+        first = self._base(client)
+        size = self.ledger.messages_size(first) if first is not None else None
+        if size is None or size > self._state_size:
+            return wire.encode_many([wire.encode_state(self._public_state())])
+        messages = [r.message or b"" for r in self.ledger.rounds(first or 0)]
+        return wire.encode_many(messages)
+
+    def synchronization_size(self, client: int) -> int:
+        """Bytes of ``synchronize``, without making it."""
+        first = self._base(client)
+        size = self.ledger.messages_size(first) if first is not None else None
+        return 6 + (self._state_size if size is None else min(size, self._state_size))
+
+    def forget(self, client: int) -> None:
+        """A client has lost its state, so the next time it is sent all of it."""
+        self._lost.add(client)
+
+    def receive(self, client: int, data: bytes, now: float) -> str | None:
+        """Take a client's report, or reject it and say why. Either is on disk on return."""
+        reason, round, part = self._examine(client, data)
+        if reason is None:
+            self.ledger.accept(round, part, client, now, data)
+            self._lost.discard(client)
+        else:
+            self.ledger.reject(round, part, client, now, reason, len(data))
+        return reason
+
+    def close_part(self, now: float) -> Closed | None:
+        """End the open part: None if the round goes on with another one, else what it came to."""
+        config, part = self.config, self._part
+        asked = self.ledger.assignments(self.round, part)
+        answers = self._answers(self.round, part)
+        self._take(answers, part)
+        self._part_is_closed = True
+        is_last = part + 1 >= config.max_parts
+        if len(answers) < math.ceil(config.quorum * len(asked)) and not is_last:
+            return None
+        firsts = [r.first_variance for r in self.ledger.rounds() if r.first_variance is not None]
+        if not enough(config, part, self._variances[-1], firsts):
+            return None
+        return self._close_round(now)
+
+    @cached_property
+    def _state_size(self) -> int:  # the same after every round
+        return len(wire.encode_state(self._public_state())) + 4
+
+    def _public_state(self) -> dict[str, np.ndarray]:
+        arrays = self.replica.to_arrays()
+        arrays.pop("gradient", None)  # only the server chooses seeds by it
+        return arrays
+
+    def _base(self, client: int) -> int | None:
+        """The round whose state a client has."""
+        if client in self._lost:
+            return None
+        return self.ledger.last_round_of(client) or 0
+
+    def _new_part(self, clients: Sequence[int], now: float) -> None:
+        part = self._part + 1
+        space, gradient = self.replica.space, self.replica.gradient
+        planned = plan_part(self.config, space, self.round, part, clients, gradient)
+        rows = []
+        for assignment in planned:
+            message = wire.encode_assignment(assignment)
+            down = len(message) + self.synchronization_size(assignment.client)
+            rows.append((assignment.client, message, down))
+        self.ledger.open_part(self.round, part, now, len(clients), rows)
+        self._part, self._part_is_closed = part, False
+
+    def _examine(self, client: int, data: bytes) -> tuple[str | None, int, int]:
+        """Why a report is not used, if so, and the round and part that it is of or came in."""
+        here = self.round, max(self._part, 0)
+        most = self._largest_report
+        if len(data) > most:
+            return f"malformed: {len(data)} bytes instead of at most {most}", *here
+        try:
+            report = wire.decode_report(data)
+        except WireError as error:
+            return f"malformed: {error}", *here
+        round, part = report.round, report.part
+        message = self.ledger.assignment(round, part, client)
+        if message is None:
+            return "foreign: it was not asked for", *here
+        if self.ledger.has_contribution(round, part, client):
+            return "duplicate" if (round, part) == (self.round, self._part) else "replayed", *here
+        if (round, part) != (self.round, self._part) or self._part_is_closed:
+            return "late", round, part
+        assignment = wire.decode_assignment(message, client)
+        slopes, head, vector = expected_shapes(self.config, self.replica.space, assignment)
+        shapes = report.derivatives.shape, report.head_derivatives.shape
+        found = 0 if report.vector is None else report.vector.size
+        if (*shapes, found) != (slopes, head, vector):
+            return f"malformed: scalars {shapes[0]}, {shapes[1]}, {found} weights", round, part
+        return fault(self.config, report), round, part
+
+    @property
+    def _largest_report(self) -> int:
+        """Bytes of the largest report that the open part may get."""
+        config, n_head = self.config, self.replica.space.adapter.n_head
+        if config.upload == "weights":
+            return wire.report_size(((0, 0), (0, 0), self.replica.space.size))
+        slopes = config.local_steps, config.perturbations
+        head = config.local_steps, config.head_perturbations if n_head else 0
+        return wire.report_size((slopes, head, 0))
+
+    def _answers(self, round: int, part: int) -> list[Answer]:
+        return answers_of(self.ledger, round, part)
+
+    def _take(self, answers: Sequence[Answer], part: int) -> None:
+        """Pool a part's answers with those of the round's parts before it."""
+        if self.config.upload == "weights":
+            self._variances.append(None)
+            return
+        terms = part_terms(self.ledger, self.round, part, answers)
+        if self._sums is None:
+            self._sums = Sums(self.replica.space)
+        self._sums.add(terms)
+        self._terms += terms
+        self._variances.append(variance(self._sums))
+
+    def _close_round(self, now: float) -> Closed:
+        parts = range(self._part + 1)
+        answers = [answer for part in parts for answer in self._answers(self.round, part)]
+        update, gradient = self._update(answers)
+        self.replica.apply(update, gradient)
+        losses = [report.loss for _, report in answers]
+        loss = float(np.mean(losses)) if losses else None
+        n_perturbations = sum(a.seeds.size for a, _ in answers)
+        closed = Round(
+            update.round,
+            now,
+            None if update.vector is not None else wire.encode_update(update),
+            loss,
+            self._variances[0],
+            self._variances[-1],
+            n_perturbations,
+            theta_hash(self.replica.theta),
+        )
+        due = self.round % self.config.snapshot_every == 0 or self.done
+        snapshot = wire.encode_state(self.replica.to_arrays()) if due else None
+        self.ledger.close_round(closed, snapshot)
+        n_asked = sum(len(self.ledger.assignments(update.round, part)) for part in parts)
+        result = Closed(
+            self.round,
+            len(parts),
+            n_asked,
+            len(answers),
+            n_perturbations,
+            sum(report.n_tokens for _, report in answers),
+            sum(report.seconds for _, report in answers),
+            loss,
+            closed.variance,
+            not update.empty,
+        )
+        self._between_rounds()
+        return result
+
+    def _update(self, answers: Sequence[Answer]) -> tuple[Update, np.ndarray | None]:
+        if self.config.upload == "weights":
+            vector = mean_vector(self.config, self.replica.space, answers)
+            return Update(self.round, (), vector), vector
+        gradient = self._sums.gradient() if self._terms and self._sums else None
+        return Update(self.round, tuple(self._terms)), gradient
+
+    def _between_rounds(self) -> None:
+        self._part, self._part_is_closed = -1, False
+        self._sums, self._terms, self._variances = None, [], []
+
+    def _resume_round(self) -> None:
+        """Take up the open round, if there is one: all parts but its last are closed."""
+        self._between_rounds()
+        parts = self.ledger.parts(self.round)
+        for part, _, _ in parts[:-1]:
+            self._take(self._answers(self.round, part), part)
+        self._part = len(parts) - 1
+
+
+def answers_of(ledger: Ledger, round: int, part: int) -> list[Answer]:
+    """Assignments and accepted reports of a part, by client."""
+    messages = dict(ledger.assignments(round, part))
+    return [
+        (wire.decode_assignment(messages[client], client), wire.decode_report(data))
+        for client, data in ledger.contributions(round, part)
+    ]
+
+
+def part_terms(ledger: Ledger, round: int, part: int, answers: Sequence[Answer]) -> list[Term]:
+    """The terms of a part; with differential privacy, those with its noise."""
+    config = ledger.meta.config
+    noise = int(derive_seeds(ledger.meta.noise_seed, round, 1, part)[0])
+    n_available = ledger.parts(round)[part][2]
+    return terms_of(config, answers, part, min(config.per_round, n_available), noise)
+
+
+def update_of(ledger: Ledger, replica: Replica, round: int) -> Update:
+    """A closed round's update, made again from its contributions."""
+    parts = [part for part, _, _ in ledger.parts(round)]
+    if ledger.meta.config.upload == "weights":
+        answers = [answer for part in parts for answer in answers_of(ledger, round, part)]
+        return Update(round, (), mean_vector(ledger.meta.config, replica.space, answers))
+    return Update(
+        round,
+        tuple(
+            term
+            for part in parts
+            for term in part_terms(ledger, round, part, answers_of(ledger, round, part))
+        ),
+    )
+
+
+def restore(ledger: Ledger) -> Replica:
+    """The state after the last closed round: the latest snapshot and the updates since."""
+    replica = Replica(ledger.meta.config, ledger.meta.empty_adapter())
+    state = ledger.snapshot()
+    if state is not None:
+        replica.load_arrays(wire.decode_state(state))
+    for round in range(replica.round, ledger.n_rounds):
+        replica.apply(update_of(ledger, replica, round))
+    return replica

@@ -1,0 +1,124 @@
+"""What seeds of a federated run mean: coordinates of directions, and then the head's parameters.
+
+A scope is a tuple of layers, None for all of the adapter, or HEAD for the classification head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NoReturn, TypeAlias
+
+import numpy as np
+
+from fwdllm.engine.adapter import Adapter
+from fwdllm.engine.directions import Directions
+from fwdllm.engine.directions.base import Scope
+from fwdllm.engine.directions.config import DirectionsConfig
+from fwdllm.engine.directions.dense import Dense
+from fwdllm.engine.errors import ConfigError
+from fwdllm.protocol.federation import FederationConfig
+
+Layers: TypeAlias = "tuple[int, ...] | None"
+
+HEAD: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """The vectors of a run: float32 [size], coordinates first, the head's parameters last."""
+
+    adapter: Adapter
+    config: FederationConfig
+    _directions: dict[Layers, Directions] = field(default_factory=dict, repr=False)
+
+    @property
+    def size(self) -> int:
+        return self.n_coordinates + self.adapter.n_head
+
+    @cached_property
+    def n_coordinates(self) -> int:
+        return self.directions(None).size
+
+    @property
+    def distribution(self) -> str:
+        return self.directions(None).distribution
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """The adapted ones, ascending."""
+        return tuple(sorted({t.layer for t in self.adapter.targets}))
+
+    def directions(self, layers: Layers) -> Directions:
+        """What seeds mean in a scope of layers."""
+        if layers not in self._directions:
+            scope = Scope(layers)
+            config = DirectionsConfig(self.config.directions, self.config.dimension, scope=scope)
+            made = config.make(self.adapter, self.config.seed, _no_weights, _no_weights)
+            self._directions[layers] = made
+        return self._directions[layers]
+
+    def add(
+        self, vector: np.ndarray, layers: Layers, seeds: np.ndarray, coefficients: np.ndarray
+    ) -> None:
+        """vector += sum_k coefficients[k] z(seeds[k]) in a scope, in place."""
+        if layers == HEAD:
+            self.adapter.ops.seeded_axpy(
+                vector[self.n_coordinates :],
+                seeds,
+                coefficients,
+                offset=self.adapter.n_lora,
+                distribution=self.distribution,
+            )
+        else:
+            vector[: self.n_coordinates] += self.directions(layers).combine(seeds, coefficients)
+
+    def dot(self, vector: np.ndarray, layers: Layers, seeds: np.ndarray) -> np.ndarray:
+        """vector . z(seed) in a scope, for every seed: float64 [k]."""
+        if layers == HEAD:
+            return self.head_dot(vector[self.n_coordinates :], seeds)
+        return self.directions(layers).dot(vector[: self.n_coordinates], seeds)
+
+    def head_dot(self, gradient: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        """gradient . z(seed) of the head's parameters, float32 [n_head], for every seed."""
+        return self.adapter.ops.seeded_dot(
+            gradient, seeds, offset=self.adapter.n_lora, distribution=self.distribution
+        )
+
+    def inside(self, vector: np.ndarray, layers: Layers) -> np.ndarray:
+        """The vector in a scope and zero outside: float32 [size]."""
+        out = np.zeros_like(vector)
+        n = self.n_coordinates
+        if layers == HEAD:
+            out[n:] = vector[n:]
+        elif layers is None:
+            out[:n] = vector[:n]
+        else:  # split runs have coordinates that are parameters
+            out[:n] = self.directions(layers).project(vector[:n])
+        return out
+
+    def pack(self, vector: np.ndarray, layers: Layers) -> np.ndarray:
+        """What a client with a scope uploads of a vector: the scope's part, then the head's."""
+        return np.concatenate([vector[start:end] for start, end in self._ranges(layers)])
+
+    def unpack(self, packed: np.ndarray, layers: Layers) -> np.ndarray:
+        """The inverse of ``pack``, zero where it left something out."""
+        out, at = np.zeros(self.size, np.float32), 0
+        for start, end in self._ranges(layers):
+            out[start:end] = packed[at : at + end - start]
+            at += end - start
+        return out
+
+    def packed_size(self, layers: Layers) -> int:
+        """Elements of what ``pack`` gives."""
+        return sum(end - start for start, end in self._ranges(layers))
+
+    def _ranges(self, layers: Layers) -> list[tuple[int, int]]:
+        directions = self.directions(layers)
+        if layers is None or not isinstance(directions, Dense):
+            return [(0, self.size)]
+        return [*directions.ranges, (self.n_coordinates, self.size)]
+
+
+def _no_weights(*_: object) -> NoReturn:
+    raise ConfigError("these directions need the model's weights, which a server does not have")

@@ -1,0 +1,255 @@
+"""What crosses the network and what the ledger keeps, as bytes.
+
+Little-endian throughout. A message is its version, its kind, and the fields of its kind in order;
+an array is its length (uint32) and its elements. Nothing may be missing or left over, so hostile
+bytes are refused before anything is made of them; floats travel as they are, bit for bit.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fwdllm.engine.errors import FwdllmError
+from fwdllm.protocol.aggregate import Term
+from fwdllm.protocol.plan import Assignment
+from fwdllm.protocol.replica import Update
+from fwdllm.protocol.report import Report
+from fwdllm.protocol.space import Layers
+
+VERSION = 1
+
+_ASSIGNMENT, _REPORT, _UPDATE, _STATE, _MANY = range(1, 6)
+_KINDS = {
+    _ASSIGNMENT: "an assignment",
+    _REPORT: "a report",
+    _UPDATE: "an update",
+    _STATE: "a state",
+    _MANY: "a list of messages",
+}
+
+# In place of a number of layers: all of them.
+_ALL_LAYERS = 0xFFFF
+
+_DTYPES = [np.dtype("<f4"), np.dtype("<f8"), np.dtype("<u8"), np.dtype("<i8")]
+
+
+class WireError(FwdllmError):
+    """Bytes that are not a message of the kind expected."""
+
+
+def encode_assignment(assignment: Assignment) -> bytes:
+    """An assignment, without its client, which is whom it is sent to."""
+    a, out = assignment, _Writer(_ASSIGNMENT)
+    out.put("IHQI", a.round, a.part, a.batch_seed, a.first_step)
+    out.layers(a.layers)
+    for seeds in (a.seeds, a.head_seeds):
+        out.put("II", *seeds.shape)
+        out.array(seeds.ravel(), "<u8")
+    return out.done()
+
+
+def decode_assignment(data: bytes, client: int = 0) -> Assignment:
+    """The inverse of ``encode_assignment``. Errors: WireError."""
+    into = _Reader(data, _ASSIGNMENT)
+    round, part, batch_seed, first_step = into.take("IHQI")
+    layers = into.layers()
+    seeds, head_seeds = into.matrix("<u8"), into.matrix("<u8")
+    into.end()
+    return Assignment(round, part, client, layers, seeds, head_seeds, batch_seed, first_step)
+
+
+def encode_report(report: Report) -> bytes:
+    """A client's report: 34 bytes, and 4 for each scalar or weight."""
+    r, out = report, _Writer(_REPORT)
+    with np.errstate(over="ignore"):  # a loss beyond float32 becomes infinite and is refused
+        loss = float(np.float32(r.loss))
+    out.put("IHIIff", r.round, r.part, r.n_examples, r.n_tokens, r.seconds, loss)
+    out.put("HHH", len(r.derivatives), r.derivatives.shape[1], r.head_derivatives.shape[1])
+    vector = np.zeros(0, np.float32) if r.vector is None else r.vector
+    parts = (r.derivatives.ravel(), r.head_derivatives.ravel(), vector)
+    out.array(np.concatenate(parts), "<f4")
+    return out.done()
+
+
+def decode_report(data: bytes) -> Report:
+    """The inverse of ``encode_report``. Errors: WireError."""
+    into = _Reader(data, _REPORT)
+    round, part, n_examples, n_tokens, seconds, loss = into.take("IHIIff")
+    steps, perturbations, head = into.take("HHH")
+    values = into.array("<f4")
+    into.end()
+    first, second = steps * perturbations, steps * (perturbations + head)
+    if len(values) < second or (steps and len(values) != second):
+        raise WireError(f"a report has {len(values)} scalars instead of {second}")
+    return Report(
+        round,
+        part,
+        n_examples,
+        n_tokens,
+        seconds,
+        loss,
+        values[:first].reshape(steps, perturbations),
+        values[first:second].reshape(steps, head),
+        None if steps else values,
+    )
+
+
+def report_size(shapes: tuple[tuple[int, ...], tuple[int, ...], int]) -> int:
+    """Bytes of a report of these shapes, see ``report.expected_shapes``."""
+    slopes, head, vector = shapes
+    return 34 + 4 * (slopes[0] * slopes[1] + head[0] * head[1] + vector)
+
+
+def encode_update(update: Update) -> bytes:
+    """What a client needs to follow a round: seeds and coefficients. ValueError for a vector."""
+    if update.vector is not None:
+        raise ValueError("an update of weights is sent as the state it leads to")
+    out = _Writer(_UPDATE)
+    out.put("IH", update.round, len(update.terms))
+    for term in update.terms:
+        out.put("Bd", term.half, term.weight)
+        out.layers(term.layers)
+        out.array(term.seeds, "<u8")
+        out.array(term.coefficients, "<f4")
+    return out.done()
+
+
+def decode_update(data: bytes) -> Update:
+    """The inverse of ``encode_update``. Errors: WireError."""
+    into = _Reader(data, _UPDATE)
+    round, n_terms = into.take("IH")
+    terms = []
+    for _ in range(n_terms):
+        half, weight = into.take("Bd")
+        layers = into.layers()
+        seeds, coefficients = into.array("<u8"), into.array("<f4")
+        if half > 1 or len(seeds) != len(coefficients) or not weight > 0:
+            raise WireError("an update has a term that makes no sense")
+        terms.append(Term(half, layers, seeds, coefficients, weight))
+    into.end()
+    return Update(round, tuple(terms))
+
+
+def encode_state(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Arrays of ``Replica.to_arrays``: vectors and numbers."""
+    out = _Writer(_STATE)
+    out.put("B", len(arrays))
+    for name, array in arrays.items():
+        raw = name.encode()
+        dtype = next(i for i, d in enumerate(_DTYPES) if d == array.dtype)
+        out.put("BBB", len(raw), dtype, array.ndim)
+        out.raw(raw)
+        out.array(array.ravel(), _DTYPES[dtype])
+    return out.done()
+
+
+def decode_state(data: bytes) -> dict[str, np.ndarray]:
+    """The inverse of ``encode_state``. Errors: WireError."""
+    into = _Reader(data, _STATE)
+    arrays = {}
+    for _ in range(into.take("B")[0]):
+        length, dtype, ndim = into.take("BBB")
+        name = into.raw(length).decode(errors="replace")
+        if dtype >= len(_DTYPES):
+            raise WireError(f"a state has an array of kind {dtype}")
+        array = into.array(_DTYPES[dtype])
+        if ndim == 0 and len(array) != 1:
+            raise WireError(f"a state has {len(array)} numbers for {name}")
+        arrays[name] = array if ndim else array[0]
+    into.end()
+    return {name: np.asarray(value) for name, value in arrays.items()}
+
+
+def encode_many(messages: Sequence[bytes]) -> bytes:
+    """Messages in one, each 4 bytes longer."""
+    out = _Writer(_MANY)
+    out.put("I", len(messages))
+    for message in messages:
+        out.put("I", len(message))
+        out.raw(message)
+    return out.done()
+
+
+def decode_many(data: bytes) -> list[bytes]:
+    """The inverse of ``encode_many``. Errors: WireError."""
+    into = _Reader(data, _MANY)
+    (count,) = into.take("I")
+    messages = [into.raw(into.take("I")[0]) for _ in range(count)]
+    into.end()
+    return messages
+
+
+def is_state(message: bytes) -> bool:
+    """Whether a message is a state and not an update."""
+    return message[1:2] == bytes([_STATE])
+
+
+class _Writer:
+    def __init__(self, kind: int) -> None:
+        self._parts = [struct.pack("<BB", VERSION, kind)]
+
+    def put(self, format: str, *values: Any) -> None:
+        self._parts.append(struct.pack("<" + format, *values))
+
+    def raw(self, data: bytes) -> None:
+        self._parts.append(data)
+
+    def array(self, values: np.ndarray, dtype: Any) -> None:
+        self.put("I", values.size)
+        self.raw(np.ascontiguousarray(values, dtype).tobytes())
+
+    def layers(self, layers: Layers) -> None:
+        if layers is None:
+            self.put("H", _ALL_LAYERS)
+        else:
+            self.put(f"H{len(layers)}H", len(layers), *layers)
+
+    def done(self) -> bytes:
+        return b"".join(self._parts)
+
+
+class _Reader:
+    def __init__(self, data: bytes, kind: int) -> None:
+        self._data, self._at = data, 0
+        version, found = self.take("BB")
+        if version != VERSION:
+            raise WireError(f"a message is of version {version}, not {VERSION}")
+        if found != kind:
+            what = _KINDS.get(found, "of no known kind")
+            raise WireError(f"a message is {what}, not {_KINDS[kind]}")
+
+    def take(self, format: str) -> tuple[Any, ...]:
+        size = struct.calcsize("<" + format)
+        return struct.unpack("<" + format, self.raw(size))
+
+    def raw(self, size: int) -> bytes:
+        end = self._at + size
+        if end > len(self._data):
+            raise WireError(f"a message ends after {len(self._data)} bytes, too early")
+        found = self._data[self._at : end]
+        self._at = end
+        return found
+
+    def array(self, dtype: Any) -> np.ndarray:
+        dtype = np.dtype(dtype)
+        raw = self.raw(self.take("I")[0] * dtype.itemsize)
+        return np.frombuffer(raw, dtype).astype(dtype.newbyteorder("="))
+
+    def matrix(self, dtype: Any) -> np.ndarray:
+        rows, columns = self.take("II")
+        values = self.array(dtype)
+        if values.size != rows * columns:
+            raise WireError(f"a message has {values.size} numbers for {rows} x {columns}")
+        return values.reshape(rows, columns)
+
+    def layers(self) -> Layers:
+        (count,) = self.take("H")
+        return None if count == _ALL_LAYERS else self.take(f"{count}H")
+
+    def end(self) -> None:
+        if self._at != len(self._data):
+            raise WireError(f"a message has {len(self._data) - self._at} bytes too many")
