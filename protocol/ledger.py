@@ -33,6 +33,7 @@ NAME = "ledger.sqlite"
 
 _SCHEMA = """
 CREATE TABLE meta (id INTEGER PRIMARY KEY CHECK (id = 0), json TEXT NOT NULL);
+CREATE TABLE node (name TEXT PRIMARY KEY, client INTEGER NOT NULL UNIQUE);
 CREATE TABLE part (
     round INTEGER, part INTEGER, opened REAL NOT NULL, n_available INTEGER NOT NULL,
     PRIMARY KEY (round, part)
@@ -101,6 +102,11 @@ class Meta:
         return Adapter.empty(
             self.architecture, self.targets, self.lora, self.adapter_seed, cpu, self.head
         )
+
+    def same_run(self, other: Meta) -> bool:
+        """Whether two descriptions differ in their secrets alone."""
+        mine = dataclasses.replace(self, noise_seed=other.noise_seed)
+        return mine.to_json() == other.to_json()
 
     def to_json(self) -> str:
         """With the versions a reader must know."""
@@ -224,6 +230,15 @@ class Ledger:
                 "INSERT INTO assignment VALUES (?, ?, ?, ?, ?)",
                 [(round, part, *assignment) for assignment in assignments],
             )
+
+    def client_of(self, node: str) -> int:
+        """The number of a node's client: those of nodes not seen before follow in order."""
+        found = self._all("SELECT client FROM node WHERE name = ?", node)
+        if found:
+            return int(found[0][0])
+        with self._transaction() as db:
+            query = "INSERT INTO node SELECT ?, count(*) FROM node RETURNING client"
+            return int(db.execute(query, (node,)).fetchall()[0][0])
 
     def set_bytes_down(self, round: int, part: int, client: int, n_bytes: int) -> None:
         """What was really sent with an assignment, if it was not what had been expected."""

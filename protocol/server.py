@@ -56,6 +56,9 @@ class Server:
         self._variances: list[float | None] = []
         self._part = -1
         self._lost: set[int] = set()
+        self._holders: set[int] = set()
+        self._all_lost = False
+        self._bytes_sent: dict[tuple[int, int, int], int] = {}
         self._resume_round()
 
     @property
@@ -101,27 +104,37 @@ class Server:
         ]
 
     def synchronize(self, client: int) -> bytes:
-        """What brings a client to the state its assignment is about; "" if it is there already.
+        """What brings a client to the state its assignment is about; no messages if it is there.
 
         The updates since the round it last contributed to, or the state, whichever is smaller. A
         client that has never contributed starts from the empty adapter.
         """
         first = self._base(client)
-        size = self.ledger.messages_size(first) if first is not None else None
+        size = self.ledger.messages_size(first)
         if size is None or size > self._state_size:
             return wire.encode_many([wire.encode_state(self._public_state())])
-        messages = [r.message or b"" for r in self.ledger.rounds(first or 0)]
-        return wire.encode_many(messages)
+        return wire.encode_many([r.message or b"" for r in self.ledger.rounds(first)])
 
     def synchronization_size(self, client: int) -> int:
         """Bytes of ``synchronize``, without making it."""
-        first = self._base(client)
-        size = self.ledger.messages_size(first) if first is not None else None
+        size = self.ledger.messages_size(self._base(client))
         return 6 + (self._state_size if size is None else min(size, self._state_size))
 
     def forget(self, client: int) -> None:
-        """A client has lost its state, so the next time it is sent all of it."""
+        """A client has lost its state, and has the empty adapter alone."""
+        self._holders.discard(client)
         self._lost.add(client)
+
+    def forget_all(self) -> None:
+        """As ``forget``, for all clients that have not contributed since."""
+        self._holders, self._all_lost = set(), True
+
+    def sent(self, assignment: Assignment, n_bytes: int) -> None:
+        """A client was sent so many bytes for an assignment, once more if it was sent before."""
+        a = assignment
+        key = (a.round, a.part, a.client)
+        self._bytes_sent[key] = self._bytes_sent.get(key, 0) + n_bytes
+        self.ledger.set_bytes_down(*key, self._bytes_sent[key])
 
     def receive(self, client: int, data: bytes, now: float) -> str | None:
         """Take a client's report, or reject it and say why. Either is on disk on return."""
@@ -129,6 +142,7 @@ class Server:
         if reason is None:
             self.ledger.accept(round, part, client, now, data)
             self._lost.discard(client)
+            self._holders.add(client)
         else:
             self.ledger.reject(round, part, client, now, reason, len(data))
         return reason
@@ -157,10 +171,10 @@ class Server:
         arrays.pop("gradient", None)  # only the server chooses seeds by it
         return arrays
 
-    def _base(self, client: int) -> int | None:
+    def _base(self, client: int) -> int:
         """The round whose state a client has."""
-        if client in self._lost:
-            return None
+        if client in self._lost or (self._all_lost and client not in self._holders):
+            return 0
         return self.ledger.last_round_of(client) or 0
 
     def _new_part(self, clients: Sequence[int], now: float) -> None:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from fwdllm.bench.cli import app as bench
+from fwdllm.cli_federation import federate, ledger, simulate
 from fwdllm.console import explain, parse_layers, print_json, print_result, tuning_progress
 
 app = typer.Typer(
@@ -23,6 +24,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench, name="bench")
+app.add_typer(ledger, name="ledger")
+app.add_typer(federate, name="federate")
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="GGUF file, or hf://owner/repo/file.gguf.")
@@ -96,7 +99,7 @@ def tune(
         float | None,
         typer.Option(help="Learning rate of a classification head.", show_default="as --lr"),
     ] = None,
-    optimizer: Annotated[str, typer.Option(help="adam, momentum or sgd.")] = "adam",
+    optimizer: Annotated[str, typer.Option(help="adam, adamw, yogi, momentum or sgd.")] = "adam",
     schedule: Annotated[str, typer.Option(help="linear (to zero) or constant.")] = "linear",
     warmup: Annotated[int, typer.Option(help="Steps of linear warmup.")] = 0,
     rank: Annotated[
@@ -191,6 +194,9 @@ def tune(
         print_json(dataclasses.asdict(result))
     else:
         print_result(result)
+
+
+app.command()(simulate)
 
 
 @app.command("eval")

@@ -1,0 +1,130 @@
+"""What is inside Flower's messages, and a run's settings inside its configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import ConfigRecord, RecordDict
+
+from fwdllm.engine.adapter import LoRAConfig
+from fwdllm.engine.engine import Engine
+from fwdllm.engine.errors import ConfigError
+from fwdllm.protocol.federation import FederationConfig
+from fwdllm.protocol.presets import preset
+from fwdllm.protocol.wire import WireError
+
+# The name of our record in a message, and of a client's state in its context.
+RECORD = "fwdllm"
+
+
+@dataclass(frozen=True)
+class Task:
+    """From the server: an assignment, what brings the client to its state, and which model."""
+
+    assignment: bytes
+    synchronization: bytes
+    model: str
+
+    def content(self) -> RecordDict:
+        """As the content of a message."""
+        return RecordDict({RECORD: ConfigRecord(dict(vars(self)))})
+
+    @staticmethod
+    def of(content: RecordDict) -> Task:
+        """The inverse of ``content``. Errors: WireError."""
+        record = _record(content)
+        found = record.get("assignment"), record.get("synchronization"), record.get("model")
+        if not (isinstance(found[0], bytes) and isinstance(found[1], bytes)):
+            raise WireError("a message has no assignment")
+        return Task(found[0], found[1], str(found[2]))
+
+
+@dataclass(frozen=True)
+class Reply:
+    """From a client: its report, or none if it has lost the state that its updates go on from."""
+
+    report: bytes | None
+
+    def content(self) -> RecordDict:
+        """As the content of a message."""
+        value: dict[str, Any] = {"lost": True} if self.report is None else {"report": self.report}
+        return RecordDict({RECORD: ConfigRecord(value)})
+
+    @staticmethod
+    def of(content: RecordDict) -> Reply:
+        """The inverse of ``content``; whatever else there is becomes a report to be refused."""
+        try:
+            record = _record(content)
+        except WireError:
+            return Reply(b"")
+        if record.get("lost") is True:
+            return Reply(None)
+        report = record.get("report")
+        return Reply(report if isinstance(report, bytes) else b"")
+
+
+def _record(content: RecordDict) -> ConfigRecord:
+    record = content.get(RECORD)
+    if not isinstance(record, ConfigRecord):
+        raise WireError(f"a message has no record {RECORD!r}")
+    return record
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run's settings, as [tool.flwr.app.config] of the app has them.
+
+    model: a GGUF file on the server; nodes may name their own.  labels: of a classification head.
+    run_dir: the server's folder for ledger and adapter.  eval_data: JSONL on the server, or "".
+    min_nodes: that the server waits for.
+    """
+
+    federation: FederationConfig
+    lora: LoRAConfig
+    labels: tuple[str, ...]
+    model: str
+    run_dir: str
+    eval_data: str
+    min_nodes: int
+
+    @staticmethod
+    def of(run_config: Mapping[str, Any]) -> Settings:
+        """Settings from a run configuration. Errors: ConfigError."""
+        federation, lora = _table(run_config, "federation"), _table(run_config, "lora")
+        name = federation.pop("preset", None)
+        for key in ("model", "run-dir"):
+            if not run_config.get(key):
+                raise ConfigError(f"the run configuration has no {key}")
+        for key in ("targets", "layers"):
+            if key in lora:
+                lora[key] = tuple(json.loads(str(lora[key])))
+        try:
+            config = FederationConfig(**federation) if name is None else preset(name, **federation)
+            return Settings(
+                config,
+                LoRAConfig(**lora),
+                tuple(json.loads(str(run_config.get("labels", "[]")))),
+                str(run_config["model"]),
+                str(run_config["run-dir"]),
+                str(run_config.get("eval-data", "")),
+                int(run_config.get("min-nodes", 2)),
+            )
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"the run configuration is not usable: {error}") from error
+
+    def engine(self, model: str) -> Engine:
+        """The model with an empty adapter. Errors: ModelError, ConfigError."""
+        return Engine.load(model, self.lora, labels=self.labels, seed=self.federation.seed)
+
+
+def _table(run_config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Flower flattens tables: "federation.rounds" is ``rounds`` of the table ``federation``."""
+    prefix = name + "."
+    return {
+        key.removeprefix(prefix).replace("-", "_"): value
+        for key, value in run_config.items()
+        if key.startswith(prefix)
+    }

@@ -1,0 +1,81 @@
+"""The ServerApp: opens the run's ledger, or makes it, and lets the strategy go on to the end."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.serverapp import Grid, ServerApp
+
+from fwdllm.engine.data import check_labels, read_jsonl
+from fwdllm.engine.engine import Engine
+from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.files import fingerprint
+from fwdllm.protocol.flower.messages import Settings
+from fwdllm.protocol.flower.strategy import FwdLLMStrategy
+from fwdllm.protocol.ledger import NAME, Ledger, Meta
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run or resume the federation, then write adapter.gguf beside its ledger."""
+    settings = Settings.of(context.run_config)
+    engine = settings.engine(settings.model)
+    folder = Path(settings.run_dir)
+    with open_ledger(folder, settings, engine) as ledger:
+        strategy = FwdLLMStrategy(ledger, settings.min_nodes)
+        engine.adapter = strategy.server.replica.space.adapter
+        strategy.start(
+            grid,
+            strategy.arrays,
+            num_rounds=strategy.rounds_left,
+            timeout=settings.federation.deadline,
+            evaluate_fn=_evaluation(settings, strategy, engine) if settings.eval_data else None,
+        )
+        engine.adapter.save(folder / "adapter.gguf")
+
+
+def open_ledger(folder: Path, settings: Settings, engine: Engine) -> Ledger:
+    """The ledger of a run in a folder, which must be of these settings, or a new one.
+
+    Errors: ConfigError, LedgerError.
+    """
+    assert engine.adapter is not None
+    meta = Meta.of(
+        settings.federation,
+        engine.adapter,
+        settings.federation.seed,
+        fingerprint(engine.file.path),
+        secrets.randbits(64),
+    )
+    path = folder / NAME
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        return Ledger.create(path, meta)
+    ledger = Ledger(path, writable=True)
+    if not ledger.meta.same_run(meta):
+        ledger.close()
+        raise ConfigError(f"{folder} holds a run of other settings; name another folder")
+    return ledger
+
+
+def _evaluation(settings: Settings, strategy: FwdLLMStrategy, engine: Engine) -> object:
+    """What Flower calls before the first round and after each: a held-out evaluation when due."""
+    examples = read_jsonl(Path(settings.eval_data))
+    if settings.labels:
+        check_labels(examples, settings.labels)
+    config, server = settings.federation, strategy.server
+
+    def evaluate(_: int, __: ArrayRecord) -> MetricRecord | None:
+        every = config.eval_every
+        if not (server.done or (every and server.round % every == 0)):
+            return None
+        found = engine.evaluate(examples, config.max_tokens)
+        server.ledger.evaluated(server.round, found.loss, found.accuracy, found.n_examples)
+        accuracy = {} if found.accuracy is None else {"accuracy": found.accuracy}
+        return MetricRecord({"round": server.round, "loss": found.loss, **accuracy})
+
+    return evaluate

@@ -1,0 +1,183 @@
+"""The strategy: a Flower round is a round of the protocol, with as many requests as it wants."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from logging import INFO, WARNING
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fwdllm.protocol import wire
+from fwdllm.protocol.flower.messages import Reply, Task
+from fwdllm.protocol.ledger import Ledger
+from fwdllm.protocol.plan import Assignment
+from fwdllm.protocol.server import Closed, Server
+
+# Seconds between looks for nodes while there are too few.
+_POLL = 1.0
+
+
+class FwdLLMStrategy(Strategy):
+    """Federated fine-tuning by forward passes: seeds go down, scalars come up.
+
+    The rounds, their state and every contribution are in a ledger, so a strategy made from the
+    ledger of a run that was stopped, or killed, goes on with it: call ``start`` with
+    ``num_rounds=strategy.rounds_left``. ``timeout`` of ``start`` is the deadline of a request; a
+    round closes with a quorum (``FederationConfig.quorum``) of answers, and its nodes that have
+    vanished cost nothing else. One round of Flower is one update of the adapter, in as many
+    requests as pacing wants.
+
+    Clients are numbered in the order in which their nodes first appear.
+
+    Parameters
+    ----------
+    ledger : Ledger
+        Of a new run (``Ledger.create``) or of the one to go on with; writable.
+    min_nodes : int (default: 2)
+        Nodes that must be connected before a request.
+    clock : Callable[[], float] (default: time.time)
+        Seconds, for the ledger.
+    """
+
+    def __init__(
+        self, ledger: Ledger, min_nodes: int = 2, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.server = Server(ledger)
+        self.min_nodes = min_nodes
+        self.closed: Closed | None = None
+        self._clock = clock
+        self._model = json.dumps(ledger.meta.model)
+        self._grid: Grid | None = None
+        self._timeout = self.server.config.deadline
+        # A run of Flower begins with nodes that hold nothing.
+        self.server.forget_all()
+
+    @property
+    def rounds_left(self) -> int:
+        """Rounds that the run still has."""
+        return self.server.config.rounds - self.server.round
+
+    @property
+    def arrays(self) -> ArrayRecord:
+        """The adapter: theta, float32 [n]."""
+        return ArrayRecord({"theta": Array(self.server.replica.theta.copy())})
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The first request of a round; after a restart, what of it is still open."""
+        self._grid = grid
+        return self._request()
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Take the answers, ask for more while the round wants more, then step."""
+        assert self._grid is not None
+        closed = None
+        while closed is None:
+            lost = self._take(replies)
+            if lost:
+                self._take(self._exchange([a for a in self._open() if a.client in lost]))
+            closed = self.server.close_part(self._clock())
+            if closed is None:
+                replies = self._send(self._request())
+        self.closed = closed
+        return self.arrays, MetricRecord(
+            {
+                "round": closed.round,
+                "parts": closed.parts,
+                "asked": closed.n_asked,
+                "accepted": closed.n_accepted,
+                "perturbations": closed.n_perturbations,
+                **({} if closed.loss is None else {"loss": closed.loss}),
+                **({} if closed.variance is None else {"variance": closed.variance}),
+            }
+        )
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Nodes are not asked to evaluate; give ``start`` an ``evaluate_fn``."""
+        return []
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Nothing, as ``configure_evaluate``."""
+        return None
+
+    def summary(self) -> None:
+        """Log the settings that differ most between runs."""
+        c = self.server.config
+        log(INFO, "\t├──> Rounds: %d of %d are done", self.server.round, c.rounds)
+        log(INFO, "\t├──> Clients a request: %d, quorum %g", c.per_round, c.quorum)
+        log(INFO, "\t├──> Upload: %s, seeds: %s, method: %s", c.upload, c.seeds, c.method)
+        log(INFO, "\t└──> Ledger: %s", self.server.ledger.path)
+
+    def _request(self) -> list[Message]:
+        """Messages of the open part, or of a new one."""
+        return self._messages(self._open())
+
+    def _open(self) -> list[Assignment]:
+        return self.server.open_part(sorted(self._clients().values()), self._clock())
+
+    def _messages(self, assignments: Iterable[Assignment]) -> list[Message]:
+        nodes = {client: node for node, client in self._clients().items()}
+        messages = []
+        for assignment in assignments:
+            task = Task(
+                wire.encode_assignment(assignment),
+                self.server.synchronize(assignment.client),
+                self._model,
+            )
+            self.server.sent(assignment, len(task.assignment) + len(task.synchronization))
+            messages.append(
+                Message(
+                    content=task.content(),
+                    message_type=MessageType.TRAIN,
+                    dst_node_id=nodes[assignment.client],
+                )
+            )
+        return messages
+
+    def _exchange(self, assignments: Iterable[Assignment]) -> Iterable[Message]:
+        return self._send(self._messages(assignments))
+
+    def _send(self, messages: list[Message]) -> Iterable[Message]:
+        assert self._grid is not None
+        return self._grid.send_and_receive(messages, timeout=self._timeout) if messages else []
+
+    def _take(self, replies: Iterable[Message]) -> set[int]:
+        """Hand replies to the server; gives the clients that have lost their state."""
+        clients, lost = self._clients(), set()
+        for message in replies:
+            if message.has_error():
+                log(WARNING, "a node did not answer: %s", message.error.reason)
+                continue
+            client = clients.get(message.metadata.src_node_id)
+            if client is None:
+                log(WARNING, "node %d is not known", message.metadata.src_node_id)
+                continue
+            report = Reply.of(message.content).report
+            if report is None:
+                self.server.forget(client)
+                lost.add(client)
+                continue
+            reason = self.server.receive(client, report, self._clock())
+            if reason is not None:
+                log(WARNING, "client %d was rejected: %s", client, reason)
+        return lost
+
+    def _clients(self) -> dict[int, int]:
+        """The number of every connected node's client."""
+        assert self._grid is not None
+        while len(nodes := sorted(self._grid.get_node_ids())) < self.min_nodes:
+            log(INFO, "waiting for nodes: %d of %d", len(nodes), self.min_nodes)
+            time.sleep(_POLL)
+        return {node: self.server.ledger.client_of(str(node)) for node in nodes}
