@@ -158,6 +158,27 @@ def kernels(
     finish(result, render_kernels)
 
 
+@app.command()
+def protocol(
+    contributions: Annotated[int, typer.Option(help="Clients of a round.")] = 10_000,
+    perturbations: Annotated[
+        int, typer.Option("--perturbations", "-k", help="Scalars of each.")
+    ] = 1,
+    rounds: Rounds = 3,
+    json: Json = False,
+    save: Save = None,
+    compare: Compare = None,
+) -> None:
+    """A server's time for a round of a 7B adapter, beside generating its directions alone."""
+    from fwdllm.bench.protocol import measure_protocol
+    from fwdllm.bench.report import render_protocol
+
+    finish = _prepare("protocol", json, None, save, compare)
+    with _status():
+        result = measure_protocol(contributions, perturbations, rounds)
+    finish(result, render_protocol)
+
+
 def _status() -> Status:
     """What is shown on stderr while a measurement runs, if that is a terminal."""
     from rich.console import Console

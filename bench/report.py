@@ -68,6 +68,25 @@ def render_comparison(new: Mapping[str, Any], old: Mapping[str, Any], path: Path
     return Group("", *changed, table)
 
 
+def render_protocol(result: Mapping[str, Any]) -> RenderableType:
+    """A result of ``bench.protocol``."""
+    table = _table("", "figure")
+    low, high = result["ratio_range"]
+    rows = {
+        "closing a round": f"{result['close_seconds']:.3f} s",
+        "generating its normal numbers alone": f"{result['normals_seconds']:.3f} s",
+        "ratio": f"{result['ratio']:.3f} ({low:.3f} to {high:.3f})",
+        "planning it": f"{result['plan_seconds']:.3f} s",
+        "receiving a contribution": f"{1e6 * result['receive_seconds']:,.0f} us",
+        "bytes of a contribution": f"{result['report_bytes']:,}",
+        "bytes of the update": f"{result['update_bytes']:,}",
+        "bytes of the adapter": f"{result['state_bytes']:,}",
+    }
+    for name, figure in rows.items():
+        table.add_row(name, figure)
+    return Group(_settings(result), "", table)
+
+
 def render_sides(result: Mapping[str, Any]) -> RenderableType:
     """A result of ``bench.measure``."""
     peer = result["peer"]

@@ -1,0 +1,414 @@
+"""Messages: the same after a round trip, and nothing but WireError for bytes that are none."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fwdllm.protocol import wire
+from fwdllm.protocol.aggregate import Term
+from fwdllm.protocol.plan import Assignment
+from fwdllm.protocol.replica import Update
+from fwdllm.protocol.report import Report
+from fwdllm.protocol.wire import WireError
+
+U16, U32, U64 = 2**16 - 1, 2**32 - 1, 2**64 - 1
+DECODERS: dict[str, Callable[[bytes], Any]] = {
+    "an assignment": wire.decode_assignment,
+    "a report": wire.decode_report,
+    "an update": wire.decode_update,
+    "a state": wire.decode_state,
+    "a list of messages": wire.decode_many,
+}
+
+
+# Arrays of any bits, so that floats are NaN with payloads, infinite or denormal too.
+
+
+@st.composite
+def vectors(draw: st.DrawFn, dtype: str, size: int | None = None) -> np.ndarray:
+    n = draw(st.integers(0, 5)) if size is None else size
+    width = n * np.dtype(dtype).itemsize
+    raw = draw(st.binary(min_size=width, max_size=width))
+    return np.frombuffer(raw, dtype).copy()
+
+
+@st.composite
+def matrices(draw: st.DrawFn, dtype: str, rows: int | None = None) -> np.ndarray:
+    n = draw(st.integers(0, 4)) if rows is None else rows
+    columns = draw(st.integers(0, 4))
+    return draw(vectors(dtype, n * columns)).reshape(n, columns)
+
+
+def layers() -> st.SearchStrategy[tuple[int, ...] | None]:
+    return st.none() | st.lists(st.integers(0, U16), max_size=4).map(tuple)
+
+
+@st.composite
+def assignments(draw: st.DrawFn) -> Assignment:
+    return Assignment(
+        draw(st.integers(0, U32)),
+        draw(st.integers(0, U16)),
+        draw(st.integers(0, 2**22 - 1)),
+        draw(layers()),
+        draw(matrices("<u8")),
+        draw(matrices("<u8")),
+        draw(st.integers(0, U64)),
+        draw(st.integers(0, U32)),
+    )
+
+
+@st.composite
+def reports(draw: st.DrawFn) -> Report:
+    steps = draw(st.integers(0, 3))
+    weights = None if steps else draw(vectors("<f4"))
+    none = np.zeros((0, 0), np.float32)
+    return Report(
+        draw(st.integers(0, U32)),
+        draw(st.integers(0, U16)),
+        draw(st.integers(0, U32)),
+        draw(st.integers(0, U32)),
+        draw(st.floats(width=32)),
+        draw(st.floats(width=32)),
+        draw(matrices("<f4", steps)) if steps else none,
+        draw(matrices("<f4", steps)) if steps else none,
+        weights,
+    )
+
+
+@st.composite
+def terms(draw: st.DrawFn) -> Term:
+    n = draw(st.integers(0, 4))
+    return Term(
+        draw(st.integers(0, 1)),
+        draw(layers()),
+        draw(vectors("<u8", n)),
+        draw(vectors("<f4", n)),
+        draw(st.floats(min_value=0, exclude_min=True)),
+    )
+
+
+def updates() -> st.SearchStrategy[Update]:
+    return st.builds(Update, st.integers(0, U32), st.lists(terms(), max_size=3).map(tuple))
+
+
+def states() -> st.SearchStrategy[dict[str, np.ndarray]]:
+    dtypes = st.sampled_from(["<f4", "<f8", "<u8", "<i8"])
+    vector = dtypes.flatmap(vectors)
+    number = dtypes.flatmap(lambda dtype: vectors(dtype, 1)).map(lambda found: found[0].reshape(()))
+    return st.dictionaries(st.text(max_size=9), vector | number, max_size=4)
+
+
+def messages() -> st.SearchStrategy[bytes]:
+    return st.one_of(
+        assignments().map(wire.encode_assignment),
+        reports().map(wire.encode_report),
+        updates().map(wire.encode_update),
+        states().map(wire.encode_state),
+        st.lists(st.binary(max_size=6), max_size=3).map(wire.encode_many),
+    )
+
+
+def assert_same(got: np.ndarray, want: np.ndarray) -> None:
+    assert got.shape == want.shape
+    assert got.dtype == want.dtype
+    assert got.tobytes() == want.tobytes()
+
+
+def decode_any(data: bytes) -> str | None:
+    """What the bytes are a message of, None for nothing; any other error than WireError escapes."""
+    found = []
+    for name, decode in DECODERS.items():
+        try:
+            decode(data)
+        except WireError:
+            continue
+        found.append(name)
+    assert len(found) <= 1
+    return found[0] if found else None
+
+
+# Round trips
+
+
+@given(assignments())
+def test_assignments_come_back_bit_for_bit(sent: Assignment) -> None:
+    got = wire.decode_assignment(wire.encode_assignment(sent), sent.client)
+    for name in ("round", "part", "client", "layers", "batch_seed", "first_step"):
+        assert getattr(got, name) == getattr(sent, name)
+    assert_same(got.seeds, sent.seeds)
+    assert_same(got.head_seeds, sent.head_seeds)
+
+
+@given(reports())
+def test_reports_come_back_bit_for_bit(sent: Report) -> None:
+    got = wire.decode_report(wire.encode_report(sent))
+    for name in ("round", "part", "n_examples", "n_tokens"):
+        assert getattr(got, name) == getattr(sent, name)
+    np.testing.assert_array_equal([got.seconds, got.loss], [sent.seconds, sent.loss])
+    assert_same(got.derivatives, sent.derivatives)
+    assert_same(got.head_derivatives, sent.head_derivatives)
+    if sent.vector is None:
+        assert got.vector is None
+    else:
+        assert_same(got.vector, sent.vector)
+
+
+@given(updates())
+def test_updates_come_back_bit_for_bit(sent: Update) -> None:
+    got = wire.decode_update(wire.encode_update(sent))
+    assert got.round == sent.round
+    assert got.vector is None
+    assert len(got.terms) == len(sent.terms)
+    for a, b in zip(got.terms, sent.terms, strict=True):
+        assert (a.half, a.layers, a.weight) == (b.half, b.layers, b.weight)
+        assert_same(a.seeds, b.seeds)
+        assert_same(a.coefficients, b.coefficients)
+
+
+@given(states())
+def test_states_come_back_bit_for_bit(sent: dict[str, np.ndarray]) -> None:
+    got = wire.decode_state(wire.encode_state(sent))
+    assert list(got) == list(sent)
+    for name in sent:
+        assert_same(got[name], sent[name])
+
+
+@given(st.lists(st.binary(max_size=9), max_size=5))
+def test_lists_of_messages_come_back(sent: list[bytes]) -> None:
+    data = wire.encode_many(sent)
+    assert wire.decode_many(data) == sent
+    assert len(data) == 6 + sum(4 + len(message) for message in sent)
+
+
+def test_what_is_decoded_can_be_written_to() -> None:
+    report = wire.decode_report(SAMPLES["a report"])
+    report.derivatives[:] = 0
+    state = wire.decode_state(SAMPLES["a state"])
+    state["theta"][:] = 0
+
+
+def test_a_loss_beyond_float32_travels_as_infinite() -> None:
+    none = np.zeros((0, 0), np.float32)
+    sent = Report(0, 0, 1, 1, 0.0, 1e300, none, none, np.zeros(1, np.float32))
+    assert wire.decode_report(wire.encode_report(sent)).loss == np.inf
+
+
+# The format, written down a second time
+
+
+def test_a_report_is_these_bytes() -> None:
+    sent = Report(
+        3, 2, 8, 99, 1.5, 0.25, np.array([[1, 2]], np.float32), np.array([[-4]], np.float32)
+    )
+    want = struct.pack("<BB", 1, 2) + struct.pack("<IHIIff", 3, 2, 8, 99, 1.5, 0.25)
+    want += struct.pack("<HHH", 1, 2, 1) + struct.pack("<Ifff", 3, 1, 2, -4)
+    assert wire.encode_report(sent) == want
+
+
+def test_an_assignment_is_these_bytes() -> None:
+    sent = Assignment(
+        3, 2, 77, (1, 5), np.array([[U64], [6]], np.uint64), np.zeros((2, 0), np.uint64), 9, 4
+    )
+    want = struct.pack("<BB", 1, 1) + struct.pack("<IHQI", 3, 2, 9, 4)
+    want += struct.pack("<HHH", 2, 1, 5)
+    want += struct.pack("<IIIQQ", 2, 1, 2, U64, 6) + struct.pack("<III", 2, 0, 0)
+    assert wire.encode_assignment(sent) == want
+
+
+def test_an_update_is_these_bytes() -> None:
+    numbers = np.array([7], np.uint64), np.array([0.5], np.float32)
+    sent = Update(4, (Term(1, None, *numbers, 2.5),))
+    want = struct.pack("<BBIH", 1, 3, 4, 1) + struct.pack("<BdH", 1, 2.5, U16)
+    want += struct.pack("<IQ", 1, 7) + struct.pack("<If", 1, 0.5)
+    assert wire.encode_update(sent) == want
+
+
+@given(st.integers(1, 9), st.integers(0, 9), st.integers(0, 9))
+def test_report_size_is_the_size_of_a_report_of_scalars(steps: int, n: int, n_head: int) -> None:
+    shapes = (steps, n), (steps, n_head)
+    sent = Report(0, 0, 0, 0, 0, 0, *(np.zeros(shape, np.float32) for shape in shapes))
+    assert wire.report_size((*shapes, 0)) == len(wire.encode_report(sent))
+
+
+@given(st.integers(0, 99))
+def test_report_size_is_the_size_of_a_report_of_weights(n: int) -> None:
+    none = np.zeros((0, 0), np.float32)
+    sent = Report(0, 0, 0, 0, 0, 0, none, none, np.zeros(n, np.float32))
+    assert wire.report_size(((0, 0), (0, 0), n)) == len(wire.encode_report(sent))
+
+
+@pytest.mark.parametrize(
+    "n_head",
+    [
+        2**16 - 1,
+        pytest.param(2**16, marks=pytest.mark.xfail(strict=True, reason="they travel as uint16")),
+    ],
+)
+def test_a_report_holds_as_many_head_perturbations_as_a_run_may_have(n_head: int) -> None:
+    numbers = np.zeros((1, 1), np.float32), np.ones((1, n_head), np.float32)
+    got = wire.decode_report(wire.encode_report(Report(0, 0, 1, 1, 0.0, 0.0, *numbers)))
+    assert_same(got.head_derivatives, numbers[1])
+
+
+# What is refused
+
+SAMPLES = {
+    "an assignment": wire.encode_assignment(
+        Assignment(1, 2, 3, (0, 4), np.ones((2, 3), np.uint64), np.ones((2, 1), np.uint64), 5, 6)
+    ),
+    "a report": wire.encode_report(
+        Report(1, 2, 3, 4, 5.0, 6.0, np.ones((2, 3), np.float32), np.ones((2, 1), np.float32))
+    ),
+    "a report of weights": wire.encode_report(
+        Report(
+            *(1, 2, 3, 4, 5.0, 6.0),
+            *(np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32)),
+            np.ones(4, np.float32),
+        )
+    ),
+    "an update": wire.encode_update(
+        Update(
+            1,
+            (
+                Term(0, None, np.ones(2, np.uint64), np.ones(2, np.float32), 3.0),
+                Term(1, (), np.ones(1, np.uint64), np.ones(1, np.float32), 3.0),
+            ),
+        )
+    ),
+    "a state": wire.encode_state({"round": np.array(3), "theta": np.ones(3, np.float32)}),
+    "a list of messages": wire.encode_many([b"one", b"", b"three"]),
+}
+
+
+def decoder(name: str) -> Callable[[bytes], Any]:
+    return DECODERS[name.removesuffix(" of weights")]
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_truncation_is_refused(name: str) -> None:
+    for size in range(len(SAMPLES[name])):
+        with pytest.raises(WireError):
+            decoder(name)(SAMPLES[name][:size])
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_byte_more_is_refused(name: str) -> None:
+    for byte in range(256):
+        with pytest.raises(WireError):
+            decoder(name)(SAMPLES[name] + bytes([byte]))
+
+
+@given(messages(), st.data())
+def test_truncations_and_extensions_of_any_message_are_no_messages(
+    message: bytes, data: st.DataObject
+) -> None:
+    assert decode_any(message) is not None
+    assert decode_any(message[: data.draw(st.integers(0, len(message) - 1))]) is None
+    assert decode_any(message + data.draw(st.binary(min_size=1, max_size=9))) is None
+
+
+@pytest.mark.parametrize("want", DECODERS)
+@pytest.mark.parametrize("found", DECODERS)
+def test_a_message_of_another_kind_is_named(want: str, found: str) -> None:
+    if want == found:
+        DECODERS[want](SAMPLES[found])
+        return
+    with pytest.raises(WireError, match=f"^a message is {found}, not {want}$"):
+        DECODERS[want](SAMPLES[found])
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_unknown_kinds_and_versions_are_named(name: str) -> None:
+    sample = SAMPLES[name]
+    with pytest.raises(WireError, match=f"^a message is of no known kind, not {name}$"):
+        DECODERS[name](b"\x01\x63" + sample[2:])
+    with pytest.raises(WireError, match=r"^a message is of version 2, not 1$"):
+        DECODERS[name](b"\x02" + sample[1:])
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        Term(2, None, np.ones(1, np.uint64), np.ones(1, np.float32), 1.0),
+        Term(0, None, np.ones(1, np.uint64), np.ones(2, np.float32), 1.0),
+        Term(0, None, np.ones(1, np.uint64), np.ones(1, np.float32), 0.0),
+        Term(0, None, np.ones(1, np.uint64), np.ones(1, np.float32), -1.0),
+        Term(0, None, np.ones(1, np.uint64), np.ones(1, np.float32), np.nan),
+    ],
+    ids=["third half", "lengths differ", "no weight", "negative weight", "weight of nan"],
+)
+def test_terms_that_make_no_sense_are_refused(term: Term) -> None:
+    with pytest.raises(WireError, match="makes no sense"):
+        wire.decode_update(wire.encode_update(Update(0, (term,))))
+
+
+def test_scalars_that_do_not_fill_their_matrices_are_refused() -> None:
+    head = struct.pack("<BBIHIIff", 1, 2, 0, 0, 1, 1, 0.0, 0.0)
+    for shape, n in [((1, 2, 1), 2), ((1, 2, 1), 4), ((U16, U16, U16), 0), ((1, 0, 0), 1)]:
+        with pytest.raises(WireError):
+            wire.decode_report(head + struct.pack("<HHHI", *shape, n) + bytes(4 * n))
+    matrix = struct.pack("<BBIHQIH", 1, 1, 0, 0, 0, 0, U16)
+    for rows, columns in [(1, 2), (0, 0), (U32, U32)]:
+        with pytest.raises(WireError):
+            wire.decode_assignment(
+                matrix + struct.pack("<IIIQ", rows, columns, 1, 7) + struct.pack("<III", 0, 0, 0)
+            )
+
+
+def test_matrices_of_nothing_with_many_rows_are_no_crash() -> None:
+    empty = struct.pack("<BBIHQIH", 1, 1, 0, 0, 0, 0, U16)
+    for shape in [(U32, 0), (0, U32)]:
+        decode_any(empty + struct.pack("<III", *shape, 0) * 2)
+
+
+def test_an_update_of_weights_is_not_sent() -> None:
+    with pytest.raises(ValueError, match="weights"):
+        wire.encode_update(Update(0, (), np.zeros(3, np.float32)))
+
+
+def test_only_states_are_states() -> None:
+    for name, sample in SAMPLES.items():
+        assert wire.is_state(sample) == (name == "a state")
+    assert not wire.is_state(b"")
+    assert not wire.is_state(b"\x01")
+
+
+# Hostile bytes
+
+
+@settings(max_examples=300)
+@given(st.binary(max_size=80))
+def test_random_bytes_are_refused(data: bytes) -> None:
+    decode_any(data)
+
+
+@settings(max_examples=500)
+@given(st.integers(1, 5), st.binary(max_size=80))
+def test_random_bytes_behind_a_right_beginning_are_refused(kind: int, data: bytes) -> None:
+    decode_any(bytes([1, kind]) + data)
+
+
+@settings(max_examples=500)
+@given(messages(), st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=4))
+def test_changed_messages_are_messages_or_refused(
+    message: bytes, changes: list[tuple[int, int]]
+) -> None:
+    data = bytearray(message)
+    for at, byte in changes:
+        data[at % len(data)] = byte
+    decode_any(bytes(data))
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("word", [b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x00\x00\x00\x80"])
+def test_enormous_lengths_anywhere_are_refused(name: str, word: bytes) -> None:
+    sample = SAMPLES[name]
+    for at in range(2, len(sample) - 3):
+        decode_any(sample[:at] + word + sample[at + 4 :])
