@@ -17,7 +17,7 @@ import numpy as np
 from fwdllm.engine.adapter import Adapter, LoRAConfig
 from fwdllm.engine.errors import ConfigError
 from fwdllm.kernels import cpu
-from fwdllm.kernels.cpu import _native  # type: ignore[attr-defined]
+from fwdllm.kernels.cpu import _native
 from fwdllm.protocol import wire
 from fwdllm.protocol.federation import FederationConfig
 from fwdllm.protocol.ledger import NAME, Ledger, Meta
@@ -26,7 +26,7 @@ from fwdllm.protocol.server import Server
 
 LAYERS, WIDTH = 32, 4096
 
-# Elements of a direction at a time: enough for all threads, and they stay in the second-level cache.
+# Elements of a direction at a time: enough for all threads, and they stay in the caches.
 _BUFFER = 1 << 17
 
 

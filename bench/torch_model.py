@@ -34,12 +34,11 @@ class TorchModel:
 
     def loss(self, theta: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Mean negative log-likelihood per label of the batch."""
-        hidden = [self._hidden(theta, ids) for ids in self._sequences(batch)]
+        x = self.hidden(theta, batch)
         if batch.classes is not None:
-            scores = self.head_scores(theta, hidden)
+            scores = self.head_scores(theta, by_sequence(x, batch))
             return F.cross_entropy(scores, torch.tensor(batch.classes, dtype=torch.long))
-        x = torch.cat(hidden)[torch.tensor(batch.label_rows, dtype=torch.long)]
-        x = self._rms_norm(x, "output_norm")
+        x = self._rms_norm(x[torch.tensor(batch.label_rows, dtype=torch.long)], "output_norm")
         output = self.tensors.get("output.weight", self.tensors["token_embd.weight"])
         return F.cross_entropy(x @ output.T, torch.tensor(batch.label_ids, dtype=torch.long))
 
@@ -53,30 +52,32 @@ class TorchModel:
         features = torch.stack([h.mean(0) if self.args.pooling == "mean" else h[0] for h in hidden])
         return features @ weight.T + theta[adapter.n_lora + n_labels * width :]
 
-    def _sequences(self, batch: Batch) -> list[torch.Tensor]:
-        ids = torch.tensor(batch.ids, dtype=torch.long)
-        return [ids[a:b] for a, b in zip(batch.starts[:-1], batch.starts[1:], strict=True)]
-
-    def _hidden(self, theta: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def hidden(self, theta: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The last layer's output for the batch's rows."""
+        x = self.tensors["token_embd.weight"][torch.tensor(batch.ids, dtype=torch.long)]
         if self.engine.architecture == "bert":
-            return self._bert(theta, ids)
-        x = self.tensors["token_embd.weight"][ids]
+            return self._bert(theta, batch, x)
         for i in range(self.args.n_layers):
             block = f"blk.{i}"
-            x = x + self._self_attention(theta, block, self._rms_norm(x, f"{block}.attn_norm"))
+            h = self._rms_norm(x, f"{block}.attn_norm")
+            x = x + self._self_attention(theta, batch, block, h)
             h = self._rms_norm(x, f"{block}.ffn_norm")
             gate = self._linear(theta, h, f"{block}.ffn_gate")
             up = self._linear(theta, h, f"{block}.ffn_up")
             x = x + self._linear(theta, F.silu(gate) * up, f"{block}.ffn_down")
         return x
 
-    def _bert(self, theta: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        x = self.tensors["token_embd.weight"][ids] + self.tensors["token_types.weight"][0]
-        x = x + self.tensors["position_embd.weight"][: len(ids)]
+    def _bert(self, theta: torch.Tensor, batch: Batch, x: torch.Tensor) -> torch.Tensor:
+        positions = torch.tensor(batch.positions, dtype=torch.long)
+        x = (
+            x
+            + self.tensors["token_types.weight"][0]
+            + self.tensors["position_embd.weight"][positions]
+        )
         x = self._layer_norm(x, "token_embd_norm")
         for i in range(self.args.n_layers):
             block = f"blk.{i}"
-            x = x + self._self_attention(theta, block, x)
+            x = x + self._self_attention(theta, batch, block, x)
             x = self._layer_norm(x, f"{block}.attn_output_norm")
             h = F.gelu(self._linear(theta, x, f"{block}.ffn_up"), approximate="tanh")
             x = self._layer_norm(
@@ -84,10 +85,20 @@ class TorchModel:
             )
         return x
 
-    def _self_attention(self, theta: torch.Tensor, block: str, x: torch.Tensor) -> torch.Tensor:
-        causal = self.engine.architecture != "bert"
+    def _self_attention(
+        self, theta: torch.Tensor, batch: Batch, block: str, x: torch.Tensor
+    ) -> torch.Tensor:
         q, k, v = (self._linear(theta, x, f"{block}.attn_{n}") for n in "qkv")
-        q, k, v = (t.reshape(len(x), -1, self.args.head_dim) for t in (q, k, v))
+        parts = zip(*(by_sequence(t, batch) for t in (q, k, v)), strict=True)
+        mixed = torch.cat([self._attend(block, *part) for part in parts])
+        return self._linear(theta, mixed, f"{block}.attn_output")
+
+    def _attend(
+        self, block: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """Attention inside one sequence."""
+        causal, n = self.engine.architecture != "bert", len(q)
+        q, k, v = (t.reshape(n, -1, self.args.head_dim) for t in (q, k, v))
         if causal:
             if self.args.qk_norm:
                 q = self._rms_norm(q, f"{block}.attn_q_norm")
@@ -97,10 +108,9 @@ class TorchModel:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         scores = torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(self.args.head_dim)
         if causal:
-            mask = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)
+            mask = torch.ones(n, n, dtype=torch.bool).triu(1)
             scores = scores.masked_fill(mask, -math.inf)
-        mixed = torch.einsum("hij,jhd->ihd", scores.softmax(-1), v).reshape(len(x), -1)
-        return self._linear(theta, mixed, f"{block}.attn_output")
+        return torch.einsum("hij,jhd->ihd", scores.softmax(-1), v).reshape(n, -1)
 
     def _rope(self, x: torch.Tensor) -> torch.Tensor:
         half = self.args.rotary.dim // 2
@@ -135,6 +145,11 @@ class TorchModel:
     def _layer_norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         weight, bias = self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
         return F.layer_norm(x, x.shape[-1:], weight, bias, self.args.norm_eps)
+
+
+def by_sequence(x: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
+    """The rows of each sequence."""
+    return list(x.split(np.diff(batch.starts).tolist()))
 
 
 def gradient(model: TorchModel, batch: Batch) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fwdllm.engine import activation
+from fwdllm.engine import activation, derivatives
 from fwdllm.engine.activation import Gradient
 from fwdllm.engine.adapter import Adapter, Head, LoRAConfig
 from fwdllm.engine.adapter_io import load_adapter
@@ -24,9 +24,8 @@ from fwdllm.engine.errors import (
     ConfigError,
     DataError,
     ModelError,
-    NumericsError,
 )
-from fwdllm.engine.estimators import DEFAULT_EPSILON, Plan, Probe, example_seeds, plan
+from fwdllm.engine.estimators import DEFAULT_EPSILON, Probe
 from fwdllm.engine.evaluation import EVAL_ROWS, Evaluation, evaluate
 from fwdllm.engine.forward import PLAIN, Pass, SquareSums, Variants
 from fwdllm.engine.gguf_file import GGUFFile
@@ -183,23 +182,8 @@ class Engine:
         its own, see ``Probe`` and ``estimators.example_seeds``.
         A slope is NaN or infinite where a perturbed loss is; NumericsError if the loss itself is.
         """
-        if self.adapter is None:
-            raise ConfigError("directional derivatives need an adapter to perturb")
         directions = directions or self.directions
-        seeds = np.asarray(seeds, np.uint64)
-        if per_example:
-            seeds = example_seeds(seeds, batch.n_sequences)
-        p = plan(seeds, method, epsilon, directions.distribution, batch.classes is not None)
-        nll, features = self._planned_losses(batch, p, directions)
-        losses = nll.mean(axis=1)
-        loss = p.loss(losses)
-        if not np.isfinite(loss):
-            raise NumericsError(
-                f"the loss is {loss}: the model, the adapter or epsilon {epsilon} is out of range"
-            )
-        shares = batch.sums_by_sequence(nll) / nll.shape[1] if per_example else losses
-        gradient = self.head_gradient(batch, features)
-        return Probe(loss, seeds, p.derivative(shares), gradient, batch.n_rows * len(p.lanes))
+        return derivatives.of_batch(self, batch, seeds, method, epsilon, directions, per_example)
 
     def group_derivatives(
         self,
@@ -216,42 +200,8 @@ class Engine:
         [n_groups, n_seeds].  A group's numbers have the same bits in any company; those that are
         not finite, its loss included, are left for the caller to find.
         """
-        if self.adapter is None:
-            raise ConfigError("directional derivatives need an adapter to perturb")
-        if sum(sizes) != batch.n_sequences or len(sizes) != len(seeds):
-            raise ConfigError(f"{len(sizes)} groups do not fit the batch or their seeds")
         directions = directions or self.directions
-        seeds = np.asarray(seeds, np.uint64)
-        own = np.repeat(seeds.T, sizes, axis=1)
-        p = plan(own, method, epsilon, directions.distribution, batch.classes is not None)
-        nll, features = self._planned_losses(batch, p, directions)
-        sums, found, first = batch.sums_by_sequence(nll), [], 0
-        for size, mine in zip(sizes, seeds, strict=True):
-            group = batch.sequences(first, first + size)
-            of_group = np.ascontiguousarray(sums[:, first : first + size])
-            losses = of_group.sum(axis=1) / group.n_labels
-            part = None if features is None else features[first : first + size]
-            gradient = self.head_gradient(group, part)
-            n_tokens = group.n_rows * len(p.lanes)
-            found.append(Probe(p.loss(losses), mine, p.derivative(losses), gradient, n_tokens))
-            first += size
-        return found
-
-    def _planned_losses(
-        self, batch: Batch, p: Plan, directions: Directions
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """``lane_losses`` of a plan, in as many passes as memory asks for; features of its first.
-
-        With features, lane 0 is plain.
-        """
-        parts: list[np.ndarray] = []
-        first = None
-        for lanes in p.parts(self.max_lanes(batch, len(p.lanes))):
-            nll, features = self.lane_losses(batch, Variants(lanes, directions))
-            if not parts:
-                first = features
-            parts.append(nll[int(p.plain) if parts else 0 :])
-        return np.concatenate(parts), first
+        return derivatives.of_groups(self, batch, sizes, seeds, method, epsilon, directions)
 
     def head_step(self, batch: Batch) -> Gradient:
         """The gradient by the head alone, from one forward pass."""

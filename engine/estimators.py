@@ -29,7 +29,8 @@ class Probe:
     loss: mean negative log-likelihood in nats per label.  seeds: uint64 and derivative: float64,
     both [n_seeds]: the slope of that loss along each v(seed). With a direction for every example
     both are [n_seeds, n_examples]: slopes of each example's share of it, along its own v(seed).
-    head_gradient: float32 [n_head], or None without a head.  n_tokens: lane-tokens forwarded.
+    head_gradient: float32 [n_head], or None without a head.  n_tokens: lane-tokens forwarded, those
+    of layers before the first perturbed one once.
     """
 
     loss: float

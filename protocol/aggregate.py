@@ -16,7 +16,7 @@ from fwdllm.protocol.federation import FederationConfig
 from fwdllm.protocol.plan import Assignment
 from fwdllm.protocol.privacy import private_sum
 from fwdllm.protocol.report import Report
-from fwdllm.protocol.space import HEAD, Layers, Space
+from fwdllm.protocol.space import HEAD, Layers, Space, covers
 
 Answer: TypeAlias = "tuple[Assignment, Report]"
 
@@ -35,25 +35,35 @@ class Term:
     weight: float
 
 
-def terms_of(
-    config: FederationConfig,
-    answers: Sequence[Answer],
-    part: int,
-    n_expected: float = 0.0,
-    noise_seed: int = 0,
-) -> list[Term]:
-    """The terms of a part's accepted answers; they must be in order of clients.
-
-    n_expected: clients that differential privacy divides by.  noise_seed: of its noise, which
-    nobody but the server may know.
-    """
+def terms_of(config: FederationConfig, answers: Sequence[Answer], part: int) -> list[Term]:
+    """The terms of a part's accepted answers, which must be in order of clients."""
     if config.seeds == "shared" and config.upload == "scalars":
-        return _shared_terms(config, answers, n_expected, noise_seed)
+        return _shared_terms(config, answers)
     found = []
     for layers in dict.fromkeys(assignment.layers for assignment, _ in answers):
         members = [answer for answer in answers if answer[0].layers == layers]
         found += _own_terms(config, layers, members, part)
     return found + _own_terms(config, HEAD, answers, part)
+
+
+def private_terms(
+    config: FederationConfig,
+    answers: Sequence[Answer],
+    seeds: np.ndarray,
+    head_seeds: np.ndarray,
+    n_expected: float,
+    noise_seed: int,
+) -> list[Term]:
+    """As ``terms_of``, with differential privacy: noise is added even if nobody has answered.
+
+    seeds, head_seeds: uint64, what all clients of the part were asked for.  n_expected: clients
+    that sums are divided by.  noise_seed: of the noise, which nobody but the server may know.
+    """
+    rows = [np.concatenate([r.derivatives[0], r.head_derivatives[0]]) for _, r in answers]
+    size = len(seeds) + len(head_seeds)
+    total = private_sum(np.array(rows).reshape(-1, size), config.clip, config.sigma, noise_seed)
+    slopes, head = np.split(total, [len(seeds)])
+    return _halves(None, seeds, slopes, n_expected) + _halves(HEAD, head_seeds, head, n_expected)
 
 
 def _own_terms(
@@ -91,38 +101,31 @@ def _own_terms(
     ]
 
 
-def _shared_terms(
-    config: FederationConfig, answers: Sequence[Answer], n_expected: float, noise_seed: int
-) -> list[Term]:
-    """Scalars of a seed are combined over clients; halves are every other seed."""
-    if not answers:
-        return []
-    first, found = answers[0][0], []
-    if config.sigma > 0:
-        rows = [np.concatenate([r.derivatives[0], r.head_derivatives[0]]) for _, r in answers]
-        total = private_sum(np.stack(rows), config.clip, config.sigma, noise_seed)
-        sums = np.split(total, [config.perturbations])
-        weight = n_expected
-    scopes = [(s, i) for i, s in enumerate(dict.fromkeys(a.layers for a, _ in answers))]
-    for layers, _ in [*scopes, (HEAD, 0)]:
+def _shared_terms(config: FederationConfig, answers: Sequence[Answer]) -> list[Term]:
+    """Scalars of a seed are combined over clients."""
+    found: list[Term] = []
+    scopes = list(dict.fromkeys(assignment.layers for assignment, _ in answers))
+    for layers in [*scopes, HEAD] if answers else []:
         is_head = layers == HEAD
         members = answers if is_head else [a for a in answers if a[0].layers == layers]
+        first = members[0][0]
+        slopes = np.stack(
+            [(r.head_derivatives if is_head else r.derivatives)[0] for _, r in members]
+        )
+        weights = np.array([_weight(config, report) for _, report in members])
+        weight = float(weights.sum())
         seeds = (first.head_seeds if is_head else first.seeds)[0]
-        if config.sigma > 0:
-            combined = sums[int(is_head)]
-        else:
-            slopes = np.stack(
-                [(r.head_derivatives if is_head else r.derivatives)[0] for _, r in members]
-            )
-            weights = np.array([_weight(config, r) for _, r in members])
-            weight = float(weights.sum())
-            combined = weight * combine(config, slopes, weights)
-        for half in (0, 1):
-            if len(seeds[half::2]):
-                coefficients = combined[half::2].astype(np.float32)
-                n = len(coefficients)
-                found.append(Term(half, layers, seeds[half::2], coefficients, weight * n))
+        found += _halves(layers, seeds, weight * combine(config, slopes, weights), weight)
     return found
+
+
+def _halves(layers: Layers, seeds: np.ndarray, sums: np.ndarray, weight: float) -> list[Term]:
+    """Terms of every other seed. sums: over clients, whose weights add up to ``weight``."""
+    return [
+        Term(h, layers, seeds[h::2], sums[h::2].astype(np.float32), weight * len(seeds[h::2]))
+        for h in (0, 1)
+        if len(seeds[h::2])
+    ]
 
 
 def combine(config: FederationConfig, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -150,18 +153,16 @@ def mean_vector(
     if not answers:
         return None
     out = np.zeros(space.size, np.float32)
-    scopes = list(dict.fromkeys(assignment.layers for assignment, _ in answers))
-    heads, head_weights = [], []
-    for layers in scopes:
-        members = [report for assignment, report in answers if assignment.layers == layers]
-        vectors = np.stack([space.unpack(_vector(r), layers) for r in members])
-        weights = np.array([_weight(config, r) for r in members])
-        out += space.inside(combine(config, vectors, weights).astype(np.float32), layers)
-        heads.append(vectors[:, space.n_coordinates :])
-        head_weights.append(weights)
-    if space.adapter.n_head:
-        head = combine(config, np.concatenate(heads), np.concatenate(head_weights))
-        out[space.n_coordinates :] = head.astype(np.float32)
+    for unit in space.units():
+        # All clients train a head.
+        members = [(a, r) for a, r in answers if unit == HEAD or covers(a.layers, unit)]
+        if not members:
+            continue
+        weights = np.array([_weight(config, report) for _, report in members])
+        vectors = [space.unpack(_vector(report), a.layers) for a, report in members]
+        for start, end in space.ranges(unit):
+            values = np.stack([vector[start:end] for vector in vectors])
+            out[start:end] = combine(config, values, weights)
     return out
 
 
@@ -188,18 +189,26 @@ class Sums:
         return self._mean(self.halves[0] + self.halves[1], (0, 1))
 
     def half_gradients(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Those of the two halves, or None where a scope is in one of them alone."""
-        scopes = [{layers for half, layers in self.weights if half == h} for h in (0, 1)]
-        if not scopes[0] or scopes[0] != scopes[1]:
+        """Those of the two halves, or None where a part of the adapter is in one of them alone."""
+        covered = [
+            [unit for unit in self.space.units() if self._weight(unit, (half,)) > 0]
+            for half in (0, 1)
+        ]
+        if not covered[0] or covered[0] != covered[1]:
             return None
         return self._mean(self.halves[0], (0,)), self._mean(self.halves[1], (1,))
 
     def _mean(self, total: np.ndarray, halves: Sequence[int]) -> np.ndarray:
         out = np.zeros_like(total)
-        for layers in dict.fromkeys(layers for _, layers in self.weights):
-            weight = sum(self.weights.get((half, layers), 0.0) for half in halves)
-            out += self.space.inside(total, layers) * np.float32(1 / weight)
+        for unit in self.space.units():
+            weight = self._weight(unit, halves)
+            for start, end in self.space.ranges(unit) if weight > 0 else []:
+                out[start:end] = total[start:end] * np.float32(1 / weight)
         return out
+
+    def _weight(self, unit: Layers, halves: Sequence[int]) -> float:
+        found = self.weights.items()
+        return sum(w for (half, layers), w in found if half in halves and covers(layers, unit))
 
 
 def _weight(config: FederationConfig, report: Report) -> float:

@@ -75,7 +75,7 @@ class FederationConfig:
     weighted: bool = True
     pacing: bool = False
     variance_threshold: float | None = None
-    calibration_rounds: int = 5
+    calibration_rounds: int = 20
     max_parts: int = 5
     candidates: int = 1
     clip: float = 1.0
@@ -145,6 +145,10 @@ class FederationConfig:
                 "pacing compares two halves of the perturbations, so it needs two of them",
             ),
             (
+                self.pacing and self.seeds == "shared" and local,
+                "pacing cannot tell the halves of local steps along shared seeds apart",
+            ),
+            (
                 self.candidates > 1 and self.seeds != "own",
                 "seeds are chosen among candidates where clients have their own",
             ),
@@ -176,7 +180,7 @@ class FederationConfig:
         if name in ("variance_threshold", "head_learning_rate") and value is None:
             return
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        inside = is_number and math.isfinite(value) and low <= value <= high
+        inside = is_number and low <= value <= high and abs(value) < _LARGEST
         at_border = ("l" in open_at and value == low) or ("h" in open_at and value == high)
         if not inside or at_border:
             above = "above" if "l" in open_at else "at least"
@@ -217,7 +221,7 @@ _INTEGERS: dict[str, tuple[int, int]] = {
     "per_round": (1, MAX_CLIENTS),
     "pool_size": (1, MAX_INDEX),
     "perturbations": (1, 4096),
-    "head_perturbations": (1, 1 << 16),
+    "head_perturbations": (1, (1 << 16) - 1),
     "batch_size": (1, MAX_INDEX),
     "max_tokens": (2, MAX_INDEX),
     "dimension": (1, MAX_INDEX),
@@ -230,6 +234,9 @@ _INTEGERS: dict[str, tuple[int, int]] = {
     "snapshot_every": (1, MAX_ROUNDS - 1),
     "seed": (0, MAX_RUN_SEED),
 }
+
+# Beyond all floats.
+_LARGEST = 2**1024
 
 # Low, high, and which of the two are themselves outside.
 _NUMBERS: dict[str, tuple[float, float, str]] = {

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from fwdllm.engine.adapter import LAYOUT_VERSION, Adapter, Head, LoRAConfig, Target
-from fwdllm.engine.errors import FwdllmError
+from fwdllm.engine.errors import ConfigError, FwdllmError
 from fwdllm.engine.files import lock
 from fwdllm.kernels import cpu
 from fwdllm.protocol.federation import FederationConfig
@@ -54,7 +54,7 @@ CREATE TABLE rejection (
 CREATE TABLE round (
     round INTEGER PRIMARY KEY, closed REAL NOT NULL, message BLOB, loss REAL,
     first_variance REAL, variance REAL, n_perturbations INTEGER NOT NULL,
-    theta BLOB NOT NULL, hash BLOB NOT NULL
+    theta BLOB NOT NULL, snapshot BLOB, hash BLOB NOT NULL
 );
 CREATE TABLE snapshot (round INTEGER PRIMARY KEY, state BLOB NOT NULL);
 CREATE TABLE evaluation (
@@ -136,7 +136,8 @@ class Round:
     """A closed round. message: its update, None of weights.  loss: mean of the clients' losses.
 
     first_variance, variance: after its first part and at its end.  theta: SHA-256 of the adapter
-    after it.  hash: over everything of the run up to here.
+    after it, snapshot: of the state, where it is kept.  hash: over all of the run up to here that
+    leads to a state; not the times, rejections, evaluations and bytes sent.
     """
 
     round: int
@@ -147,6 +148,7 @@ class Round:
     variance: float | None
     n_perturbations: int
     theta: bytes
+    snapshot: bytes | None = None
     hash: bytes = b""
 
 
@@ -163,7 +165,7 @@ class Ledger:
             raise LedgerError(f"there is no ledger at {path}")
         with contextlib.ExitStack() as stack:
             if writable:
-                stack.callback(lock(path.with_name(path.name + ".lock")).close)
+                stack.callback(_lock(path).close)
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             stack.callback(self._db.close)
             with self._errors():
@@ -182,10 +184,11 @@ class Ledger:
     @staticmethod
     def create(path: Path, meta: Meta) -> Ledger:
         """A new ledger; LedgerError if there is a file already. It appears whole or not at all."""
-        if path.exists():
-            raise LedgerError(f"{path} already holds a run; resume it or name another folder")
         temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+        held = _lock(path)
         try:
+            if path.exists():
+                raise LedgerError(f"{path} already holds a run; resume it or name another folder")
             # It holds a secret and what clients sent.
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             db = sqlite3.connect(temporary, isolation_level=None)
@@ -201,6 +204,7 @@ class Ledger:
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+            held.close()
         return Ledger(path, writable=True)
 
     def __enter__(self) -> Ledger:
@@ -268,10 +272,11 @@ class Ledger:
 
     def close_round(self, closed: Round, snapshot: bytes | None) -> None:
         """Record an update, chained to the rounds before it, and the state after it if given."""
-        chained = self.chain(closed)
+        digest = None if snapshot is None else hashlib.sha256(snapshot).digest()
+        closed = dataclasses.replace(closed, snapshot=digest)
+        row = dataclasses.astuple(dataclasses.replace(closed, hash=self.chain(closed)))
         with self._transaction() as db:
-            row = dataclasses.astuple(dataclasses.replace(closed, hash=chained))
-            db.execute("INSERT INTO round VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            db.execute("INSERT INTO round VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
             if snapshot is not None:
                 db.execute("INSERT INTO snapshot VALUES (?, ?)", (closed.round + 1, snapshot))
 
@@ -361,11 +366,22 @@ class Ledger:
         )[0]
         return None if whole < count else int(size or 0)
 
-    def snapshot(self, most: int | None = None) -> bytes | None:
-        """The state of the latest snapshot, of at most ``most`` rounds, if there is one."""
-        query = "SELECT state FROM snapshot WHERE round <= ? ORDER BY round DESC LIMIT 1"
-        found = self._all(query, 2**62 if most is None else most)
-        return found[0][0] if found else None
+    def snapshot(self) -> bytes | None:
+        """The state of the latest snapshot, if there is one; LedgerError if it was changed."""
+        rounds = self._all("SELECT round FROM snapshot ORDER BY round DESC LIMIT 1")
+        return self._checked_snapshot(rounds[0][0]) if rounds else None
+
+    def check_snapshots(self) -> None:
+        """LedgerError if one was changed."""
+        for (round,) in self._all("SELECT round FROM snapshot ORDER BY round"):
+            self._checked_snapshot(round)
+
+    def _checked_snapshot(self, round: int) -> bytes:
+        state: bytes = self._all("SELECT state FROM snapshot WHERE round = ?", round)[0][0]
+        closed = self.rounds(round - 1)[:1]
+        if not closed or hashlib.sha256(state).digest() != closed[0].snapshot:
+            raise LedgerError(f"the snapshot of round {round} has been changed in {self.path}")
+        return state
 
     def rejections(self) -> list[tuple[int, int, int, str]]:
         """Round, part, client and reason of each."""
@@ -376,9 +392,10 @@ class Ledger:
         return self._all("SELECT * FROM evaluation ORDER BY round")
 
     def traffic(self) -> list[tuple[int, int, int, int]]:
-        """Of each round: the round, clients asked, bytes down and bytes up."""
+        """Of each round: the round, clients asked, bytes down and bytes up, rejected ones too."""
         return self._all(
             "SELECT a.round, count(*), sum(a.bytes_down), coalesce(sum(length(c.message)), 0)"
+            " + (SELECT coalesce(sum(n_bytes), 0) FROM rejection r WHERE r.round = a.round)"
             " FROM assignment a LEFT JOIN contribution c USING (round, part, client)"
             " GROUP BY a.round ORDER BY a.round"
         )
@@ -388,6 +405,7 @@ class Ledger:
         return self._all(
             "SELECT a.client, count(*), count(c.message), sum(a.bytes_down),"
             " coalesce(sum(length(c.message)), 0)"
+            " + (SELECT coalesce(sum(n_bytes), 0) FROM rejection r WHERE r.client = a.client)"
             " FROM assignment a LEFT JOIN contribution c USING (round, part, client)"
             " GROUP BY a.client ORDER BY a.client"
         )
@@ -409,7 +427,10 @@ class Ledger:
         message = closed.message or b""
         _feed(digest, len(message))
         digest.update(message)
+        figures = (closed.loss, closed.first_variance, closed.variance, closed.n_perturbations)
+        digest.update(repr(figures).encode())
         digest.update(closed.theta)
+        digest.update(closed.snapshot or b"")
         return digest.digest()
 
     def check_file(self) -> None:
@@ -445,6 +466,13 @@ class Ledger:
 def theta_hash(theta: np.ndarray) -> bytes:
     """SHA-256 of an adapter's parameters."""
     return hashlib.sha256(np.ascontiguousarray(theta, "<f4").tobytes()).digest()
+
+
+def _lock(path: Path) -> sqlite3.Connection:
+    try:
+        return lock(path.with_name(path.name + ".lock"))
+    except ConfigError as error:
+        raise LedgerError(str(error)) from error
 
 
 def _feed(digest: Any, *numbers: int) -> None:

@@ -6,14 +6,14 @@ more, in several; every part asks clients anew.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from fwdllm.engine.errors import ConfigError
 from fwdllm.protocol.federation import MAX_CLIENTS, FederationConfig
-from fwdllm.protocol.seeds import MAX_INDEX, client_keys, derive_seeds, head_seeds
+from fwdllm.protocol.seeds import client_keys, derive_seeds, head_seeds
 from fwdllm.protocol.space import Layers, Space
 
 # Seeds of a part are those from here on; 64 parts fit the 2^28 of a round.
@@ -47,13 +47,15 @@ def plan_part(
     part: int,
     clients: Sequence[int],
     gradient: np.ndarray | None,
+    asked: Mapping[int, int],
+    secret: int,
 ) -> list[Assignment]:
     """Assignments of a part, by client; none if no client is chosen.
 
     clients: numbers of those that can be asked, below 2^22.  gradient: the last one, float32
-    [space.size], or None before the first update.
+    [space.size], or None before the first update.  asked, secret: see ``choose``.
     """
-    chosen = choose(config, round, part, clients)
+    chosen = choose(config, round, part, clients, asked, secret)
     if not chosen:
         return []
     keys = client_keys(config.seed, round, max(chosen) + 1)
@@ -67,11 +69,19 @@ def plan_part(
     ]
 
 
-def choose(config: FederationConfig, round: int, part: int, clients: Sequence[int]) -> list[int]:
-    """Clients of a part, ascending: per_round of them at random, those not asked before first.
+def choose(
+    config: FederationConfig,
+    round: int,
+    part: int,
+    clients: Sequence[int],
+    asked: Mapping[int, int],
+    secret: int,
+) -> list[int]:
+    """Clients of a part, ascending: per_round of them at random, those least asked first.
 
+    asked: how often a client has been in this round.
     Under differential privacy each takes part with probability per_round / len(clients), which is
-    what the accountant assumes.
+    what the accountant assumes, by the seed ``secret``, as who took part must not be known.
     """
     clients = sorted(clients)
     if not clients:
@@ -80,16 +90,15 @@ def choose(config: FederationConfig, round: int, part: int, clients: Sequence[in
         raise ConfigError(f"clients are numbered from 0 to {MAX_CLIENTS - 1}")
     n = clients[-1] + 1
     if config.sigma > 0:
-        if (part + 1) * n > MAX_INDEX:
-            raise ConfigError(f"{n} clients are too many for {part + 1} private parts of a round")
-        keys = client_keys(config.seed, round, n, part * n)[clients]
-        share = config.per_round / len(clients)
-        taken = keys < np.uint64(min(share, 1) * (2**64 - 1)) if share < 1 else keys >= 0
-        return [client for client, is_taken in zip(clients, taken, strict=True) if is_taken]
-    order = np.argsort(client_keys(config.seed, round, n)[clients], kind="stable")
-    size = min(config.per_round, len(clients))
-    at = (part * size + np.arange(size)) % len(clients)
-    return sorted(clients[i] for i in order[at])
+        if config.per_round >= len(clients):
+            return clients
+        limit = np.uint64(config.per_round / len(clients) * 2.0**64)
+        keys = client_keys(secret, round, n, part * MAX_CLIENTS)
+        return [client for client in clients if keys[client] < limit]
+    keys = client_keys(config.seed, round, n)
+    times = np.array([asked.get(client, 0) for client in clients])
+    order = np.lexsort((keys[clients], times))[: config.per_round]
+    return [clients[i] for i in sorted(order)]
 
 
 def deal(layers: Sequence[int], n_clients: int, round: int) -> list[Layers]:
@@ -103,6 +112,20 @@ def deal(layers: Sequence[int], n_clients: int, round: int) -> list[Layers]:
     return [(layers[(i + round * n_clients) % n],) for i in range(n_clients)]
 
 
+def shared_seeds(config: FederationConfig, round: int, part: int) -> np.ndarray:
+    """Seeds that all clients of a part have: uint64 [local_steps, perturbations]."""
+    shape = (config.local_steps, config.perturbations)
+    drawn = derive_seeds(config.seed, round, shape[0] * shape[1], part * _PART_SEEDS)
+    return drawn.reshape(shape)
+
+
+def shared_head_seeds(config: FederationConfig, space: Space, round: int, part: int) -> np.ndarray:
+    """As ``shared_seeds``, of a head: uint64 [local_steps, head_perturbations or 0]."""
+    shape = (config.local_steps, config.head_perturbations if space.adapter.n_head else 0)
+    drawn = head_seeds(config.seed, round, shape[0] * shape[1], part * _PART_SEEDS)
+    return drawn.reshape(shape)
+
+
 def _seeds(
     config: FederationConfig,
     space: Space,
@@ -113,17 +136,17 @@ def _seeds(
 ) -> list[np.ndarray]:
     shape = (config.local_steps, config.perturbations)
     each, n, first = shape[0] * shape[1], len(scopes), part * _PART_SEEDS
-    if config.seeds == "shared":
-        return [derive_seeds(config.seed, round, each, first).reshape(shape)] * n
-    if n * each * config.candidates > _PART_SEEDS:
+    if each * (1 if config.seeds == "shared" else n * config.candidates) > _PART_SEEDS:
         raise ConfigError(f"a part of a round has at most {_PART_SEEDS} seeds and candidates")
+    if config.seeds == "shared":
+        return [shared_seeds(config, round, part)] * n
     if config.seeds == "pool":
         pool = derive_seeds(config.seed, 0, config.pool_size)
         drawn = derive_seeds(config.seed, round + 1, n * each, first) % np.uint64(len(pool))
         return list(pool[drawn].reshape(n, *shape))
     m = config.candidates if gradient is not None else 1
     drawn = derive_seeds(config.seed, round, n * each * m, first)
-    if m == 1:
+    if gradient is None or m == 1:
         return list(drawn.reshape(n, *shape))
     return _discriminate(config, space, drawn, scopes, gradient)
 
@@ -159,8 +182,8 @@ def _head_seeds(
 ) -> list[np.ndarray]:
     shape = (config.local_steps, config.head_perturbations if space.adapter.n_head else 0)
     each, first = shape[0] * shape[1], part * _PART_SEEDS
-    if config.seeds == "shared":
-        return [head_seeds(config.seed, round, each, first).reshape(shape)] * n
-    if n * each > _PART_SEEDS:
+    if each * (1 if config.seeds == "shared" else n) > _PART_SEEDS:
         raise ConfigError(f"a part of a round has at most {_PART_SEEDS} seeds of a head")
+    if config.seeds == "shared":
+        return [shared_head_seeds(config, space, round, part)] * n
     return list(head_seeds(config.seed, round, n * each, first).reshape(n, *shape))

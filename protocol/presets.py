@@ -26,6 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "candidates": 10,
         "optimizer": "sgd",
         "learning_rate": 1e-2,
+        "head_learning_rate": 1.0,
         "schedule": "linear",
     },
     # Spry (arXiv 2405.15551): exact directional derivatives, layers split among clients, one
@@ -37,7 +38,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "method": "forward-ad",
         "split": True,
         "optimizer": "yogi",
-        "learning_rate": 1e-2,
+        "learning_rate": 3e-3,
+        "head_learning_rate": 1e-2,
         "eps": 1e-3,
         "beta2": 0.99,
         "schedule": "constant",
@@ -82,7 +84,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "method": "central",
         "epsilon": 1e-3,
         "optimizer": "sgd",
-        "learning_rate": 1e-3,
+        "learning_rate": 3e-3,
+        "head_learning_rate": 1.0,
         "schedule": "constant",
     },
     # FedKSeed (arXiv 2312.06353): local steps along a pool of K = 4,096 seeds, 200 of them a
@@ -143,4 +146,6 @@ def preset(name: str, **changes: Any) -> FederationConfig:
     for change in changes:
         if change not in known:
             raise ConfigError(f"there is no setting {change!r}; docs/federated.md lists them")
+    if "rounds" not in changes:
+        raise ConfigError("say how many rounds there are")
     return FederationConfig(**{**PRESETS[name], **changes})

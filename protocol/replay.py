@@ -13,6 +13,7 @@ from fwdllm.protocol.server import update_of
 def verify(ledger: Ledger) -> None:
     """LedgerError for a damaged file, or the first round that is not what was written."""
     ledger.check_file()
+    ledger.check_snapshots()
     for at, closed in enumerate(ledger.rounds()):
         if closed.round != at:
             raise LedgerError(f"round {at + 1} is missing in {ledger.path}")
@@ -28,11 +29,11 @@ def replay(ledger: Ledger, on_round: Callable[[Round], None] = lambda closed: No
     """
     replica = Replica(ledger.meta.config, ledger.meta.empty_adapter())
     for closed in ledger.rounds():
-        update = update_of(ledger, replica, closed.round)
+        update, gradient = update_of(ledger, replica, closed.round)
         message = None if update.vector is not None else wire.encode_update(update)
         if closed.message is not None and message != closed.message:
             raise LedgerError(f"round {closed.round + 1} has another update than recorded")
-        replica.apply(update)
+        replica.apply(update, gradient)
         if theta_hash(replica.theta) != closed.theta:
             raise LedgerError(f"round {closed.round + 1} leads to another adapter than recorded")
         on_round(closed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,24 +14,39 @@ from fwdllm.protocol.descent import descend
 from fwdllm.protocol.federation import FederationConfig
 from fwdllm.protocol.optimizers import OptimizerState
 from fwdllm.protocol.schedule import lr_factor
-from fwdllm.protocol.space import Space
+from fwdllm.protocol.space import HEAD, Space
+
+# A seed and its coefficient in a message.
+_SEED_BYTES = 12
 
 
 @dataclass(frozen=True, eq=False)
 class Update:
     """What a round does to the adapter, given its state before.
 
-    terms: those of its gradient, in order.  vector: the gradient itself, float32 [space.size],
-    where clients upload weights. Without either the round changed nothing.
+    terms: those of its gradient, in order.  head: the head's part of the gradient itself, float32
+    [n_head], where it is smaller than its terms, which are left out then.  vector: the whole
+    gradient, float32 [space.size], where clients upload weights. Without any of them the round
+    changed nothing.
     """
 
     round: int
     terms: tuple[Term, ...] = ()
+    head: np.ndarray | None = None
     vector: np.ndarray | None = None
+
+    @staticmethod
+    def of(round: int, terms: Sequence[Term], gradient: np.ndarray, n_head: int) -> Update:
+        """The smaller form of an update by terms. gradient: what they come to."""
+        n_seeds = sum(len(term.seeds) for term in terms if term.layers == HEAD)
+        if n_seeds * _SEED_BYTES <= 4 * n_head:
+            return Update(round, tuple(terms))
+        kept = tuple(term for term in terms if term.layers != HEAD)
+        return Update(round, kept, gradient[-n_head:].copy())
 
     @property
     def empty(self) -> bool:
-        return not self.terms and self.vector is None
+        return not self.terms and self.head is None and self.vector is None
 
 
 class Replica:
@@ -69,7 +84,10 @@ class Replica:
             return update.vector
         sums = Sums(self.space)
         sums.add(update.terms)
-        return sums.gradient()
+        gradient = sums.gradient()
+        if update.head is not None:
+            gradient[self.space.n_coordinates :] = update.head
+        return gradient
 
     def rates(self) -> tuple[float, float]:
         """Learning rates of the next update, of the adapter and of the head."""
@@ -87,6 +105,9 @@ class Replica:
 
     def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Take a state of ``to_arrays``; ValueError if it is of another run."""
+        missing = {"theta", "round"} - set(arrays)
+        if missing:
+            raise ValueError(f"a state has no {min(missing)}")
         theta, gradient = arrays["theta"], arrays.get("gradient")
         if theta.shape != self.theta.shape or theta.dtype != np.float32:
             raise ValueError(f"{theta.size} adapter weights are not {self.theta.size}")

@@ -49,8 +49,10 @@ def fault(config: FederationConfig, report: Report) -> str | None:
     most = config.batch_size * config.local_steps
     if not 1 <= report.n_examples <= most:
         return f"{report.n_examples} examples are not between 1 and {most}"
-    if not math.isfinite(report.loss):
-        return f"loss is {report.loss}"
+    if not abs(report.loss) <= config.max_derivative:
+        return f"a loss of {report.loss:.3g} is beyond {config.max_derivative:g}"
+    if not 0 <= report.seconds < math.inf:
+        return f"{report.seconds} seconds are no time"
     arrays = {"derivative": report.derivatives, "head derivative": report.head_derivatives}
     if report.vector is not None:
         arrays["weight"] = report.vector

@@ -8,6 +8,7 @@ server made from a ledger goes on where the last one stopped, bit for bit.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,13 +16,21 @@ from functools import cached_property
 import numpy as np
 
 from fwdllm.protocol import wire
-from fwdllm.protocol.aggregate import Answer, Sums, Term, mean_vector, terms_of
-from fwdllm.protocol.ledger import Ledger, Round, theta_hash
+from fwdllm.protocol.aggregate import (
+    Answer,
+    Sums,
+    Term,
+    mean_vector,
+    private_terms,
+    terms_of,
+)
+from fwdllm.protocol.ledger import Ledger, LedgerError, Round, theta_hash
 from fwdllm.protocol.pacing import enough, variance
-from fwdllm.protocol.plan import Assignment, plan_part
+from fwdllm.protocol.plan import Assignment, plan_part, shared_head_seeds, shared_seeds
 from fwdllm.protocol.replica import Replica, Update
 from fwdllm.protocol.report import expected_shapes, fault
 from fwdllm.protocol.seeds import derive_seeds
+from fwdllm.protocol.space import Space
 from fwdllm.protocol.wire import WireError
 
 
@@ -54,7 +63,7 @@ class Server:
         self._sums: Sums | None = None
         self._terms: list[Term] = []
         self._variances: list[float | None] = []
-        self._part = -1
+        self._part, self._part_is_closed = -1, False
         self._lost: set[int] = set()
         self._holders: set[int] = set()
         self._all_lost = False
@@ -94,6 +103,8 @@ class Server:
 
         clients: those that can be asked; a part waits for others only until it is closed.
         """
+        if self.done:
+            raise ValueError("all rounds are done")
         if self._part < 0 or self._part_is_closed:
             self._new_part(clients, now)
         waiting = set(clients).intersection(self.outstanding())
@@ -104,7 +115,7 @@ class Server:
         ]
 
     def synchronize(self, client: int) -> bytes:
-        """What brings a client to the state its assignment is about; no messages if it is there.
+        """What brings a client to the state its assignment is about, if it is not there already.
 
         The updates since the round it last contributed to, or the state, whichever is smaller. A
         client that has never contributed starts from the empty adapter.
@@ -148,14 +159,20 @@ class Server:
         return reason
 
     def close_part(self, now: float) -> Closed | None:
-        """End the open part: None if the round goes on with another one, else what it came to."""
+        """End the open part: None if the round goes on with another one, else what it came to.
+
+        After a LedgerError the server is where a new one made of the ledger would be.
+        """
         config, part = self.config, self._part
+        if part < 0 or self._part_is_closed:
+            raise ValueError("there is no open part to close")
         asked = self.ledger.assignments(self.round, part)
         answers = self._answers(self.round, part)
         self._take(answers, part)
         self._part_is_closed = True
         is_last = part + 1 >= config.max_parts
-        if len(answers) < math.ceil(config.quorum * len(asked)) and not is_last:
+        # Less a little, as 0.28 * 25 is above 7.
+        if len(answers) < math.ceil(config.quorum * len(asked) - 1e-9) and not is_last:
             return None
         firsts = [r.first_variance for r in self.ledger.rounds() if r.first_variance is not None]
         if not enough(config, part, self._variances[-1], firsts):
@@ -180,7 +197,21 @@ class Server:
     def _new_part(self, clients: Sequence[int], now: float) -> None:
         part = self._part + 1
         space, gradient = self.replica.space, self.replica.gradient
-        planned = plan_part(self.config, space, self.round, part, clients, gradient)
+        asked = Counter(
+            client
+            for before in range(part)
+            for client, _ in self.ledger.assignments(self.round, before)
+        )
+        planned = plan_part(
+            self.config,
+            space,
+            self.round,
+            part,
+            clients,
+            gradient,
+            asked,
+            self.ledger.meta.noise_seed,
+        )
         rows = []
         for assignment in planned:
             message = wire.encode_assignment(assignment)
@@ -233,7 +264,7 @@ class Server:
         if self.config.upload == "weights":
             self._variances.append(None)
             return
-        terms = part_terms(self.ledger, self.round, part, answers)
+        terms = part_terms(self.ledger, self.replica.space, self.round, part, answers)
         if self._sums is None:
             self._sums = Sums(self.replica.space)
         self._sums.add(terms)
@@ -246,43 +277,43 @@ class Server:
         update, gradient = self._update(answers)
         self.replica.apply(update, gradient)
         losses = [report.loss for _, report in answers]
-        loss = float(np.mean(losses)) if losses else None
-        n_perturbations = sum(a.seeds.size for a, _ in answers)
         closed = Round(
             update.round,
             now,
             None if update.vector is not None else wire.encode_update(update),
-            loss,
+            float(np.mean(losses)) if losses else None,
             self._variances[0],
             self._variances[-1],
-            n_perturbations,
+            sum(assignment.seeds.size for assignment, _ in answers),
             theta_hash(self.replica.theta),
         )
         due = self.round % self.config.snapshot_every == 0 or self.done
         snapshot = wire.encode_state(self.replica.to_arrays()) if due else None
-        self.ledger.close_round(closed, snapshot)
-        n_asked = sum(len(self.ledger.assignments(update.round, part)) for part in parts)
-        result = Closed(
+        try:
+            self.ledger.close_round(closed, snapshot)
+        except LedgerError:
+            self.replica.load_arrays(restore(self.ledger).to_arrays())
+            self._resume_round()
+            raise
+        self._between_rounds()
+        return Closed(
             self.round,
             len(parts),
-            n_asked,
+            sum(len(self.ledger.assignments(update.round, part)) for part in parts),
             len(answers),
-            n_perturbations,
+            closed.n_perturbations,
             sum(report.n_tokens for _, report in answers),
             sum(report.seconds for _, report in answers),
-            loss,
+            closed.loss,
             closed.variance,
             not update.empty,
         )
-        self._between_rounds()
-        return result
 
     def _update(self, answers: Sequence[Answer]) -> tuple[Update, np.ndarray | None]:
         if self.config.upload == "weights":
             vector = mean_vector(self.config, self.replica.space, answers)
-            return Update(self.round, (), vector), vector
-        gradient = self._sums.gradient() if self._terms and self._sums else None
-        return Update(self.round, tuple(self._terms)), gradient
+            return Update(self.round, vector=vector), vector
+        return _by_terms(self.round, self._terms, self._sums)
 
     def _between_rounds(self) -> None:
         self._part, self._part_is_closed = -1, False
@@ -306,28 +337,46 @@ def answers_of(ledger: Ledger, round: int, part: int) -> list[Answer]:
     ]
 
 
-def part_terms(ledger: Ledger, round: int, part: int, answers: Sequence[Answer]) -> list[Term]:
+def part_terms(
+    ledger: Ledger, space: Space, round: int, part: int, answers: Sequence[Answer]
+) -> list[Term]:
     """The terms of a part; with differential privacy, those with its noise."""
     config = ledger.meta.config
-    noise = int(derive_seeds(ledger.meta.noise_seed, round, 1, part)[0])
+    if config.sigma == 0:
+        return terms_of(config, answers, part)
     n_available = ledger.parts(round)[part][2]
-    return terms_of(config, answers, part, min(config.per_round, n_available), noise)
+    return private_terms(
+        config,
+        answers,
+        shared_seeds(config, round, part)[0],
+        shared_head_seeds(config, space, round, part)[0],
+        min(config.per_round, n_available),
+        int(derive_seeds(ledger.meta.noise_seed, round, 1, part)[0]),
+    )
 
 
-def update_of(ledger: Ledger, replica: Replica, round: int) -> Update:
-    """A closed round's update, made again from its contributions."""
+def update_of(ledger: Ledger, replica: Replica, round: int) -> tuple[Update, np.ndarray | None]:
+    """A closed round's update and its gradient, made again from its contributions."""
     parts = [part for part, _, _ in ledger.parts(round)]
     if ledger.meta.config.upload == "weights":
         answers = [answer for part in parts for answer in answers_of(ledger, round, part)]
-        return Update(round, (), mean_vector(ledger.meta.config, replica.space, answers))
-    return Update(
-        round,
-        tuple(
-            term
-            for part in parts
-            for term in part_terms(ledger, round, part, answers_of(ledger, round, part))
-        ),
-    )
+        vector = mean_vector(ledger.meta.config, replica.space, answers)
+        return Update(round, vector=vector), vector
+    sums, terms = Sums(replica.space), []
+    for part in parts:
+        found = part_terms(ledger, replica.space, round, part, answers_of(ledger, round, part))
+        sums.add(found)
+        terms += found
+    return _by_terms(round, terms, sums)
+
+
+def _by_terms(
+    round: int, terms: Sequence[Term], sums: Sums | None
+) -> tuple[Update, np.ndarray | None]:
+    if not terms or sums is None:
+        return Update(round), None
+    gradient = sums.gradient()
+    return Update.of(round, terms, gradient, sums.space.adapter.n_head), gradient
 
 
 def restore(ledger: Ledger) -> Replica:
@@ -337,5 +386,5 @@ def restore(ledger: Ledger) -> Replica:
     if state is not None:
         replica.load_arrays(wire.decode_state(state))
     for round in range(replica.round, ledger.n_rounds):
-        replica.apply(update_of(ledger, replica, round))
+        replica.apply(*update_of(ledger, replica, round))
     return replica

@@ -85,17 +85,19 @@ class Space:
             gradient, seeds, offset=self.adapter.n_lora, distribution=self.distribution
         )
 
-    def inside(self, vector: np.ndarray, layers: Layers) -> np.ndarray:
-        """The vector in a scope and zero outside: float32 [size]."""
-        out = np.zeros_like(vector)
-        n = self.n_coordinates
+    def units(self) -> list[Layers]:
+        """Scopes that do not overlap and of which all others are made, the head's the last."""
+        parts: list[Layers] = [(layer,) for layer in self.layers] if self.config.split else [None]
+        return [*parts, HEAD] if self.adapter.n_head else parts
+
+    def ranges(self, layers: Layers) -> list[tuple[int, int]]:
+        """Where a scope is in a vector: starts and ends."""
         if layers == HEAD:
-            out[n:] = vector[n:]
-        elif layers is None:
-            out[:n] = vector[:n]
-        else:  # split runs have coordinates that are parameters
-            out[:n] = self.directions(layers).project(vector[:n])
-        return out
+            return [(self.n_coordinates, self.size)]
+        directions = self.directions(layers)
+        if layers is None or not isinstance(directions, Dense):
+            return [(0, self.n_coordinates)]
+        return directions.ranges  # split runs have coordinates that are parameters
 
     def pack(self, vector: np.ndarray, layers: Layers) -> np.ndarray:
         """What a client with a scope uploads of a vector: the scope's part, then the head's."""
@@ -114,10 +116,14 @@ class Space:
         return sum(end - start for start, end in self._ranges(layers))
 
     def _ranges(self, layers: Layers) -> list[tuple[int, int]]:
-        directions = self.directions(layers)
-        if layers is None or not isinstance(directions, Dense):
-            return [(0, self.size)]
-        return [*directions.ranges, (self.n_coordinates, self.size)]
+        return [*self.ranges(layers), *self.ranges(HEAD)]
+
+
+def covers(layers: Layers, unit: Layers) -> bool:
+    """Whether a scope has a unit of ``Space.units`` in it."""
+    if HEAD in (layers, unit):
+        return layers == unit
+    return layers is None or (unit is not None and unit[0] in layers)
 
 
 def _no_weights(*_: object) -> NoReturn:

@@ -65,9 +65,10 @@ def decode_assignment(data: bytes, client: int = 0) -> Assignment:
 def encode_report(report: Report) -> bytes:
     """A client's report: 34 bytes, and 4 for each scalar or weight."""
     r, out = report, _Writer(_REPORT)
-    with np.errstate(over="ignore"):  # a loss beyond float32 becomes infinite and is refused
-        loss = float(np.float32(r.loss))
-    out.put("IHIIff", r.round, r.part, r.n_examples, r.n_tokens, r.seconds, loss)
+    with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite and is refused
+        seconds, loss = float(np.float32(r.seconds)), float(np.float32(r.loss))
+    n_tokens = min(r.n_tokens, 2**32 - 1)
+    out.put("IHIIff", r.round, r.part, r.n_examples, n_tokens, seconds, loss)
     out.put("HHH", len(r.derivatives), r.derivatives.shape[1], r.head_derivatives.shape[1])
     vector = np.zeros(0, np.float32) if r.vector is None else r.vector
     parts = (r.derivatives.ravel(), r.head_derivatives.ravel(), vector)
@@ -109,7 +110,9 @@ def encode_update(update: Update) -> bytes:
     if update.vector is not None:
         raise ValueError("an update of weights is sent as the state it leads to")
     out = _Writer(_UPDATE)
+    head = np.zeros(0, np.float32) if update.head is None else update.head
     out.put("IH", update.round, len(update.terms))
+    out.array(head, "<f4")
     for term in update.terms:
         out.put("Bd", term.half, term.weight)
         out.layers(term.layers)
@@ -122,6 +125,7 @@ def decode_update(data: bytes) -> Update:
     """The inverse of ``encode_update``. Errors: WireError."""
     into = _Reader(data, _UPDATE)
     round, n_terms = into.take("IH")
+    head = into.array("<f4")
     terms = []
     for _ in range(n_terms):
         half, weight = into.take("Bd")
@@ -131,7 +135,7 @@ def decode_update(data: bytes) -> Update:
             raise WireError("an update has a term that makes no sense")
         terms.append(Term(half, layers, seeds, coefficients, weight))
     into.end()
-    return Update(round, tuple(terms))
+    return Update(round, tuple(terms), head if len(head) else None)
 
 
 def encode_state(arrays: Mapping[str, np.ndarray]) -> bytes:

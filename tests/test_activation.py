@@ -12,7 +12,7 @@ import torch
 
 from fwdllm.bench.inputs import half_trained
 from fwdllm.bench.synthetic import Shape, make_decoder
-from fwdllm.bench.torch_model import TorchModel, gradient
+from fwdllm.bench.torch_model import TorchModel, by_sequence, gradient
 from fwdllm.engine import Engine, Example, LoRAConfig
 from fwdllm.engine.activation import scaled
 from fwdllm.engine.batch import Batch
@@ -184,7 +184,7 @@ def test_sensitivities_of_contrasts_of_scores(encoder: Path) -> None:
     jacobian = []
     for label in range(3):
         model, leaves = with_biases(engine, [name])
-        hidden = [model._hidden(model.theta(), ids) for ids in model._sequences(batch)]
+        hidden = by_sequence(model.hidden(model.theta(), batch), batch)
         model.head_scores(model.theta(), hidden)[:, label].mean().backward()
         jacobian.append(leaves[name].grad.numpy())
     centered = np.array(jacobian) - np.mean(jacobian, axis=0)

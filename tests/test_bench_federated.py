@@ -115,7 +115,7 @@ def test_every_run_starts(task: Task, name: str) -> None:
     assert np.isfinite(last.loss)
     assert last.loss != first.loss
     assert (last.n_perturbations == 0) == RUNS[name].backprop
-    assert (last.epsilon is None) == (name != "dpzero")
+    assert (last.epsilon is None) == (name != "dpzero, epsilon 8")
 
 
 def test_backprop_gives_what_many_directions_approach(task: Task) -> None:

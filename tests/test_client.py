@@ -61,7 +61,7 @@ def space_of(engine: Engine, config: FederationConfig) -> Space:
 
 
 def planned(space: Space, n_clients: int = N_CLIENTS) -> list[Assignment]:
-    return plan_part(space.config, space, 0, 0, range(n_clients), None)
+    return plan_part(space.config, space, 0, 0, range(n_clients), None, {}, 1)
 
 
 def share(examples: Sequence[Example], client: int) -> Sequence[Example]:
@@ -199,7 +199,7 @@ def server_theta(
     adapter = replace(space_of(engine, config).adapter)
     replica = Replica(config, replace(adapter, theta=adapter.theta.copy()))
     if config.upload == "weights":
-        replica.apply(Update(0, (), mean_vector(config, replica.space, answers)))
+        replica.apply(Update(0, vector=mean_vector(config, replica.space, answers)))
     else:
         replica.apply(Update(0, tuple(terms_of(config, answers, 0))))
     return replica.theta
@@ -212,7 +212,7 @@ def test_a_server_at_rate_1_comes_to_where_its_only_client_was(
 ) -> None:
     # Rounded activations would make steps of a tiny difference in the adapter.
     engine = half_trained(Engine.load(bundled, LORA, exact=True))
-    config = make(upload=upload, local_steps=4, client_learning_rate=0.001)
+    config = make(upload=upload, local_steps=4, client_learning_rate=0.001, split=split)
     space = space_of(engine, config)
     (a,) = planned(space, 1)
     a = replace(a, layers=(1, 3) if split else None)
@@ -372,6 +372,69 @@ def test_groups_must_fit_the_batch_and_their_seeds(
     batch, _ = grouped(engine, TEXTS)
     with pytest.raises(ConfigError):
         engine.group_derivatives(batch, sizes, np.ones((n_seeds, 2), np.uint64))
+
+
+@pytest.fixture
+def rows_of_layers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Every layer that the model goes through, and the rows that it works on."""
+    found, real = [], engine.family.layer
+
+    def layer(args: Any, p: Any, number: int, x: np.ndarray) -> np.ndarray:
+        found.append((number, len(x)))
+        return real(args, p, number, x)
+
+    monkeypatch.setattr(engine.family, "layer", layer)
+    return found
+
+
+@pytest.mark.parametrize("method", ["forward-ad", "central", "forward-difference"])
+@pytest.mark.parametrize("scope", [None, (0,), (1,), (2, 3), (1, 3), (3,)], ids=str)
+def test_tokens_are_those_that_a_scopes_layers_and_those_before_worked_on(
+    engine: Engine, rows_of_layers: list[tuple[int, int]], scope: Any, method: str
+) -> None:
+    """Before the first perturbed layer one lane stands for all, so it is counted once."""
+    n_layers = engine.args.n_layers
+    assert n_layers > 3
+    directions = space_of(engine, make(split=True)).directions(scope)
+    first = 0 if scope is None else scope[0]
+    lanes = {"forward-ad": 4, "central": 6, "forward-difference": 4}[method]
+    seeds = np.arange(9, dtype=np.uint64).reshape(3, 3) + np.uint64(50)
+
+    batch, sizes = grouped(engine, TEXTS)
+    probe = engine.directional_derivatives(batch, seeds[0], method, directions=directions)
+    assert [number for number, _ in rows_of_layers] == list(range(n_layers))
+    rows = [n for _, n in rows_of_layers]
+    assert rows == [batch.n_rows * (lanes if i >= first else 1) for i in range(n_layers)]
+    want = batch.n_rows * (first + lanes * (n_layers - first)) / n_layers
+    assert probe.n_tokens == round(want) == round(sum(rows) / n_layers)
+    assert isinstance(probe.n_tokens, int)
+    own = engine.directional_derivatives(
+        batch, seeds[0], method, directions=directions, per_example=True
+    )
+    assert own.n_tokens == probe.n_tokens
+
+    rows_of_layers.clear()
+    groups = engine.group_derivatives(batch, sizes, seeds, method, directions=directions)
+    assert abs(sum(g.n_tokens for g in groups) - sum(n for _, n in rows_of_layers) / n_layers) <= 2
+    for texts, group in zip(TEXTS, groups, strict=True):
+        alone, _ = grouped(engine, [texts])
+        assert group.n_tokens == round(alone.n_rows / batch.n_rows * want)
+
+
+def test_a_clients_tokens_are_those_of_its_layers(engine: Engine, examples: list[Example]) -> None:
+    space = space_of(engine, make(split=True))
+    (a,) = planned(space, 1)
+    found = {
+        layer: answer(engine, space, replace(a, layers=(layer,)), examples).n_tokens
+        for layer in space.layers
+    }
+    n_layers, whole = engine.args.n_layers, answer(engine, space, replace(a, layers=None), examples)
+    rows = batch_of(engine, space, a, examples).n_rows
+    assert whole.n_tokens == found[0] == 4 * rows
+    for layer, n_tokens in found.items():
+        assert n_tokens == round(rows * (layer + 4 * (n_layers - layer)) / n_layers)
+    assert sorted(found.values(), reverse=True) == list(found.values())
+    assert len(set(found.values())) == len(found)
 
 
 def test_groups_need_seeds_an_adapter_and_a_method(engine: Engine, bundled: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +16,20 @@ from small_adapters import shapes
 from fwdllm.engine.adapter import Adapter, Head, LoRAConfig
 from fwdllm.engine.errors import ConfigError
 from fwdllm.kernels import cpu, reference
-from fwdllm.protocol.federation import MAX_CLIENTS, FederationConfig
-from fwdllm.protocol.plan import Assignment, choose, deal, plan_part
-from fwdllm.protocol.seeds import batch_indices, derive_seeds
+from fwdllm.protocol.federation import MAX_CLIENTS, MAX_PARTS, FederationConfig
+from fwdllm.protocol.plan import (
+    Assignment,
+    choose,
+    deal,
+    plan_part,
+    shared_head_seeds,
+    shared_seeds,
+)
+from fwdllm.protocol.seeds import batch_indices, client_keys, derive_seeds
 from fwdllm.protocol.space import Space
 
 PRIVATE: dict[str, Any] = {"sigma": 1.0, "seeds": "shared", "weighted": False}
+SECRET = 12345
 client_sets = st.sets(st.integers(0, 999), min_size=1, max_size=30)
 
 
@@ -42,8 +50,23 @@ def plan(
     n_clients: int = 9,
     gradient: np.ndarray | None = None,
     space: Space | None = None,
+    asked: Mapping[int, int] | None = None,
+    secret: int = SECRET,
 ) -> list[Assignment]:
-    return plan_part(config, space or space_of(config), round, part, range(n_clients), gradient)
+    found = space or space_of(config)
+    clients = range(n_clients)
+    return plan_part(config, found, round, part, clients, gradient, asked or {}, secret)
+
+
+def chosen_of(
+    config: FederationConfig,
+    round: int,
+    part: int,
+    clients: Iterable[int],
+    asked: Mapping[int, int] | None = None,
+    secret: int = SECRET,
+) -> list[int]:
+    return choose(config, round, part, list(clients), asked or {}, secret)
 
 
 def all_seeds(assignments: Sequence[Assignment]) -> list[int]:
@@ -58,30 +81,76 @@ def test_as_many_as_wanted_are_chosen_ascending(
     clients: set[int], per_round: int, round: int, part: int, random: Any
 ) -> None:
     config = make(per_round=per_round)
-    chosen = choose(config, round, part, sorted(clients))
+    chosen = chosen_of(config, round, part, sorted(clients))
     assert len(chosen) == min(per_round, len(clients))
     assert chosen == sorted(set(chosen))
     assert clients.issuperset(chosen)
     shuffled = list(clients)
     random.shuffle(shuffled)
-    assert choose(config, round, part, shuffled) == chosen
+    assert chosen_of(config, round, part, shuffled) == chosen
 
 
 @given(client_sets, st.integers(1, 12))
 def test_those_not_asked_in_a_round_come_first(clients: set[int], per_round: int) -> None:
     config = make(per_round=per_round)
-    asked: set[int] = set()
+    asked: Counter[int] = Counter()
     for part in range(len(clients) // per_round + 1):
-        chosen = set(choose(config, 3, part, sorted(clients)))
-        fresh = clients - asked
+        chosen = set(chosen_of(config, 3, part, sorted(clients), asked))
+        fresh = clients - set(asked)
         assert chosen <= fresh if len(fresh) >= per_round else chosen >= fresh
-        asked |= chosen
-    assert asked == clients
+        asked.update(chosen)
+    assert set(asked) == clients
+
+
+@given(st.lists(client_sets, min_size=1, max_size=12), st.integers(1, 12), st.integers(0, 9))
+def test_of_those_there_the_least_asked_come_first(
+    present: list[set[int]], per_round: int, round: int
+) -> None:
+    """Whoever comes and goes, nobody is asked again while one is there that was asked less."""
+    config = make(per_round=per_round)
+    asked: Counter[int] = Counter()
+    for part, clients in enumerate(present):
+        chosen = set(chosen_of(config, round, part, clients, asked))
+        assert len(chosen) == min(per_round, len(clients))
+        assert chosen <= clients
+        left = [asked[c] for c in clients - chosen]
+        assert not left or max(asked[c] for c in chosen) <= min(left)
+        asked.update(chosen)
+
+
+def test_of_equally_often_asked_clients_a_round_has_one_order() -> None:
+    """So who is skipped as absent is next in line, and a full set is gone through in turn."""
+    config, one_by_one = make(per_round=3), make(per_round=1)
+    asked: Counter[int] = Counter()
+    order: list[int] = []
+    for part in range(12):
+        (client,) = chosen_of(one_by_one, 5, part, range(12), asked)
+        order.append(client)
+        asked[client] += 1
+    assert sorted(order) == list(range(12))
+    for part in range(4):
+        before = Counter(order[: 3 * part])
+        assert chosen_of(config, 5, part, range(12), before) == sorted(
+            order[3 * part : 3 * part + 3]
+        )
+    away = set(order[:2])
+    assert chosen_of(config, 5, 0, set(range(12)) - away) == sorted(order[2:5])
+    assert chosen_of(config, 5, 1, range(12), Counter(order[2:5])) == sorted([*away, order[5]])
+    # Once everybody was asked the same order begins again.
+    assert chosen_of(config, 5, 4, range(12), asked) == sorted(order[:3])
+
+
+def test_a_plan_asks_the_least_asked() -> None:
+    asked = Counter({client: client % 3 for client in range(9)})
+    for part in (0, 1):
+        found = plan(make(per_round=5), 0, part, asked=asked)
+        assert [a.client for a in found] == chosen_of(make(per_round=5), 0, part, range(9), asked)
+        assert {0, 3, 6} < {a.client for a in found} < {0, 3, 6, 1, 4, 7}
 
 
 def test_every_client_is_chosen_about_equally_often() -> None:
     config, rounds, n = make(per_round=3), 1500, 10
-    counts = Counter(c for r in range(rounds) for c in choose(config, r, 0, range(n)))
+    counts = Counter(c for r in range(rounds) for c in chosen_of(config, r, 0, range(n)))
     share = 3 / n
     bound = 5 * np.sqrt(rounds * share * (1 - share))
     assert all(abs(counts[c] - rounds * share) < bound for c in range(n))
@@ -89,16 +158,71 @@ def test_every_client_is_chosen_about_equally_often() -> None:
 
 def test_runs_and_rounds_choose_differently() -> None:
     clients = range(100)
-    first = choose(make(), 0, 0, clients)
-    assert choose(make(), 1, 0, clients) != first
-    assert choose(make(seed=1), 0, 0, clients) != first
+    first = chosen_of(make(), 0, 0, clients)
+    assert chosen_of(make(), 1, 0, clients) != first
+    assert chosen_of(make(seed=1), 0, 0, clients) != first
+
+
+def test_without_privacy_the_secret_chooses_nobody() -> None:
+    for round in range(20):
+        assert chosen_of(make(), round, 0, range(100), secret=1) == chosen_of(
+            make(), round, 0, range(100), secret=2
+        )
+
+
+def test_who_takes_part_under_privacy_cannot_be_told_from_what_clients_know() -> None:
+    """The run's seed is in every assignment's seeds; the secret is the server's own."""
+    rounds, n, share = 400, 100, 0.25
+
+    def masks(seed: int, secret: int, part: int = 0) -> np.ndarray:
+        config = make(per_round=25, seed=seed, **PRIVATE)
+        out = np.zeros((rounds, n), bool)
+        for round in range(rounds):
+            out[round, chosen_of(config, round, part, range(n), secret=secret)] = True
+        return out
+
+    first = masks(0, 1)
+    np.testing.assert_array_equal(masks(1, 1), first)
+    np.testing.assert_array_equal(masks(SECRET, 1), first)
+    # With another secret, though it is the run's seed, in another part, and for a run whose seed
+    # is the secret: as often in both as independent draws are.
+    public = np.zeros_like(first)
+    for round in range(rounds):
+        drawn = client_keys(0, round, n).astype(np.float64) / 2.0**64
+        public[round] = drawn < share
+    for other in (masks(0, 2), masks(0, 0), masks(0, 1, part=1), public):
+        both = (first & other).sum()
+        bound = 5 * np.sqrt(rounds * n * share**2 * (1 - share**2))
+        assert abs(both - rounds * n * share**2) < bound
+    np.testing.assert_array_equal(masks(5, 0), public)
+
+
+def test_what_was_asked_before_does_not_matter_under_privacy() -> None:
+    config = make(per_round=3, **PRIVATE)
+    for round in range(50):
+        asked = Counter(range(0, 10, 2))
+        assert chosen_of(config, round, 1, range(10), asked) == chosen_of(
+            config, round, 1, range(10)
+        )
+
+
+def test_keys_of_parts_do_not_overlap_under_privacy() -> None:
+    """Those of a part go on where the part before has its last possible client."""
+    config, clients = make(per_round=1, **PRIVATE), [0, MAX_CLIENTS - 1]
+    for round in range(8):
+        for part in (0, 1, MAX_PARTS - 1):
+            want = [
+                c for c in clients
+                if client_keys(SECRET, round, 1, part * MAX_CLIENTS + c)[0] < 2**63
+            ]  # fmt: skip
+            assert chosen_of(config, round, part, clients) == want
 
 
 def test_under_privacy_each_client_takes_part_with_its_probability() -> None:
     config, rounds, n = make(per_round=3, **PRIVATE), 1500, 10
     share = 3 / n
     for part in (0, 1):
-        chosen = [choose(config, r, part, range(n)) for r in range(rounds)]
+        chosen = [chosen_of(config, r, part, range(n)) for r in range(rounds)]
         assert all(c == sorted(set(c)) and set(c) <= set(range(n)) for c in chosen)
         sizes = np.array([len(c) for c in chosen])
         # A binomial number, where a fixed one would have no variance.
@@ -114,7 +238,7 @@ def test_under_privacy_each_client_takes_part_with_its_probability() -> None:
 def test_under_privacy_parts_are_drawn_independently() -> None:
     config, rounds, share = make(per_round=5, **PRIVATE), 2000, 0.5
     both = sum(
-        7 in choose(config, r, 0, range(10)) and 7 in choose(config, r, 1, range(10))
+        7 in chosen_of(config, r, 0, range(10)) and 7 in chosen_of(config, r, 1, range(10))
         for r in range(rounds)
     )
     bound = 5 * np.sqrt(rounds * share**2 * (1 - share**2))
@@ -123,19 +247,19 @@ def test_under_privacy_parts_are_drawn_independently() -> None:
 
 def test_under_privacy_too_few_clients_all_take_part() -> None:
     for n in (3, 4):
-        assert choose(make(per_round=4, **PRIVATE), 0, 0, range(n)) == list(range(n))
+        assert chosen_of(make(per_round=4, **PRIVATE), 0, 0, range(n)) == list(range(n))
 
 
 def test_under_privacy_a_clients_part_does_not_depend_on_who_else_is_there() -> None:
     config = make(per_round=2, **PRIVATE)
     for round in range(50):
-        a = choose(config, round, 0, [0, 1, 2, 9])
-        b = choose(config, round, 0, [1, 3, 5, 9])
+        a = chosen_of(config, round, 0, [0, 1, 2, 9])
+        b = chosen_of(config, round, 0, [1, 3, 5, 9])
         assert {c for c in a if c in (1, 9)} == {c for c in b if c in (1, 9)}
 
 
 def test_nobody_is_chosen_of_nobody() -> None:
-    assert choose(make(), 0, 0, []) == []
+    assert chosen_of(make(), 0, 0, []) == []
     assert plan(make(), n_clients=0) == []
 
 
@@ -143,7 +267,7 @@ def test_nobody_is_chosen_of_nobody() -> None:
 @pytest.mark.parametrize("changes", [{}, PRIVATE])
 def test_numbers_of_clients_out_of_range(client: int, changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="numbered from 0"):
-        choose(make(**changes), 0, 0, [1, client])
+        chosen_of(make(**changes), 0, 0, [1, client])
 
 
 # In which layers
@@ -200,7 +324,7 @@ def test_without_a_split_everybody_has_all_layers() -> None:
 def test_an_assignment_is_of_its_round_part_and_client() -> None:
     config = make(upload="steps", local_steps=5, head_perturbations=2)
     found = plan(config, 6, 2, space=space_of(config, 3))
-    assert [a.client for a in found] == choose(config, 6, 2, range(9))
+    assert [a.client for a in found] == chosen_of(config, 6, 2, range(9))
     for a in found:
         assert (a.round, a.part) == (6, 2)
         assert a.seeds.shape == (5, 3)
@@ -249,8 +373,22 @@ def test_shared_seeds_are_the_same_for_all_and_new_in_every_part() -> None:
             for a in plans:
                 np.testing.assert_array_equal(a.seeds, plans[0].seeds)
                 np.testing.assert_array_equal(a.head_seeds, plans[0].head_seeds)
+            np.testing.assert_array_equal(shared_seeds(config, round, part), plans[0].seeds)
+            of_head = shared_head_seeds(config, space, round, part)
+            np.testing.assert_array_equal(of_head, plans[0].head_seeds)
             found += all_seeds(plans[:1])
     assert len(set(found)) == len(found) == 9 * (3 + config.head_perturbations)
+
+
+def test_shared_seeds_have_the_shape_of_an_assignments() -> None:
+    config = make(seeds="shared", upload="steps", local_steps=5, head_perturbations=2)
+    for n_labels, columns in ((3, 2), (0, 0)):
+        space = space_of(config, n_labels)
+        (a, *_) = plan(config, 2, 1, space=space)
+        assert shared_seeds(config, 2, 1).shape == a.seeds.shape == (5, 3)
+        assert shared_head_seeds(config, space, 2, 1).shape == a.head_seeds.shape == (5, columns)
+        np.testing.assert_array_equal(shared_seeds(config, 2, 1), a.seeds)
+        np.testing.assert_array_equal(shared_head_seeds(config, space, 2, 1), a.head_seeds)
 
 
 def test_pool_seeds_are_of_a_pool_fixed_for_the_run() -> None:
@@ -354,6 +492,6 @@ def test_more_seeds_than_a_part_has() -> None:
 
 
 def test_more_seeds_of_a_head_than_a_part_has() -> None:
-    config = make(head_perturbations=2**16, per_round=65)
+    config = make(head_perturbations=2**16 - 1, per_round=65)
     with pytest.raises(ConfigError, match="at most 4194304 seeds of a head"):
         plan(config, n_clients=65, space=space_of(config, 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fwdllm.engine.errors import ConfigError
 from fwdllm.protocol import wire
 from fwdllm.protocol.aggregate import Term
+from fwdllm.protocol.federation import FederationConfig
 from fwdllm.protocol.plan import Assignment
 from fwdllm.protocol.replica import Update
 from fwdllm.protocol.report import Report
+from fwdllm.protocol.space import HEAD
 from fwdllm.protocol.wire import WireError
 
 U16, U32, U64 = 2**16 - 1, 2**32 - 1, 2**64 - 1
@@ -95,7 +99,9 @@ def terms(draw: st.DrawFn) -> Term:
 
 
 def updates() -> st.SearchStrategy[Update]:
-    return st.builds(Update, st.integers(0, U32), st.lists(terms(), max_size=3).map(tuple))
+    found = st.lists(terms(), max_size=3).map(tuple)
+    heads = st.none() | st.integers(1, 5).flatmap(lambda n: vectors("<f4", n))
+    return st.builds(Update, st.integers(0, U32), found, heads)
 
 
 def states() -> st.SearchStrategy[dict[str, np.ndarray]]:
@@ -165,6 +171,10 @@ def test_updates_come_back_bit_for_bit(sent: Update) -> None:
     got = wire.decode_update(wire.encode_update(sent))
     assert got.round == sent.round
     assert got.vector is None
+    if sent.head is None:
+        assert got.head is None
+    else:
+        assert_same(got.head, sent.head)
     assert len(got.terms) == len(sent.terms)
     for a, b in zip(got.terms, sent.terms, strict=True):
         assert (a.half, a.layers, a.weight) == (b.half, b.layers, b.weight)
@@ -194,10 +204,23 @@ def test_what_is_decoded_can_be_written_to() -> None:
     state["theta"][:] = 0
 
 
-def test_a_loss_beyond_float32_travels_as_infinite() -> None:
+@pytest.mark.parametrize("name", ["loss", "seconds"])
+def test_a_loss_and_seconds_beyond_float32_travel_as_infinite(name: str) -> None:
     none = np.zeros((0, 0), np.float32)
-    sent = Report(0, 0, 1, 1, 0.0, 1e300, none, none, np.zeros(1, np.float32))
-    assert wire.decode_report(wire.encode_report(sent)).loss == np.inf
+    plain = Report(0, 0, 1, 1, 0.5, 0.25, none, none, np.zeros(1, np.float32))
+    other = {"loss": "seconds", "seconds": "loss"}[name]
+    for value in (1e300, -1e300):
+        sent = replace(plain, **{name: value})
+        got = wire.decode_report(wire.encode_report(sent))
+        assert getattr(got, name) == np.sign(value) * np.inf
+        assert getattr(got, other) == getattr(plain, other)
+
+
+@pytest.mark.parametrize("n", [U32, U32 + 1, 2**70])
+def test_more_tokens_than_fit_travel_as_the_most_that_do(n: int) -> None:
+    none = np.zeros((0, 0), np.float32)
+    sent = Report(0, 0, 1, n, 0.0, 0.0, none, none, np.zeros(1, np.float32))
+    assert wire.decode_report(wire.encode_report(sent)).n_tokens == U32
 
 
 # The format, written down a second time
@@ -225,9 +248,64 @@ def test_an_assignment_is_these_bytes() -> None:
 def test_an_update_is_these_bytes() -> None:
     numbers = np.array([7], np.uint64), np.array([0.5], np.float32)
     sent = Update(4, (Term(1, None, *numbers, 2.5),))
-    want = struct.pack("<BBIH", 1, 3, 4, 1) + struct.pack("<BdH", 1, 2.5, U16)
-    want += struct.pack("<IQ", 1, 7) + struct.pack("<If", 1, 0.5)
-    assert wire.encode_update(sent) == want
+    term = struct.pack("<BdH", 1, 2.5, U16) + struct.pack("<IQ", 1, 7) + struct.pack("<If", 1, 0.5)
+    assert wire.encode_update(sent) == struct.pack("<BBIHI", 1, 3, 4, 1, 0) + term
+    dense = replace(sent, head=np.array([3, -4], np.float32))
+    head = struct.pack("<BBIH", 1, 3, 4, 1) + struct.pack("<Iff", 2, 3, -4)
+    assert wire.encode_update(dense) == head + term
+
+
+def term_of(layers: tuple[int, ...] | None, n: int, half: int = 0) -> Term:
+    return Term(half, layers, np.arange(n, dtype=np.uint64), np.ones(n, np.float32), 1.0)
+
+
+@pytest.mark.parametrize("sizes", [(1,), (5,), (2, 2), (3, 1, 2)])
+def test_an_update_has_the_smaller_form_of_its_head(sizes: tuple[int, ...]) -> None:
+    """12 bytes of a seed are as much as 3 parameters; where both are the same seeds go."""
+    n_seeds = sum(sizes)
+    others = [term_of(None, 1000), term_of((2,), 3)]
+    terms = [others[0], *(term_of(HEAD, n, i % 2) for i, n in enumerate(sizes)), others[1]]
+    for n_head in range(3 * n_seeds - 3, 3 * n_seeds + 4):
+        gradient = np.arange(n_head + 7, dtype=np.float32)
+        update = Update.of(4, terms, gradient, n_head)
+        assert update.round == 4
+        assert update.vector is None
+        assert not update.empty
+        if n_head >= 3 * n_seeds or n_head == 0:
+            assert update.terms == tuple(terms)
+            assert update.head is None
+            continue
+        assert update.terms == tuple(others)
+        assert update.head is not None
+        np.testing.assert_array_equal(update.head, gradient[7:])
+        assert update.head.dtype == np.float32
+        assert not np.shares_memory(update.head, gradient)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 300))
+def test_the_form_that_is_chosen_is_the_smaller_one_in_bytes(sizes: list[int], n_head: int) -> None:
+    terms = [term_of(None, 3), *(term_of(HEAD, n) for n in sizes)]
+    gradient = np.zeros(n_head + 7, np.float32)
+    found = len(wire.encode_update(Update.of(0, terms, gradient, n_head)))
+    as_terms = len(wire.encode_update(Update(0, tuple(terms))))
+    dense = len(wire.encode_update(Update(0, tuple(terms[:1]), gradient[7:])))
+    # A term has 19 bytes beside its seeds, which do not count.
+    assert found <= min(as_terms, dense + 19 * len(sizes))
+
+
+def test_an_update_without_a_head_has_its_terms() -> None:
+    terms = [term_of(None, 1000), term_of((2,), 3)]
+    update = Update.of(0, terms, np.zeros(7, np.float32), 0)
+    assert update.terms == tuple(terms)
+    assert update.head is None
+
+
+def test_only_an_update_of_nothing_is_empty() -> None:
+    some = np.ones(2, np.float32)
+    assert Update(0).empty
+    assert not Update(0, (term_of(None, 1),)).empty
+    assert not Update(0, head=some).empty
+    assert not Update(0, vector=some).empty
 
 
 @given(st.integers(1, 9), st.integers(0, 9), st.integers(0, 9))
@@ -244,14 +322,10 @@ def test_report_size_is_the_size_of_a_report_of_weights(n: int) -> None:
     assert wire.report_size(((0, 0), (0, 0), n)) == len(wire.encode_report(sent))
 
 
-@pytest.mark.parametrize(
-    "n_head",
-    [
-        2**16 - 1,
-        pytest.param(2**16, marks=pytest.mark.xfail(strict=True, reason="they travel as uint16")),
-    ],
-)
-def test_a_report_holds_as_many_head_perturbations_as_a_run_may_have(n_head: int) -> None:
+def test_a_report_holds_as_many_head_perturbations_as_a_run_may_have() -> None:
+    n_head = FederationConfig(rounds=1, head_perturbations=2**16 - 1).head_perturbations
+    with pytest.raises(ConfigError):
+        FederationConfig(rounds=1, head_perturbations=n_head + 1)
     numbers = np.zeros((1, 1), np.float32), np.ones((1, n_head), np.float32)
     got = wire.decode_report(wire.encode_report(Report(0, 0, 1, 1, 0.0, 0.0, *numbers)))
     assert_same(got.head_derivatives, numbers[1])
@@ -282,13 +356,20 @@ SAMPLES = {
             ),
         )
     ),
+    "an update with a head": wire.encode_update(
+        Update(
+            1,
+            (Term(0, None, np.ones(2, np.uint64), np.ones(2, np.float32), 3.0),),
+            np.ones(3, np.float32),
+        )
+    ),
     "a state": wire.encode_state({"round": np.array(3), "theta": np.ones(3, np.float32)}),
     "a list of messages": wire.encode_many([b"one", b"", b"three"]),
 }
 
 
 def decoder(name: str) -> Callable[[bytes], Any]:
-    return DECODERS[name.removesuffix(" of weights")]
+    return DECODERS[name.removesuffix(" of weights").removesuffix(" with a head")]
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -370,7 +451,7 @@ def test_matrices_of_nothing_with_many_rows_are_no_crash() -> None:
 
 def test_an_update_of_weights_is_not_sent() -> None:
     with pytest.raises(ValueError, match="weights"):
-        wire.encode_update(Update(0, (), np.zeros(3, np.float32)))
+        wire.encode_update(Update(0, vector=np.zeros(3, np.float32)))
 
 
 def test_only_states_are_states() -> None:

@@ -118,7 +118,7 @@ def show(run_dir: RunDir, json: Json = False) -> None:
     """Print a run round by round, and what each client sent and received."""
     from fwdllm.federation_console import print_ledger
     from fwdllm.protocol.ledger import NAME, Ledger
-    from fwdllm.summary import summarize
+    from fwdllm.summary import epsilons, summarize
 
     with Ledger(run_dir / NAME) as record:
         if not json:
@@ -129,7 +129,10 @@ def show(run_dir: RunDir, json: Json = False) -> None:
         print_json(
             {
                 "settings": dataclasses.asdict(record.meta.config),
-                "rounds": [dataclasses.asdict(r) for r in summarize(record)],
+                "rounds": [
+                    {**dataclasses.asdict(r), "epsilon": spent}
+                    for r, spent in zip(summarize(record), epsilons(record), strict=True)
+                ],
                 "clients": [dict(zip(names, r, strict=True)) for r in record.traffic_by_client()],
                 "rejections": [dict(zip(rejected, r, strict=True)) for r in record.rejections()],
             }

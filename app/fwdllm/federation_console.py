@@ -80,7 +80,7 @@ def print_simulation(result: SimulationResult) -> None:
 
 def print_ledger(ledger: Ledger) -> None:
     """Rounds, clients and rejections of a run on stdout."""
-    from fwdllm.summary import summarize
+    from fwdllm.summary import epsilons, summarize
 
     console, config = Console(), ledger.meta.config
     rounds = summarize(ledger)
@@ -92,11 +92,11 @@ def print_ledger(ledger: Ledger) -> None:
     for name, is_shown in optional.items():
         if is_shown:
             table.add_column(name, justify="right", no_wrap=True)
-    for r in rounds:
+    for r, spent in zip(rounds, epsilons(ledger), strict=True):
         last = (
             f"{r.bytes_up / 1e3:,.1f}",
             f"{r.bytes_down / 1e3:,.1f}",
-            _number(r.epsilon, ".3g"),
+            _number(spent, ".3g"),
             _number(r.held_out_loss, ".4f"),
             _number(r.accuracy, ".1%"),
         )

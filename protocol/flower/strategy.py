@@ -131,6 +131,8 @@ class FwdLLMStrategy(Strategy):
         nodes = {client: node for node, client in self._clients().items()}
         messages = []
         for assignment in assignments:
+            if assignment.client not in nodes:  # it has gone just now
+                continue
             task = Task(
                 wire.encode_assignment(assignment),
                 self.server.synchronize(assignment.client),
