@@ -65,8 +65,9 @@ def _measure(server: Server, contributions: int, perturbations: int, rounds: int
         messages = [(a.client, _message(a.round, a.seeds.shape, a.client)) for a in assignments]
         sizes.append(len(messages[0][1]))
         clock = time.perf_counter()
-        for client, message in messages:
-            assert server.receive(client, message, 0.0) is None
+        with server.ledger.batch():
+            for client, message in messages:
+                assert server.receive(client, message, 0.0) is None
         receiving.append((time.perf_counter() - clock) / contributions)
         clock = time.perf_counter()
         server.close_part(0.0)

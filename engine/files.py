@@ -58,16 +58,20 @@ def lock(path: Path) -> sqlite3.Connection:
     SQLite is used for its file lock alone: the standard library has no other that works the
     same on every system.
     """
-    connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
-    try:
-        connection.execute("PRAGMA journal_mode=MEMORY")  # no second file beside the lock
-        connection.execute("BEGIN EXCLUSIVE")
-    except sqlite3.Error as error:
-        connection.close()
-        if "locked" in str(error):
-            raise ConfigError(f"{path.parent} is in use by another process") from error
-        raise ConfigError(f"cannot lock {path}: {error}") from error
-    return connection
+    with contextlib.ExitStack() as stack:
+        try:
+            connection = sqlite3.connect(
+                path, timeout=0, isolation_level=None, check_same_thread=False
+            )
+            stack.callback(connection.close)
+            connection.execute("PRAGMA journal_mode=MEMORY")  # no second file beside the lock
+            connection.execute("BEGIN EXCLUSIVE")
+        except sqlite3.Error as error:
+            if "locked" in str(error):
+                raise ConfigError(f"{path.parent} is in use by another process") from error
+            raise ConfigError(f"cannot lock {path}: {error}") from error
+        stack.pop_all()
+        return connection
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
@@ -78,6 +82,11 @@ def fingerprint(path: Path) -> dict[str, Any]:
         file.seek(max(0, size - _FINGERPRINT_BYTES))
         ends += file.read(_FINGERPRINT_BYTES)
     return {"bytes": size, "sha256_of_ends": hashlib.sha256(ends).hexdigest()}
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -13,12 +13,12 @@ from fwdllm.protocol.server import update_of
 def verify(ledger: Ledger) -> None:
     """LedgerError for a damaged file, or the first round that is not what was written."""
     ledger.check_file()
-    ledger.check_snapshots()
     for at, closed in enumerate(ledger.rounds()):
         if closed.round != at:
             raise LedgerError(f"round {at + 1} is missing in {ledger.path}")
         if ledger.chain(closed) != closed.hash:
             raise LedgerError(f"round {at + 1} has been changed in {ledger.path}")
+    ledger.check_snapshots()
 
 
 def replay(ledger: Ledger, on_round: Callable[[Round], None] = lambda closed: None) -> Replica:

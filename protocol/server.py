@@ -163,9 +163,17 @@ class Server:
 
         After a LedgerError the server is where a new one made of the ledger would be.
         """
-        config, part = self.config, self._part
-        if part < 0 or self._part_is_closed:
+        if self._part < 0 or self._part_is_closed:
             raise ValueError("there is no open part to close")
+        try:
+            return self._close_part(now)
+        except LedgerError:
+            self.replica.load_arrays(restore(self.ledger).to_arrays())
+            self._resume_round()
+            raise
+
+    def _close_part(self, now: float) -> Closed | None:
+        config, part = self.config, self._part
         asked = self.ledger.assignments(self.round, part)
         answers = self._answers(self.round, part)
         self._take(answers, part)
@@ -289,12 +297,7 @@ class Server:
         )
         due = self.round % self.config.snapshot_every == 0 or self.done
         snapshot = wire.encode_state(self.replica.to_arrays()) if due else None
-        try:
-            self.ledger.close_round(closed, snapshot)
-        except LedgerError:
-            self.replica.load_arrays(restore(self.ledger).to_arrays())
-            self._resume_round()
-            raise
+        self.ledger.close_round(closed, snapshot)
         self._between_rounds()
         return Closed(
             self.round,
@@ -350,7 +353,7 @@ def part_terms(
         answers,
         shared_seeds(config, round, part)[0],
         shared_head_seeds(config, space, round, part)[0],
-        min(config.per_round, n_available),
+        max(1, min(config.per_round, n_available)),
         int(derive_seeds(ledger.meta.noise_seed, round, 1, part)[0]),
     )
 

@@ -213,7 +213,10 @@ def test_parts_of_shared_seeds_with_other_scopes_pool_by_parameter() -> None:
         answers_of(config, space, [(0, 2), (1,)], 1),
         answers_of(config, space, [(0, 1, 2)], 2),
     ]
-    assert_close(gradient_of(config, space, *parts), explicit(config, space, sum(parts, [])))
+    assert_close(
+        gradient_of(config, space, *parts),
+        explicit(config, space, [a for part in parts for a in part]),
+    )
 
 
 # Units
@@ -229,7 +232,9 @@ def test_units_are_layers_of_a_split_or_all_and_then_the_head() -> None:
 
 @pytest.mark.parametrize("head", [True, False])
 @pytest.mark.parametrize(
-    "changes", [{}, {"split": True}, {"directions": "lora-fa"}, {"directions": "subzero"}], ids=str
+    "changes",
+    [{}, {"split": True}, {"directions": "lora-fa"}, {"directions": "subzero", "dimension": 2}],
+    ids=str,
 )
 def test_ranges_of_units_are_all_parameters_once(changes: dict[str, Any], head: bool) -> None:
     space = space_of(make(**changes), head)

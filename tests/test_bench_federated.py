@@ -133,7 +133,7 @@ def test_backprop_gives_what_many_directions_approach(task: Task) -> None:
     small = {"batch_size": 2, "max_tokens": 16}
     config = preset("fedavg", rounds=1, local_steps=1, perturbations=128, **small)
     space = Space(adapter, config)
-    [assignment] = plan_part(config, space, 0, 0, [0], None)
+    [assignment] = plan_part(config, space, 0, 0, [0], None, {}, 0)
     model = TorchModel(engine, torch.float32)
     exact = federated.backprop_answer(model, engine, space, assignment, examples)
     assert np.array_equal(adapter.theta, before)

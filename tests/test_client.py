@@ -375,7 +375,7 @@ def test_groups_must_fit_the_batch_and_their_seeds(
 
 
 @pytest.fixture
-def rows_of_layers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+def rows_of_layers(engine: Engine) -> list[tuple[int, int]]:
     """Every layer that the model goes through, and the rows that it works on."""
     found, real = [], engine.family.layer
 
@@ -383,7 +383,7 @@ def rows_of_layers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tupl
         found.append((number, len(x)))
         return real(args, p, number, x)
 
-    monkeypatch.setattr(engine.family, "layer", layer)
+    engine.family = replace(engine.family, layer=layer)
     return found
 
 

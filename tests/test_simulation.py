@@ -251,8 +251,8 @@ def test_another_run_is_not_resumed(bundled: Path, data: Path, few: Path, tmp_pa
     simulated(bundled, data, few, tmp_path / "run", config)
     with pytest.raises(ConfigError, match="not empty"):
         simulated(bundled, data, few, tmp_path / "run", config)
-    changed = FederationConfig(rounds=1, **{**SMALL, "seed": 5})
-    with pytest.raises(ConfigError, match=r"config\.seed is 5, but 0"):
+    changed = FederationConfig(rounds=1, perturbations=5, **SMALL)
+    with pytest.raises(ConfigError, match=r"config\.perturbations is 5, but 8"):
         simulated(bundled, data, few, tmp_path / "run", changed, resume=True)
 
 

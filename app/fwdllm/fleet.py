@@ -57,7 +57,7 @@ class Fleet:
 
 
 def attacked(kind: str, report: Report, before: bytes | None) -> bytes:
-    """A hostile client's message in place of its report. before: the last it sent, if any."""
+    """A hostile client's message for its report. before: the first of it that was accepted."""
     r = report
     slopes = r.derivatives.copy()
     if kind == "nan":

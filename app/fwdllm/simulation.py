@@ -24,7 +24,7 @@ from fwdllm.engine.data import Example, check_labels, labels_of, read_jsonl, spl
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.evaluation import Evaluation
-from fwdllm.engine.files import atomic_write, fingerprint
+from fwdllm.engine.files import atomic_write, fingerprint, sha256
 from fwdllm.fleet import Fleet, attacked
 from fwdllm.hub import local_path
 from fwdllm.partition import by_user, dirichlet, iid
@@ -150,6 +150,7 @@ def simulate(
         "fleet": dataclasses.asdict(fleet),
         "n_examples": len(examples),
         "n_held_out": len(held_out),
+        "data": sha256(Path(data)),
     }
     ledger = _open(Path(run_dir), config, engine, settings, resume)
     with ledger:
@@ -187,7 +188,7 @@ def _open(
 
 def _is_leftover(path: Path) -> bool:
     """Whether a process that died while starting a run may have left this."""
-    return path.name.startswith(f".{NAME}.tmp")
+    return path.name == f"{NAME}.lock" or path.name.startswith(f".{NAME}.tmp")
 
 
 class _Simulation:
@@ -207,7 +208,6 @@ class _Simulation:
         self.config = server.config
         closed = server.ledger.rounds(server.round - 1) if server.round else []
         self.now = server.opened if server.part >= 0 else closed[-1].closed if closed else 0.0
-        self._sent: dict[int, bytes] = {}
 
     def until_done(
         self, on_event: Callable[[Event], None], should_stop: Callable[[], bool]
@@ -276,8 +276,9 @@ class _Simulation:
             message = self._message(client, dataclasses.replace(report, seconds=seconds))
             arrivals.append((opened + seconds, client, message))
         in_time = sorted(a for a in arrivals if a[0] <= deadline)
-        for at, client, message in in_time:
-            self.server.receive(client, message, at)
+        with self.server.ledger.batch():
+            for at, client, message in in_time:
+                self.server.receive(client, message, at)
         # A resumed part may have had its last answer before.
         self.now = max([opened, *self.server.arrivals()])
         if self.server.outstanding():
@@ -288,9 +289,7 @@ class _Simulation:
         kind = self.fleet.attack(self.config.seed, client)
         if kind is None:
             return wire.encode_report(report)
-        message = attacked(kind, report, self._sent.get(client))
-        self._sent.setdefault(client, message)
-        return message
+        return attacked(kind, report, self.server.ledger.first_message_of(client))
 
     def _examples(self, client: int) -> Sequence[Example]:
         return self.clients[client]

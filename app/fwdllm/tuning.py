@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import shutil
 import time
@@ -19,7 +18,7 @@ from fwdllm.engine.directions import DirectionsConfig
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.evaluation import Evaluation
-from fwdllm.engine.files import fingerprint
+from fwdllm.engine.files import fingerprint, sha256
 from fwdllm.hub import local_path
 from fwdllm.memory import peak_rss_bytes
 from fwdllm.protocol.config import TrainConfig
@@ -222,8 +221,8 @@ def _prepare(
         engine.use_directions(directions, train.seed, examples[:_MASK_EXAMPLES])
     settings = {
         "model": {"name": engine.file.metadata.get("general.name"), **fingerprint(path)},
-        "data": _sha256(Path(data)),
-        "held_out": held_out if eval_data is None else _sha256(Path(eval_data)),
+        "data": sha256(Path(data)),
+        "held_out": held_out if eval_data is None else sha256(Path(eval_data)),
         "lora": dataclasses.asdict(lora),
         "train": dataclasses.asdict(train),
         "directions": dataclasses.asdict(directions),
@@ -288,7 +287,3 @@ def _evaluation(run: RunDirectory, task: _Task, step: int) -> Evaluation | None:
             fields = dataclasses.fields(Evaluation)
             return Evaluation(**{field.name: record[field.name] for field in fields})
     return None
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

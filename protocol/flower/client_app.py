@@ -1,7 +1,7 @@
 """The ClientApp: a node's model and data, and the answer to an assignment.
 
 The node's configuration names them: ``data``, a JSONL file, and ``model``, a GGUF file, if it is
-not where the run's configuration has it.
+not where the run's configuration has it; ``memory-budget`` are bytes to stay within.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def train(message: Message, context: Context) -> Message:
         raise ConfigError("the node's configuration does not name its data")
     if json.loads(task.model) != fingerprint(Path(model)):
         raise ConfigError(f"{model} is not the model of this federation")
-    engine = settings.engine(model)
+    budget = context.node_config.get("memory-budget")
+    engine = settings.engine(model, None if budget is None else int(budget))
     assert engine.adapter is not None
     replica = Replica(settings.federation, engine.adapter)
     assignment = wire.decode_assignment(task.assignment)

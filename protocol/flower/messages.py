@@ -115,9 +115,15 @@ class Settings:
         except (TypeError, ValueError) as error:
             raise ConfigError(f"the run configuration is not usable: {error}") from error
 
-    def engine(self, model: str) -> Engine:
+    def engine(self, model: str, memory_budget: int | None = None) -> Engine:
         """The model with an empty adapter. Errors: ModelError, ConfigError."""
-        return Engine.load(model, self.lora, labels=self.labels, seed=self.federation.seed)
+        return Engine.load(
+            model,
+            self.lora,
+            labels=self.labels,
+            seed=self.federation.seed,
+            memory_budget=memory_budget,
+        )
 
 
 def _table(run_config: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -157,6 +157,10 @@ class FwdLLMStrategy(Strategy):
 
     def _take(self, replies: Iterable[Message]) -> set[int]:
         """Hand replies to the server; gives the clients that have lost their state."""
+        with self.server.ledger.batch():
+            return self._take_each(replies)
+
+    def _take_each(self, replies: Iterable[Message]) -> set[int]:
         clients, lost = self._clients(), set()
         for message in replies:
             if message.has_error():
