@@ -46,7 +46,13 @@ def tuning_progress() -> Iterator[Callable[[Event], None]]:
     Yields the function to call with every event.
     """
     console = Console(stderr=True)
-    bar = Progress(
+    with progress_bar(console) as bar:
+        yield _Follower(console, bar)
+
+
+def progress_bar(console: Console) -> Progress:
+    """A live bar whose tasks have a field ``status``; nothing where there is no terminal."""
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -56,8 +62,6 @@ def tuning_progress() -> Iterator[Callable[[Event], None]]:
         disable=not console.is_terminal,
         transient=True,
     )
-    with bar:
-        yield _Follower(console, bar)
 
 
 class _Follower:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from fwdllm.console import progress_bar
 
 if TYPE_CHECKING:
     from fwdllm.protocol.ledger import Ledger
@@ -24,17 +25,7 @@ def simulation_progress(rounds: int) -> Iterator[Callable[[Event], None]]:
     from fwdllm.simulation import Evaluated
 
     console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
-    with bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("rounds", total=rounds, status="")
         status = {"loss": "", "held out": ""}
 

@@ -53,6 +53,7 @@ class FwdLLMStrategy(Strategy):
         self._clock = clock
         self._model = json.dumps(ledger.meta.model)
         self._grid: Grid | None = None
+        self._known: dict[int, int] = {}
         self._timeout = self.server.config.deadline
         # A run of Flower begins with nodes that hold nothing.
         self.server.forget_all()
@@ -83,7 +84,8 @@ class FwdLLMStrategy(Strategy):
         while closed is None:
             lost = self._take(replies)
             if lost:
-                self._take(self._exchange([a for a in self._open() if a.client in lost]))
+                again = [a for a in self._open() if a.client in lost]
+                self._take(self._send(self._messages(again)))
             closed = self.server.close_part(self._clock())
             if closed is None:
                 replies = self._send(self._request())
@@ -148,9 +150,6 @@ class FwdLLMStrategy(Strategy):
             )
         return messages
 
-    def _exchange(self, assignments: Iterable[Assignment]) -> Iterable[Message]:
-        return self._send(self._messages(assignments))
-
     def _send(self, messages: list[Message]) -> Iterable[Message]:
         assert self._grid is not None
         return self._grid.send_and_receive(messages, timeout=self._timeout) if messages else []
@@ -161,12 +160,12 @@ class FwdLLMStrategy(Strategy):
             return self._take_each(replies)
 
     def _take_each(self, replies: Iterable[Message]) -> set[int]:
-        clients, lost = self._clients(), set()
+        lost = set()
         for message in replies:
             if message.has_error():
                 log(WARNING, "a node did not answer: %s", message.error.reason)
                 continue
-            client = clients.get(message.metadata.src_node_id)
+            client = self._known.get(message.metadata.src_node_id)
             if client is None:
                 log(WARNING, "node %d is not known", message.metadata.src_node_id)
                 continue
@@ -186,4 +185,6 @@ class FwdLLMStrategy(Strategy):
         while len(nodes := sorted(self._grid.get_node_ids())) < self.min_nodes:
             log(INFO, "waiting for nodes: %d of %d", len(nodes), self.min_nodes)
             time.sleep(_POLL)
-        return {node: self.server.ledger.client_of(str(node)) for node in nodes}
+        clients = {node: self.server.ledger.client_of(str(node)) for node in nodes}
+        self._known |= clients
+        return clients
