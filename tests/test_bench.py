@@ -196,6 +196,17 @@ def test_kernels(fwdllm: Cli, tmp_path: Path) -> None:
 # Results in files
 
 
+def test_protocol(fwdllm: Cli) -> None:
+    arguments = ("--contributions", 6, "-k", 2, "--rounds", 1)
+    result = fwdllm("bench", "protocol", *arguments, "--json").json
+    assert result["settings"]["parameters"] == 32 * 2 * 8 * (4096 + 4096)
+    assert result["report_bytes"] == 34 + 4 * 2
+    assert result["update_bytes"] == 50 + 12 * 6 * 2
+    assert result["ratio"] == result["close_seconds"] / result["normals_seconds"]
+    shown = fwdllm("bench", "protocol", *arguments).out
+    assert "generating its normal numbers alone" in shown
+
+
 def test_results_are_kept_compared_and_drawn(fwdllm: Cli, model: Path, tmp_path: Path) -> None:
     kept, picture = tmp_path / "kept.json", tmp_path / "plot.png"
     first = fwdllm("bench", "step", model, *SMALL_STEP, "--save", kept, "--plot", picture)
@@ -246,6 +257,7 @@ def test_figures_are_compared_by_name() -> None:
         (["step", MODEL, "--targets", "attn_x"], "No layer has a target 'attn_x'"),
         (["step", MODEL, "--memory-budget", "much"], "an amount of memory is like"),
         (["kernels", "--isa", "mmx"], "this machine has no 'mmx'"),
+        (["protocol", "--contributions", "0"], "must be at least 1"),
         (["kernels", "--type", "Q9"], "these are: F32, F16, "),
         (["kernels", "--rows", "12"], "--rows a multiple of 8"),
     ],

@@ -27,9 +27,13 @@ if TYPE_CHECKING:
         NumericsError,
     )
     from fwdllm.engine.evaluation import Evaluation
+    from fwdllm.fleet import Fleet
     from fwdllm.inference import evaluate, generate
     from fwdllm.protocol.config import TrainConfig
+    from fwdllm.protocol.federation import FederationConfig
+    from fwdllm.protocol.presets import preset
     from fwdllm.recipes import Recipe, recipe
+    from fwdllm.simulation import Partition, SimulationResult, simulate
     from fwdllm.tuning import TuneResult, tune
 
 __all__ = [
@@ -40,17 +44,23 @@ __all__ = [
     "Engine",
     "Evaluation",
     "Example",
+    "FederationConfig",
+    "Fleet",
     "FwdllmError",
     "LoRAConfig",
     "ModelError",
     "NumericsError",
+    "Partition",
     "Recipe",
+    "SimulationResult",
     "TrainConfig",
     "TuneResult",
     "evaluate",
     "generate",
+    "preset",
     "read_jsonl",
     "recipe",
+    "simulate",
     "tune",
 ]
 
@@ -59,14 +69,20 @@ _MODULES = {
     "Engine": "engine.engine",
     "Evaluation": "engine.evaluation",
     "Example": "engine.data",
+    "FederationConfig": "protocol.federation",
+    "Fleet": "fleet",
     "LoRAConfig": "engine.adapter",
+    "Partition": "simulation",
     "Recipe": "recipes",
+    "SimulationResult": "simulation",
     "TrainConfig": "protocol.config",
     "TuneResult": "tuning",
     "evaluate": "inference",
     "generate": "inference",
+    "preset": "protocol.presets",
     "read_jsonl": "engine.data",
     "recipe": "recipes",
+    "simulate": "simulation",
     "tune": "tuning",
 }
 
