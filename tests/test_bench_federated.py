@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fwdllm.bench import federated
-from fwdllm.bench.federated import RUNS, Row, Task
+from fwdllm.bench import federated, federated_report
+from fwdllm.bench.federated import RUNS, Task
+from fwdllm.bench.federated_report import Row
 from fwdllm.engine import Engine, LoRAConfig, read_jsonl
 from fwdllm.engine.data import labels_of
 from fwdllm.protocol import wire
@@ -61,7 +62,7 @@ def task(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
 
 
 def test_ends_of_runs() -> None:
-    lines = federated.report(ROWS).splitlines()
+    lines = federated_report.report(ROWS).splitlines()
     assert lines[0] == "### iid"
     assert lines[4:] == [
         "| spry | 45.0% / 55.0% | 50.0% | 0.9000 | 2 | 250k | 375 | 300B / 5kB |",
@@ -71,7 +72,7 @@ def test_ends_of_runs() -> None:
 
 def test_what_a_target_took() -> None:
     rows = [*ROWS, row(seed=2, round=0), row(seed=2, round=3, n_tokens=800_000)]
-    lines = federated.report(rows, target_loss=1.2).splitlines()
+    lines = federated_report.report(rows, target_loss=1.2).splitlines()
     assert lines[-2:] == [
         "| spry | 3 of 3 | 1 (1 to 3) | 150 (150 to 450) | 100k (100k to 800k) |",
         "| mezo | 0 of 1 |  |  |  |",
@@ -79,15 +80,15 @@ def test_what_a_target_took() -> None:
 
 
 def test_pictures_of_what_there_is(tmp_path: Path) -> None:
-    federated.plot(ROWS, tmp_path / "plots")
+    federated_report.plot(ROWS, tmp_path / "plots")
     [picture] = (tmp_path / "plots").iterdir()
     assert picture.name == "federated-iid.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_band_is_over_costs_that_all_seeds_met() -> None:
-    curves = federated.by_run(ROWS)["spry"]
-    x, low, middle, high = federated._band(curves, lambda row: row.round, False)
+    curves = federated_report.by_run(ROWS)["spry"]
+    x, low, middle, high = federated_report._band(curves, lambda row: row.round, False)
     assert x.tolist() == [0, 1, 2]
     assert np.allclose([low, middle, high], [0.25, 0.35, 0.45])
 
