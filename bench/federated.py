@@ -36,11 +36,12 @@ from fwdllm.engine.files import fingerprint
 from fwdllm.fleet import Fleet
 from fwdllm.protocol import wire
 from fwdllm.protocol.federation import FederationConfig
-from fwdllm.protocol.ledger import NAME, Ledger, Meta
+from fwdllm.protocol.ledger import NAME, Ledger
 from fwdllm.protocol.optimizers import OptimizerState, apply
 from fwdllm.protocol.plan import Assignment
 from fwdllm.protocol.presets import preset
 from fwdllm.protocol.privacy import epsilon
+from fwdllm.protocol.records import Meta
 from fwdllm.protocol.report import Report
 from fwdllm.protocol.seeds import MAX_ROUNDS, batch_indices
 from fwdllm.protocol.server import Closed, Server

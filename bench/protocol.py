@@ -20,7 +20,8 @@ from fwdllm.kernels import cpu
 from fwdllm.kernels.cpu import _native
 from fwdllm.protocol import wire
 from fwdllm.protocol.federation import FederationConfig
-from fwdllm.protocol.ledger import NAME, Ledger, Meta
+from fwdllm.protocol.ledger import NAME, Ledger
+from fwdllm.protocol.records import Meta
 from fwdllm.protocol.report import Report
 from fwdllm.protocol.server import Server
 

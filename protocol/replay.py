@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fwdllm.protocol import wire
-from fwdllm.protocol.ledger import Ledger, LedgerError, Round, theta_hash
+from fwdllm.protocol.ledger import Ledger, LedgerError, theta_hash
+from fwdllm.protocol.records import Round
 from fwdllm.protocol.replica import Replica
 from fwdllm.protocol.server import update_of
 

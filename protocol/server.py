@@ -24,9 +24,10 @@ from fwdllm.protocol.aggregate import (
     private_terms,
     terms_of,
 )
-from fwdllm.protocol.ledger import Ledger, LedgerError, Round, theta_hash
+from fwdllm.protocol.ledger import Ledger, LedgerError, theta_hash
 from fwdllm.protocol.pacing import enough, variance
 from fwdllm.protocol.plan import Assignment, plan_part, shared_head_seeds, shared_seeds
+from fwdllm.protocol.records import Round
 from fwdllm.protocol.replica import Replica, Update
 from fwdllm.protocol.report import expected_shapes, fault
 from fwdllm.protocol.seeds import derive_seeds

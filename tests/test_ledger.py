@@ -32,8 +32,9 @@ from fwdllm.engine.files import lock
 from fwdllm.kernels import cpu
 from fwdllm.protocol import wire
 from fwdllm.protocol.federation import FederationConfig
-from fwdllm.protocol.ledger import Ledger, LedgerError, Meta, theta_hash
+from fwdllm.protocol.ledger import Ledger, LedgerError, theta_hash
 from fwdllm.protocol.plan import Assignment, choose
+from fwdllm.protocol.records import Meta
 from fwdllm.protocol.replay import replay, verify
 from fwdllm.protocol.replica import Replica
 from fwdllm.protocol.report import Report

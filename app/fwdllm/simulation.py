@@ -31,9 +31,10 @@ from fwdllm.partition import by_user, dirichlet, iid
 from fwdllm.protocol import wire
 from fwdllm.protocol.client import answer_all
 from fwdllm.protocol.federation import FederationConfig
-from fwdllm.protocol.ledger import NAME, Ledger, Meta
+from fwdllm.protocol.ledger import NAME, Ledger
 from fwdllm.protocol.plan import Assignment
 from fwdllm.protocol.privacy import epsilon
+from fwdllm.protocol.records import Meta
 from fwdllm.protocol.report import Report
 from fwdllm.protocol.server import Closed, Server
 from fwdllm.run import difference

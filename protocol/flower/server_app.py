@@ -14,7 +14,8 @@ from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.files import fingerprint
 from fwdllm.protocol.flower.messages import Settings
 from fwdllm.protocol.flower.strategy import FwdLLMStrategy
-from fwdllm.protocol.ledger import NAME, Ledger, Meta
+from fwdllm.protocol.ledger import NAME, Ledger
+from fwdllm.protocol.records import Meta
 
 app = ServerApp()
 

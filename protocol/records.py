@@ -1,0 +1,100 @@
+"""What a ledger says of a run as a whole, and of each of its rounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from fwdllm.engine.adapter import LAYOUT_VERSION, Adapter, Head, LoRAConfig, Target
+from fwdllm.kernels import cpu
+from fwdllm.protocol.federation import FederationConfig
+
+# Raised whenever a ledger's tables or messages change.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What a run is. model: see ``fingerprint``.  adapter_seed: of the empty adapter.
+
+    noise_seed: secret, of differential privacy's noise.
+    """
+
+    config: FederationConfig
+    architecture: str
+    lora: LoRAConfig
+    targets: tuple[Target, ...]
+    head: Head | None
+    adapter_seed: int
+    model: dict[str, Any]
+    noise_seed: int
+
+    @staticmethod
+    def of(
+        config: FederationConfig,
+        adapter: Adapter,
+        adapter_seed: int,
+        model: dict[str, Any],
+        noise_seed: int,
+    ) -> Meta:
+        """The description of a run that starts from an empty adapter like this one."""
+        a = adapter
+        return Meta(
+            config, a.architecture, a.config, a.targets, a.head, adapter_seed, model, noise_seed
+        )
+
+    def empty_adapter(self) -> Adapter:
+        """The adapter before the first round."""
+        return Adapter.empty(
+            self.architecture, self.targets, self.lora, self.adapter_seed, cpu, self.head
+        )
+
+    def same_run(self, other: Meta) -> bool:
+        """Whether two descriptions differ in their secrets alone."""
+        mine = dataclasses.replace(self, noise_seed=other.noise_seed)
+        return mine.to_json() == other.to_json()
+
+    def to_json(self) -> str:
+        """With the versions a reader must know."""
+        versions = {"format": FORMAT, "layout_version": LAYOUT_VERSION}
+        return json.dumps({**versions, **dataclasses.asdict(self)})
+
+    @staticmethod
+    def from_json(text: str) -> Meta:
+        """The inverse of ``to_json``; KeyError, TypeError or ValueError for anything else."""
+        raw = json.loads(text)
+        if (raw["format"], raw["layout_version"]) != (FORMAT, LAYOUT_VERSION):
+            raise ValueError(f"it is of format {raw['format']}.{raw['layout_version']}")
+        return Meta(
+            FederationConfig(**raw["config"]),
+            raw["architecture"],
+            LoRAConfig(**raw["lora"]),
+            tuple(Target(**target) for target in raw["targets"]),
+            Head(**raw["head"]) if raw["head"] else None,
+            raw["adapter_seed"],
+            raw["model"],
+            raw["noise_seed"],
+        )
+
+
+@dataclass(frozen=True)
+class Round:
+    """A closed round. message: its update, None of weights.  loss: mean of the clients' losses.
+
+    first_variance, variance: after its first part and at its end.  theta: SHA-256 of the adapter
+    after it, snapshot: of the state, where it is kept.  hash: over all of the run up to here that
+    leads to a state; not the times, rejections, evaluations and bytes sent.
+    """
+
+    round: int
+    closed: float
+    message: bytes | None
+    loss: float | None
+    first_variance: float | None
+    variance: float | None
+    n_perturbations: int
+    theta: bytes
+    snapshot: bytes | None = None
+    hash: bytes = b""
