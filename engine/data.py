@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -68,9 +68,14 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Example]:
     A label may be a string or an integer, which is turned into a string.
     Raises DataError, naming file and line, for anything else than the module describes.
     """
+    return parse_jsonl(_lines(Path(path)), str(path))
+
+
+def parse_jsonl(lines: Iterable[bytes], name: str) -> list[Example]:
+    """As ``read_jsonl``, of lines that are in memory; name: of the file, for messages."""
     examples: list[Example] = []
-    for line, raw in _lines(Path(path)):
-        example = _parse(raw, line, str(path))
+    for line, raw in _numbered(lines):
+        example = _parse(raw, line, name)
         if examples and example.kind != examples[0].kind:
             raise DataError(
                 f"{example.where}: this is {_describe(example)}, but line {examples[0].line} is "
@@ -78,7 +83,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Example]:
             )
         examples.append(example)
     if not examples:
-        raise DataError(f"{path} has no examples; write one JSON object per line")
+        raise DataError(f"{name} has no examples; write one JSON object per line")
     return examples
 
 
@@ -132,15 +137,19 @@ def _held_out_count(n_examples: int, held_out: float) -> int:
     return count
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def _numbered(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
     """Numbered lines that are not blank."""
+    for number, raw in enumerate(lines, 1):
+        line = raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw
+        if line.strip():
+            yield number, line
+
+
+def _lines(path: Path) -> Iterator[bytes]:
     try:
         # Bytes, because text mode and splitlines() also break at characters JSON may hold.
         with open(path, "rb") as file:
-            for number, raw in enumerate(file, 1):
-                line = raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw
-                if line.strip():
-                    yield number, line
+            yield from file
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
     except IsADirectoryError:

@@ -18,7 +18,7 @@ FOLDERS = (*LAYERS, "bench")
 MOUNTED = {"app/fwdllm/cli.py": {"fwdllm.bench.cli.app"}}
 
 # Optional or large: imported inside the functions that need them, if at all.
-HEAVY = {"torch", "triton", "fastapi", "flwr"}
+HEAVY = {"torch", "triton", "fastapi", "uvicorn", "starlette", "pydantic", "flwr"}
 
 # Files, clocks, threads, sockets and hidden randomness, which protocol leaves to its caller.
 IMPURE = {
@@ -28,8 +28,8 @@ IMPURE = {
 }  # fmt: skip
 IMPURE_CALLS = {"open", "print", "input"}
 
-# The parts of protocol that are there to touch the world: the ledger's file, and Flower's apps.
-WORLDLY = ("protocol/ledger.py", "protocol/flower/")
+# The parts that are there to touch the world: the ledger's file, Flower's apps, the HTTP server.
+WORLDLY = ("protocol/ledger.py", "protocol/flower/", "app/fwdllm/server/")
 
 
 def imported(tree: ast.AST) -> Iterator[str]:

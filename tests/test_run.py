@@ -40,6 +40,7 @@ def records(directory: Path) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in lines]
     for record in found:
         del record["time"]
+        record.pop("resident_bytes", None)
     return found
 
 

@@ -15,6 +15,7 @@ import typer
 
 from fwdllm.bench.cli import app as bench
 from fwdllm.cli_federation import federate, ledger, simulate
+from fwdllm.cli_serve import serve
 from fwdllm.console import explain, parse_layers, print_json, print_result, tuning_progress
 
 app = typer.Typer(
@@ -197,6 +198,7 @@ def tune(
 
 
 app.command()(simulate)
+app.command()(serve)
 
 
 @app.command("eval")

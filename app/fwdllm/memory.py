@@ -28,14 +28,26 @@ def parse_bytes(text: str) -> int:
     return amount
 
 
+def rss_bytes() -> int | None:
+    """What this process has resident, mapped weights included; None where the system is mute."""
+    return _of_status("VmRSS")
+
+
 def peak_rss_bytes() -> int:
     """The most memory this process has had resident, mapped weights included."""
-    try:
-        # getrusage would count what the parent process had resident before exec, too.
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
+    # getrusage would count what the parent process had resident before exec, too.
+    peak = _of_status("VmHWM")
+    if peak is None:
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+    return peak
+
+
+def _of_status(field: str) -> int | None:
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split(f"{field}:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return None

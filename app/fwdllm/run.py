@@ -26,6 +26,7 @@ import numpy as np
 from fwdllm import checkpoints
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.files import atomic_write, lock
+from fwdllm.memory import rss_bytes
 from fwdllm.protocol.config import TrainConfig
 from fwdllm.protocol.local import (
     CheckpointDue,
@@ -251,6 +252,7 @@ def _record(event: Event, now: float) -> dict[str, Any]:
     kind = "step" if isinstance(event, StepResult) else "eval"
     record = {"event": kind, **dataclasses.asdict(event), "time": round(now, 3)}
     if isinstance(event, StepResult):
+        record["resident_bytes"] = rss_bytes()
         record["rejected"] = [
             {"seed": r.contribution.seed, "reason": r.reason} for r in event.rejected
         ]

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -40,7 +40,8 @@ _Path = str | os.PathLike[str]
 class Started:
     """Everything is read and checked, and training begins after ``step`` of ``steps`` updates.
 
-    damaged: checkpoints that a resumed run passed over.
+    damaged: checkpoints that a resumed run passed over.  engine: at work; its adapter may be read
+    at every event.
     """
 
     step: int
@@ -49,6 +50,7 @@ class Started:
     n_examples: int
     n_held_out: int
     damaged: tuple[Path, ...]
+    engine: Engine = field(repr=False)
 
 
 Progress: TypeAlias = Started | Event
@@ -258,11 +260,18 @@ def _follow(
     """Train to the end, or until asked to stop."""
     train = task.train
     step = 0 if run.checkpoint is None else run.checkpoint.step
-    n_train, n_held_out = len(task.examples), len(task.held_out)
-    started = (step, train.steps, n_trainable(task.engine), n_train, n_held_out, tuple(run.damaged))
+    started = Started(
+        step,
+        train.steps,
+        n_trainable(task.engine),
+        len(task.examples),
+        len(task.held_out),
+        tuple(run.damaged),
+        task.engine,
+    )
     work = _Work(step)
     try:
-        on_event(Started(*started))
+        on_event(started)
         clock = time.perf_counter()
         for event in train_recorded(
             run, task.engine, train, task.examples, task.held_out, should_stop

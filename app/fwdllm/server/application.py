@@ -1,0 +1,97 @@
+"""The application: all routes around one model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastapi import FastAPI
+
+from fwdllm.adapters import as_gguf
+from fwdllm.engine.engine import Engine
+from fwdllm.engine.files import lock
+from fwdllm.server import (
+    errors,
+    files,
+    fine_tuning,
+    inference,
+    metrics,
+    perturbations,
+    stream,
+)
+from fwdllm.server import models as served_models
+from fwdllm.server.context import Context
+from fwdllm.server.jobs import Jobs
+from fwdllm.server.security import Guard
+from fwdllm.server.store import Store, open_folder
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """model: a GGUF file.  state: the server's folder.  adapter: GGUF or PEFT, or None.
+
+    host: that the server is bound to.  api_key: None asks for none.  runs: a folder whose runs are
+    shown.  memory_budget: bytes for a job, and for the engine.  context: tokens of a
+    conversation, None for ``models.DEFAULT_CONTEXT``.
+    """
+
+    model: Path
+    state: Path
+    memory_budget: int
+    adapter: Path | None = None
+    host: str = "127.0.0.1"
+    api_key: str | None = None
+    runs: Path | None = None
+    context: int | None = None
+
+
+@contextlib.contextmanager
+def application(config: ServerConfig) -> Iterator[FastAPI]:
+    """The application, its jobs running until the end of the block.
+
+    Errors: ModelError, AdapterError, ConfigError if another server uses the folder, StoreError.
+    """
+    folder = open_folder(config.state)
+    with contextlib.ExitStack() as stack:
+        stack.callback(lock(folder / "lock").close)
+        store = Store(folder)
+        stack.callback(store.close)
+        base = config.model.stem
+        if config.adapter is not None:
+            _keep_adapter(store, base, config)
+        models = served_models.Models(config.model, base, store, config.context)
+        stack.callback(models.free)
+        served_models.install(models)
+        jobs = Jobs(store, folder, config.model, config.memory_budget)
+        stack.callback(jobs.close)
+        laboratory = perturbations.Laboratory(config.model, store, config.memory_budget)
+        admission = inference.Admission()
+        served = Context(folder, store, models, jobs, laboratory, admission, config.runs)
+        yield _routes(served, config)
+
+
+def _routes(served: Context, config: ServerConfig) -> FastAPI:
+    # The pages of docs_url and redoc_url would load scripts from the network.
+    app = FastAPI(title="fwdllm", docs_url=None, redoc_url=None)
+    app.state.context = served
+    for part in (inference, files, fine_tuning, perturbations, stream):
+        app.include_router(part.router)
+    errors.install(app)
+    metrics.install(app, served)
+    app.add_middleware(Guard, host=config.host, api_key=config.api_key)
+    return app
+
+
+def _keep_adapter(store: Store, base: str, config: ServerConfig) -> None:
+    assert config.adapter is not None
+    with as_gguf(config.adapter, config.model) as path:
+        engine = Engine.load(config.model, adapter=path)  # that it fits
+        content = path.read_bytes()
+    assert engine.adapter is not None
+    name = f"{base}:{config.adapter.stem}"
+    known = store.adapter_of_model(name)
+    if known is not None and store.adapter_content(known.number) != content:
+        store.delete_adapter(known.number)
+    store.add_adapter(name, content, engine.adapter.theta.size)

@@ -1,0 +1,299 @@
+"""/v1/fine_tuning/jobs: OpenAI's jobs, with fwdllm's settings in the field "fwdllm"."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Query
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.types import StringConstraints
+
+from fwdllm.engine.adapter import LoRAConfig
+from fwdllm.engine.data import labels_of
+from fwdllm.engine.directions import DirectionsConfig
+from fwdllm.protocol.config import TrainConfig
+from fwdllm.recipes import recipe_for
+from fwdllm.server import limits
+from fwdllm.server.context import Context, context
+from fwdllm.server.errors import ApiError
+from fwdllm.server.files import examples_of, find, page
+from fwdllm.server.store import Event, Job, StoredAdapter
+
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
+Served = Annotated[Context, Depends(context)]
+Suffix = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]*$", max_length=64)]
+
+Auto = Literal["auto"]
+
+
+class Hyperparameters(BaseModel):
+    """OpenAI's. learning_rate_multiplier: of the rate fwdllm would take."""
+
+    n_epochs: Auto | Annotated[int, Field(ge=1, le=10_000)] = "auto"
+    batch_size: Auto | Annotated[int, Field(ge=1, le=1024)] = "auto"
+    learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=1e6)] = "auto"
+
+
+class Supervised(BaseModel):
+    hyperparameters: Hyperparameters = Hyperparameters()
+
+
+class Method(BaseModel):
+    type: Literal["supervised"] = "supervised"
+    supervised: Supervised = Supervised()
+
+
+class Settings(BaseModel):
+    """What ``fwdllm tune`` can be told, under the same names. None is its default."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    steps: int | None = None
+    batch_size: int | None = None
+    perturbations: int | None = None
+    method: str | None = None
+    epsilon: float | None = None
+    per_example: bool | None = None
+    max_tokens: int | None = None
+    optimizer: str | None = None
+    learning_rate: float | None = None
+    head_learning_rate: float | None = None
+    warmup: int | None = None
+    schedule: str | None = None
+    eval_every: int | None = None
+    checkpoint_every: int | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    targets: list[str] | None = None
+    layers: list[int] | None = None
+    directions: str | None = None
+
+    def of(self, kind: type) -> dict[str, Any]:
+        """The given ones that a configuration has."""
+        names = {field.name for field in dataclasses.fields(kind)}
+        values = self.model_dump(include=names, exclude_none=True)
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+class JobRequest(BaseModel):
+    """What a job is to do."""
+
+    model: str
+    training_file: str
+    validation_file: str | None = None
+    suffix: Suffix | None = None
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    hyperparameters: Hyperparameters | None = None
+    method: Method | None = None
+    fwdllm: Settings = Settings()
+
+
+@router.post("")
+def create(body: JobRequest, served: Served) -> dict[str, Any]:
+    """Queue a job."""
+    if served.models.adapter_of(body.model) is not None:
+        raise ApiError(400, "only the base model can be tuned", "model", "model_not_available")
+    training = find(served, body.training_file, "training_file", 400)
+    validation = body.validation_file
+    held_out = validation and find(served, validation, "validation_file", 400)
+    labels = labels_of(examples_of(served, training))
+    encoder = not served.models.is_causal
+    if encoder and len(labels) < 2:
+        text = "an encoder learns from texts with two or more labels"
+        raise ApiError(400, text, "training_file")
+    request = {
+        **body.model_dump(exclude={"fwdllm"}, exclude_none=True),
+        "suffix": body.suffix or "",
+        **_resolved(body, encoder, len(labels), training.n_examples),
+    }
+    job = served.store.add_job(request, training, held_out or None, limits.MAX_UNFINISHED_JOBS)
+    if job is None:
+        text = f"{limits.MAX_UNFINISHED_JOBS} jobs have not finished; wait for one, or cancel it"
+        raise ApiError(429, text, code="rate_limit_exceeded", headers={"Retry-After": "60"})
+    served.jobs.notice()
+    return job_object(served, job)
+
+
+@router.get("")
+def list_jobs(
+    served: Served,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> dict[str, Any]:
+    """All jobs, newest first."""
+    return page([job_object(served, job) for job in served.store.jobs()], after, limit)
+
+
+@router.get("/{job_id}")
+def get(job_id: str, served: Served) -> dict[str, Any]:
+    """One job."""
+    return job_object(served, _find(served, job_id))
+
+
+@router.post("/{job_id}/cancel")
+def cancel(job_id: str, served: Served) -> dict[str, Any]:
+    """End a job for good."""
+    job = _find(served, job_id)
+    if not served.jobs.cancel(job):
+        raise _conflict(served, job, "cancelled")
+    return job_object(served, _find(served, job_id))
+
+
+@router.post("/{job_id}/pause")
+def pause(job_id: str, served: Served) -> dict[str, Any]:
+    """Set a job aside; it keeps what it has done."""
+    job = _find(served, job_id)
+    if not served.jobs.pause(job):
+        raise _conflict(served, job, "paused")
+    return job_object(served, _find(served, job_id))
+
+
+@router.post("/{job_id}/resume")
+def resume(job_id: str, served: Served) -> dict[str, Any]:
+    """Queue a paused job again."""
+    job = _find(served, job_id)
+    if not served.jobs.resume(job):
+        raise _conflict(served, job, "resumed")
+    return job_object(served, _find(served, job_id))
+
+
+@router.get("/{job_id}/events")
+def events(
+    job_id: str,
+    served: Served,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 20,
+) -> dict[str, Any]:
+    """What has happened to a job, newest first; after an event are those before it in time."""
+    job = _find(served, job_id)
+    before = None if after is None else _event_number(after)
+    found = served.store.events(job.number, limit + 1, before)
+    data = [_event_object(event) for event in found[:limit]]
+    return {"object": "list", "data": data, "has_more": len(found) > limit}
+
+
+@router.get("/{job_id}/checkpoints")
+def checkpoints(
+    job_id: str,
+    served: Served,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 10,
+) -> dict[str, Any]:
+    """The last states of a job that can be used as models, newest first."""
+    job = _find(served, job_id)
+    found = served.store.checkpoints(job.number)
+    return page([_checkpoint_object(served, job, adapter) for adapter in found], after, limit)
+
+
+def job_object(served: Context, job: Job) -> dict[str, Any]:
+    """OpenAI's job object, with the settings in use under "fwdllm"."""
+    result = job.adapter and served.store.adapter_of_number(job.adapter)
+    request, train = job.request, job.request["train"]
+    error = {"code": "job_failed", "message": job.error, "param": None} if job.error else None
+    hyperparameters = request["hyperparameters_used"]
+    return {
+        "id": job.id,
+        "object": "fine_tuning.job",
+        "model": request["model"],
+        "created_at": int(job.created),
+        "finished_at": job.finished and int(job.finished),
+        "status": job.status,
+        "fine_tuned_model": result.model if result else None,
+        "adapter": result.id if result else None,
+        "organization_id": "local",
+        "result_files": [],
+        "training_file": request["training_file"],
+        "validation_file": request.get("validation_file"),
+        "trained_tokens": job.trained_tokens,
+        "error": error,
+        "seed": request["seed"],
+        "estimated_finish": None,
+        "integrations": [],
+        "metadata": None,
+        "hyperparameters": hyperparameters,
+        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "user_provided_suffix": request["suffix"] or None,
+        "fwdllm": {**train, **request["lora"], "directions": request["kind"]},
+    }
+
+
+def _resolved(body: JobRequest, encoder: bool, n_labels: int, n_examples: int) -> dict[str, Any]:
+    """Every setting of a job, as JSON. Errors: ConfigError."""
+    given = body.fwdllm
+    method = body.method.supervised.hyperparameters if body.method else None
+    theirs = method or body.hyperparameters or Hyperparameters()
+    lora, train = recipe_for(encoder, n_labels, given.method)
+    changes: dict[str, Any] = {}
+    if theirs.batch_size != "auto":
+        changes["batch_size"] = theirs.batch_size
+    if theirs.learning_rate_multiplier != "auto":
+        changes["learning_rate"] = train.learning_rate * theirs.learning_rate_multiplier
+    changes |= given.of(TrainConfig)
+    batch_size = min(changes.get("batch_size", train.batch_size), n_examples)
+    per_epoch = max(1, math.ceil(n_examples / max(1, batch_size)))
+    if theirs.n_epochs != "auto":
+        changes.setdefault("steps", theirs.n_epochs * per_epoch)
+    steps = changes.get("steps", train.steps)
+    changes.setdefault("eval_every", max(1, steps // 10))
+    train = dataclasses.replace(train, seed=body.seed, **changes)
+    kind = DirectionsConfig(given.directions or DirectionsConfig.kind).kind
+    return {
+        "train": dataclasses.asdict(train),
+        "lora": dataclasses.asdict(dataclasses.replace(lora, **given.of(LoRAConfig))),
+        "kind": kind,
+        "hyperparameters_used": {
+            "n_epochs": math.ceil(train.steps / per_epoch),
+            "batch_size": train.batch_size,
+            "learning_rate_multiplier": train.learning_rate
+            / recipe_for(encoder, n_labels, given.method).train.learning_rate,
+        },
+    }
+
+
+def _find(served: Context, id: str) -> Job:
+    job = served.store.job(id)
+    if job is None:
+        raise ApiError(404, f"there is no job {id!r}", "fine_tuning_job_id", "job_not_found")
+    return job
+
+
+def _conflict(served: Context, job: Job, what: str) -> ApiError:
+    status = served.store.job_of_number(job.number).status
+    return ApiError(409, f"a job that is {status} cannot be {what}", code="invalid_job_status")
+
+
+def _event_number(id: str) -> int:
+    digits = id.removeprefix("ftevent-")
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 19):
+        raise ApiError(400, f"there is no event {id!r}", "after")
+    return int(digits)
+
+
+def _event_object(event: Event) -> dict[str, Any]:
+    return {
+        "id": f"ftevent-{event.number}",
+        "object": "fine_tuning.job.event",
+        "created_at": int(event.created),
+        "level": event.level,
+        "message": event.message,
+        "type": "message" if event.data is None else "metrics",
+        "data": event.data,
+    }
+
+
+def _checkpoint_object(served: Context, job: Job, adapter: StoredAdapter) -> dict[str, Any]:
+    metrics: dict[str, Any] = {"step": adapter.step}
+    for kind in ("step", "eval"):
+        event = served.store.event_of_key(job.number, f"{kind} {adapter.step}")
+        metrics |= (event and event.data) or {}
+    return {
+        "id": adapter.id.replace("adapter-", "ftckpt-"),
+        "object": "fine_tuning.job.checkpoint",
+        "created_at": int(adapter.created),
+        "fine_tuned_model_checkpoint": adapter.model,
+        "fine_tuning_job_id": job.id,
+        "step_number": adapter.step,
+        "metrics": metrics,
+    }

@@ -1,0 +1,10 @@
+"""How much the server takes."""
+
+MAX_UPLOAD_BYTES = 64 * 2**20
+# Of every other request: some 100 examples of the longest contexts.
+MAX_BODY_BYTES = 8 * 2**20
+MAX_EXAMPLES = 200_000
+MAX_FILES_BYTES = 4 * 2**30
+MAX_UNFINISHED_JOBS = 16
+MAX_NAME_CHARACTERS = 255
+MAX_ADAPTERS_BYTES = 4 * 2**30

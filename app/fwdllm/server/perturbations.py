@@ -1,0 +1,288 @@
+"""The engine's own verbs, for apps that run their own protocol: evaluate perturbations of an
+adapter, and move it along them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Depends
+from fastapi.responses import Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from fwdllm.engine.adapter import LoRAConfig
+from fwdllm.engine.adapter_io import save_gguf
+from fwdllm.engine.data import check_labels, parse_jsonl
+from fwdllm.engine.directions import Dense, Scope
+from fwdllm.engine.engine import Engine
+from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.estimators import DEFAULT_EPSILON
+from fwdllm.server import limits
+from fwdllm.server.context import Context, context
+from fwdllm.server.errors import ApiError
+from fwdllm.server.fine_tuning import Suffix
+from fwdllm.server.store import Store, StoredAdapter
+
+router = APIRouter(prefix="/v1", tags=["perturbations"])
+Served = Annotated[Context, Depends(context)]
+Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**64)]], Field(min_length=1, max_length=4096)]
+Number = Annotated[float, Field(allow_inf_nan=False, ge=-3e38, le=3e38)]
+Name = Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class AdapterRequest(_Strict):
+    """A new adapter, which changes nothing yet. labels: classes of an encoder's head."""
+
+    rank: Annotated[int, Field(ge=1, le=256)] = 8
+    alpha: Annotated[float, Field(gt=0, le=1e6)] = 16.0
+    targets: Annotated[list[Name], Field(min_length=1, max_length=16)] = ["attn_q", "attn_v"]
+    layers: Annotated[list[int], Field(min_length=1, max_length=512)] | None = None
+    labels: Annotated[list[Name], Field(max_length=1000)] = []
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    suffix: Suffix = ""
+
+
+class ScopeRequest(_Strict):
+    """The part of an adapter that seeds touch. None is all."""
+
+    layers: Annotated[list[int], Field(min_length=1, max_length=512)] | None = None
+    targets: Annotated[list[Name], Field(min_length=1, max_length=16)] | None = None
+
+    def scope(self) -> Scope:
+        """As the engine has it."""
+        layers = None if self.layers is None else tuple(self.layers)
+        return Scope(layers, None if self.targets is None else tuple(self.targets))
+
+
+class EvaluateRequest(_Strict):
+    """examples: objects as lines of a data file.  seeds, scope, distribution: of directions.
+
+    per_example: every example has a direction of its own.
+    """
+
+    adapter: str
+    examples: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=256)]
+    seeds: Seeds
+    scope: ScopeRequest = ScopeRequest()
+    distribution: Literal["normal", "rademacher"] = "normal"
+    method: Literal["forward-ad", "central", "forward-difference"] = "forward-ad"
+    epsilon: Annotated[float, Field(gt=0, le=1)] = DEFAULT_EPSILON
+    per_example: bool = False
+    max_tokens: Annotated[int, Field(ge=2, le=2**20)] | None = None
+
+
+class UpdateRequest(_Strict):
+    """theta += sum of coefficient * v(seed); head is added to a classification head.
+
+    version: of the adapter this is meant for; a repeated request is then refused.
+    """
+
+    seeds: Seeds
+    coefficients: Annotated[list[Number], Field(min_length=1, max_length=4096)]
+    scope: ScopeRequest = ScopeRequest()
+    distribution: Literal["normal", "rademacher"] = "normal"
+    head: Annotated[list[Number], Field(max_length=10_000_000)] | None = None
+    version: Annotated[int, Field(ge=0, lt=2**62)] | None = None
+
+
+class Laboratory:
+    """An engine with one adapter of a store at a time. Any thread may use it; they take turns.
+
+    Errors: those of ``Engine.load``.
+    """
+
+    def __init__(self, model: Path, store: Store, memory_budget: int) -> None:
+        self._model, self._store, self._memory_budget = model, store, memory_budget
+        self._lock = threading.Lock()
+        self._engine: Engine | None = None
+        self._holds: tuple[int, int] | None = None
+
+    def create(self, name: str, config: LoRAConfig, labels: Sequence[str], seed: int) -> Any:
+        """A new adapter in the store."""
+        with self._lock:
+            engine = self._load(lora=config, labels=labels, seed=seed)
+            assert engine.adapter is not None
+            return self._store.add_adapter(name, _gguf(engine), engine.adapter.theta.size)
+
+    def evaluate(self, id: str, body: EvaluateRequest) -> dict[str, Any]:
+        """Losses and slopes at an adapter."""
+        with self._lock:
+            engine = self._at(id)
+            assert engine.adapter is not None
+            examples = parse_jsonl((json.dumps(e).encode() for e in body.examples), "examples")
+            if engine.family.encoder:
+                check_labels(examples, engine.labels)
+            batch = engine.encode(examples, body.max_tokens)
+            probe = engine.directional_derivatives(
+                batch,
+                np.array(body.seeds, np.uint64),
+                body.method,
+                body.epsilon,
+                directions=Dense(engine.adapter, body.distribution, body.scope.scope()),
+                per_example=body.per_example,
+            )
+            losses = engine.loss(batch)
+        gradient = probe.head_gradient
+        return {
+            "object": "perturbations",
+            "adapter": id,
+            "loss": probe.loss,
+            "losses": _numbers(losses),
+            "seeds": probe.seeds.tolist(),
+            "derivatives": _numbers(probe.derivative),
+            "head_gradient": None if gradient is None else _numbers(gradient),
+            "n_tokens": probe.n_tokens,
+        }
+
+    def update(self, id: str, body: UpdateRequest) -> StoredAdapter:
+        """Move an adapter along directions."""
+        if len(body.seeds) != len(body.coefficients):
+            raise ApiError(400, "there must be a coefficient for every seed", "coefficients")
+        with self._lock:
+            before = find_adapter(self._store, id)
+            if body.version not in (None, before.version):
+                text = f"the adapter is at version {before.version}, not {body.version}"
+                raise ApiError(409, text, "version", "version_conflict")
+            engine = self._at(id)
+            self._holds = None  # until what is in memory is on disk
+            _move(engine, body)
+            after = self._store.update_adapter(before, _gguf(engine))
+            if after is None:
+                raise ApiError(409, "the adapter has changed meanwhile", code="version_conflict")
+            self._holds = (after.number, after.version)
+            return after
+
+    def _at(self, id: str) -> Engine:
+        adapter = find_adapter(self._store, id)
+        key = (adapter.number, adapter.version)
+        if self._holds != key or self._engine is None:
+            with tempfile.TemporaryDirectory(prefix="fwdllm-") as folder:
+                path = Path(folder) / "adapter.gguf"
+                path.write_bytes(self._store.adapter_content(adapter.number))
+                self._engine = self._load(adapter=path)
+            self._holds = key
+        return self._engine
+
+    def _load(self, **options: Any) -> Engine:
+        return Engine.load(self._model, memory_budget=self._memory_budget, **options)
+
+
+def find_adapter(store: Store, id: str) -> StoredAdapter:
+    """The adapter of an id. Errors: ApiError 404."""
+    found = store.adapter(id)
+    if found is None:
+        raise ApiError(404, f"there is no adapter {id!r}", "adapter", "adapter_not_found")
+    return found
+
+
+@router.post("/adapters")
+def create_adapter(body: AdapterRequest, served: Served) -> dict[str, Any]:
+    """Make an adapter, to be moved by updates."""
+    if sum(a.n_bytes for a in served.store.adapters()) > limits.MAX_ADAPTERS_BYTES:
+        raise ApiError(413, "the server keeps no more adapters; delete some")
+    layers = None if body.layers is None else tuple(body.layers)
+    config = LoRAConfig(body.rank, body.alpha, tuple(body.targets), layers)
+    name = f"ft:{served.models.base}:{body.suffix}:{secrets.token_hex(4)}"
+    made = served.laboratory.create(name, config, body.labels, body.seed)
+    return adapter_object(served, made)
+
+
+@router.get("/adapters")
+def list_adapters(served: Served) -> dict[str, Any]:
+    """All adapters, newest first, without those of checkpoints."""
+    found = [a for a in served.store.adapters() if a.step is None]
+    return {"object": "list", "data": [adapter_object(served, a) for a in found]}
+
+
+@router.get("/adapters/{adapter_id}")
+def get_adapter(adapter_id: str, served: Served) -> dict[str, Any]:
+    """One adapter."""
+    return adapter_object(served, find_adapter(served.store, adapter_id))
+
+
+@router.delete("/adapters/{adapter_id}")
+def delete_adapter(adapter_id: str, served: Served) -> dict[str, Any]:
+    """Delete an adapter, and the model that it is."""
+    served.store.delete_adapter(find_adapter(served.store, adapter_id).number)
+    return {"id": adapter_id, "object": "adapter", "deleted": True}
+
+
+@router.get("/adapters/{adapter_id}/content")
+def adapter_content(adapter_id: str, served: Served) -> Response:
+    """A GGUF LoRA file, as llama.cpp, Ollama and LM Studio load it."""
+    found = find_adapter(served.store, adapter_id)
+    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in found.model)
+    return Response(
+        served.store.adapter_content(found.number),
+        media_type="application/octet-stream",
+        headers={"Content-Disposition": f'attachment; filename="{name}.gguf"'},
+    )
+
+
+@router.post("/adapters/{adapter_id}/updates")
+def update_adapter(adapter_id: str, body: UpdateRequest, served: Served) -> dict[str, Any]:
+    """Move an adapter along directions that seeds name."""
+    return adapter_object(served, served.laboratory.update(adapter_id, body))
+
+
+@router.post("/perturbations/evaluate")
+def evaluate(body: EvaluateRequest, served: Served) -> dict[str, Any]:
+    """Losses of examples, and slopes of their mean along directions that seeds name."""
+    return served.laboratory.evaluate(body.adapter, body)
+
+
+def adapter_object(served: Context, adapter: StoredAdapter) -> dict[str, Any]:
+    """What is told of an adapter."""
+    job = None if adapter.job is None else served.store.job_of_number(adapter.job).id
+    return {
+        "id": adapter.id,
+        "object": "adapter",
+        "created_at": int(adapter.created),
+        "model": adapter.model,
+        "base_model": served.models.base,
+        "job": job,
+        "version": adapter.version,
+        "n_parameters": adapter.n_parameters,
+        "bytes": adapter.n_bytes,
+    }
+
+
+def _move(engine: Engine, body: UpdateRequest) -> None:
+    adapter = engine.adapter
+    assert adapter is not None
+    seeds = np.array(body.seeds, np.uint64)
+    directions = Dense(adapter, body.distribution, body.scope.scope())
+    step = directions.combine(seeds, np.array(body.coefficients, np.float32))
+    head = np.array(body.head or [], np.float32)
+    if body.head is not None and head.size != adapter.n_head:
+        raise ConfigError(f"head has {head.size} numbers, but the adapter's {adapter.n_head}")
+    with np.errstate(over="ignore"):  # what is not finite is not saved
+        adapter.theta[: adapter.n_lora] += step
+        adapter.theta[adapter.n_lora :] += head if body.head is not None else 0
+
+
+def _gguf(engine: Engine) -> bytes:
+    assert engine.adapter is not None
+    with tempfile.TemporaryDirectory(prefix="fwdllm-") as folder:
+        path = Path(folder) / "adapter.gguf"
+        save_gguf(engine.adapter, path)
+        return path.read_bytes()
+
+
+def _numbers(values: np.ndarray) -> Any:
+    """As JSON, in which numbers that are not finite are null."""
+    if values.ndim > 1:
+        return [_numbers(row) for row in values]
+    return [x if math.isfinite(x) else None for x in values.tolist()]

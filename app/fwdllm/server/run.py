@@ -1,0 +1,96 @@
+"""Starting the server."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+
+from fwdllm.engine.errors import ConfigError
+from fwdllm.hub import local_path
+from fwdllm.memory import parse_bytes
+from fwdllm.server.application import ServerConfig, application
+
+# For answers under way when the server is stopped.
+_GRACE_SECONDS = 5
+
+
+def run(
+    model: str,
+    adapter: Path | None,
+    host: str,
+    port: int,
+    api_key: str | None,
+    state: Path,
+    runs: Path | None,
+    memory_budget: str | None,
+    context: int | None,
+) -> None:
+    """Serve until interrupted; see ``fwdllm serve --help``.
+
+    Errors: ConfigError for a host that is not local without a key, and for one that cannot be
+    bound; as ``application``.
+    """
+    if api_key is None and not is_local(host):
+        raise ConfigError(f"others can reach {host}: choose a key with --api-key or FWDLLM_API_KEY")
+    if api_key is not None and not api_key.strip():
+        raise ConfigError("the API key is empty")
+    bound = _bind(host, port)
+    config = ServerConfig(
+        model=local_path(model),
+        state=state,
+        memory_budget=parse_bytes(memory_budget) if memory_budget else _half_of_memory(),
+        adapter=adapter,
+        host=host,
+        api_key=api_key,
+        runs=runs,
+        context=context,
+    )
+    with bound, application(config) as app:
+        address = f"[{host}]" if ":" in host else host
+        print(f"http://{address}:{bound.getsockname()[1]}", flush=True)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                log_level="warning",
+                server_header=False,
+                timeout_graceful_shutdown=_GRACE_SECONDS,
+            )
+        )
+        asyncio.run(server.serve([bound]))
+    sys.stdout.flush()
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine can reach what is bound to a host."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if os.name == "posix":  # elsewhere it would share the port with another server
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise ConfigError(f"cannot bind {host}:{port}: {error.strerror or error}") from error
+    return bound
+
+
+def _half_of_memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, OSError, ValueError):
+        return parse_bytes("4GiB")

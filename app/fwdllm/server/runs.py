@@ -1,0 +1,235 @@
+"""What is to be seen of runs: this server's jobs, and folders of ``fwdllm tune`` and ``simulate``.
+
+A run directory is read as its own process writes it; see ``fwdllm.run`` and ``protocol.ledger``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fwdllm.protocol.ledger import NAME as LEDGER
+from fwdllm.protocol.ledger import Ledger, LedgerError
+from fwdllm.server.context import Context
+from fwdllm.server.store import RUNNING, Job
+from fwdllm.server.worker import run_folder
+
+# A run whose last sign of life is older is over, or was broken off.
+_LIVE_SECONDS = 30.0
+# Steps that the time left is told by.
+_RECENT_STEPS = 20
+
+
+@dataclass
+class Metrics:
+    """The points of a run directory, read as they come. generation: of its first point.
+
+    A resumed run writes its last points anew; then all are read again, as a new generation.
+    """
+
+    path: Path
+    points: list[dict[str, Any]] = field(default_factory=list)
+    generation: int = 0
+    steps: int | None = None
+    _offset: int = 0
+    _inode: int | None = None
+    _last_time: float | None = None
+
+    def refresh(self) -> None:
+        """Read what has been written since."""
+        if self.steps is None:
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+                self.steps = config["train"]["steps"]
+        with contextlib.suppress(OSError), open(self.path / "metrics.jsonl", "rb") as file:
+            self._read(file)
+
+    def _read(self, file: Any) -> None:
+        status = os.fstat(file.fileno())
+        if (status.st_ino != self._inode and self._inode is not None) or (
+            status.st_size < self._offset
+        ):
+            self.points, self._offset, self._last_time = [], 0, None
+            self.generation += 1
+        self._inode = status.st_ino
+        file.seek(self._offset)
+        data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]  # the last line may be half written
+        self._offset += len(whole)
+        for line in whole.splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                self.points.append(self._point(json.loads(line)))
+
+    def _point(self, record: dict[str, Any]) -> dict[str, Any]:
+        before, self._last_time = self._last_time, record["time"]
+        point = {"step": record["step"], "time": record["time"], "loss": record["loss"]}
+        if record["event"] == "eval":
+            return {"kind": "eval", **point, "accuracy": record["accuracy"]}
+        seconds = 0.0 if before is None else record["time"] - before
+        derivatives = record["derivatives"]
+        return {
+            "kind": "step",
+            **point,
+            "perturbations": len(derivatives) or None,
+            "gradient_variance": gradient_variance(derivatives),
+            "gradient_norm": record["gradient_norm"],
+            "tokens_per_s": record["n_tokens"] / seconds if seconds > 0 else None,
+            "resident_bytes": record.get("resident_bytes"),
+            "lr": record["lr"],
+            "bytes_up": None,
+            "bytes_down": None,
+        }
+
+
+@dataclass
+class Rounds:
+    """The points of a federation's ledger, as ``Metrics``."""
+
+    path: Path
+    points: list[dict[str, Any]] = field(default_factory=list)
+    generation: int = 0
+    steps: int | None = None
+    _n_rounds: int = 0
+    _n_evaluations: int = 0
+
+    def refresh(self) -> None:
+        """Read the rounds that have closed since."""
+        with contextlib.suppress(LedgerError, OSError), Ledger(self.path / LEDGER) as ledger:
+            self.steps = ledger.meta.config.rounds
+            rounds = ledger.rounds(self._n_rounds)
+            traffic = {row[0]: row for row in ledger.traffic()} if rounds else {}
+            written = (self.path / LEDGER).stat().st_mtime
+            for r in rounds:
+                _, _, down, up = traffic.get(r.round, (0, 0, None, None))
+                self.points.append(
+                    {
+                        "kind": "step",
+                        "step": r.round + 1,
+                        "time": written,
+                        "loss": r.loss,
+                        "perturbations": r.n_perturbations,
+                        "gradient_variance": r.variance,
+                        "gradient_norm": None,
+                        "tokens_per_s": None,
+                        "resident_bytes": None,
+                        "lr": None,
+                        "bytes_up": up,
+                        "bytes_down": down,
+                    }
+                )
+            self._n_rounds += len(rounds)
+            evaluations = ledger.evaluations()
+            for round, loss, accuracy, _ in evaluations[self._n_evaluations :]:
+                self.points.append(
+                    {"kind": "eval", "step": round, "time": written, "loss": loss}
+                    | {"accuracy": accuracy}
+                )
+            self._n_evaluations = len(evaluations)
+
+
+class Runs:
+    """All runs that are shown, and their points. Not for several threads at once."""
+
+    def __init__(self, served: Context) -> None:
+        self._served = served
+        self._sources: dict[str, Metrics | Rounds] = {}
+
+    def list(self) -> list[dict[str, Any]]:
+        """Every run in short, newest first."""
+        jobs = [self._job(job) for job in self._served.store.jobs()]
+        folders = [self._folder(path) for path in _run_folders(self._served.runs)]
+        return sorted([*jobs, *folders], key=lambda run: -run["created_at"])
+
+    def source(self, id: str) -> Metrics | Rounds | None:
+        """The points of a run, once it has been listed."""
+        return self._sources.get(id)
+
+    def _job(self, job: Job) -> dict[str, Any]:
+        source = self._source(job.id, Metrics, run_folder(self._served.folder, job.number))
+        adapter = job.adapter and self._served.store.adapter_of_number(job.adapter)
+        run = {
+            "id": job.id,
+            "kind": "tune",
+            "name": job.request["suffix"] or job.id,
+            "status": job.status,
+            "created_at": int(job.created),
+            "steps": job.request["train"]["steps"],
+            "error": job.error,
+            "fine_tuned_model": adapter.model if adapter else None,
+            "adapter": adapter.id if adapter else None,
+        }
+        return run | _progress(source, run["steps"], job.status == RUNNING)
+
+    def _folder(self, path: Path) -> dict[str, Any]:
+        id = "run-" + hashlib.sha256(bytes(path)).hexdigest()[:16]
+        is_federation = (path / LEDGER).exists()
+        source = self._source(id, Rounds if is_federation else Metrics, path)
+        written = [p.stat().st_mtime for p in path.iterdir() if p.is_file()]
+        is_live = time.time() - max(written, default=0.0) < _LIVE_SECONDS
+        progress = _progress(source, source.steps, is_live)
+        is_over = progress["step"] == source.steps
+        return {
+            "id": id,
+            "kind": "federation" if is_federation else "tune",
+            "name": path.name,
+            "status": "running" if is_live and not is_over else "recorded",
+            "created_at": int(min(written, default=0.0)),
+            "steps": source.steps,
+            "error": None,
+            "fine_tuned_model": None,
+            "adapter": None,
+            **progress,
+        }
+
+    def _source(self, id: str, kind: type[Metrics | Rounds], path: Path) -> Metrics | Rounds:
+        source = self._sources.setdefault(id, kind(path))
+        source.refresh()
+        return source
+
+
+def gradient_variance(derivatives: list[float]) -> float | None:
+    """The expected variance of a forward gradient from half of a step's perturbations.
+
+    A mean over coordinates, as ``protocol.pacing.variance`` measures for federations: with K
+    slopes d along unit normals it is 2 mean(d^2) / K for many parameters.
+    """
+    n = len(derivatives)
+    return 2 * sum(d * d for d in derivatives) / n**2 if n else None
+
+
+def _progress(source: Metrics | Rounds, steps: int | None, is_live: bool) -> dict[str, Any]:
+    done = [p for p in source.points if p["kind"] == "step"]
+    evaluations = [p for p in source.points if p["kind"] == "eval"]
+    last = done[-1] if done else {}
+    step = last.get("step", 0)
+    recent = done[-_RECENT_STEPS:]
+    left = None
+    if is_live and steps and len(recent) > 1 and recent[-1]["step"] > recent[0]["step"]:
+        pace = (recent[-1]["time"] - recent[0]["time"]) / (recent[-1]["step"] - recent[0]["step"])
+        left = round((steps - step) * pace, 1) or None
+    return {
+        "step": step,
+        "loss": last.get("loss"),
+        "held_out_before": evaluations[0]["loss"] if evaluations else None,
+        "held_out": evaluations[-1]["loss"] if evaluations else None,
+        "accuracy": evaluations[-1]["accuracy"] if evaluations else None,
+        "seconds_left": left,
+        "resident_bytes": last.get("resident_bytes") if is_live else None,
+    }
+
+
+def _run_folders(folder: Path | None) -> Iterable[Path]:
+    """A folder that is a run, or the folders in it that are."""
+    if folder is None:
+        return []
+    with contextlib.suppress(OSError):
+        candidates = [folder, *sorted(p for p in folder.iterdir() if p.is_dir())]
+        return [p for p in candidates if (p / "config.json").is_file() or (p / LEDGER).is_file()]
+    return []

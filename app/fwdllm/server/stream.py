@@ -1,0 +1,143 @@
+"""The page at "/", and what keeps it up to date."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import json
+import time
+from collections.abc import AsyncIterator
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import FileResponse
+from sse_starlette.sse import EventSourceResponse
+from starlette.concurrency import run_in_threadpool
+
+from fwdllm.memory import rss_bytes
+from fwdllm.protocol.config import TRAIN_METHODS
+from fwdllm.server import limits
+from fwdllm.server.context import Context, context
+from fwdllm.server.errors import ApiError
+from fwdllm.server.runs import Runs
+
+_POLL_SECONDS = 0.5
+_SERVER_SECONDS = 2.0
+# A browser has a few; each costs a look at the runs twice a second.
+MAX_STREAMS = 32
+
+router = APIRouter(tags=["dashboard"])
+Served = Annotated[Context, Depends(context)]
+
+
+@router.get("/", include_in_schema=False)
+def index() -> FileResponse:
+    """The page."""
+    return FileResponse(_assets() / "index.html")
+
+
+@router.get("/assets/{name}", include_in_schema=False)
+def asset(name: str) -> FileResponse:
+    """A file of the page."""
+    found = {path.name: path for path in _assets().iterdir()}.get(name)
+    if found is None:
+        raise ApiError(404, f"there is no asset {name!r}")
+    return FileResponse(found)
+
+
+@router.get("/healthz")
+def healthz() -> dict[str, str]:
+    """Whether the server is there."""
+    return {"status": "ok"}
+
+
+@router.get("/v1/server")
+def server(served: Served) -> dict[str, Any]:
+    """What is served, and within what limits."""
+    return {
+        "model": served.models.base,
+        "architecture": served.models.architecture,
+        "encoder": not served.models.is_causal,
+        "context": served.models.context,
+        "version": importlib.metadata.version("fwdllm"),
+        "methods": TRAIN_METHODS,
+        "limits": {
+            "upload_bytes": limits.MAX_UPLOAD_BYTES,
+            "body_bytes": limits.MAX_BODY_BYTES,
+            "examples": limits.MAX_EXAMPLES,
+            "queued_jobs": limits.MAX_UNFINISHED_JOBS,
+        },
+    }
+
+
+@router.get("/v1/runs")
+def list_runs(served: Served) -> dict[str, Any]:
+    """Jobs and watched folders, newest first."""
+    return {"object": "list", "data": Runs(served).list()}
+
+
+@router.get("/v1/stream")
+async def stream(request: Request, served: Served, run: str | None = None) -> EventSourceResponse:
+    """Server-sent events: "runs" when one changes, "points" of one run, "server" now and then."""
+    if served.streams >= MAX_STREAMS:
+        raise ApiError(429, "too many pages are open", headers={"Retry-After": "10"})
+    served.streams += 1
+    return _Counted(served, _events(served, run))
+
+
+class _Counted(EventSourceResponse):
+    """A stream that is counted until it ends."""
+
+    def __init__(self, served: Context, events: AsyncIterator[dict[str, str]]) -> None:
+        super().__init__(events, sep="\n")
+        self._served = served
+
+    async def __call__(self, *arguments: Any) -> None:
+        try:
+            await super().__call__(*arguments)
+        finally:
+            self._served.streams -= 1
+
+
+async def _events(served: Context, run: str | None) -> AsyncIterator[dict[str, str]]:
+    runs = Runs(served)
+    shown: list[dict[str, Any]] | None = None
+    generation, n_sent = -1, 0
+    told = -_SERVER_SECONDS
+    while True:
+        found = await run_in_threadpool(runs.list)
+        if found != shown:
+            shown = found
+            yield _event("runs", {"data": found})
+        source = runs.source(run) if run else None
+        if source is not None:
+            is_new = source.generation != generation
+            if is_new:
+                generation, n_sent = source.generation, 0
+            points = source.points[n_sent:]
+            if points or is_new:
+                yield _event("points", {"run": run, "reset": is_new, "points": points})
+            n_sent += len(points)
+        if time.monotonic() - told >= _SERVER_SECONDS:
+            told = time.monotonic()
+            yield _event("server", _state(served))
+        await asyncio.sleep(_POLL_SECONDS)
+
+
+def _state(served: Context) -> dict[str, Any]:
+    return {
+        "resident_bytes": rss_bytes(),
+        "queue": served.admission.waiting,
+        "requests": served.n_requests,
+        "tokens": served.n_tokens,
+    }
+
+
+def _event(name: str, data: dict[str, Any]) -> dict[str, str]:
+    return {"event": name, "data": json.dumps(data)}
+
+
+def _assets() -> Path:
+    return Path(str(resources.files("fwdllm") / "assets" / "dashboard"))
