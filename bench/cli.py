@@ -179,6 +179,28 @@ def protocol(
     finish(result, render_protocol)
 
 
+@app.command()
+def serve(
+    model: Annotated[
+        Path | None, typer.Option("--model", help="GGUF file.", show_default="the bundled one")
+    ] = None,
+    clients: Annotated[int, typer.Option(help="At once.")] = 50,
+    seconds: Annotated[float, typer.Option(help="Of each of the two parts of a round.")] = 60.0,
+    rounds: Annotated[int, typer.Option(help="Times both parts are measured.")] = 1,
+    json: Json = False,
+    save: Save = None,
+    compare: Compare = None,
+) -> None:
+    """Latencies of fwdllm serve under load, without and with a tuning job."""
+    from fwdllm.bench.report import render_serve
+    from fwdllm.bench.serve import measure_serve
+
+    finish = _prepare("serve", json, None, save, compare)
+    with _status():
+        result = measure_serve(model, clients, seconds, rounds)
+    finish(result, render_serve)
+
+
 def _status() -> Status:
     """What is shown on stderr while a measurement runs, if that is a terminal."""
     from rich.console import Console

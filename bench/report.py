@@ -87,6 +87,26 @@ def render_protocol(result: Mapping[str, Any]) -> RenderableType:
     return Group(_settings(result), "", table)
 
 
+def render_serve(result: Mapping[str, Any]) -> RenderableType:
+    """A result of ``bench.serve``."""
+    table = _table("latency", "requests", "p50", "p95", "longest")
+    for part, text in (("without", "without a job"), ("with", "with a job")):
+        for kind, found in result[part].items():
+            times = (f"{found[name]:.3f} s" for name in ("p50", "p95", "max"))
+            table.add_row(f"{kind}, {text}", f"{found['requests']:,}", *times)
+    pace = result["steps_per_s"]
+    statuses = ", ".join(f"{n:,} of {status}" for status, n in result["statuses"].items())
+    return Group(
+        _settings(result),
+        "",
+        table,
+        "",
+        f"answers: {statuses}; jobs lost: {result['jobs_lost']}",
+        f"the job: {pace['alone']:.2f} steps/s alone, {pace['with']:.2f} beside the clients",
+        f"first answer {result['first_answer_s']:.2f} s after the start",
+    )
+
+
 def render_sides(result: Mapping[str, Any]) -> RenderableType:
     """A result of ``bench.measure``."""
     peer = result["peer"]

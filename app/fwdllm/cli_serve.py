@@ -40,6 +40,13 @@ def serve(
     context: Annotated[
         int | None, typer.Option(help="Tokens of a conversation.", min=16, show_default="4096")
     ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help='Site whose pages may send requests, such as "http://localhost:5173"; repeatable.',
+        ),
+    ] = None,
 ) -> None:
     """Serve a model on a local HTTP endpoint, with a page to watch and start tuning."""
     try:
@@ -48,4 +55,6 @@ def serve(
         raise typer.BadParameter(
             f'the server needs {error.name}; pip install "fwdllm[server]"'
         ) from error
-    run(model, adapter, host, port, api_key, state, runs, memory_budget, context)
+    run(
+        model, adapter, host, port, api_key, state, runs, memory_budget, context, allow_origin or []
+    )

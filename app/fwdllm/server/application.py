@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from fwdllm.adapters import as_gguf
 from fwdllm.engine.engine import Engine
@@ -34,7 +35,7 @@ class ServerConfig:
 
     host: that the server is bound to.  api_key: None asks for none.  runs: a folder whose runs are
     shown.  memory_budget: bytes for a job, and for the engine.  context: tokens of a
-    conversation, None for ``models.DEFAULT_CONTEXT``.
+    conversation, None for ``models.DEFAULT_CONTEXT``.  allow_origins: sites whose pages may ask.
     """
 
     model: Path
@@ -45,6 +46,7 @@ class ServerConfig:
     api_key: str | None = None
     runs: Path | None = None
     context: int | None = None
+    allow_origins: tuple[str, ...] = ()
 
 
 @contextlib.contextmanager
@@ -67,8 +69,7 @@ def application(config: ServerConfig) -> Iterator[FastAPI]:
         jobs = Jobs(store, folder, config.model, config.memory_budget)
         stack.callback(jobs.close)
         laboratory = perturbations.Laboratory(config.model, store, config.memory_budget)
-        admission = inference.Admission()
-        served = Context(folder, store, models, jobs, laboratory, admission, config.runs)
+        served = Context(folder, store, models, jobs, laboratory, runs=config.runs)
         yield _routes(served, config)
 
 
@@ -80,7 +81,16 @@ def _routes(served: Context, config: ServerConfig) -> FastAPI:
         app.include_router(part.router)
     errors.install(app)
     metrics.install(app, served)
-    app.add_middleware(Guard, host=config.host, api_key=config.api_key)
+    app.add_middleware(
+        Guard, host=config.host, api_key=config.api_key, origins=config.allow_origins
+    )
+    if config.allow_origins:  # outside of the guard, as browsers ask first without a key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allow_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+        )
     return app
 
 

@@ -26,8 +26,6 @@ from fwdllm.server.context import Context, context
 from fwdllm.server.errors import ApiError
 from fwdllm.server.models import exclusive
 
-# Requests that wait for the model or have it. More would wait for minutes; better they know.
-MAX_WAITING = 64
 MAX_INPUTS = 2048  # OpenAI's limit of texts in one request
 
 router = APIRouter(tags=["inference"])
@@ -64,35 +62,19 @@ class EmbeddingRequest(BaseModel):
     user: str | None = None
 
 
-class Admission:
-    """Counts the requests that wait. waiting: how many."""
-
-    def __init__(self) -> None:
-        self.waiting = 0
-
-    def enter(self) -> None:
-        """Join the queue; ApiError 429 if it is too long."""
-        if self.waiting >= MAX_WAITING:
-            text = f"{self.waiting} requests are waiting already; try again in a moment"
-            raise ApiError(429, text, code="rate_limit_exceeded", headers={"Retry-After": "1"})
-        self.waiting += 1
-
-    def leave(self) -> None:
-        """The request is answered, or given up."""
-        self.waiting -= 1
-
-
 @router.get("/v1/models")
 def list_models(served: Served) -> dict[str, Any]:
     """The base model and those tuned from it."""
-    return {"object": "list", "data": [_model(served, name) for name in served.models]}
+    tuned = [a for a in served.store.adapters() if a.step is None]
+    base = _model(served.models.base, served.started)
+    return {"object": "list", "data": [base, *(_model(a.model, a.created) for a in tuned)]}
 
 
 @router.get("/v1/models/{model}")
 def get_model(model: str, served: Served) -> dict[str, Any]:
     """One model."""
-    served.models.adapter_of(model)
-    return _model(served, model)
+    adapter = served.models.adapter_of(model)
+    return _model(model, served.started if adapter is None else adapter.created)
 
 
 @router.delete("/v1/models/{model}")
@@ -128,8 +110,9 @@ async def create_embedding(body: EmbeddingRequest, served: Served) -> dict[str, 
     if not all(texts):
         raise ApiError(400, "a text to embed is empty", "input")
     served.models.adapter_of(body.model)
-    async with _admitted(served), exclusive():
-        vectors, n_tokens = await run_in_threadpool(_embed, served, body.model, texts)
+    with served.queue.place():
+        async with exclusive():
+            vectors, n_tokens = await run_in_threadpool(_embed, served, body.model, texts)
     encode = _base64 if body.encoding_format == "base64" else list
     data = [
         {"object": "embedding", "index": i, "embedding": encode(vector)}
@@ -140,9 +123,7 @@ async def create_embedding(body: EmbeddingRequest, served: Served) -> dict[str, 
     return {"object": "list", "data": data, "model": model, "usage": usage}
 
 
-def _model(served: Context, name: str) -> dict[str, Any]:
-    adapter = served.models.adapter_of(name)
-    created = served.started if adapter is None else adapter.created
+def _model(name: str, created: float) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": int(created), "owned_by": "fwdllm"}
 
 
@@ -158,7 +139,7 @@ async def _generate(
         raise ApiError(400, text, "model", "model_not_supported")
     served.models.adapter_of(model)
     body.model = model or served.models.base
-    served.admission.enter()
+    served.queue.enter()
     streams = False
     try:
         with _refusals():
@@ -171,7 +152,7 @@ async def _generate(
             return found
     finally:
         if not streams:
-            served.admission.leave()
+            served.queue.leave()
 
 
 async def _begun(response: EventSourceResponse, served: Context) -> _Stream:
@@ -216,16 +197,7 @@ class _Stream(Response):
             await self._response(scope, receive, send)
         finally:
             self._producer.cancel()
-            self._served.admission.leave()
-
-
-@contextlib.asynccontextmanager
-async def _admitted(served: Context) -> AsyncIterator[None]:
-    served.admission.enter()
-    try:
-        yield
-    finally:
-        served.admission.leave()
+            self._served.queue.leave()
 
 
 @contextlib.contextmanager

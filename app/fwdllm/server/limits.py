@@ -8,3 +8,8 @@ MAX_FILES_BYTES = 4 * 2**30
 MAX_UNFINISHED_JOBS = 16
 MAX_NAME_CHARACTERS = 255
 MAX_ADAPTERS_BYTES = 4 * 2**30
+
+# Requests that wait for the model or have it. More would wait for minutes; better they know.
+MAX_WAITING = 64
+# The same for the engine, whose requests hold a thread each.
+MAX_WAITING_FOR_ENGINE = 8

@@ -75,7 +75,7 @@ class _State:
         yield jobs
         gauges: list[tuple[str, str, Callable[[], float]]] = [
             ("fwdllm_waiting_requests", "In the queue for the model, or answered now.",
-             lambda: served.admission.waiting),
+             lambda: served.queue.waiting),
             ("fwdllm_generated_tokens", "Generated since the start.", lambda: served.n_tokens),
             ("fwdllm_resident_bytes", "Memory of the server.", lambda: rss_bytes() or 0),
         ]  # fmt: skip

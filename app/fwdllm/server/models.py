@@ -147,10 +147,15 @@ class _Session:
             raise AdapterError(f"llama.cpp cannot apply the adapter: {reason()}")
 
 
+def _settings() -> Any:
+    # Not by the constructor, which reads environment variables such as PORT.
+    return llama_server.ServerSettings.model_construct(interrupt_requests=False)
+
+
 def install(models: Models) -> None:
     """Let llama-cpp-python's server answer with these models. One set at a time: it is global."""
     llama_server._llama_proxy = models
-    llama_server.set_server_settings(llama_server.ServerSettings(interrupt_requests=False))
+    llama_server.set_server_settings(_settings())
 
 
 @contextlib.asynccontextmanager

@@ -4,12 +4,13 @@ adapter, and move it along them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import secrets
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,8 +26,9 @@ from fwdllm.engine.directions import Dense, Scope
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.estimators import DEFAULT_EPSILON
+from fwdllm.engine.residency import resident_bytes
 from fwdllm.server import limits
-from fwdllm.server.context import Context, context
+from fwdllm.server.context import Context, Queue, context
 from fwdllm.server.errors import ApiError
 from fwdllm.server.fine_tuning import Suffix
 from fwdllm.server.store import Store, StoredAdapter
@@ -100,25 +102,28 @@ class UpdateRequest(_Strict):
 class Laboratory:
     """An engine with one adapter of a store at a time. Any thread may use it; they take turns.
 
-    Errors: those of ``Engine.load``.
+    memory_budget: bytes for its work.  Errors: those of ``Engine.load``; ApiError 429.
     """
 
     def __init__(self, model: Path, store: Store, memory_budget: int) -> None:
-        self._model, self._store, self._memory_budget = model, store, memory_budget
+        self._model, self._store = model, store
+        # llama.cpp's weights are resident already, and a job has a process of its own.
+        self._memory_budget = resident_bytes() + memory_budget
         self._lock = threading.Lock()
+        self._queue = Queue(limits.MAX_WAITING_FOR_ENGINE)
         self._engine: Engine | None = None
         self._holds: tuple[int, int] | None = None
 
     def create(self, name: str, config: LoRAConfig, labels: Sequence[str], seed: int) -> Any:
         """A new adapter in the store."""
-        with self._lock:
+        with self._turn():
             engine = self._load(lora=config, labels=labels, seed=seed)
             assert engine.adapter is not None
             return self._store.add_adapter(name, _gguf(engine), engine.adapter.theta.size)
 
     def evaluate(self, id: str, body: EvaluateRequest) -> dict[str, Any]:
         """Losses and slopes at an adapter."""
-        with self._lock:
+        with self._turn():
             engine = self._at(id)
             assert engine.adapter is not None
             examples = parse_jsonl((json.dumps(e).encode() for e in body.examples), "examples")
@@ -150,7 +155,7 @@ class Laboratory:
         """Move an adapter along directions."""
         if len(body.seeds) != len(body.coefficients):
             raise ApiError(400, "there must be a coefficient for every seed", "coefficients")
-        with self._lock:
+        with self._turn():
             before = find_adapter(self._store, id)
             if body.version not in (None, before.version):
                 text = f"the adapter is at version {before.version}, not {body.version}"
@@ -163,6 +168,11 @@ class Laboratory:
                 raise ApiError(409, "the adapter has changed meanwhile", code="version_conflict")
             self._holds = (after.number, after.version)
             return after
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        with self._queue.place(), self._lock:
+            yield
 
     def _at(self, id: str) -> Engine:
         adapter = find_adapter(self._store, id)

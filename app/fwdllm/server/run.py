@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import os
+import signal
 import socket
-import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import uvicorn
@@ -30,6 +32,7 @@ def run(
     runs: Path | None,
     memory_budget: str | None,
     context: int | None,
+    allow_origins: Sequence[str],
 ) -> None:
     """Serve until interrupted; see ``fwdllm serve --help``.
 
@@ -50,9 +53,11 @@ def run(
         api_key=api_key,
         runs=runs,
         context=context,
+        allow_origins=tuple(allow_origins),
     )
     with bound, application(config) as app:
         address = f"[{host}]" if ":" in host else host
+        bound.listen()  # who reads the line below may connect at once
         print(f"http://{address}:{bound.getsockname()[1]}", flush=True)
         server = uvicorn.Server(
             uvicorn.Config(
@@ -62,8 +67,23 @@ def run(
                 timeout_graceful_shutdown=_GRACE_SECONDS,
             )
         )
-        asyncio.run(server.serve([bound]))
-    sys.stdout.flush()
+        with _stop_quietly():
+            asyncio.run(server.serve([bound]))
+
+
+@contextlib.contextmanager
+def _stop_quietly() -> Iterator[None]:
+    """Within, a signal to stop ends the server and not the process, which has jobs to save.
+
+    uvicorn raises the signals it has obeyed once more when it is done.
+    """
+    stops = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: None) for number in stops}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def is_local(host: str) -> bool:

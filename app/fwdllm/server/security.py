@@ -10,7 +10,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import socket
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -30,10 +30,15 @@ _HEADERS = [
 
 
 class Guard:
-    """ASGI middleware. host: that the server is bound to.  api_key: needed if it is not None."""
+    """ASGI middleware. host: that the server is bound to.  api_key: needed if it is not None.
 
-    def __init__(self, app: ASGIApp, host: str, api_key: str | None) -> None:
-        self._app = app
+    origins: other sites whose pages may ask.
+    """
+
+    def __init__(
+        self, app: ASGIApp, host: str, api_key: str | None, origins: Collection[str]
+    ) -> None:
+        self._app, self._origins = app, origins
         self._names = {"localhost", host.lower(), *_names_of_this_machine()}
         self._key = None if api_key is None else api_key.encode()
 
@@ -61,7 +66,7 @@ class Guard:
         if len(hosts) != 1 or not self._is_here(hosts[0]):
             return 403, "the Host header does not name this server", None, "host_not_allowed"
         origin = _first(headers, b"origin")
-        if origin is not None and origin.decode("latin-1").partition("://")[2] != hosts[0]:
+        if origin is not None and not self._is_known(origin.decode("latin-1"), hosts[0]):
             return 403, "requests from pages of other sites are refused", None, "foreign_origin"
         if self._key is None or path in _OPEN_PATHS or path.startswith(_OPEN_PREFIX):
             return None
@@ -69,6 +74,9 @@ class Guard:
         if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._key):
             return 401, "a correct API key is needed", None, "invalid_api_key"
         return None
+
+    def _is_known(self, origin: str, host: str) -> bool:
+        return origin in self._origins or origin.partition("://")[2] == host
 
     def _is_here(self, host: str) -> bool:
         name = _without_port(host).lower()

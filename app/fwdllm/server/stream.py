@@ -129,7 +129,7 @@ async def _events(served: Context, run: str | None) -> AsyncIterator[dict[str, s
 def _state(served: Context) -> dict[str, Any]:
     return {
         "resident_bytes": rss_bytes(),
-        "queue": served.admission.waiting,
+        "queue": served.queue.waiting,
         "requests": served.n_requests,
         "tokens": served.n_tokens,
     }
