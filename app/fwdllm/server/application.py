@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -31,7 +32,8 @@ from fwdllm.server.store import Store, open_folder
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """model: a GGUF file.  state: the server's folder.  adapter: GGUF or PEFT, or None.
+    """model: a GGUF file.  state: the server's folder.  adapter: GGUF or PEFT, or None; where a
+    request names no model, it answers.
 
     host: that the server is bound to.  api_key: None asks for none.  runs: a folder whose runs are
     shown.  memory_budget: bytes for a job, and for the engine.  context: tokens of a
@@ -61,9 +63,10 @@ def application(config: ServerConfig) -> Iterator[FastAPI]:
         store = Store(folder)
         stack.callback(store.close)
         base = config.model.stem
+        default = base
         if config.adapter is not None:
-            _keep_adapter(store, base, config)
-        models = served_models.Models(config.model, base, store, config.context)
+            default = _keep_adapter(store, base, config)
+        models = served_models.Models(config.model, base, default, store, config.context)
         stack.callback(models.free)
         served_models.install(models)
         jobs = Jobs(store, folder, config.model, config.memory_budget)
@@ -75,7 +78,13 @@ def application(config: ServerConfig) -> Iterator[FastAPI]:
 
 def _routes(served: Context, config: ServerConfig) -> FastAPI:
     # The pages of docs_url and redoc_url would load scripts from the network.
-    app = FastAPI(title="fwdllm", docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="fwdllm",
+        version=version("fwdllm"),
+        docs_url=None,
+        redoc_url=None,
+        responses={"4XX": {"model": errors.ErrorBody, "description": "An error of the request"}},
+    )
     app.state.context = served
     for part in (inference, files, fine_tuning, perturbations, stream):
         app.include_router(part.router)
@@ -94,7 +103,8 @@ def _routes(served: Context, config: ServerConfig) -> FastAPI:
     return app
 
 
-def _keep_adapter(store: Store, base: str, config: ServerConfig) -> None:
+def _keep_adapter(store: Store, base: str, config: ServerConfig) -> str:
+    """Take the adapter that was given into the store; gives the name it answers under."""
     assert config.adapter is not None
     with as_gguf(config.adapter, config.model) as path:
         engine = Engine.load(config.model, adapter=path)  # that it fits
@@ -105,3 +115,4 @@ def _keep_adapter(store: Store, base: str, config: ServerConfig) -> None:
     if known is not None and store.adapter_content(known.number) != content:
         store.delete_adapter(known.number)
     store.add_adapter(name, content, engine.adapter.theta.size)
+    return name

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from fwdllm.console import explain
@@ -21,8 +22,23 @@ _MAX_FAULTS = 3
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
+class Fault(BaseModel):
+    """What is wrong. param: the field at fault.  code: for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: Fault
+
+
 class ApiError(Exception):
-    """A request that gets an error. param: the field at fault.  code: for programs."""
+    """A request that gets an error; see ``Fault``. headers: of the answer."""
 
     def __init__(
         self,
@@ -46,8 +62,8 @@ def response(
 ) -> JSONResponse:
     """An error in OpenAI's shape."""
     kind = "server_error" if status >= 500 else _KINDS.get(status, "invalid_request_error")
-    error = {"message": message, "type": kind, "param": param, "code": code}
-    return JSONResponse({"error": error}, status, dict(headers or {}))
+    body = ErrorBody(error=Fault(message=message, type=kind, param=param, code=code))
+    return JSONResponse(body.model_dump(), status, dict(headers or {}))
 
 
 def install(app: FastAPI) -> None:

@@ -119,7 +119,7 @@ async def create_embedding(body: EmbeddingRequest, served: Served) -> dict[str, 
         for i, vector in enumerate(vectors)
     ]
     usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
-    model = body.model or served.models.base
+    model = body.model or served.models.default
     return {"object": "list", "data": data, "model": model, "usage": usage}
 
 
@@ -138,7 +138,7 @@ async def _generate(
         text = f"{served.models.base} is an encoder, which cannot generate text"
         raise ApiError(400, text, "model", "model_not_supported")
     served.models.adapter_of(model)
-    body.model = model or served.models.base
+    body.model = model or served.models.default
     served.queue.enter()
     streams = False
     try:

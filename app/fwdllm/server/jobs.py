@@ -11,7 +11,17 @@ import threading
 import time
 from pathlib import Path
 
-from fwdllm.server.store import CANCELLED, PAUSED, QUEUED, RUNNING, Job, Store, StoreError
+from fwdllm.server.store import (
+    CANCELLED,
+    PAUSED,
+    QUEUED,
+    RUNNING,
+    UNFINISHED,
+    Job,
+    Store,
+    StoreError,
+)
+from fwdllm.server.worker import tidy
 
 # A closing server waits so long for a step to end and be saved; then the worker is killed, and the
 # job will go on from its last checkpoint.
@@ -55,6 +65,8 @@ class Jobs:
         done = self._store.change_status(job.number, (QUEUED, RUNNING, PAUSED), CANCELLED)
         if done:
             self._store.add_event(job.number, "The job was cancelled", key="cancelled")
+            if job.status == PAUSED:  # a running one has a worker, which comes first
+                tidy(self._folder, job.number)
             self.notice()
         return done
 
@@ -114,6 +126,8 @@ class Jobs:
                     told = True
         if process.returncode and self._deadline is None:
             self._store.fail_job(number, f"its process ended with {_reason(process.returncode)}")
+        if self._store.job_of_number(number).status not in UNFINISHED:
+            tidy(self._folder, number)
 
 
 def _tell_to_stop(process: subprocess.Popen[str]) -> None:

@@ -36,17 +36,19 @@ _MAX_LOADED = 4
 class Models(LlamaProxy):
     """The base model and every adapter of a store; what ``llama_cpp.server`` calls its proxy.
 
-    path: the GGUF file.  base: its name.  context: tokens of a conversation.  is_causal: whether
-    it generates; an encoder only embeds.
+    path: the GGUF file.  base: its name.  default: that of requests without one.  context: tokens
+    of a conversation.  is_causal: whether it generates; an encoder only embeds.
     Errors of the constructor: ModelError.
     """
 
-    def __init__(self, path: Path, base: str, store: Store, context: int | None) -> None:
+    def __init__(
+        self, path: Path, base: str, default: str, store: Store, context: int | None
+    ) -> None:
         native = open_model(path, vocab_only=True)
         pooling = native.file.integer(f"{native.architecture}.pooling_type", _POOLING_NONE)
         if pooling == _POOLING_RANK:
             raise ModelError(f"{path} is a reranker, which neither generates nor embeds")
-        self.path, self.base, self._store = path, base, store
+        self.path, self.base, self.default, self._store = path, base, default, store
         self.architecture, self.is_causal = native.architecture, native.is_causal
         self.context = min(context or DEFAULT_CONTEXT, native.context_length)
         self._pooling = pooling or _POOLING_MEAN
@@ -73,7 +75,8 @@ class Models(LlamaProxy):
 
     def adapter_of(self, model: str | None) -> StoredAdapter | None:
         """The adapter of a model, None for the base. Errors: ApiError 404."""
-        if model is None or model == self.base:
+        model = self.default if model is None else model
+        if model == self.base:
             return None
         found = self._store.adapter_of_model(model)
         if found is None:

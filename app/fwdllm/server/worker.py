@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -47,6 +48,14 @@ def work_folder(folder: Path, number: int) -> Path:
 def run_folder(folder: Path, number: int) -> Path:
     """The run directory of a job, see ``fwdllm.run``."""
     return work_folder(folder, number) / "run"
+
+
+def tidy(folder: Path, number: int) -> None:
+    """Delete what a job that has ended needs no more; its configuration and metrics stay."""
+    work = work_folder(folder, number)
+    for path in (work / "training.jsonl", work / "validation.jsonl", work / "adapter.gguf"):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(run_folder(folder, number) / "checkpoints", ignore_errors=True)
 
 
 def model_name(job: Job) -> str:
