@@ -224,30 +224,29 @@ def _resolved(body: JobRequest, encoder: bool, n_labels: int, n_examples: int) -
     given = body.fwdllm
     method = body.method.supervised.hyperparameters if body.method else None
     theirs = method or body.hyperparameters or Hyperparameters()
-    lora, train = recipe_for(encoder, n_labels, given.method)
+    recipe = recipe_for(encoder, n_labels, given.method)
     changes: dict[str, Any] = {}
     if theirs.batch_size != "auto":
         changes["batch_size"] = theirs.batch_size
     if theirs.learning_rate_multiplier != "auto":
-        changes["learning_rate"] = train.learning_rate * theirs.learning_rate_multiplier
+        changes["learning_rate"] = recipe.train.learning_rate * theirs.learning_rate_multiplier
     changes |= given.of(TrainConfig)
-    batch_size = min(changes.get("batch_size", train.batch_size), n_examples)
+    batch_size = min(changes.get("batch_size", recipe.train.batch_size), n_examples)
     per_epoch = max(1, math.ceil(n_examples / max(1, batch_size)))
     if theirs.n_epochs != "auto":
         changes.setdefault("steps", theirs.n_epochs * per_epoch)
-    steps = changes.get("steps", train.steps)
+    steps = changes.get("steps", recipe.train.steps)
     changes.setdefault("eval_every", max(1, steps // 10))
-    train = dataclasses.replace(train, seed=body.seed, **changes)
-    kind = DirectionsConfig(given.directions or DirectionsConfig.kind).kind
+    train = dataclasses.replace(recipe.train, seed=body.seed, **changes)
+    lora = dataclasses.replace(recipe.lora, **given.of(LoRAConfig))
     return {
         "train": dataclasses.asdict(train),
-        "lora": dataclasses.asdict(dataclasses.replace(lora, **given.of(LoRAConfig))),
-        "kind": kind,
+        "lora": dataclasses.asdict(lora),
+        "kind": DirectionsConfig(given.directions or DirectionsConfig.kind).kind,
         "hyperparameters_used": {
             "n_epochs": math.ceil(train.steps / per_epoch),
             "batch_size": train.batch_size,
-            "learning_rate_multiplier": train.learning_rate
-            / recipe_for(encoder, n_labels, given.method).train.learning_rate,
+            "learning_rate_multiplier": train.learning_rate / recipe.train.learning_rate,
         },
     }
 

@@ -15,6 +15,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import FileResponse
 from sse_starlette.sse import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
 
 from fwdllm.memory import rss_bytes
 from fwdllm.protocol.config import TRAIN_METHODS
@@ -94,11 +95,13 @@ class _Counted(EventSourceResponse):
         super().__init__(events, sep="\n")
         self._served = served
 
-    async def __call__(self, *arguments: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(*arguments)
+            await super().__call__(scope, receive, send)
         finally:
             self._served.streams -= 1
+        # A closing server breaks the stream off; uvicorn would report a response without an end.
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _events(served: Context, run: str | None) -> AsyncIterator[dict[str, str]]:
