@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -15,11 +16,20 @@ from typing import Any, cast
 
 import httpx
 import psutil
-from cli_runs import MODEL, TRAIN
+from cli_runs import MODEL, pirate_rows
 
+from fwdllm import LoRAConfig, TrainConfig, tune
 from fwdllm.demo import asset
 
+
+def lines(*rows: object) -> bytes:
+    """A JSONL file."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
 VALID = asset("pirate.valid.jsonl")
+TRAIN_ROWS = lines(*pirate_rows(48)[8:])
+VALID_ROWS = lines(*pirate_rows(8))
 NAME = MODEL.stem
 
 # A loaded machine takes several times the usual second or two.
@@ -174,11 +184,11 @@ class Server:
         return str(succeeded(answer)["id"])
 
     def create_job(self, settings: Mapping[str, Any] = SETTINGS, **fields: Any) -> str:
-        """The id of a new job, on the bundled data if no other is given."""
+        """The id of a new job, on a little of the bundled data if no other is given."""
         if "training_file" not in fields:
             fields = {
-                "training_file": self.upload(TRAIN),
-                "validation_file": self.upload(VALID),
+                "training_file": self.upload(TRAIN_ROWS),
+                "validation_file": self.upload(VALID_ROWS),
                 **fields,
             }
         body = {"model": self._model.stem, "fwdllm": dict(settings), **fields}
@@ -256,6 +266,13 @@ def error_of(answer: httpx.Response) -> Any:
     return error
 
 
-def lines(*rows: object) -> bytes:
-    """A JSONL file."""
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+def adapter_of_tune(
+    settings: Mapping[str, Any], folder: Path, *, seed: int = 0, data: Path, eval_data: Path
+) -> bytes:
+    """What ``fwdllm.tune`` makes with the settings of a job."""
+    lora = LoRAConfig(settings["rank"], settings["alpha"])
+    names = {field.name for field in dataclasses.fields(TrainConfig)} & set(settings)
+    train = TrainConfig(**{name: settings[name] for name in names}, seed=seed)
+    output = folder / "expected.gguf"
+    tune(MODEL, data, output, lora=lora, train=train, eval_data=eval_data)
+    return output.read_bytes()
