@@ -259,8 +259,10 @@ class Store:
                 self._db.execute("UPDATE job SET error = ? WHERE number = ?", (error, number))
                 self.add_event(number, f"The job failed: {error}", level="error")
 
-    def finish_job(self, number: int, n_tokens: int, adapter: StoredAdapter) -> bool:
+    def finish_job(self, number: int, adapter: StoredAdapter) -> bool:
         """End a running job with its result; False if it runs no longer."""
+        events = self._events("WHERE job = ?", number)
+        n_tokens = sum((event.data or {}).get("n_tokens", 0) for event in events)
         with self._transaction():
             if not self.change_status(number, (RUNNING,), SUCCEEDED):
                 return False

@@ -132,7 +132,6 @@ def _work(
     validation = None
     if job.validation is not None:
         validation = _data(store, job.validation, work / "validation.jsonl")
-    follower = _Follower(store, job, train.steps)
     result = tune(
         model,
         _data(store, job.training, work / "training.jsonl"),
@@ -144,7 +143,7 @@ def _work(
         run_dir=run,
         resume=(run / "config.json").exists(),
         memory_budget=budget,
-        on_event=follower,
+        on_event=_Follower(store, job, train.steps),
         should_stop=stop.is_set,
     )
     if result.stopped_early:
@@ -152,7 +151,7 @@ def _work(
     adapter = store.add_adapter(
         model_name(job), result.adapter.read_bytes(), result.n_trainable, job=job.number
     )
-    if not store.finish_job(job.number, follower.n_tokens, adapter):
+    if not store.finish_job(job.number, adapter):
         store.delete_adapter(adapter.number)  # cancelled at the last moment
 
 
@@ -164,11 +163,10 @@ def _data(store: Store, number: int, path: Path) -> Path:
 
 
 class _Follower:
-    """Writes what happens to the store. n_tokens: lane-tokens of this process's steps."""
+    """Writes what happens to the store."""
 
     def __init__(self, store: Store, job: Job, steps: int) -> None:
         self.store, self.job, self.steps = store, job, steps
-        self.n_tokens = 0
         self._engine: Engine | None = None
 
     def __call__(self, event: Progress) -> None:
@@ -176,9 +174,9 @@ class _Follower:
             self._engine = event.engine
             self._started(event)
         elif isinstance(event, StepResult):
-            self.n_tokens += event.n_tokens
             message = f"Step {event.step}/{self.steps}: training loss={event.loss:.4f}"
-            self._metric(event.step, "step", message, {"train_loss": event.loss})
+            data = {"train_loss": event.loss, "n_tokens": event.n_tokens}
+            self._metric(event.step, "step", message, data)
         elif isinstance(event, EvalResult):
             message = f"Step {event.step}/{self.steps}: held-out loss={event.loss:.4f}"
             data = {"valid_loss": event.loss, "full_valid_loss": event.loss}
