@@ -13,7 +13,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from fwdllm.adapters import as_gguf
 from fwdllm.engine.engine import Engine
-from fwdllm.engine.files import lock
+from fwdllm.engine.files import fingerprint, lock
 from fwdllm.server import (
     errors,
     files,
@@ -23,9 +23,10 @@ from fwdllm.server import (
     perturbations,
     stream,
 )
-from fwdllm.server import models as served_models
 from fwdllm.server.context import Context
 from fwdllm.server.jobs import Jobs
+from fwdllm.server.models import Models
+from fwdllm.server.runs import Runs
 from fwdllm.server.security import Guard
 from fwdllm.server.store import Store, open_folder
 
@@ -63,16 +64,17 @@ def application(config: ServerConfig) -> Iterator[FastAPI]:
         store = Store(folder)
         stack.callback(store.close)
         base = config.model.stem
+        store.claim(base, fingerprint(config.model))
         default = base
         if config.adapter is not None:
             default = _keep_adapter(store, base, config)
-        models = served_models.Models(config.model, base, default, store, config.context)
-        stack.callback(models.free)
-        served_models.install(models)
+        models = Models(config.model, base, default, store, config.context)
+        stack.callback(models.close)
         jobs = Jobs(store, folder, config.model, config.memory_budget)
         stack.callback(jobs.close)
-        laboratory = perturbations.Laboratory(config.model, store, config.memory_budget)
-        served = Context(folder, store, models, jobs, laboratory, runs=config.runs)
+        engine = perturbations.AdapterEngine(config.model, store, config.memory_budget)
+        runs = Runs(store, folder, config.runs)
+        served = Context(folder, store, models, jobs, engine, runs)
         yield _routes(served, config)
 
 
@@ -99,6 +101,7 @@ def _routes(served: Context, config: ServerConfig) -> FastAPI:
             allow_origins=config.allow_origins,
             allow_methods=["*"],
             allow_headers=["*"],
+            expose_headers=["Content-Disposition", "Retry-After"],
         )
     return app
 

@@ -8,9 +8,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from fastapi import Request
+from fastapi import Depends, Request
 
 from fwdllm.server import limits
 from fwdllm.server.errors import ApiError
@@ -18,7 +18,8 @@ from fwdllm.server.errors import ApiError
 if TYPE_CHECKING:
     from fwdllm.server.jobs import Jobs
     from fwdllm.server.models import Models
-    from fwdllm.server.perturbations import Laboratory
+    from fwdllm.server.perturbations import AdapterEngine
+    from fwdllm.server.runs import Runs
     from fwdllm.server.store import Store
 
 
@@ -54,7 +55,7 @@ class Queue:
 
 @dataclass
 class Context:
-    """folder: the server's.  runs: a folder whose runs are shown, or None.  queue: for the models.
+    """folder: the server's.  queue: for the models.
 
     started: Unix seconds.  n_tokens, n_requests: generated and answered since.  streams: open now.
     """
@@ -63,8 +64,8 @@ class Context:
     store: Store
     models: Models
     jobs: Jobs
-    laboratory: Laboratory
-    runs: Path | None = None
+    engine: AdapterEngine
+    runs: Runs
     queue: Queue = field(default_factory=lambda: Queue(limits.MAX_WAITING))
     started: float = field(default_factory=time.time)
     n_tokens: int = 0
@@ -72,7 +73,10 @@ class Context:
     streams: int = 0
 
 
-def context(request: Request) -> Context:
-    """The context of a request's application."""
+def _context(request: Request) -> Context:
     found: Context = request.app.state.context
     return found
+
+
+# What a route takes to get at the context of its application.
+Served = Annotated[Context, Depends(_context)]

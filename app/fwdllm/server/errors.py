@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from fwdllm.console import explain
 from fwdllm.engine.errors import ConfigError, DataError, FwdllmError, NumericsError
+from fwdllm.server.store import GoneError
 
 log = logging.getLogger(__name__)
 
@@ -79,9 +80,18 @@ def install(app: FastAPI) -> None:
         message = "; ".join(map(_describe, faults[:_MAX_FAULTS]))
         return response(400, message, _param(faults[0]))
 
+    @app.exception_handler(UnicodeEncodeError)
+    async def _half(request: Request, error: UnicodeEncodeError) -> JSONResponse:
+        # JSON can spell half of a surrogate pair, which is no text for anything behind it.
+        return response(400, "the request has half of a surrogate pair in a text")
+
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
         return response(error.status_code, str(error.detail), headers=error.headers)
+
+    @app.exception_handler(GoneError)
+    async def _gone(request: Request, error: GoneError) -> JSONResponse:
+        return response(404, str(error))
 
     @app.exception_handler(FwdllmError)
     async def _ours(request: Request, error: FwdllmError) -> JSONResponse:
@@ -92,15 +102,18 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def _bug(request: Request, error: Exception) -> JSONResponse:
-        log.error("%s %s", request.method, request.url.path, exc_info=error)
         return response(500, explain(error) or "the server has made a mistake; its log says more")
 
 
 def _describe(fault: Mapping[str, Any]) -> str:
-    param = _param(fault)
-    return f"{param}: {fault['msg']}" if param else str(fault["msg"])
+    if fault["type"] == "json_invalid":
+        return f"the body is not JSON: {fault['ctx']['error']} at character {fault['loc'][-1]}"
+    param, message = _param(fault), str(fault["msg"]).removeprefix("Value error, ")
+    return f"{param}: {message}" if param else message
 
 
 def _param(fault: Mapping[str, Any]) -> str | None:
     """Where a fault is, as "messages.0.role"; without "body", which is where all is."""
+    if fault["type"] == "json_invalid":
+        return None
     return ".".join(map(str, fault["loc"][1:])) or None

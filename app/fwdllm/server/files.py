@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import io
+import threading
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Form, Query, UploadFile
+from fastapi import APIRouter, Form, Query, UploadFile
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
 from fwdllm.engine.data import Example, parse_jsonl
 from fwdllm.server import limits
-from fwdllm.server.context import Context, context
+from fwdllm.server.context import Context, Served
 from fwdllm.server.errors import ApiError
 from fwdllm.server.store import File
 
 PURPOSE = "fine-tune"
 
+# Each is in memory while it is read; until its turn it is in a temporary file.
+_uploads = threading.BoundedSemaphore(2)
+
 router = APIRouter(prefix="/v1/files", tags=["files"])
-Served = Annotated[Context, Depends(context)]
 
 
 @router.post("")
@@ -28,9 +31,7 @@ async def upload(
     """Upload a JSONL file of examples."""
     if purpose != PURPOSE:
         raise ApiError(400, f"the purpose of a file is {PURPOSE!r}, not {purpose!r}", "purpose")
-    name = _display_name(file.filename)
-    content = await file.read()
-    return file_object(await run_in_threadpool(_keep, served, name, content))
+    return file_object(await run_in_threadpool(_keep, served, file))
 
 
 @router.get("")
@@ -111,16 +112,20 @@ def file_object(file: File) -> dict[str, Any]:
     }
 
 
-def _keep(served: Context, name: str, content: bytes) -> File:
-    if len(content) > limits.MAX_UPLOAD_BYTES:
-        raise ApiError(413, f"a file may have {limits.MAX_UPLOAD_BYTES:,} bytes", "file")
-    kept = served.store.files()
-    if sum(f.n_bytes for f in kept) + len(content) > limits.MAX_FILES_BYTES:
+def _keep(served: Context, upload: UploadFile) -> File:
+    name = _display_name(upload.filename)
+    with _uploads:
+        content = upload.file.read()
+        if len(content) > limits.MAX_UPLOAD_BYTES:
+            raise ApiError(413, f"a file may have {limits.MAX_UPLOAD_BYTES:,} bytes", "file")
+        examples = parse_jsonl(io.BytesIO(content), name)
+        if len(examples) > limits.MAX_EXAMPLES:
+            raise ApiError(400, f"a file may have {limits.MAX_EXAMPLES:,} examples", "file")
+        kind, n, room = examples[0].kind, len(examples), limits.MAX_FILES_BYTES
+        kept = served.store.add_file(name, PURPOSE, kind, n, content, room)
+    if kept is None:
         raise ApiError(413, "the server keeps no more; delete files that are not needed", "file")
-    examples = parse_jsonl(io.BytesIO(content), name)
-    if len(examples) > limits.MAX_EXAMPLES:
-        raise ApiError(400, f"a file may have {limits.MAX_EXAMPLES:,} examples", "file")
-    return served.store.add_file(name, PURPOSE, examples[0].kind, len(examples), content)
+    return kept
 
 
 def _display_name(name: str | None) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Query
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import APIRouter, Query
+from pydantic import ConfigDict, Field
 from pydantic.types import StringConstraints
 
 from fwdllm.engine.adapter import LoRAConfig
@@ -16,19 +17,21 @@ from fwdllm.engine.directions import DirectionsConfig
 from fwdllm.protocol.config import TrainConfig
 from fwdllm.recipes import recipe_for
 from fwdllm.server import limits
-from fwdllm.server.context import Context, context
+from fwdllm.server.context import Context, Served
 from fwdllm.server.errors import ApiError
 from fwdllm.server.files import examples_of, find, page
+from fwdllm.server.limits import MAX_RANK
+from fwdllm.server.schemas import NullIsDefault
 from fwdllm.server.store import Event, Job, StoredAdapter
+from fwdllm.server.worker import work_folder
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
-Served = Annotated[Context, Depends(context)]
 Suffix = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]*$", max_length=64)]
 
 Auto = Literal["auto"]
 
 
-class Hyperparameters(BaseModel):
+class Hyperparameters(NullIsDefault):
     """OpenAI's. learning_rate_multiplier: of the rate fwdllm would take."""
 
     n_epochs: Auto | Annotated[int, Field(ge=1, le=10_000)] = "auto"
@@ -36,16 +39,16 @@ class Hyperparameters(BaseModel):
     learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=1e6)] = "auto"
 
 
-class Supervised(BaseModel):
+class Supervised(NullIsDefault):
     hyperparameters: Hyperparameters = Hyperparameters()
 
 
-class Method(BaseModel):
+class Method(NullIsDefault):
     type: Literal["supervised"] = "supervised"
     supervised: Supervised = Supervised()
 
 
-class Settings(BaseModel):
+class Settings(NullIsDefault):
     """What ``fwdllm tune`` can be told, under the same names. None is its default."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -64,7 +67,7 @@ class Settings(BaseModel):
     schedule: str | None = None
     eval_every: int | None = None
     checkpoint_every: int | None = None
-    rank: int | None = None
+    rank: Annotated[int, Field(ge=1, le=MAX_RANK)] | None = None
     alpha: float | None = None
     targets: list[str] | None = None
     layers: list[int] | None = None
@@ -77,7 +80,7 @@ class Settings(BaseModel):
         return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
-class JobRequest(BaseModel):
+class JobRequest(NullIsDefault):
     """What a job is to do."""
 
     model: str
@@ -95,6 +98,8 @@ def create(body: JobRequest, served: Served) -> dict[str, Any]:
     """Queue a job."""
     if served.models.adapter_of(body.model) is not None:
         raise ApiError(400, "only the base model can be tuned", "model", "model_not_available")
+    if served.store.adapters_bytes() > limits.MAX_ADAPTERS_BYTES:
+        raise ApiError(413, "the server keeps no more adapters; delete some")
     training = find(served, body.training_file, "training_file", 400)
     validation = body.validation_file
     held_out = validation and find(served, validation, "validation_file", 400)
@@ -130,6 +135,16 @@ def list_jobs(
 def get(job_id: str, served: Served) -> dict[str, Any]:
     """One job."""
     return job_object(served, _find(served, job_id))
+
+
+@router.delete("/{job_id}")
+def delete(job_id: str, served: Served) -> dict[str, Any]:
+    """Forget a job that has ended; its model stays."""
+    job = _find(served, job_id)
+    if not served.store.delete_job(job.number):
+        raise _conflict(served, job, "deleted")
+    shutil.rmtree(work_folder(served.folder, job.number), ignore_errors=True)
+    return {"id": job_id, "object": "fine_tuning.job", "deleted": True}
 
 
 @router.post("/{job_id}/cancel")

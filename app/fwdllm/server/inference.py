@@ -1,7 +1,6 @@
 """/v1/models, /v1/completions, /v1/chat/completions and /v1/embeddings.
 
-llama-cpp-python's own server answers; here is what it lacks: unknown models are an error, the queue
-has an end, errors of a stream come before its first byte, embeddings have length 1.
+llama-cpp-python's ``Llama`` answers, in OpenAI's words; docs/decisions.md says why not its server.
 """
 
 from __future__ import annotations
@@ -9,62 +8,32 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Annotated, Any, Literal
+import json
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
 
+import llama_cpp
 import numpy as np
-from fastapi import APIRouter, Depends, Request
-from fastapi.responses import Response
-from llama_cpp.server import app as llama_server
-from llama_cpp.server.types import CreateChatCompletionRequest, CreateCompletionRequest
-from pydantic import BaseModel, Field
+from fastapi import APIRouter, Request
+from jinja2 import TemplateError
 from sse_starlette.sse import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
-from starlette.types import Receive, Scope, Send
 
-from fwdllm.server.context import Context, context
+from fwdllm.server.context import Context, Served
 from fwdllm.server.errors import ApiError
-from fwdllm.server.models import exclusive
+from fwdllm.server.models import ServedLlama
+from fwdllm.server.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
 
-MAX_INPUTS = 2048  # OpenAI's limit of texts in one request
+# How soon an answer is broken off that nobody waits for.
+_WATCH_SECONDS = 0.5
 
 router = APIRouter(tags=["inference"])
-Served = Annotated[Context, Depends(context)]
-
-
-class CompletionRequest(CreateCompletionRequest):
-    """As llama-cpp-python's, within what it can do."""
-
-    n: Literal[1] | None = 1
-    best_of: Literal[1] | None = 1
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)] = ""
-
-
-class ChatRequest(CreateChatCompletionRequest):
-    """As llama-cpp-python's, within what it can do."""
-
-    n: Literal[1] | None = 1
-    max_completion_tokens: int | None = Field(None, ge=1)
-
-    def plain(self) -> CreateChatCompletionRequest:
-        """The request as llama-cpp-python knows it."""
-        values = self.model_dump(exclude={"max_completion_tokens"})
-        values["max_tokens"] = self.max_completion_tokens or self.max_tokens
-        return CreateChatCompletionRequest(**values)
-
-
-class EmbeddingRequest(BaseModel):
-    """OpenAI's, for texts."""
-
-    model: str | None = None
-    input: str | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)]
-    encoding_format: Literal["float", "base64"] = "float"
-    user: str | None = None
 
 
 @router.get("/v1/models")
 def list_models(served: Served) -> dict[str, Any]:
-    """The base model and those tuned from it."""
+    """The base model and those tuned from it; checkpoints answer too, but are not listed."""
     tuned = [a for a in served.store.adapters() if a.step is None]
     base = _model(served.models.base, served.started)
     return {"object": "list", "data": [base, *(_model(a.model, a.created) for a in tuned)]}
@@ -81,38 +50,48 @@ def get_model(model: str, served: Served) -> dict[str, Any]:
 def delete_model(model: str, served: Served) -> dict[str, Any]:
     """Delete a tuned model with its adapter."""
     adapter = served.models.adapter_of(model)
-    if adapter is None:
-        raise ApiError(403, "The base model cannot be deleted", "model")
+    if adapter is None or model == served.models.default:
+        raise ApiError(403, "The model that is served cannot be deleted", "model")
     served.store.delete_adapter(adapter.number)
     return {"id": model, "object": "model", "deleted": True}
 
 
 @router.post("/v1/completions")
-async def create_completion(request: Request, body: CompletionRequest, served: Served) -> Response:
+async def create_completion(request: Request, body: CompletionRequest, served: Served) -> Any:
     """Continue a text."""
-    plain = CreateCompletionRequest(**body.model_dump())
-    return await _generate(served, body.model, llama_server.create_completion, request, plain)
+    return await _generate(request, body, served, ServedLlama.create_completion)
 
 
 @router.post("/v1/chat/completions")
-async def create_chat_completion(request: Request, body: ChatRequest, served: Served) -> Response:
+async def create_chat_completion(request: Request, body: ChatRequest, served: Served) -> Any:
     """Continue a conversation."""
-    if not body.messages:
-        raise ApiError(400, "messages is empty", "messages")
-    answer = llama_server.create_chat_completion
-    return await _generate(served, body.model, answer, request, body.plain())
+    return await _generate(request, body, served, ServedLlama.create_chat_completion)
 
 
 @router.post("/v1/embeddings")
-async def create_embedding(body: EmbeddingRequest, served: Served) -> dict[str, Any]:
+async def create_embedding(
+    request: Request, body: EmbeddingRequest, served: Served
+) -> dict[str, Any]:
     """Embed texts, each as a vector of length 1."""
     texts = [body.input] if isinstance(body.input, str) else body.input
-    if not all(texts):
-        raise ApiError(400, "a text to embed is empty", "input")
-    served.models.adapter_of(body.model)
-    with served.queue.place():
-        async with exclusive():
-            vectors, n_tokens = await run_in_threadpool(_embed, served, body.model, texts)
+    await run_in_threadpool(served.models.adapter_of, body.model)
+    cancelled = threading.Event()
+
+    def work(llama: ServedLlama) -> tuple[list[list[float]], int]:
+        vectors, n_tokens = [], 0
+        with _refusals():
+            for text in texts:  # each alone, so that its vector does not depend on the others
+                if cancelled.is_set():
+                    break
+                vector, n = llama.embed(text, normalize=True, truncate=False, return_count=True)
+                vectors.append(vector)
+                n_tokens += n
+        return vectors, n_tokens
+
+    served.queue.enter()
+    future = served.models.run(work, body.model, cancelled, embedding=True)
+    future.add_done_callback(lambda _: served.queue.leave())
+    vectors, n_tokens = await _unless_disconnected(request, future, cancelled)
     encode = _base64 if body.encoding_format == "base64" else list
     data = [
         {"object": "embedding", "index": i, "embedding": encode(vector)}
@@ -128,92 +107,107 @@ def _model(name: str, created: float) -> dict[str, Any]:
 
 
 async def _generate(
-    served: Context,
-    model: str | None,
-    answer: Callable[..., Awaitable[Any]],
     request: Request,
-    body: CreateCompletionRequest | CreateChatCompletionRequest,
+    body: CompletionRequest | ChatRequest,
+    served: Context,
+    create: Callable[..., Any],
 ) -> Any:
     if not served.models.is_causal:
         text = f"{served.models.base} is an encoder, which cannot generate text"
         raise ApiError(400, text, "model", "model_not_supported")
-    served.models.adapter_of(model)
-    body.model = model or served.models.default
-    served.queue.enter()
-    streams = False
-    try:
-        with _refusals():
-            found = await answer(request, body)
-            if isinstance(found, EventSourceResponse):
-                found = await _begun(found, served)
-                streams = True
-            else:
-                served.n_tokens += found["usage"]["completion_tokens"]
-            return found
-    finally:
-        if not streams:
-            served.queue.leave()
+    await run_in_threadpool(served.models.adapter_of, body.model)
+    cancelled = threading.Event()
+    chunks: asyncio.Queue[Any] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
 
-
-async def _begun(response: EventSourceResponse, served: Context) -> _Stream:
-    """A stream that has its first event, so that errors before it get a status of their own."""
-    events = aiter(response.body_iterator)
-    assert response.data_sender_callable is not None
-    producer = asyncio.ensure_future(response.data_sender_callable())
-    try:
-        first = await anext(events)
-    except StopAsyncIteration:
-        await producer  # raises the reason
-        raise
-    except BaseException:
-        producer.cancel()
-        raise
-
-    async def all_events() -> AsyncIterator[Any]:
-        yield first
-        async for event in events:
-            served.n_tokens += 1
-            yield event
-
-    async def finish() -> None:
-        await producer
-
-    response.body_iterator = all_events()
-    response.data_sender_callable = finish
-    return _Stream(response, producer, served)
-
-
-class _Stream(Response):
-    """A response whose request leaves the queue when it has been sent, or cannot be."""
-
-    def __init__(
-        self, response: EventSourceResponse, producer: asyncio.Future[None], served: Context
-    ) -> None:
-        super().__init__()
-        self._response, self._producer, self._served = response, producer, served
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def work(llama: ServedLlama) -> Any:
         try:
-            await self._response(scope, receive, send)
+            with _refusals():
+                options = {**body.options(), **_constraints(body, llama)}
+                found = create(llama, model=body.model or served.models.default, **options)
+                if not body.stream:
+                    return found
+                last: dict[str, Any] = {}
+                for last in found:
+                    loop.call_soon_threadsafe(chunks.put_nowait, last)
+                if body.stream_options.include_usage:
+                    usage = {**last, "choices": [], "usage": _usage(llama)}
+                    loop.call_soon_threadsafe(chunks.put_nowait, usage)
         finally:
-            self._producer.cancel()
-            self._served.queue.leave()
+            served.n_tokens += llama.n_generated
+
+    served.queue.enter()
+    future = served.models.run(work, body.model, cancelled)
+    future.add_done_callback(lambda _: served.queue.leave())
+    if not body.stream:
+        return await _unless_disconnected(request, future, cancelled)
+    future.add_done_callback(lambda _: chunks.put_nowait(None))
+    first = await chunks.get()
+    if first is None:
+        future.result()  # raises what kept the model from its first token
+    return EventSourceResponse(_events(first, chunks, future, cancelled), sep="\n")
+
+
+async def _events(
+    chunk: Any, chunks: asyncio.Queue[Any], future: asyncio.Future[Any], cancelled: threading.Event
+) -> AsyncIterator[dict[str, str]]:
+    """The chunks of a stream, up to None, and how it ended."""
+    try:
+        while chunk is not None:
+            yield {"data": json.dumps(chunk)}
+            chunk = await chunks.get()
+        error = future.exception()
+        if error is not None:
+            fault = {"message": str(error), "type": "server_error", "param": None, "code": None}
+            yield {"data": json.dumps({"error": fault})}
+        else:
+            yield {"data": "[DONE]"}
+    finally:
+        cancelled.set()
+
+
+async def _unless_disconnected(
+    request: Request, future: asyncio.Future[Any], cancelled: threading.Event
+) -> Any:
+    """The result; if the client does not wait for it, it is made short."""
+    while not future.done():
+        await asyncio.wait({future}, timeout=_WATCH_SECONDS)
+        if not future.done() and await request.is_disconnected():
+            cancelled.set()
+    return future.result()
+
+
+def _constraints(body: CompletionRequest | ChatRequest, llama: ServedLlama) -> dict[str, Any]:
+    """Options that the model has to be asked about."""
+    options: dict[str, Any] = {}
+    if body.grammar is not None:
+        options["grammar"] = llama_cpp.LlamaGrammar.from_string(body.grammar, verbose=False)
+    if body.min_tokens > 0:
+        least = llama_cpp.MinTokensLogitsProcessor(body.min_tokens, llama.token_eos())
+        options["logits_processor"] = llama_cpp.LogitsProcessorList([least])
+    if not all(0 <= token < llama.n_vocab() for token in body.logit_bias):
+        raise ApiError(400, f"tokens are numbers from 0 to {llama.n_vocab() - 1}", "logit_bias")
+    return options
+
+
+def _usage(llama: ServedLlama) -> dict[str, int]:
+    prompt, completion = llama.n_prompt, llama.n_generated
+    total = prompt + completion
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
 
 
 @contextlib.contextmanager
-def _refusals() -> Any:
+def _refusals() -> Iterator[None]:
     """What llama-cpp-python raises about values it was given, as errors of the request."""
     try:
         yield
-    except (ValueError, AssertionError, KeyError, TypeError, IndexError) as error:
+    except UnicodeEncodeError:  # a ValueError, too
+        raise
+    except (
+        AssertionError, IndexError, KeyError, TemplateError, TypeError, ValueError
+    ) as error:  # fmt: skip
         code = "context_length_exceeded" if "context window" in str(error) else None
         raise ApiError(400, f"llama.cpp cannot do this: {error}", code=code) from error
-
-
-def _embed(served: Context, model: str | None, texts: list[str]) -> tuple[list[list[float]], int]:
-    with _refusals():
-        llama = served.models.embedder(model)
-        return llama.embed(texts, normalize=True, truncate=False, return_count=True)
 
 
 def _base64(vector: list[float]) -> str:

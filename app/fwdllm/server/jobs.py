@@ -19,7 +19,6 @@ from fwdllm.server.store import (
     UNFINISHED,
     Job,
     Store,
-    StoreError,
 )
 from fwdllm.server.worker import tidy
 
@@ -40,13 +39,10 @@ class Jobs:
     """
 
     def __init__(self, store: Store, folder: Path, model: Path, memory_budget: int) -> None:
-        self._store, self._folder = store, folder
-        self._model, self._memory_budget = model, memory_budget
+        self._store, self._folder = store, folder.absolute()
+        self._model, self._memory_budget = model.absolute(), memory_budget
         self._changed = threading.Event()
         self._deadline: float | None = None  # of a closing server
-        for job in store.jobs(RUNNING):
-            store.change_status(job.number, (RUNNING,), QUEUED)
-            store.add_event(job.number, "The server was started again; the job goes on")
         self._thread = threading.Thread(target=self._loop, name="jobs")
         self._thread.start()
 
@@ -65,8 +61,6 @@ class Jobs:
         done = self._store.change_status(job.number, (QUEUED, RUNNING, PAUSED), CANCELLED)
         if done:
             self._store.add_event(job.number, "The job was cancelled", key="cancelled")
-            if job.status == PAUSED:  # a running one has a worker, which comes first
-                tidy(self._folder, job.number)
             self.notice()
         return done
 
@@ -90,17 +84,26 @@ class Jobs:
         while self._deadline is None:
             try:
                 self._step()
-            except StoreError:  # a full disk, say
+            except Exception:  # a full disk, say; the queue must not end with it
                 log.exception("the queue of jobs has a problem and tries again")
                 self._changed.wait(_RETRY_SECONDS)
 
     def _step(self) -> None:
+        for job in self._store.jobs(RUNNING):  # none of ours does here: of a server that died
+            self._store.change_status(job.number, (RUNNING,), QUEUED)
+            self._store.add_event(job.number, "The job goes on where it was interrupted")
         queued = self._store.jobs(QUEUED)
         if queued and self._store.change_status(queued[-1].number, (QUEUED,), RUNNING):
             self._run(queued[-1].number)
         else:
+            self._tidy()
             self._changed.wait()
             self._changed.clear()
+
+    def _tidy(self) -> None:
+        for job in self._store.jobs():
+            if job.status not in UNFINISHED:
+                tidy(self._folder, job.number)
 
     def _run(self, number: int) -> None:
         arguments = [str(self._folder), str(number), str(self._memory_budget), str(self._model)]
@@ -109,10 +112,12 @@ class Jobs:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
+            # Where it is started is where Python looks for modules first: not in a foreign folder.
+            cwd=self._folder,
             # Ctrl-C is for the server, which then stops its worker.
             start_new_session=True,
         )
-        with process:
+        with contextlib.suppress(BrokenPipeError), process:  # closing its input may meet its end
             told = False
             while process.poll() is None:
                 self._changed.wait(_POLL_SECONDS)
@@ -121,13 +126,11 @@ class Jobs:
                 closing = self._deadline is not None
                 if status == CANCELLED or time.monotonic() > (self._deadline or math.inf):
                     process.kill()
-                elif not told and (status != RUNNING or closing):
+                elif not told and (closing or status in (QUEUED, PAUSED)):
                     _tell_to_stop(process)
                     told = True
         if process.returncode and self._deadline is None:
             self._store.fail_job(number, f"its process ended with {_reason(process.returncode)}")
-        if self._store.job_of_number(number).status not in UNFINISHED:
-            tidy(self._folder, number)
 
 
 def _tell_to_stop(process: subprocess.Popen[str]) -> None:

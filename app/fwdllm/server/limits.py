@@ -13,3 +13,9 @@ MAX_ADAPTERS_BYTES = 4 * 2**30
 MAX_WAITING = 64
 # The same for the engine, whose requests hold a thread each.
 MAX_WAITING_FOR_ENGINE = 8
+
+# Beyond any use, and within what a request may cost.
+MAX_RANK = 256
+# llama.cpp reads grammars by recursion, which ends the process if it goes too deep.
+MAX_GRAMMAR_CHARACTERS = 16_384
+MAX_GRAMMAR_DEPTH = 64

@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram
 from prometheus_client import generate_latest as render
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fwdllm.memory import rss_bytes
@@ -17,6 +17,7 @@ from fwdllm.server.context import Context
 from fwdllm.server.store import CANCELLED, FAILED, PAUSED, QUEUED, RUNNING, SUCCEEDED
 
 # Seconds: a token of a small model, up to a long answer of a large one.
+_METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
 _BUCKETS = (0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0, 300.0)
 
 
@@ -54,7 +55,7 @@ class Meter:
         finally:
             self._served.n_requests += 1
             route = getattr(scope.get("route"), "path", "none")
-            method = scope["method"] if scope.get("route") else "any"
+            method = scope["method"] if scope["method"] in _METHODS else "other"
             self._requests.labels(method, route, status).inc()
             self._seconds.labels(route).observe(time.perf_counter() - began)
 
@@ -76,11 +77,12 @@ class _State:
         gauges: list[tuple[str, str, Callable[[], float]]] = [
             ("fwdllm_waiting_requests", "In the queue for the model, or answered now.",
              lambda: served.queue.waiting),
-            ("fwdllm_generated_tokens", "Generated since the start.", lambda: served.n_tokens),
             ("fwdllm_resident_bytes", "Memory of the server.", lambda: rss_bytes() or 0),
         ]  # fmt: skip
         for name, text, value in gauges:
             yield GaugeMetricFamily(name, text, value=value())
+        text = "Generated since the start."
+        yield CounterMetricFamily("fwdllm_generated_tokens", text, value=served.n_tokens)
 
 
 def install(app: FastAPI, served: Context) -> None:

@@ -1,28 +1,31 @@
-"""The models that answer: one set of weights in llama.cpp, and an adapter for each name.
-
-llama-cpp-python's server asks a ``LlamaProxy`` for the model of a request, under its lock. Its own
-proxy would open a file anew for each; here the adapter is exchanged, which takes milliseconds.
-"""
+"""The models that answer: one set of weights in llama.cpp, and an adapter for each name."""
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import ctypes
+import dataclasses
+import itertools
 import os
-import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import llama_cpp
-from llama_cpp.server import app as llama_server
-from llama_cpp.server.model import LlamaProxy
+from llama_cpp.llama_chat_format import chat_formatter_to_chat_completion_handler
 
 from fwdllm.engine.adapter_io import open_gguf_adapter
 from fwdllm.engine.errors import AdapterError, ModelError
 from fwdllm.engine.llama_native import call, open_model, reason
+from fwdllm.engine.tokenizer import Tokenizer
+from fwdllm.server import limits
+from fwdllm.server.adapter_bytes import as_file
 from fwdllm.server.errors import ApiError
 from fwdllm.server.store import Store, StoredAdapter
+
+T = TypeVar("T")
 
 # Enough for most chats; a context of 128 k would take gigabytes for keys and values.
 DEFAULT_CONTEXT = 4096
@@ -33,8 +36,11 @@ _POOLING_NONE, _POOLING_MEAN, _POOLING_RANK = 0, 1, 4  # enum llama_pooling_type
 _MAX_LOADED = 4
 
 
-class Models(LlamaProxy):
-    """The base model and every adapter of a store; what ``llama_cpp.server`` calls its proxy.
+class Models:
+    """The base model and every adapter of a store, used by one thread, which is theirs.
+
+    One, as a llama.cpp context has one user at a time. A thread and no lock, as a coroutine that is
+    cancelled would release a lock while its call into llama.cpp still runs.
 
     path: the GGUF file.  base: its name.  default: that of requests without one.  context: tokens
     of a conversation.  is_causal: whether it generates; an encoder only embeds.
@@ -52,26 +58,40 @@ class Models(LlamaProxy):
         self.architecture, self.is_causal = native.architecture, native.is_causal
         self.context = min(context or DEFAULT_CONTEXT, native.context_length)
         self._pooling = pooling or _POOLING_MEAN
+        self._chat_handler = _chat_handler(Tokenizer(native))
+        self._closing = threading.Event()
         self._sessions: dict[bool, _Session] = {}
         self._session(embedding=not self.is_causal)
+        self._thread = ThreadPoolExecutor(1, "models")
 
-    def __call__(self, model: str | None = None) -> llama_cpp.Llama:
-        """The model of this name, ready to generate. Errors: ApiError 404."""
-        return self._session(embedding=False).use(self.adapter_of(model))
-
-    def __iter__(self) -> Iterator[str]:
-        yield self.base
-        yield from (a.model for a in self._store.adapters() if a.step is None)
-
-    def free(self) -> None:
-        """Let go of the weights."""
+    def close(self) -> None:
+        """Break off what is being answered and let go of the weights."""
+        self._closing.set()
+        self._thread.shutdown(cancel_futures=True)
         for session in self._sessions.values():
             session.llama.close()
-        self._sessions.clear()
 
-    def embedder(self, model: str | None = None) -> llama_cpp.Llama:
-        """The model of this name, ready to embed. Errors: ApiError 404."""
-        return self._session(embedding=True).use(self.adapter_of(model))
+    def run(
+        self,
+        work: Callable[[ServedLlama], T],
+        model: str | None,
+        cancelled: threading.Event,
+        *,
+        embedding: bool = False,
+    ) -> asyncio.Future[T]:
+        """Let the thread do some work with a model, after what it has been asked before.
+
+        cancelled: once it is set, text ends with the next token.
+        """
+
+        def task() -> T:
+            if cancelled.is_set():
+                raise ApiError(400, "the client has closed the request")
+            llama = self._session(embedding=embedding).use(self.adapter_of(model))
+            llama.stops = (cancelled, self._closing)
+            return work(llama)
+
+        return asyncio.wrap_future(self._thread.submit(task))
 
     def adapter_of(self, model: str | None) -> StoredAdapter | None:
         """The adapter of a model, None for the base. Errors: ApiError 404."""
@@ -85,13 +105,14 @@ class Models(LlamaProxy):
 
     def _session(self, *, embedding: bool) -> _Session:
         if embedding not in self._sessions:
-            self._sessions[embedding] = _Session(self, self._store, embedding)
+            llama = self._open(embedding)
+            self._sessions[embedding] = _Session(llama, self.architecture, self._store)
         return self._sessions[embedding]
 
-    def _open(self, embedding: bool) -> llama_cpp.Llama:
+    def _open(self, embedding: bool) -> ServedLlama:
         n_threads = os.cpu_count() or 1  # llama-cpp-python takes half: 27 tokens/s instead of 38
         try:
-            return llama_cpp.Llama(
+            return ServedLlama(
                 str(self.path),
                 n_ctx=self.context,
                 # Texts to embed are read in one piece.
@@ -101,22 +122,76 @@ class Models(LlamaProxy):
                 n_threads_batch=n_threads,
                 embedding=embedding,
                 pooling_type=self._pooling if embedding else -1,
+                chat_handler=self._chat_handler,
                 verbose=False,
             )
         except (RuntimeError, ValueError) as error:
             raise ModelError(f"llama.cpp cannot run {self.path}: {error}") from error
 
 
+class ServedLlama(llama_cpp.Llama):
+    """A ``Llama`` that can be stopped, counts, and refuses what would end the process.
+
+    stops: events that end a text.  n_prompt, n_generated: tokens of the last text.
+    """
+
+    stops: tuple[threading.Event, ...] = ()
+    n_prompt = n_generated = 0
+
+    def generate(self, tokens: Any, *values: Any, **options: Any) -> Iterator[int]:
+        """Tokens that follow, until a stop."""
+        self.n_prompt, self.n_generated = len(tokens), 0
+        for token in super().generate(tokens, *values, **options):
+            if any(stop.is_set() for stop in self.stops):
+                return
+            self.n_generated += 1
+            yield token
+
+    def _init_sampler(self, *values: Any, grammar: Any = None, **options: Any) -> Any:
+        if grammar is not None:
+            _check_grammar(self._model.vocab, grammar)
+        return super()._init_sampler(*values, grammar=grammar, **options)
+
+
+def _check_grammar(vocab: Any, grammar: llama_cpp.LlamaGrammar) -> None:
+    """ValueError for one that llama.cpp cannot read; llama-cpp-python would use it nevertheless."""
+    text = grammar._grammar
+    if "\0" in text or not text.strip():
+        raise ValueError("the grammar is empty")
+    depth = max(itertools.accumulate((c == "(") - (c == ")") for c in text))
+    if len(text) > limits.MAX_GRAMMAR_CHARACTERS or depth > limits.MAX_GRAMMAR_DEPTH:
+        raise ValueError("the grammar is too long or too deep")
+    root = grammar._root.encode()
+    sampler = call(llama_cpp.llama_sampler_init_grammar, vocab, text.encode(), root)
+    if not sampler:
+        raise ValueError(f"the grammar is not one in GBNF: {reason()}")
+    llama_cpp.llama_sampler_free(sampler)
+
+
+def _chat_handler(tokenizer: Tokenizer) -> Any:
+    """Conversations as ``Tokenizer.encode_chat`` has them, as a tuned model has learned them.
+
+    llama-cpp-python's own handler has no BOS where the template has none, and guesses a template
+    where the file has none.
+    """
+    formatter = tokenizer.formatter(add_generation_prompt=True)
+
+    def render(**options: Any) -> Any:
+        found = formatter(**options)
+        return dataclasses.replace(found, added_special=tokenizer.has_bos(found.prompt))
+
+    return chat_formatter_to_chat_completion_handler(render)
+
+
 class _Session:
     """A ``Llama`` and the adapters it has loaded, by number and version, least used first."""
 
-    def __init__(self, models: Models, store: Store, embedding: bool) -> None:
-        self.llama = models._open(embedding)
-        self._architecture, self._store = models.architecture, store
+    def __init__(self, llama: ServedLlama, architecture: str, store: Store) -> None:
+        self.llama, self._architecture, self._store = llama, architecture, store
         self._loaded: dict[tuple[int, int], Any] = {}
         self._used: tuple[int, int] | None = None
 
-    def use(self, adapter: StoredAdapter | None) -> llama_cpp.Llama:
+    def use(self, adapter: StoredAdapter | None) -> ServedLlama:
         key = None if adapter is None else (adapter.number, adapter.version)
         if key != self._used:
             self._set(None if adapter is None else self._load(adapter))
@@ -133,9 +208,7 @@ class _Session:
         return handle
 
     def _read(self, adapter: StoredAdapter) -> Any:
-        with tempfile.TemporaryDirectory(prefix="fwdllm-") as folder:
-            path = Path(folder) / "adapter.gguf"
-            path.write_bytes(self._store.adapter_content(adapter.number))
+        with as_file(self._store.adapter_content(adapter.number)) as path:
             open_gguf_adapter(path, self._architecture)
             handle = call(llama_cpp.llama_adapter_lora_init, self.llama.model, os.fsencode(path))
         if not handle:
@@ -148,21 +221,3 @@ class _Session:
         scales = (ctypes.c_float * len(handles))(*[1.0] * len(handles))
         if call(llama_cpp.llama_set_adapters_lora, self.llama.ctx, adapters, len(handles), scales):
             raise AdapterError(f"llama.cpp cannot apply the adapter: {reason()}")
-
-
-def _settings() -> Any:
-    # Not by the constructor, which reads environment variables such as PORT.
-    return llama_server.ServerSettings.model_construct(interrupt_requests=False)
-
-
-def install(models: Models) -> None:
-    """Let llama-cpp-python's server answer with these models. One set at a time: it is global."""
-    llama_server._llama_proxy = models
-    llama_server.set_server_settings(_settings())
-
-
-@contextlib.asynccontextmanager
-async def exclusive() -> Any:
-    """Hold the models alone, behind the requests that came before."""
-    async with contextlib.asynccontextmanager(llama_server.get_llama_proxy)() as models:
-        yield models

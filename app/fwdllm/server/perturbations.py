@@ -8,19 +8,17 @@ import contextlib
 import json
 import math
 import secrets
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from fwdllm.engine.adapter import LoRAConfig
-from fwdllm.engine.adapter_io import save_gguf
+from fwdllm.engine.adapter import Adapter, LoRAConfig
 from fwdllm.engine.data import check_labels, parse_jsonl
 from fwdllm.engine.directions import Dense, Scope
 from fwdllm.engine.engine import Engine
@@ -28,13 +26,13 @@ from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.estimators import DEFAULT_EPSILON
 from fwdllm.engine.residency import resident_bytes
 from fwdllm.server import limits
-from fwdllm.server.context import Context, Queue, context
+from fwdllm.server.adapter_bytes import as_file, to_bytes
+from fwdllm.server.context import Context, Queue, Served
 from fwdllm.server.errors import ApiError
 from fwdllm.server.fine_tuning import Suffix
 from fwdllm.server.store import Store, StoredAdapter
 
 router = APIRouter(prefix="/v1", tags=["perturbations"])
-Served = Annotated[Context, Depends(context)]
 Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**64)]], Field(min_length=1, max_length=4096)]
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-3e38, le=3e38)]
 Name = Annotated[str, Field(min_length=1, max_length=64)]
@@ -47,7 +45,7 @@ class _Strict(BaseModel):
 class AdapterRequest(_Strict):
     """A new adapter, which changes nothing yet. labels: classes of an encoder's head."""
 
-    rank: Annotated[int, Field(ge=1, le=256)] = 8
+    rank: Annotated[int, Field(ge=1, le=limits.MAX_RANK)] = 8
     alpha: Annotated[float, Field(gt=0, le=1e6)] = 16.0
     targets: Annotated[list[Name], Field(min_length=1, max_length=16)] = ["attn_q", "attn_v"]
     layers: Annotated[list[int], Field(min_length=1, max_length=512)] | None = None
@@ -99,7 +97,7 @@ class UpdateRequest(_Strict):
     version: Annotated[int, Field(ge=0, lt=2**62)] | None = None
 
 
-class Laboratory:
+class AdapterEngine:
     """An engine with one adapter of a store at a time. Any thread may use it; they take turns.
 
     memory_budget: bytes for its work.  Errors: those of ``Engine.load``; ApiError 429.
@@ -119,7 +117,8 @@ class Laboratory:
         with self._turn():
             engine = self._load(lora=config, labels=labels, seed=seed)
             assert engine.adapter is not None
-            return self._store.add_adapter(name, _gguf(engine), engine.adapter.theta.size)
+            content = to_bytes(engine.adapter)
+            return self._store.add_adapter(name, content, engine.adapter.theta.size)
 
     def evaluate(self, id: str, body: EvaluateRequest) -> dict[str, Any]:
         """Losses and slopes at an adapter."""
@@ -162,8 +161,9 @@ class Laboratory:
                 raise ApiError(409, text, "version", "version_conflict")
             engine = self._at(id)
             self._holds = None  # until what is in memory is on disk
-            _move(engine, body)
-            after = self._store.update_adapter(before, _gguf(engine))
+            assert engine.adapter is not None
+            _move(engine.adapter, body)
+            after = self._store.update_adapter(before, to_bytes(engine.adapter))
             if after is None:
                 raise ApiError(409, "the adapter has changed meanwhile", code="version_conflict")
             self._holds = (after.number, after.version)
@@ -178,15 +178,19 @@ class Laboratory:
         adapter = find_adapter(self._store, id)
         key = (adapter.number, adapter.version)
         if self._holds != key or self._engine is None:
-            with tempfile.TemporaryDirectory(prefix="fwdllm-") as folder:
-                path = Path(folder) / "adapter.gguf"
-                path.write_bytes(self._store.adapter_content(adapter.number))
+            with as_file(self._store.adapter_content(adapter.number)) as path:
                 self._engine = self._load(adapter=path)
             self._holds = key
         return self._engine
 
     def _load(self, **options: Any) -> Engine:
         return Engine.load(self._model, memory_budget=self._memory_budget, **options)
+
+
+def check_room(store: Store) -> None:
+    """ApiError 413 if the store has as many bytes of adapters as it may."""
+    if store.adapters_bytes() > limits.MAX_ADAPTERS_BYTES:
+        raise ApiError(413, "the server keeps no more adapters; delete some")
 
 
 def find_adapter(store: Store, id: str) -> StoredAdapter:
@@ -200,12 +204,13 @@ def find_adapter(store: Store, id: str) -> StoredAdapter:
 @router.post("/adapters")
 def create_adapter(body: AdapterRequest, served: Served) -> dict[str, Any]:
     """Make an adapter, to be moved by updates."""
-    if sum(a.n_bytes for a in served.store.adapters()) > limits.MAX_ADAPTERS_BYTES:
-        raise ApiError(413, "the server keeps no more adapters; delete some")
+    check_room(served.store)
+    if body.labels and served.models.is_causal:
+        raise ApiError(400, "only an encoder has a head for labels", "labels")
     layers = None if body.layers is None else tuple(body.layers)
     config = LoRAConfig(body.rank, body.alpha, tuple(body.targets), layers)
     name = f"ft:{served.models.base}:{body.suffix}:{secrets.token_hex(4)}"
-    made = served.laboratory.create(name, config, body.labels, body.seed)
+    made = served.engine.create(name, config, body.labels, body.seed)
     return adapter_object(served, made)
 
 
@@ -225,7 +230,10 @@ def get_adapter(adapter_id: str, served: Served) -> dict[str, Any]:
 @router.delete("/adapters/{adapter_id}")
 def delete_adapter(adapter_id: str, served: Served) -> dict[str, Any]:
     """Delete an adapter, and the model that it is."""
-    served.store.delete_adapter(find_adapter(served.store, adapter_id).number)
+    adapter = find_adapter(served.store, adapter_id)
+    if adapter.model == served.models.default:
+        raise ApiError(403, "The model that is served cannot be deleted", "adapter")
+    served.store.delete_adapter(adapter.number)
     return {"id": adapter_id, "object": "adapter", "deleted": True}
 
 
@@ -244,13 +252,13 @@ def adapter_content(adapter_id: str, served: Served) -> Response:
 @router.post("/adapters/{adapter_id}/updates")
 def update_adapter(adapter_id: str, body: UpdateRequest, served: Served) -> dict[str, Any]:
     """Move an adapter along directions that seeds name."""
-    return adapter_object(served, served.laboratory.update(adapter_id, body))
+    return adapter_object(served, served.engine.update(adapter_id, body))
 
 
 @router.post("/perturbations/evaluate")
 def evaluate(body: EvaluateRequest, served: Served) -> dict[str, Any]:
     """Losses of examples, and slopes of their mean along directions that seeds name."""
-    return served.laboratory.evaluate(body.adapter, body)
+    return served.engine.evaluate(body.adapter, body)
 
 
 def adapter_object(served: Context, adapter: StoredAdapter) -> dict[str, Any]:
@@ -269,9 +277,7 @@ def adapter_object(served: Context, adapter: StoredAdapter) -> dict[str, Any]:
     }
 
 
-def _move(engine: Engine, body: UpdateRequest) -> None:
-    adapter = engine.adapter
-    assert adapter is not None
+def _move(adapter: Adapter, body: UpdateRequest) -> None:
     seeds = np.array(body.seeds, np.uint64)
     directions = Dense(adapter, body.distribution, body.scope.scope())
     step = directions.combine(seeds, np.array(body.coefficients, np.float32))
@@ -281,14 +287,6 @@ def _move(engine: Engine, body: UpdateRequest) -> None:
     with np.errstate(over="ignore"):  # what is not finite is not saved
         adapter.theta[: adapter.n_lora] += step
         adapter.theta[adapter.n_lora :] += head if body.head is not None else 0
-
-
-def _gguf(engine: Engine) -> bytes:
-    assert engine.adapter is not None
-    with tempfile.TemporaryDirectory(prefix="fwdllm-") as folder:
-        path = Path(folder) / "adapter.gguf"
-        save_gguf(engine.adapter, path)
-        return path.read_bytes()
 
 
 def _numbers(values: np.ndarray) -> Any:

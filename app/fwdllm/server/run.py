@@ -43,8 +43,12 @@ def run(
     """
     if api_key is None and not is_local(host):
         raise ConfigError(f"others can reach {host}: choose a key with --api-key or FWDLLM_API_KEY")
-    if api_key is not None and not api_key.strip():
+    api_key = None if api_key is None else api_key.strip()
+    if api_key == "":
         raise ConfigError("the API key is empty")
+    if "*" in allow_origins:
+        raise ConfigError("--allow-origin takes sites, not *: any page could use the server")
+    os.umask(0o077)  # what people upload is theirs
     bound = _bind(host, port)
     config = ServerConfig(
         model=local_path(model),

@@ -8,21 +8,26 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fwdllm.protocol.ledger import NAME as LEDGER
 from fwdllm.protocol.ledger import Ledger, LedgerError
-from fwdllm.server.context import Context
-from fwdllm.server.store import RUNNING, Job
+from fwdllm.server.store import RUNNING, Job, Store
 from fwdllm.server.worker import run_folder
 
 # A run whose last sign of life is older is over, or was broken off.
 _LIVE_SECONDS = 30.0
+# A page asks about twice as often.
+_REFRESH_SECONDS = 0.4
+# Runs whose points are in memory: those that go on, and those that are looked at.
+_MAX_SOURCES = 16
 # Steps that the time left is told by.
 _RECENT_STEPS = 20
 
@@ -135,62 +140,106 @@ class Rounds:
 
 
 class Runs:
-    """All runs that are shown, and their points. Not for several threads at once."""
+    """All runs that are shown: jobs of a store, and those in a folder. Any thread may use it.
 
-    def __init__(self, served: Context) -> None:
-        self._served = served
-        self._sources: dict[str, Metrics | Rounds] = {}
+    However many ask, the files are looked at once in ``_REFRESH_SECONDS``; those of runs that have
+    ended, once.
+    """
 
-    def list(self) -> list[dict[str, Any]]:
+    def __init__(self, store: Store, folder: Path, watched: Path | None) -> None:
+        """folder: the server's.  watched: a run directory or a folder of some, or None."""
+        self._store, self._folder, self._watched = store, folder, watched
+        self._lock = threading.Lock()
+        self._listed: list[dict[str, Any]] = []
+        self._listed_at = -math.inf
+        self._makers: dict[str, Callable[[], Metrics | Rounds]] = {}
+        self._sources: dict[str, Metrics | Rounds] = {}  # the last used at the end
+        self._progress: dict[str, tuple[Any, dict[str, Any]]] = {}
+
+    def summaries(self) -> list[dict[str, Any]]:
         """Every run in short, newest first."""
-        jobs = [self._job(job) for job in self._served.store.jobs()]
-        folders = [self._folder(path) for path in _run_folders(self._served.runs)]
-        return sorted([*jobs, *folders], key=lambda run: -run["created_at"])
+        with self._lock:
+            if time.monotonic() - self._listed_at > _REFRESH_SECONDS:
+                jobs = [self._job(job) for job in self._store.jobs()]
+                folders = [self._run(path) for path in _run_folders(self._watched)]
+                found = [run for run in (*jobs, *folders) if run is not None]
+                self._listed = sorted(found, key=lambda run: -run["created_at"])
+                self._listed_at = time.monotonic()
+            return self._listed
 
-    def source(self, id: str) -> Metrics | Rounds | None:
-        """The points of a run, once it has been listed."""
-        return self._sources.get(id)
+    def points(self, id: str, generation: int, start: int) -> tuple[int, list[dict[str, Any]]]:
+        """The points of a run from ``start``, or all of them if they are of another generation.
+
+        With their generation; -1 for a run that has not been listed.
+        """
+        with self._lock:
+            if id not in self._makers:
+                return -1, []
+            source = self._source(id)
+            source.refresh()
+            first = start if source.generation == generation else 0
+            return source.generation, source.points[first:]
 
     def _job(self, job: Job) -> dict[str, Any]:
-        source = self._source(job.id, Metrics, run_folder(self._served.folder, job.number))
-        adapter = job.adapter and self._served.store.adapter_of_number(job.adapter)
-        run = {
+        path = run_folder(self._folder, job.number)
+        self._makers[job.id] = lambda: Metrics(path)
+        adapter = job.adapter and self._store.adapter_of_number(job.adapter)
+        steps = job.request["train"]["steps"]
+        progress = self._progress_of(job.id, job.status, steps, job.status == RUNNING)
+        return {
             "id": job.id,
             "kind": "tune",
             "name": job.request["suffix"] or job.id,
             "status": job.status,
             "created_at": int(job.created),
-            "steps": job.request["train"]["steps"],
             "error": job.error,
             "fine_tuned_model": adapter.model if adapter else None,
             "adapter": adapter.id if adapter else None,
+            **progress,
         }
-        return run | _progress(source, run["steps"], job.status == RUNNING)
 
-    def _folder(self, path: Path) -> dict[str, Any]:
+    def _run(self, path: Path) -> dict[str, Any] | None:
+        """A run directory; None if it is deleted meanwhile."""
+        try:
+            written = [p.stat().st_mtime for p in path.iterdir() if p.is_file()]
+            is_federation = (path / LEDGER).exists()
+        except OSError:
+            return None
         id = "run-" + hashlib.sha256(bytes(path)).hexdigest()[:16]
-        is_federation = (path / LEDGER).exists()
-        source = self._source(id, Rounds if is_federation else Metrics, path)
-        written = [p.stat().st_mtime for p in path.iterdir() if p.is_file()]
-        is_live = time.time() - max(written, default=0.0) < _LIVE_SECONDS
-        progress = _progress(source, source.steps, is_live)
-        is_over = progress["step"] == source.steps
+        self._makers[id] = lambda: (Rounds if is_federation else Metrics)(path)
+        last = max(written, default=0.0)
+        is_live = time.time() - last < _LIVE_SECONDS
+        progress = self._progress_of(id, last, None, is_live)
+        is_over = progress["step"] == progress["steps"]
         return {
             "id": id,
             "kind": "federation" if is_federation else "tune",
             "name": path.name,
             "status": "running" if is_live and not is_over else "recorded",
             "created_at": int(min(written, default=0.0)),
-            "steps": source.steps,
             "error": None,
             "fine_tuned_model": None,
             "adapter": None,
             **progress,
         }
 
-    def _source(self, id: str, kind: type[Metrics | Rounds], path: Path) -> Metrics | Rounds:
-        source = self._sources.setdefault(id, kind(path))
-        source.refresh()
+    def _progress_of(
+        self, id: str, version: Any, steps: int | None, is_live: bool
+    ) -> dict[str, Any]:
+        """How far a run is. version: differs when its files may."""
+        known = self._progress.get(id)
+        if known is None or is_live or known[0] != version:
+            source = self._source(id)
+            source.refresh()
+            known = (version, _progress(source, steps or source.steps, is_live))
+            self._progress[id] = known
+        return known[1]
+
+    def _source(self, id: str) -> Metrics | Rounds:
+        source = self._sources.pop(id, None) or self._makers[id]()
+        self._sources[id] = source
+        if len(self._sources) > _MAX_SOURCES:
+            del self._sources[next(iter(self._sources))]
         return source
 
 
@@ -216,6 +265,7 @@ def _progress(source: Metrics | Rounds, steps: int | None, is_live: bool) -> dic
         left = round((steps - step) * pace, 1) or None
     return {
         "step": step,
+        "steps": steps,
         "loss": last.get("loss"),
         "held_out_before": evaluations[0]["loss"] if evaluations else None,
         "held_out": evaluations[-1]["loss"] if evaluations else None,

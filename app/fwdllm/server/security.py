@@ -18,8 +18,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fwdllm.server import errors, limits
 
 # What a page must be able to load before anybody can type the key.
-_OPEN_PATHS = ("/", "/healthz", "/favicon.ico")
+_OPEN_PATHS = ("/", "/healthz")
 _OPEN_PREFIX = "/assets/"
+
+_FOREIGN = "requests from pages of other sites are refused"
 
 _HEADERS = [
     (b"content-security-policy", b"default-src 'self'; frame-ancestors 'none'; base-uri 'none'"),
@@ -63,11 +65,15 @@ class Guard:
         self, path: str, headers: list[tuple[bytes, bytes]]
     ) -> tuple[int, str, None, str] | None:
         hosts = [v.decode("latin-1") for k, v in headers if k == b"host"]
-        if len(hosts) != 1 or not self._is_here(hosts[0]):
+        # A page that was rebound has no key, and a proxy has a name of its own.
+        if len(hosts) != 1 or not (self._key or self._is_here(hosts[0])):
             return 403, "the Host header does not name this server", None, "host_not_allowed"
         origin = _first(headers, b"origin")
         if origin is not None and not self._is_known(origin.decode("latin-1"), hosts[0]):
-            return 403, "requests from pages of other sites are refused", None, "foreign_origin"
+            return 403, _FOREIGN, None, "foreign_origin"
+        # Images and the like come without an origin.
+        if origin is None and _first(headers, b"sec-fetch-site") == b"cross-site" and path != "/":
+            return 403, _FOREIGN, None, "foreign_origin"
         if self._key is None or path in _OPEN_PATHS or path.startswith(_OPEN_PREFIX):
             return None
         scheme, _, given = (_first(headers, b"authorization") or b"").partition(b" ")

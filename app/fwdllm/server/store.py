@@ -8,59 +8,29 @@ Ids are random and only ever looked up; no path is made of one. Rows have number
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import secrets
-import sqlite3
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fwdllm.engine.errors import ConfigError, FwdllmError
+from fwdllm.server.database import Database, StoreError
+
+__all__ = ["Event", "File", "Job", "Store", "StoreError", "StoredAdapter", "open_folder"]
 
 NAME = "server.sqlite"
-FORMAT = 1
 
 QUEUED, RUNNING, PAUSED = "queued", "running", "paused"
 SUCCEEDED, FAILED, CANCELLED = "succeeded", "failed", "cancelled"
 UNFINISHED = (QUEUED, RUNNING, PAUSED)
 
-# Long enough for the other process to write an adapter of some 100 MB.
-_BUSY_SECONDS = 30.0
 _ID_BYTES = 12
 
-_SCHEMA = f"""
-CREATE TABLE file (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, created REAL NOT NULL,
-    filename TEXT NOT NULL, purpose TEXT NOT NULL, kind TEXT NOT NULL,
-    n_examples INTEGER NOT NULL, content BLOB NOT NULL
-);
-CREATE TABLE job (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, created REAL NOT NULL,
-    started REAL, finished REAL, status TEXT NOT NULL, request TEXT NOT NULL,
-    training INTEGER NOT NULL, validation INTEGER, adapter INTEGER,
-    trained_tokens INTEGER, error TEXT
-);
-CREATE TABLE event (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, job INTEGER NOT NULL, created REAL NOT NULL,
-    key TEXT, level TEXT NOT NULL, message TEXT NOT NULL, data TEXT, UNIQUE (job, key)
-);
-CREATE INDEX event_of_job ON event (job, number);
-CREATE TABLE adapter (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, created REAL NOT NULL,
-    model TEXT NOT NULL UNIQUE, job INTEGER, step INTEGER, version INTEGER NOT NULL,
-    n_parameters INTEGER NOT NULL, content BLOB NOT NULL
-);
-PRAGMA user_version = {FORMAT};
-"""
 
-
-class StoreError(FwdllmError):
-    """A store that is damaged, of another format, in use, or cannot be written."""
+class GoneError(FwdllmError):
+    """A row that has been deleted since it was found."""
 
 
 @dataclass(frozen=True)
@@ -133,41 +103,37 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         """Open the store in a folder, or make one."""
-        self.path = folder / NAME
-        self._lock = threading.RLock()
-        with self._errors():
-            is_new = not self.path.exists()
-            if is_new:  # it holds what people have uploaded
-                os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))
-            self._db = sqlite3.connect(
-                self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
-            )
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
-            with self._transaction() as db:
-                [(version,)] = db.execute("PRAGMA user_version").fetchall()
-                if version == 0:  # none yet, or a crash before the first transaction
-                    for statement in _SCHEMA.split(";"):
-                        db.execute(statement)
-                elif version != FORMAT:
-                    raise StoreError(f"{self.path} is of another version of fwdllm: {version}")
+        self._db = Database(folder / NAME)
 
     def close(self) -> None:
         """Release the file."""
         self._db.close()
 
+    def claim(self, name: str, model: dict[str, Any]) -> None:
+        """Tie the store to a model, see ``files.fingerprint``; ConfigError if it has another."""
+        mine = json.dumps({"name": name, **model}, sort_keys=True)
+        with self._db.transaction() as db:
+            db.execute("INSERT OR IGNORE INTO meta VALUES (0, ?)", (mine,))
+        [(found,)] = self._db.all("SELECT model FROM meta")
+        if found != mine:
+            raise ConfigError(
+                f"{self._db.path.parent} belongs to the model {json.loads(found)['name']}; choose "
+                "another folder with --state"
+            )
+
     # Files
 
     def add_file(
-        self, filename: str, purpose: str, kind: str, n_examples: int, content: bytes
-    ) -> File:
-        """Keep an uploaded file."""
+        self, filename: str, purpose: str, kind: str, n_examples: int, content: bytes, room: int
+    ) -> File | None:
+        """Keep an uploaded file; None if all of them would then have more than ``room`` bytes."""
         values = (_new_id("file"), time.time(), filename, purpose, kind, n_examples, content)
-        with self._transaction() as db:
+        with self._db.transaction() as db:
+            [(used,)] = db.execute("SELECT coalesce(sum(length(content)), 0) FROM file").fetchall()
+            if used + len(content) > room:
+                return None
             db.execute(f"INSERT INTO file VALUES (NULL{', ?' * len(values)})", values)
-        found = self.file(values[0])
-        assert found is not None
-        return found
+        return self.file(values[0])
 
     def file(self, id: str) -> File | None:
         """The file of this id."""
@@ -182,13 +148,12 @@ class Store:
         return self._files("ORDER BY number DESC")
 
     def file_content(self, number: int) -> bytes:
-        """The bytes of a file."""
-        [(content,)] = self._all("SELECT content FROM file WHERE number = ?", number)
-        return bytes(content)
+        """The bytes of a file. GoneError if there is none."""
+        return self._content("file", number)
 
     def delete_file(self, number: int) -> bool:
         """Delete a file; False if a job still needs it."""
-        with self._transaction() as db:
+        with self._db.transaction() as db:
             n = db.execute(
                 "DELETE FROM file WHERE number = ?1 AND NOT EXISTS (SELECT 1 FROM job WHERE"
                 f" (training = ?1 OR validation = ?1) AND status IN {UNFINISHED})",
@@ -203,7 +168,7 @@ class Store:
     ) -> Job | None:
         """Queue a job; None if there are ``max_unfinished`` already."""
         id = _new_id("ftjob")
-        with self._transaction() as db:
+        with self._db.transaction() as db:
             [(n,)] = db.execute(f"SELECT count(*) FROM job WHERE status IN {UNFINISHED}").fetchall()
             if n >= max_unfinished:
                 return None
@@ -244,7 +209,7 @@ class Store:
         finished = ", finished = ?" if after not in UNFINISHED else ""
         now = [time.time()] * bool(started or finished)
         marks = ", ".join("?" * len(before))
-        with self._transaction() as db:
+        with self._db.transaction() as db:
             n = db.execute(
                 f"UPDATE job SET status = ?{started}{finished}"
                 f" WHERE number = ? AND status IN ({marks})",
@@ -254,25 +219,37 @@ class Store:
 
     def fail_job(self, number: int, error: str) -> None:
         """End a running job with an error."""
-        with self._transaction():
+        with self._db.transaction() as db:
             if self.change_status(number, (RUNNING,), FAILED):
-                self._db.execute("UPDATE job SET error = ? WHERE number = ?", (error, number))
+                db.execute("UPDATE job SET error = ? WHERE number = ?", (error, number))
                 self.add_event(number, f"The job failed: {error}", level="error")
 
     def finish_job(self, number: int, adapter: StoredAdapter) -> bool:
         """End a running job with its result; False if it runs no longer."""
         events = self._events("WHERE job = ?", number)
         n_tokens = sum((event.data or {}).get("n_tokens", 0) for event in events)
-        with self._transaction():
+        with self._db.transaction() as db:
             if not self.change_status(number, (RUNNING,), SUCCEEDED):
                 return False
-            self._db.execute(
+            db.execute(
                 "UPDATE job SET adapter = ?, trained_tokens = ? WHERE number = ?",
                 (adapter.number, n_tokens, number),
             )
             self.add_event(number, f"New fine-tuned model: {adapter.model}", key="succeeded")
             self.add_event(number, "The job has successfully completed", key="completed")
         return True
+
+    def delete_job(self, number: int) -> bool:
+        """Delete a job that has ended, its events and checkpoints; its result stays."""
+        with self._db.transaction() as db:
+            n = db.execute(
+                f"DELETE FROM job WHERE number = ? AND status NOT IN {UNFINISHED}", (number,)
+            ).rowcount
+            if n:
+                db.execute("DELETE FROM event WHERE job = ?", (number,))
+                db.execute("DELETE FROM adapter WHERE job = ? AND step IS NOT NULL", (number,))
+                db.execute("UPDATE adapter SET job = NULL WHERE job = ?", (number,))
+        return bool(n)
 
     # Events
 
@@ -290,7 +267,7 @@ class Store:
         A resumed job repeats steps and gives the same numbers.
         """
         text = None if data is None else json.dumps(data)
-        with self._transaction() as db:
+        with self._db.transaction() as db:
             db.execute(
                 "INSERT OR IGNORE INTO event VALUES (NULL, ?, ?, ?, ?, ?, ?)",
                 (job, time.time(), key, level, message, text),
@@ -319,7 +296,7 @@ class Store:
     ) -> StoredAdapter:
         """Keep an adapter, a GGUF LoRA file; one of the same name stays as it is."""
         values = (_new_id("adapter"), time.time(), model, job, step, 0, n_parameters, content)
-        with self._transaction() as db:
+        with self._db.transaction() as db:
             db.execute(f"INSERT OR IGNORE INTO adapter VALUES (NULL{', ?' * len(values)})", values)
         found = self.adapter_of_model(model)
         assert found is not None
@@ -346,13 +323,16 @@ class Store:
         return self._adapters("WHERE job = ? AND step IS NOT NULL ORDER BY step DESC", job)
 
     def adapter_content(self, number: int) -> bytes:
-        """The bytes of an adapter's GGUF file."""
-        [(content,)] = self._all("SELECT content FROM adapter WHERE number = ?", number)
-        return bytes(content)
+        """The bytes of an adapter's GGUF file. GoneError if there is none."""
+        return self._content("adapter", number)
+
+    def adapters_bytes(self) -> int:
+        """Bytes of all adapters."""
+        return sum(adapter.n_bytes for adapter in self.adapters())
 
     def update_adapter(self, adapter: StoredAdapter, content: bytes) -> StoredAdapter | None:
         """Replace the content of an adapter; None if it has been changed since it was read."""
-        with self._transaction() as db:
+        with self._db.transaction() as db:
             n = db.execute(
                 "UPDATE adapter SET content = ?, version = version + 1"
                 " WHERE number = ? AND version = ?",
@@ -362,57 +342,37 @@ class Store:
 
     def delete_adapter(self, number: int) -> None:
         """Delete an adapter."""
-        with self._transaction() as db:
+        with self._db.transaction() as db:
             db.execute("UPDATE job SET adapter = NULL WHERE adapter = ?", (number,))
             db.execute("DELETE FROM adapter WHERE number = ?", (number,))
 
+    def _content(self, table: str, number: int) -> bytes:
+        rows = self._db.all(f"SELECT content FROM {table} WHERE number = ?", number)
+        if not rows:
+            raise GoneError(f"the {table} has been deleted")
+        return bytes(rows[0][0])
+
     def _files(self, which: str, *values: Any) -> list[File]:
         columns = "number, id, created, filename, purpose, kind, n_examples, length(content)"
-        return [File(*row) for row in self._all(f"SELECT {columns} FROM file {which}", *values)]
+        return [File(*row) for row in self._db.all(f"SELECT {columns} FROM file {which}", *values)]
 
     def _jobs(self, which: str, *values: Any) -> list[Job]:
         columns = (
             "number, id, created, started, finished, status, request, training, validation,"
             " adapter, trained_tokens, error"
         )
-        rows = self._all(f"SELECT {columns} FROM job {which}", *values)
+        rows = self._db.all(f"SELECT {columns} FROM job {which}", *values)
         return [Job(*(*row[:6], json.loads(row[6]), *row[7:])) for row in rows]
 
     def _events(self, which: str, *values: Any) -> list[Event]:
         columns = "number, created, level, message, data"
-        rows = self._all(f"SELECT {columns} FROM event {which}", *values)
+        rows = self._db.all(f"SELECT {columns} FROM event {which}", *values)
         return [Event(*(*row[:4], row[4] and json.loads(row[4]))) for row in rows]
 
     def _adapters(self, which: str, *values: Any) -> list[StoredAdapter]:
         columns = "number, id, created, model, job, step, version, n_parameters, length(content)"
-        rows = self._all(f"SELECT {columns} FROM adapter {which}", *values)
+        rows = self._db.all(f"SELECT {columns} FROM adapter {which}", *values)
         return [StoredAdapter(*row) for row in rows]
-
-    def _all(self, query: str, *values: Any) -> list[Any]:
-        with self._lock, self._errors():
-            return self._db.execute(query, values).fetchall()
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, self._errors():
-            if self._db.in_transaction:  # within another one of this thread
-                yield self._db
-                return
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:  # a full disk may have rolled back already
-                    self._db.execute("ROLLBACK")
-                raise
-
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise StoreError(f"cannot use {self.path}: {error}") from error
 
 
 def open_folder(folder: Path) -> Path:

@@ -9,9 +9,9 @@ import time
 from collections.abc import AsyncIterator
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse
 from sse_starlette.sse import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
@@ -20,9 +20,8 @@ from starlette.types import Receive, Scope, Send
 from fwdllm.memory import rss_bytes
 from fwdllm.protocol.config import TRAIN_METHODS
 from fwdllm.server import limits
-from fwdllm.server.context import Context, context
+from fwdllm.server.context import Context, Served
 from fwdllm.server.errors import ApiError
-from fwdllm.server.runs import Runs
 
 _POLL_SECONDS = 0.5
 _SERVER_SECONDS = 2.0
@@ -30,7 +29,6 @@ _SERVER_SECONDS = 2.0
 MAX_STREAMS = 32
 
 router = APIRouter(tags=["dashboard"])
-Served = Annotated[Context, Depends(context)]
 
 
 @router.get("/", include_in_schema=False)
@@ -48,7 +46,7 @@ def asset(name: str) -> FileResponse:
     return FileResponse(found)
 
 
-@router.get("/healthz")
+@router.api_route("/healthz", methods=["GET", "HEAD"])
 def healthz() -> dict[str, str]:
     """Whether the server is there."""
     return {"status": "ok"}
@@ -76,7 +74,7 @@ def server(served: Served) -> dict[str, Any]:
 @router.get("/v1/runs")
 def list_runs(served: Served) -> dict[str, Any]:
     """Jobs and watched folders, newest first."""
-    return {"object": "list", "data": Runs(served).list()}
+    return {"object": "list", "data": served.runs.summaries()}
 
 
 @router.get("/v1/stream")
@@ -105,24 +103,21 @@ class _Counted(EventSourceResponse):
 
 
 async def _events(served: Context, run: str | None) -> AsyncIterator[dict[str, str]]:
-    runs = Runs(served)
     shown: list[dict[str, Any]] | None = None
     generation, n_sent = -1, 0
     told = -_SERVER_SECONDS
     while True:
-        found = await run_in_threadpool(runs.list)
+        found = await run_in_threadpool(served.runs.summaries)
         if found != shown:
             shown = found
             yield _event("runs", {"data": found})
-        source = runs.source(run) if run else None
-        if source is not None:
-            is_new = source.generation != generation
-            if is_new:
-                generation, n_sent = source.generation, 0
-            points = source.points[n_sent:]
-            if points or is_new:
-                yield _event("points", {"run": run, "reset": is_new, "points": points})
-            n_sent += len(points)
+        if run is not None:
+            now, points = await run_in_threadpool(served.runs.points, run, generation, n_sent)
+            reset = now != generation
+            if points or reset:
+                generation, n_sent = now, 0 if reset else n_sent
+                n_sent += len(points)
+                yield _event("points", {"run": run, "reset": reset, "points": points})
         if time.monotonic() - told >= _SERVER_SECONDS:
             told = time.monotonic()
             yield _event("server", _state(served))

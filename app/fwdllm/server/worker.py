@@ -11,10 +11,10 @@ that the server has died, and the worker leaves at once.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -23,13 +23,13 @@ from typing import Any
 
 from fwdllm.console import explain
 from fwdllm.engine.adapter import LoRAConfig
-from fwdllm.engine.adapter_io import save_gguf
 from fwdllm.engine.directions import DirectionsConfig
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.files import atomic_write, lock
 from fwdllm.protocol.config import TrainConfig
 from fwdllm.protocol.local import CheckpointDue, EvalResult, StepResult
+from fwdllm.server.adapter_bytes import to_bytes
 from fwdllm.server.store import Job, Store
 from fwdllm.tuning import Progress, Started, tune
 
@@ -53,9 +53,11 @@ def run_folder(folder: Path, number: int) -> Path:
 def tidy(folder: Path, number: int) -> None:
     """Delete what a job that has ended needs no more; its configuration and metrics stay."""
     work = work_folder(folder, number)
-    for path in (work / "training.jsonl", work / "validation.jsonl", work / "adapter.gguf"):
-        path.unlink(missing_ok=True)
+    if not (work / "training.jsonl").exists():
+        return
     shutil.rmtree(run_folder(folder, number) / "checkpoints", ignore_errors=True)
+    for path in (work / "adapter.gguf", work / "validation.jsonl", work / "training.jsonl"):
+        path.unlink(missing_ok=True)
 
 
 def model_name(job: Job) -> str:
@@ -99,8 +101,7 @@ def _obey(lines: Any) -> threading.Event:
         for line in lines:
             if line.strip() == "stop":
                 stop.set()
-        if not stop.is_set():
-            os._exit(1)
+        os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
     return stop
@@ -126,7 +127,8 @@ def _work(
     store: Store, folder: Path, job: Job, model: Path, budget: int, stop: threading.Event
 ) -> None:
     work = work_folder(folder, job.number)
-    work.mkdir(parents=True, exist_ok=True)
+    work.parent.mkdir(mode=0o700, exist_ok=True)  # the server's folder may have been there before
+    work.mkdir(exist_ok=True)
     run = run_folder(folder, job.number)
     lora, train, directions = settings(job.request)
     validation = None
@@ -175,7 +177,8 @@ class _Follower:
             self._started(event)
         elif isinstance(event, StepResult):
             message = f"Step {event.step}/{self.steps}: training loss={event.loss:.4f}"
-            data = {"train_loss": event.loss, "n_tokens": event.n_tokens}
+            loss = event.loss if math.isfinite(event.loss) else None
+            data = {"train_loss": loss, "n_tokens": event.n_tokens}
             self._metric(event.step, "step", message, data)
         elif isinstance(event, EvalResult):
             message = f"Step {event.step}/{self.steps}: held-out loss={event.loss:.4f}"
@@ -198,11 +201,7 @@ class _Follower:
         assert self._engine is not None and self._engine.adapter is not None
         adapter = self._engine.adapter
         name = f"{model_name(self.job)}:ckpt-step-{event.step}"
-        with tempfile.TemporaryDirectory(prefix="fwdllm-") as folder:
-            path = Path(folder) / "adapter.gguf"
-            save_gguf(adapter, path)
-            content = path.read_bytes()
-        n = adapter.theta.size
+        content, n = to_bytes(adapter), adapter.theta.size
         self.store.add_adapter(name, content, n, job=self.job.number, step=event.step)
         for old in self.store.checkpoints(self.job.number)[MAX_CHECKPOINTS:]:
             self.store.delete_adapter(old.number)

@@ -1,0 +1,112 @@
+"""The SQLite file of the server: its tables, and what every query goes through."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fwdllm.engine.errors import FwdllmError
+
+FORMAT = 1
+
+# Long enough for the other process to write an adapter of some 100 MB.
+_BUSY_SECONDS = 30.0
+
+_SCHEMA = f"""
+CREATE TABLE meta (id INTEGER PRIMARY KEY CHECK (id = 0), model TEXT NOT NULL);
+CREATE TABLE file (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, created REAL NOT NULL,
+    filename TEXT NOT NULL, purpose TEXT NOT NULL, kind TEXT NOT NULL,
+    n_examples INTEGER NOT NULL, content BLOB NOT NULL
+);
+CREATE TABLE job (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, created REAL NOT NULL,
+    started REAL, finished REAL, status TEXT NOT NULL, request TEXT NOT NULL,
+    training INTEGER NOT NULL, validation INTEGER, adapter INTEGER,
+    trained_tokens INTEGER, error TEXT
+);
+CREATE TABLE event (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, job INTEGER NOT NULL, created REAL NOT NULL,
+    key TEXT, level TEXT NOT NULL, message TEXT NOT NULL, data TEXT, UNIQUE (job, key)
+);
+CREATE INDEX event_of_job ON event (job, number);
+CREATE TABLE adapter (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, created REAL NOT NULL,
+    model TEXT NOT NULL UNIQUE, job INTEGER, step INTEGER, version INTEGER NOT NULL,
+    n_parameters INTEGER NOT NULL, content BLOB NOT NULL
+);
+PRAGMA user_version = {FORMAT};
+"""
+
+
+class StoreError(FwdllmError):
+    """A store that is damaged, of another format, in use, or cannot be written."""
+
+
+class Database:
+    """An open file. Any thread may use it. Errors of all methods: StoreError.
+
+    Reads have a connection of their own: with a write-ahead log they never wait for a writer.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._writing, self._reading = threading.RLock(), threading.Lock()
+        with self._errors():
+            if not path.exists():  # it holds what people have uploaded
+                os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+            self._writer, self._reader = _connect(path), _connect(path)
+            with self.transaction() as db:
+                [(version,)] = db.execute("PRAGMA user_version").fetchall()
+                if version == 0:  # none yet, or a crash before the first transaction
+                    for statement in _SCHEMA.split(";"):
+                        db.execute(statement)
+                elif version != FORMAT:
+                    raise StoreError(f"{path} is of another version of fwdllm: {version}")
+
+    def close(self) -> None:
+        """Release the file."""
+        self._reader.close()
+        self._writer.close()
+
+    def all(self, query: str, *values: Any) -> list[Any]:
+        """The rows of a query, without what an open transaction has written."""
+        with self._reading, self._errors():
+            return self._reader.execute(query, values).fetchall()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Within, what is written reaches the disk at the end, all of it or nothing."""
+        with self._writing, self._errors():
+            if self._writer.in_transaction:  # within another one of this thread
+                yield self._writer
+                return
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._writer
+                self._writer.execute("COMMIT")
+            except BaseException:
+                if self._writer.in_transaction:  # a full disk may have rolled back already
+                    self._writer.execute("ROLLBACK")
+                raise
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise StoreError(f"cannot use {self.path}: {error}") from error
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+    )
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    return connection
