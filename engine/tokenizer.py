@@ -125,7 +125,7 @@ class Tokenizer:
         in Jinja's sandbox. Errors: ModelError if it fails or refuses the messages.
         """
         try:
-            formatter = self._formatter(add_generation_prompt)
+            formatter = self.formatter(add_generation_prompt)
             return str(formatter(messages=[dict(message) for message in messages]).prompt)
         except Exception as error:  # a foreign program can raise anything
             raise ModelError(
@@ -135,11 +135,15 @@ class Tokenizer:
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
         """The token ids of a conversation, see ``render_chat``; never with BOS twice."""
         text = self.render_chat(messages, add_generation_prompt)
-        bos_text = self._text(self.bos)
-        has_bos = bool(bos_text) and text.startswith(bos_text)
-        return self.encode(text, bos=not has_bos, special=True)
+        return self.encode(text, bos=not self.has_bos(text), special=True)
 
-    def _formatter(self, add_generation_prompt: bool) -> Jinja2ChatFormatter:
+    def has_bos(self, text: str) -> bool:
+        """Whether a rendered conversation starts with BOS already."""
+        bos_text = self._text(self.bos)
+        return bool(bos_text) and text.startswith(bos_text)
+
+    def formatter(self, add_generation_prompt: bool) -> Jinja2ChatFormatter:
+        """What renders conversations; see ``render_chat``."""
         # Kept, because compiling a template takes longer than rendering a conversation.
         if add_generation_prompt not in self._formatters:
             self._formatters[add_generation_prompt] = Jinja2ChatFormatter(

@@ -74,8 +74,8 @@ class Server:
         key: str | None = None,
     ) -> None:
         self.state, self._model, self._options, self._key = state, model, options, key
-        self._environment = {**os.environ, **ENVIRONMENT, **(environment or {})}
-        self._environment.pop("FWDLLM_API_KEY", None)
+        outer = {name: value for name, value in os.environ.items() if name != "FWDLLM_API_KEY"}
+        self._environment = {**outer, **ENVIRONMENT, **(environment or {})}
         self._log = state.with_name(state.name + ".log")
         self.start()
 

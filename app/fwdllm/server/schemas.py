@@ -47,6 +47,8 @@ class ResponseFormat(NullIsDefault):
         return {"type": "json_object", **({"schema": schema} if schema else {})}
 
 
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
 # Fields that are not for ``Llama``, or not as they are.
 _OURS = {
     "best_of", "logit_bias_type", "max_completion_tokens", "messages", "min_tokens", "model", "n",
@@ -122,8 +124,8 @@ class EmbeddingRequest(NullIsDefault):
 def _message(index: int, message: dict[str, Any]) -> dict[str, Any]:
     """With parts of text in one piece, without nulls, and with the old name of a new role."""
     message = {name: value for name, value in message.items() if value is not None}
-    if not isinstance(message.get("role"), str):
-        raise ValueError(f"message {index} has no role")
+    if message.get("role") not in _ROLES:
+        raise ValueError(f"the role of message {index} is not one of {', '.join(_ROLES)}")
     if message["role"] == "developer":
         message["role"] = "system"
     content = message.get("content", "")

@@ -46,7 +46,8 @@ def asset(name: str) -> FileResponse:
     return FileResponse(found)
 
 
-@router.api_route("/healthz", methods=["GET", "HEAD"])
+@router.head("/healthz", include_in_schema=False)
+@router.get("/healthz")
 def healthz() -> dict[str, str]:
     """Whether the server is there."""
     return {"status": "ok"}
