@@ -10,7 +10,6 @@ import asyncio
 import collections
 import contextlib
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import httpx
+import numpy as np
 
 from fwdllm.demo import asset
 from fwdllm.engine.errors import ConfigError
@@ -106,7 +106,7 @@ async def _measure(url: str, clients: int, seconds: float, rounds: int) -> _Load
             pace, _ = await asyncio.gather(
                 _pace(client, jobs[0], seconds), _part(client, clients, seconds, load, "with")
             )
-            load.steps_beside = pace
+            load.steps_beside += pace / rounds
         found = {job["id"] for job in (await _get(client, "/v1/fine_tuning/jobs"))["data"]}
         load.jobs_lost = len(set(jobs) - found)
     return load
@@ -216,8 +216,8 @@ def _summary(found: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     return {
         kind: {
             "requests": len(values),
-            "p50": statistics.median(values),
-            "p95": statistics.quantiles(values, n=20)[-1],
+            "p50": float(np.median(values)),
+            "p95": float(np.percentile(values, 95)),
             "max": max(values),
         }
         for kind, values in sorted(found.items())

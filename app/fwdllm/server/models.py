@@ -110,7 +110,7 @@ class Models:
         return self._sessions[embedding]
 
     def _open(self, embedding: bool) -> ServedLlama:
-        n_threads = os.cpu_count() or 1  # llama-cpp-python takes half: 27 tokens/s instead of 38
+        n_threads = os.cpu_count() or 1  # llama-cpp-python takes half: 25 tokens/s instead of 40
         try:
             return ServedLlama(
                 str(self.path),
