@@ -114,8 +114,6 @@ class Jobs:
             text=True,
             # Where it is started is where Python looks for modules first: not in a foreign folder.
             cwd=self._folder,
-            # Ctrl-C is for the server, which then stops its worker.
-            start_new_session=True,
         )
         with contextlib.suppress(BrokenPipeError), process:  # closing its input may meet its end
             told = False

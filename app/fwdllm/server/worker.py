@@ -14,6 +14,7 @@ import contextlib
 import math
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -76,6 +77,9 @@ def settings(request: Mapping[str, Any]) -> tuple[LoRAConfig, TrainConfig, Direc
 def main(arguments: list[str]) -> None:
     """Do the job; how it ended is in the store."""
     folder, number, budget, model = Path(arguments[0]), int(arguments[1]), *arguments[2:]
+    # Ctrl-C is for the server, which then stops its worker. A session of its own would do as well,
+    # but Linux gives sessions equal shares of the processors, whatever their priority.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     lower_priority()
     stop = _obey(sys.stdin)
     with contextlib.closing(Store(folder)) as store, _only_worker(folder):
