@@ -207,6 +207,17 @@ def test_protocol(fwdllm: Cli) -> None:
     assert "generating its normal numbers alone" in shown
 
 
+def test_serve(fwdllm: Cli) -> None:
+    pytest.importorskip("fastapi")
+    arguments = ("--clients", 3, "--seconds", 1)
+    result = fwdllm("bench", "serve", *arguments, "--json").json
+    assert set(result["statuses"]) == {"200"}
+    assert result["jobs_lost"] == 0
+    assert result["steps_per_s"]["alone"] > 0
+    for part in ("without", "with"):
+        assert all(found["p50"] <= found["p95"] <= found["max"] for found in result[part].values())
+
+
 def test_results_are_kept_compared_and_drawn(fwdllm: Cli, model: Path, tmp_path: Path) -> None:
     kept, picture = tmp_path / "kept.json", tmp_path / "plot.png"
     first = fwdllm("bench", "step", model, *SMALL_STEP, "--save", kept, "--plot", picture)
@@ -258,6 +269,7 @@ def test_figures_are_compared_by_name() -> None:
         (["step", MODEL, "--memory-budget", "much"], "an amount of memory is like"),
         (["kernels", "--isa", "mmx"], "this machine has no 'mmx'"),
         (["protocol", "--contributions", "0"], "must be at least 1"),
+        (["serve", "--clients", "0"], "must be above 0"),
         (["kernels", "--type", "Q9"], "these are: F32, F16, "),
         (["kernels", "--rows", "12"], "--rows a multiple of 8"),
     ],
