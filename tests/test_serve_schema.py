@@ -23,7 +23,7 @@ from serving import (
     error_of,
 )
 
-from fwdllm.server.stream import MAX_STREAMS
+from fwdllm.server.limits import MAX_STREAMS
 
 schemathesis = pytest.importorskip("schemathesis")
 

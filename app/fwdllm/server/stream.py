@@ -25,8 +25,6 @@ from fwdllm.server.errors import ApiError
 
 _POLL_SECONDS = 0.5
 _SERVER_SECONDS = 2.0
-# A browser has a few; each costs a look at the runs twice a second.
-MAX_STREAMS = 32
 
 router = APIRouter(tags=["dashboard"])
 
@@ -81,7 +79,7 @@ def list_runs(served: Served) -> dict[str, Any]:
 @router.get("/v1/stream")
 async def stream(request: Request, served: Served, run: str | None = None) -> EventSourceResponse:
     """Server-sent events: "runs" when one changes, "points" of one run, "server" now and then."""
-    if served.streams >= MAX_STREAMS:
+    if served.streams >= limits.MAX_STREAMS:
         raise ApiError(429, "too many pages are open", headers={"Retry-After": "10"})
     served.streams += 1
     return _Counted(served, _events(served, run))

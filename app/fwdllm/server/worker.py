@@ -37,8 +37,8 @@ from fwdllm.tuning import Progress, Started, tune
 # As many as OpenAI keeps.
 MAX_CHECKPOINTS = 3
 
-# For the worker of a server that died to notice and let go.
-_LOCK_SECONDS = 30.0
+# For the worker of a server that died to let go: milliseconds, or a step of a large model.
+_LOCK_SECONDS = 600.0
 
 
 def work_folder(folder: Path, number: int) -> Path:
@@ -76,7 +76,8 @@ def settings(request: Mapping[str, Any]) -> tuple[LoRAConfig, TrainConfig, Direc
 
 def main(arguments: list[str]) -> None:
     """Do the job; how it ended is in the store."""
-    folder, number, budget, model = Path(arguments[0]), int(arguments[1]), *arguments[2:]
+    folder, number = Path(arguments[0]), int(arguments[1])
+    budget, model = int(arguments[2]), Path(arguments[3])
     # Ctrl-C is for the server, which then stops its worker. A session of its own would do as well,
     # but Linux gives sessions equal shares of the processors, whatever their priority.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -85,7 +86,7 @@ def main(arguments: list[str]) -> None:
     with contextlib.closing(Store(folder)) as store, _only_worker(folder):
         job = store.job_of_number(number)
         try:
-            _work(store, folder, job, Path(model), int(budget), stop)
+            _work(store, folder, job, model, budget, stop)
         except Exception as error:
             store.fail_job(number, explain(error) or f"{type(error).__name__}: {error}")
             if explain(error) is None:
