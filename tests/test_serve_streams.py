@@ -208,11 +208,45 @@ def test_a_stop_breaks_answers_off(tmp_path: Path) -> None:
         assert "Traceback" not in server.output
 
 
+def test_what_a_job_needs_no_more_is_deleted(server: Server) -> None:
+    id = server.create_job({"steps": 2, "batch_size": 2, "perturbations": 2})
+    server.await_status(id, "succeeded")
+    [folder] = (server.state / "jobs").iterdir()
+    deadline = time.monotonic() + 30
+    while (left := sorted(path.name for path in folder.iterdir())) != ["run"]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+    assert not (folder / "run" / "checkpoints").exists()
+    assert (folder / "run" / "metrics.jsonl").is_file()
+    assert server.http.delete(f"/v1/fine_tuning/jobs/{id}").status_code == 200
+
+
+def test_models_do_not_share_keys_and_values(tmp_path: Path) -> None:
+    """What one model has read must not be taken for what another would have."""
+    adapter = tmp_path / "parrot.gguf"
+    config = TrainConfig(steps=8, batch_size=2, learning_rate=0.05)
+    tune(MODEL, TRAIN, adapter, train=config, held_out=2)
+    with Server(tmp_path / "state", "--adapter", adapter) as server:
+
+        def ask(model: str) -> str:
+            body = {"model": model, "prompt": "A cow is an animal", "max_tokens": 16}
+            found = server.post("/v1/completions", {**body, "temperature": 0})
+            return str(found["choices"][0]["text"])
+
+        base, tuned = MODEL.stem, f"{MODEL.stem}:parrot"
+        one_way = [ask(base), ask(tuned)]
+        assert server.stop() == 0
+        server.start()
+        assert [ask(tuned), ask(base)] == one_way[::-1]
+        assert one_way[0] != one_way[1]
+
+
 def test_a_job_that_has_ended_can_be_forgotten(server: Server) -> None:
+    before = set(server.state.glob("jobs/*"))
     id = server.create_job({"steps": 2, "batch_size": 2, "perturbations": 2})
     error_of(server.http.delete(f"/v1/fine_tuning/jobs/{id}"))
     model = server.await_status(id, "succeeded")["fine_tuned_model"]
     assert server.http.delete(f"/v1/fine_tuning/jobs/{id}").status_code == 200
     assert server.http.get(f"/v1/fine_tuning/jobs/{id}").status_code == 404
-    assert not any(path.is_dir() for path in (server.state / "jobs").iterdir())
+    assert set(server.state.glob("jobs/*")) == before
     assert server.post(CHAT, {"model": model, "messages": HELLO, "max_tokens": 1})
