@@ -132,8 +132,7 @@ def _work(
     store: Store, folder: Path, job: Job, model: Path, budget: int, stop: threading.Event
 ) -> None:
     work = work_folder(folder, job.number)
-    work.parent.mkdir(mode=0o700, exist_ok=True)  # the server's folder may have been there before
-    work.mkdir(exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
     run = run_folder(folder, job.number)
     lora, train, directions = settings(job.request)
     validation = None
