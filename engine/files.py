@@ -74,6 +74,25 @@ def lock(path: Path) -> sqlite3.Connection:
         return connection
 
 
+@contextlib.contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    """Within, what is written reaches the disk at the end, all of it or nothing.
+
+    connection: with ``isolation_level=None``. A transaction within another one is part of it.
+    """
+    if connection.in_transaction:
+        yield connection
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield connection
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:  # a full disk may have rolled back already
+            connection.execute("ROLLBACK")
+        raise
+
+
 def fingerprint(path: Path) -> dict[str, Any]:
     """Identifies a model file without reading all of it: its size and a hash of its ends."""
     size = path.stat().st_size

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from fwdllm.engine.errors import ConfigError, FwdllmError
-from fwdllm.engine.files import lock
+from fwdllm.engine.files import lock, transaction
 from fwdllm.protocol.records import Meta, Round
 
 NAME = "ledger.sqlite"
@@ -370,18 +370,8 @@ class Ledger:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._errors():
-            if self._db.in_transaction:  # of a batch
-                yield self._db
-                return
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:  # a full disk may have rolled back already
-                    self._db.execute("ROLLBACK")
-                raise
+        with self._errors(), transaction(self._db) as db:
+            yield db
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

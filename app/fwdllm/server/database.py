@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fwdllm.engine.errors import FwdllmError
+from fwdllm.engine.files import transaction
 
 FORMAT = 1
 
@@ -82,18 +83,8 @@ class Database:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Within, what is written reaches the disk at the end, all of it or nothing."""
-        with self._writing, self._errors():
-            if self._writer.in_transaction:  # within another one of this thread
-                yield self._writer
-                return
-            self._writer.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._writer
-                self._writer.execute("COMMIT")
-            except BaseException:
-                if self._writer.in_transaction:  # a full disk may have rolled back already
-                    self._writer.execute("ROLLBACK")
-                raise
+        with self._writing, self._errors(), transaction(self._writer) as db:
+            yield db
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
