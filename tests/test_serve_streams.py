@@ -195,8 +195,9 @@ def test_a_folder_belongs_to_one_model(tmp_path: Path) -> None:
     shutil.copy(MODEL, other)
     with Server(tmp_path / "state"):
         pass
-    with pytest.raises(RuntimeError, match=f"belongs to the model {MODEL.stem}"):
-        Server(tmp_path / "state", model=other)
+    refused = pytest.raises(RuntimeError, match=f"belongs to the model {MODEL.stem}")
+    with refused, Server(tmp_path / "state", model=other):
+        pass
 
 
 def test_a_stop_breaks_answers_off(tmp_path: Path) -> None:
