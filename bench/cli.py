@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fwdllm.console import parse_layers, print_json
+from fwdllm.console import Model, parse_layers, print_json
 from fwdllm.memory import parse_bytes
 
 if TYPE_CHECKING:
@@ -19,9 +19,6 @@ app = typer.Typer(
     help="Measure this engine, and others beside it, on this machine.", no_args_is_help=True
 )
 
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="GGUF file, or hf://owner/repo/file.gguf.")
-]
 Rounds = Annotated[int, typer.Option("--rounds", help="Times each side works; medians are shown.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the result.")]

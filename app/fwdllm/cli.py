@@ -16,7 +16,7 @@ import typer
 from fwdllm.bench.cli import app as bench
 from fwdllm.cli_federation import federate, ledger, simulate
 from fwdllm.cli_serve import serve
-from fwdllm.console import explain, parse_layers, print_json, print_result, tuning_progress
+from fwdllm.console import Model, explain, parse_layers, print_json, print_result, tuning_progress
 
 app = typer.Typer(
     help="Fine-tune quantized language models with forward passes only.",
@@ -28,9 +28,6 @@ app.add_typer(bench, name="bench")
 app.add_typer(ledger, name="ledger")
 app.add_typer(federate, name="federate")
 
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="GGUF file, or hf://owner/repo/file.gguf.")
-]
 Data = Annotated[Path, typer.Argument(metavar="DATA", help="JSONL file of examples.")]
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="GGUF LoRA file or PEFT folder.")]
 MaxTokens = Annotated[

@@ -9,14 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from fwdllm.console import parse_layers, print_json
+from fwdllm.console import Model, parse_layers, print_json
 
 ledger = typer.Typer(help="Look at, check and replay the record of a run.", no_args_is_help=True)
 federate = typer.Typer(help="Federations of many machines, with Flower.", no_args_is_help=True)
 
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="GGUF file, or hf://owner/repo/file.gguf.")
-]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of the run.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Preset = Annotated[

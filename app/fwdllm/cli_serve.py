@@ -7,9 +7,7 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="GGUF file, or hf://owner/repo/file.gguf.")
-]
+from fwdllm.console import Model
 
 
 def serve(

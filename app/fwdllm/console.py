@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 if TYPE_CHECKING:
     from fwdllm.tuning import Progress as Event
     from fwdllm.tuning import Started, TuneResult
+
+
+# The first argument of most commands.
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="GGUF file, or hf://owner/repo/file.gguf.")
+]
 
 
 def print_json(value: Mapping[str, Any]) -> None:

@@ -72,6 +72,11 @@ class Context:
     n_requests: int = 0
     streams: int = 0
 
+    def check_room(self) -> None:
+        """ApiError 413 if the store has as many bytes of adapters as it may."""
+        if self.store.adapters_bytes() > limits.MAX_ADAPTERS_BYTES:
+            raise ApiError(413, "the server keeps no more adapters; delete some")
+
 
 def _context(request: Request) -> Context:
     found: Context = request.app.state.context

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
@@ -98,8 +99,7 @@ def create(body: JobRequest, served: Served) -> dict[str, Any]:
     """Queue a job."""
     if served.models.adapter_of(body.model) is not None:
         raise ApiError(400, "only the base model can be tuned", "model", "model_not_available")
-    if served.store.adapters_bytes() > limits.MAX_ADAPTERS_BYTES:
-        raise ApiError(413, "the server keeps no more adapters; delete some")
+    served.check_room()
     training = find(served, body.training_file, "training_file", 400)
     validation = body.validation_file
     held_out = validation and find(served, validation, "validation_file", 400)
@@ -150,28 +150,19 @@ def delete(job_id: str, served: Served) -> dict[str, Any]:
 @router.post("/{job_id}/cancel")
 def cancel(job_id: str, served: Served) -> dict[str, Any]:
     """End a job for good."""
-    job = _find(served, job_id)
-    if not served.jobs.cancel(job):
-        raise _conflict(served, job, "cancelled")
-    return job_object(served, _find(served, job_id))
+    return _changed(served, job_id, served.jobs.cancel, "cancelled")
 
 
 @router.post("/{job_id}/pause")
 def pause(job_id: str, served: Served) -> dict[str, Any]:
     """Set a job aside; it keeps what it has done."""
-    job = _find(served, job_id)
-    if not served.jobs.pause(job):
-        raise _conflict(served, job, "paused")
-    return job_object(served, _find(served, job_id))
+    return _changed(served, job_id, served.jobs.pause, "paused")
 
 
 @router.post("/{job_id}/resume")
 def resume(job_id: str, served: Served) -> dict[str, Any]:
     """Queue a paused job again."""
-    job = _find(served, job_id)
-    if not served.jobs.resume(job):
-        raise _conflict(served, job, "resumed")
-    return job_object(served, _find(served, job_id))
+    return _changed(served, job_id, served.jobs.resume, "resumed")
 
 
 @router.get("/{job_id}/events")
@@ -271,6 +262,13 @@ def _find(served: Context, id: str) -> Job:
     if job is None:
         raise ApiError(404, f"there is no job {id!r}", "fine_tuning_job_id", "job_not_found")
     return job
+
+
+def _changed(served: Context, id: str, change: Callable[[Job], bool], what: str) -> dict[str, Any]:
+    job = _find(served, id)
+    if not change(job):
+        raise _conflict(served, job, what)
+    return job_object(served, _find(served, id))
 
 
 def _conflict(served: Context, job: Job, what: str) -> ApiError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
@@ -67,20 +67,17 @@ class _State:
         self._served = served
 
     def collect(self) -> Iterator[Metric]:
-        """All gauges."""
+        """All of it."""
         served = self._served
         jobs = GaugeMetricFamily("fwdllm_jobs", "Tuning jobs.", labels=["status"])
         found = [job.status for job in served.store.jobs()]
         for status in (QUEUED, RUNNING, PAUSED, SUCCEEDED, FAILED, CANCELLED):
             jobs.add_metric([status], found.count(status))
         yield jobs
-        gauges: list[tuple[str, str, Callable[[], float]]] = [
-            ("fwdllm_waiting_requests", "In the queue for the model, or answered now.",
-             lambda: served.queue.waiting),
-            ("fwdllm_resident_bytes", "Memory of the server.", lambda: rss_bytes() or 0),
-        ]  # fmt: skip
-        for name, text, value in gauges:
-            yield GaugeMetricFamily(name, text, value=value())
+        text = "In the queue for the model, or answered now."
+        yield GaugeMetricFamily("fwdllm_waiting_requests", text, value=served.queue.waiting)
+        text = "Memory of the server."
+        yield GaugeMetricFamily("fwdllm_resident_bytes", text, value=rss_bytes() or 0)
         text = "Generated since the start."
         yield CounterMetricFamily("fwdllm_generated_tokens", text, value=served.n_tokens)
 

@@ -187,12 +187,6 @@ class AdapterEngine:
         return Engine.load(self._model, memory_budget=self._memory_budget, **options)
 
 
-def check_room(store: Store) -> None:
-    """ApiError 413 if the store has as many bytes of adapters as it may."""
-    if store.adapters_bytes() > limits.MAX_ADAPTERS_BYTES:
-        raise ApiError(413, "the server keeps no more adapters; delete some")
-
-
 def find_adapter(store: Store, id: str) -> StoredAdapter:
     """The adapter of an id. Errors: ApiError 404."""
     found = store.adapter(id)
@@ -204,7 +198,7 @@ def find_adapter(store: Store, id: str) -> StoredAdapter:
 @router.post("/adapters")
 def create_adapter(body: AdapterRequest, served: Served) -> dict[str, Any]:
     """Make an adapter, to be moved by updates."""
-    check_room(served.store)
+    served.check_room()
     if body.labels and served.models.is_causal:
         raise ApiError(400, "only an encoder has a head for labels", "labels")
     layers = None if body.layers is None else tuple(body.layers)

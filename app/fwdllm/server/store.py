@@ -139,10 +139,6 @@ class Store:
         """The file of this id."""
         return next(iter(self._files("WHERE id = ?", id)), None)
 
-    def file_of_number(self, number: int) -> File | None:
-        """The file of this number."""
-        return next(iter(self._files("WHERE number = ?", number)), None)
-
     def files(self) -> list[File]:
         """All files, newest first."""
         return self._files("ORDER BY number DESC")
