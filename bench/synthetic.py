@@ -20,7 +20,7 @@ import numpy as np
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.files import atomic_write
 from fwdllm.engine.gguf_file import GGUFFile
-from fwdllm.kernels.types import SUPPORTED_TYPES, QuantType, row_bytes
+from fwdllm.kernels.types import BLOCKS, SUPPORTED_TYPES, QuantType, row_bytes
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def make_decoder(
 
 
 def _check_blocks(shape: Shape, type: QuantType) -> None:
-    block, _ = gguf.GGML_QUANT_SIZES[type]
+    block, _ = BLOCKS[type]
     for name, _, n_in in _matrices(shape):
         if n_in % block:
             raise ConfigError(

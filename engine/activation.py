@@ -78,7 +78,7 @@ def gradient(engine: Engine, batch: Batch, seed: int, n_tangents: int) -> Gradie
     found = _slopes(engine, batch, n_tangents, inject)
     du = sign * found.slopes[tangent, _sequence(batch)[:, None]]
     outer = _OuterProducts(columns, du)
-    engine.run(batch, Variants(tap=outer))
+    engine.graph.run(batch, Variants(tap=outer))
     values = np.zeros(adapter.n_lora, np.float32)
     for t in targets:
         values[t.offset : t.offset + rank * t.n_in] = outer.sums[t.name].ravel()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -215,12 +215,13 @@ class Adapter:
         """The target that is the linear layer ``name`` (without ".weight"), or None."""
         return self._by_name.get(name)
 
-    def factors(self, target: Target) -> LoRA:
-        """Views of the factors of a target."""
+    def factors(self, target: Target, theta: Any = None) -> LoRA:
+        """Views of the factors of a target. theta: a copy that a backend has of it, to view."""
+        theta = self.theta if theta is None else theta
         rank = self.config.rank
         b_offset = target.offset + rank * target.n_in
-        a = self.theta[target.offset : b_offset].reshape(rank, target.n_in)
-        b = self.theta[b_offset : b_offset + target.n_out * rank].reshape(target.n_out, rank)
+        a = theta[target.offset : b_offset].reshape(rank, target.n_in)
+        b = theta[b_offset : b_offset + target.n_out * rank].reshape(target.n_out, rank)
         return LoRA(a=a, b=b, scale=self.config.scale, offset=target.offset)
 
     @property

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,8 +13,9 @@ from fwdllm.engine import activation, derivatives
 from fwdllm.engine.activation import Gradient
 from fwdllm.engine.adapter import Adapter, Head, LoRAConfig
 from fwdllm.engine.adapter_io import load_adapter
-from fwdllm.engine.batch import Batch, Tokens, pack, pack_many, split
+from fwdllm.engine.batch import Batch, Tokens, pack, pack_many
 from fwdllm.engine.data import Example, check_labels
+from fwdllm.engine.devices import backend
 from fwdllm.engine.directions import Dense, Directions, DirectionsConfig, Scope, frozen_b
 from fwdllm.engine.encode import encode_decoder, encode_text
 from fwdllm.engine.errors import (
@@ -27,25 +26,25 @@ from fwdllm.engine.errors import (
 )
 from fwdllm.engine.estimators import DEFAULT_EPSILON, Probe
 from fwdllm.engine.evaluation import EVAL_ROWS, Evaluation, evaluate
-from fwdllm.engine.forward import PLAIN, Pass, SquareSums, Variants
+from fwdllm.engine.forward import PLAIN, SquareSums, Variants
 from fwdllm.engine.gguf_file import GGUFFile
+from fwdllm.engine.graph import Graph
 from fwdllm.engine.head import class_losses, head_gradient
-from fwdllm.engine.memory import MemoryPlan, keep_freed_memory, plan_step
-from fwdllm.engine.models import bert, family_of
+from fwdllm.engine.memory import MemoryPlan, keep_freed_memory, plan_gpu_step, plan_step
+from fwdllm.engine.models import family_of
 from fwdllm.engine.residency import Residency, resident_bytes
 from fwdllm.engine.tokenizer import Tokenizer
 from fwdllm.engine.weights import Weights
-from fwdllm.kernels import cpu
-from fwdllm.kernels.types import Lanes, Weight
+from fwdllm.kernels.types import Lanes
 
 
 class Engine:
     """A model with an adapter. Make one with ``Engine.load``; the fields are read-only.
 
     file: the GGUF file.  architecture, args: what it is.  adapter: trainable parameters, or
-    None.  labels: names of classes, () if there are none.  ops: the kernel backend.
-    memory_budget: bytes the process may have resident in a pass, mapped weights included, or
-    None.
+    None.  labels: names of classes, () if there are none.  device: see ``devices.backend``, and
+    ops, its kernels.  memory_budget: bytes the process may have resident in a pass, mapped weights
+    included, or None.
     """
 
     def __init__(
@@ -55,17 +54,20 @@ class Engine:
         labels: Sequence[str] = (),
         exact: bool = False,
         memory_budget: int | None = None,
-        ops: ModuleType = cpu,
+        device: str = "cpu",
     ) -> None:
+        if memory_budget is not None and device == "cuda":
+            raise ConfigError("a memory budget is for device cpu: a GPU keeps all of the model")
         keep_freed_memory()
         self.file = file
-        self.ops = ops
+        self.device = device
+        self.ops = backend(device)
         self.exact = exact
         self.memory_budget = memory_budget
         self.labels = tuple(labels)
         self.architecture, self.family = family_of(file)
         self.args: Any = self.family.read_args(file)
-        self.weights = Weights(file, *self.family.shapes(self.args))
+        self.weights = Weights(file, *self.family.shapes(self.args), self.ops)
         self.tokenizer = Tokenizer.open(file.path)
         if self.tokenizer.n_vocab > self.args.n_vocab:
             raise ModelError(f"{file.path}: the vocabulary has more tokens than the embedding")
@@ -85,27 +87,45 @@ class Engine:
         seed: int = 0,
         exact: bool = False,
         memory_budget: int | None = None,
-        ops: ModuleType = cpu,
+        device: str = "cpu",
     ) -> Engine:
         """Open a GGUF model, with a new adapter of shape ``lora`` or the one in a file.
 
         labels: class names; an encoder gets a linear head for them.  seed: of a new adapter's
         A.  exact: fp32 arithmetic instead of int8 activations.  memory_budget: bytes the process
         may have resident in a pass, mapped weights included: layers that do not fit are dropped
-        behind the pass and read again in the next.  ops: the kernel backend.
+        behind the pass and read again in the next.  device: "cpu", or "cuda" for a GPU.
         Errors: ModelError, AdapterError, ConfigError.
         """
         engine = cls(
-            GGUFFile.open(path), labels=labels, exact=exact, memory_budget=memory_budget, ops=ops
+            GGUFFile.open(path),
+            labels=labels,
+            exact=exact,
+            memory_budget=memory_budget,
+            device=device,
         )
         if adapter is not None:
             engine._load_adapter(adapter)
         elif lora is not None:
             head = Head(engine.labels, engine.args.width) if engine._needs_head else None
             engine.adapter = Adapter.create(
-                engine.architecture, engine.weights.linear_shapes(), lora, seed, ops, head
+                engine.architecture, engine.weights.linear_shapes(), lora, seed, engine.ops, head
             )
         return engine
+
+    @property
+    def graph(self) -> Graph:
+        """What computes the model's outputs, with the adapter as it is now."""
+        return Graph(
+            self.args,
+            self.family,
+            self.weights,
+            self.ops,
+            self.adapter,
+            self.exact,
+            self._memory,
+            None if self.device == "cuda" else self._residency,
+        )
 
     @property
     def directions(self) -> Directions:
@@ -150,7 +170,7 @@ class Engine:
     def input_mean_squares(self, batch: Batch) -> dict[str, np.ndarray]:
         """Mean squares over a batch's rows of what adapted layers read: float64 [n_in] each."""
         tap = SquareSums()
-        self.run(batch, Variants(tap=tap))
+        self.graph.run(batch, Variants(tap=tap))
         return {name: total / batch.n_rows for name, total in tap.sums.items()}
 
     def encode(self, examples: Sequence[Example], max_tokens: int | None = None) -> Batch:
@@ -162,9 +182,9 @@ class Engine:
     def loss(self, batch: Batch) -> np.ndarray:
         """Mean negative log-likelihood of each example: float64 [n_examples], in nats."""
         if batch.classes is not None:
-            return self._class_losses(self.features(batch), batch.classes)[0]
+            return self._class_losses(self.graph.features(batch), batch.classes)[0]
         counts = np.bincount(batch.label_sequence, minlength=batch.n_sequences)
-        return batch.sums_by_sequence(self.token_losses(batch))[0] / counts
+        return batch.sums_by_sequence(self.graph.token_losses(batch))[0] / counts
 
     def directional_derivatives(
         self,
@@ -220,11 +240,11 @@ class Engine:
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """NLL of every label in every lane, slopes in tangents: float64 [n_lanes, n_labels].
 
-        And what a head reads, see ``features``, or None without classes.
+        And what a head reads, see ``Graph.features``, or None without classes.
         """
         if batch.classes is None:
-            return self.token_losses(batch, variants), None
-        features = self.features(batch, variants)
+            return self.graph.token_losses(batch, variants), None
+        features = self.graph.features(batch, variants)
         return self._class_losses(features, batch.classes, variants.lanes), features
 
     def head_gradient(self, batch: Batch, features: np.ndarray | None) -> np.ndarray | None:
@@ -239,17 +259,13 @@ class Engine:
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Next-token logits after each token of one sequence: float32 [n_tokens, n_vocab]."""
-        if self.family.encoder:
-            raise ConfigError(f"{self.architecture} is an encoder and predicts no tokens")
-        tokens = Tokens(list(ids), [False] * len(ids))
-        [(p, x)] = self.run(pack([tokens]))
-        x = p.rms_norm(x, "output_norm", self.args.norm_eps)
-        return self.ops.matmul(x, self._output, exact=self.exact)
+        return self.graph.logits(ids)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Unit-length embeddings of texts by an encoder: float32 [n, width]."""
         tokens = [self.tokenize(Example(text=text), None) for text in texts]
-        features = np.concatenate([self.features(batch) for batch in pack_many(tokens, EVAL_ROWS)])
+        batches = pack_many(tokens, EVAL_ROWS)
+        features = np.concatenate([self.graph.features(batch) for batch in batches])
         return features / np.linalg.norm(features, axis=1, keepdims=True)
 
     @property
@@ -261,11 +277,6 @@ class Engine:
                 f"{self.architecture} is an encoder; tune it on examples with two or more labels"
             )
         return True
-
-    @property
-    def _output(self) -> Weight:
-        tied = not self.weights.has("output")
-        return self.weights.matrix("token_embd" if tied else "output")
 
     def _load_adapter(self, path: str | os.PathLike[str]) -> None:
         args = self.args
@@ -299,6 +310,8 @@ class Engine:
         return self._memory(batch, n_lanes).lanes
 
     def _memory(self, batch: Batch, n_lanes: int) -> MemoryPlan:
+        if self.device == "cuda":
+            return plan_gpu_step(self.args, self.ops.free_bytes(), batch.n_rows, n_lanes)
         return plan_step(
             self.args,
             self.memory_budget,
@@ -312,61 +325,6 @@ class Engine:
             int8=not self.exact,
             encoder=self.family.encoder,
         )
-
-    def run(self, batch: Batch, variants: Variants = PLAIN) -> list[tuple[Pass, np.ndarray]]:
-        """The last layer's output, in passes of some sequences each: float32 [rows, width].
-
-        A layer is applied to all passes before the next one, so the file is read once.
-        """
-        n_lanes = len(variants.lanes)
-        memory = self._memory(batch, n_lanes)
-        self._residency.limit(memory.weights)
-        passes = []
-        for part in split(batch, memory.block_rows // n_lanes):
-            p = Pass(
-                self.ops,
-                self.weights,
-                part,
-                self.adapter,
-                replace(variants, lanes=part.lanes(variants.lanes)),
-                self.exact,
-                memory.block_rows,
-            )
-            passes.append(p)
-        xs = [self.family.embed(self.args, p) for p in passes]
-        for layer in range(self.args.n_layers):
-            self._residency.enter(layer)
-            for i, p in enumerate(passes):
-                xs[i] = self.family.layer(self.args, p, layer, p.enter(layer, xs[i]))
-            self._residency.leave(layer)
-        return list(zip(passes, xs, strict=True))
-
-    def token_losses(self, batch: Batch, variants: Variants = PLAIN) -> np.ndarray:
-        """NLL of label tokens in every lane, slopes in tangents: float64 [n_lanes, n_labels]."""
-        if self.family.encoder:
-            raise ConfigError(
-                f"{self.architecture} is an encoder; it learns from texts with labels"
-            )
-        found = []
-        for p, x in self.run(batch, variants):
-            n_lanes = len(p.lanes)
-            rows = (np.arange(n_lanes)[:, None] * p.batch.n_rows + p.batch.label_rows).ravel()
-            x = p.rms_norm(np.ascontiguousarray(x[rows]), "output_norm", self.args.norm_eps)
-            labels = np.tile(p.batch.label_ids, n_lanes)
-            nll = self.ops.cross_entropy(x, self._output, labels, lanes=p.lanes, exact=self.exact)
-            found.append(nll.reshape(n_lanes, -1))
-        self._residency.leave(self.args.n_layers)
-        return np.concatenate(found, axis=1)
-
-    def features(self, batch: Batch, variants: Variants = PLAIN) -> np.ndarray:
-        """Pooled features of every sequence in every lane: float32 [lanes * sequences, width]."""
-        if not self.family.encoder:
-            raise ConfigError(f"{self.architecture} is a decoder; llama.cpp embeds with it")
-        found = [
-            bert.pool(self.args, x, p.starts).reshape(len(p.lanes), -1, self.args.width)
-            for p, x in self.run(batch, variants)
-        ]
-        return np.concatenate(found, axis=1).reshape(-1, self.args.width)
 
     def _class_losses(
         self, features: np.ndarray, classes: np.ndarray, lanes: Lanes = PLAIN.lanes

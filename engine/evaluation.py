@@ -43,7 +43,7 @@ def evaluate(engine: Engine, examples: Sequence[Example], max_tokens: int | None
         return _by_labels(engine, examples, max_tokens)
     total, count = 0.0, 0
     for batch in pack_many([engine.tokenize(e, max_tokens) for e in examples], EVAL_ROWS):
-        nll = engine.token_losses(batch)
+        nll = engine.graph.token_losses(batch)
         total += float(nll.sum())
         count += nll.size
     return Evaluation(finite(total / count), count, len(examples), None)
@@ -63,7 +63,7 @@ def _by_labels(engine: Engine, examples: Sequence[Example], max_tokens: int | No
     score: list[float] = []  # summed log-likelihood of each candidate
     counts: list[int] = []
     for batch in pack_many(candidates, EVAL_ROWS):
-        nll = engine.token_losses(batch)[0]
+        nll = engine.graph.token_losses(batch)[0]
         n = batch.n_sequences
         score += (-np.bincount(batch.label_sequence, weights=nll, minlength=n)).tolist()
         counts += np.bincount(batch.label_sequence, minlength=n).tolist()
@@ -82,7 +82,7 @@ def _by_head(engine: Engine, examples: Sequence[Example], max_tokens: int | None
     total, right = 0.0, 0
     for batch in pack_many([engine.tokenize(e, max_tokens) for e in examples], EVAL_ROWS):
         assert batch.classes is not None
-        scores = log_probabilities(engine.adapter, engine.features(batch))
+        scores = log_probabilities(engine.adapter, engine.graph.features(batch))
         total -= float(scores[np.arange(len(batch.classes)), batch.classes].sum())
         right += int((scores.argmax(axis=1) == batch.classes).sum())
     n = len(examples)

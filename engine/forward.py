@@ -1,7 +1,8 @@
 """A forward pass: the rows of all lanes, and the operations graphs are written in.
 
 A graph reads like the model's paper: it names tensors and calls a Pass, which knows the
-backend, the adapter and the lanes. The rows of a batch may be several passes, each of some of
+backend, the adapter and the lanes. Arrays are the backend's, NumPy's or PyTorch's; graphs do with
+them what both can. The rows of a batch may be several passes, each of some of
 its sequences; a layer is applied to all of them in turn, so weights are visited once.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -66,7 +67,8 @@ class Pass:
 
     Until the first perturbed layer all lanes are equal, so there is one; ``enter`` makes the rows
     of the others when the graph gets there. ids, positions, starts and lanes are those of
-    the rows at hand.  block_rows: what ``in_blocks`` takes at a time.
+    the rows at hand.  block_rows: what ``in_blocks`` takes at a time.  theta: the adapter's as the
+    backend keeps it.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Pass:
         variants: Variants = PLAIN,
         exact: bool = False,
         block_rows: int = 1 << 30,
+        theta: Any = None,
     ) -> None:
         self.ops = ops
         self.weights = weights
@@ -89,6 +92,7 @@ class Pass:
         self.block_rows = block_rows
         self._tap = variants.tap
         self._adapter = adapter
+        self._theta = theta
         self._all_lanes = variants.lanes
         self.lanes = replace(Lanes.plain(), tangents=self._all_lanes.tangents)
         self._first_row = 0  # of a lane's rows at hand, in a block of them
@@ -115,9 +119,7 @@ class Pass:
         ends = [self.starts[1:] + lane * rows for lane in range(n)]
         self.starts = np.concatenate([self.starts[:1], *ends]).astype(np.int32)
         self.positions = np.tile(self.positions, n)
-        if self.tangents:
-            return np.concatenate([x, np.zeros((self.tangents * len(x), x.shape[1]), np.float32)])
-        return np.tile(x, (n, 1))
+        return self.ops.spread(x, self.lanes, self.exact)
 
     def embedding(self, name: str, ids: np.ndarray) -> np.ndarray:
         """Rows ``ids`` of the table ``name``: float32 [len(ids), width]."""
@@ -129,7 +131,7 @@ class Pass:
         n_rows = len(x) // len(self.lanes)
         lanes = self.lanes.take(self._first_row, self._first_row + n_rows)
         lora, lanes = self._term(target, lanes)
-        y: np.ndarray = self.ops.matmul(
+        y: Any = self.ops.matmul(
             x,
             self.weights.matrix(name),
             bias=self.weights.vector_or_none(f"{name}.bias"),
@@ -139,7 +141,10 @@ class Pass:
         )
         if self._tap is not None and target is not None:
             start = self.batch.first_row + self._first_row
-            self._tap(target, slice(start, start + n_rows), x, y)
+            seen = self.ops.host(y)
+            self._tap(target, slice(start, start + n_rows), self.ops.host(x), seen)
+            if seen is not y and self._tap.layer is not None:
+                y[:] = self.ops.array(seen)
         return y
 
     def _term(self, target: Target | None, lanes: Lanes) -> tuple[LoRA | None, Lanes]:
@@ -147,8 +152,8 @@ class Pass:
         if target is None or self._adapter is None:
             return None, lanes
         if self._directions is None or target.name not in self._moved:
-            return self._adapter.factors(target), lanes.unperturbed()
-        return self._directions.lora(target), lanes
+            return self._adapter.factors(target, self._theta), lanes.unperturbed()
+        return self._directions.lora(target, self._theta), lanes
 
     @property
     def tangents(self) -> int:
@@ -158,7 +163,8 @@ class Pass:
     def in_blocks(self, x: np.ndarray, f: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """f(x) for an f that works row by row, a block of rows at a time to bound temporaries.
 
-        A block is the same rows of every lane, so that lanes stay comparable inside it.
+        A block is the same rows of every lane, so that lanes stay comparable inside it. Takes the
+        place of x.
         """
         n_lanes, width = len(self.lanes), x.shape[1]
         step = max(1, self.block_rows // n_lanes)
@@ -166,13 +172,12 @@ class Pass:
         if rows <= step:
             return f(x)
         lanes = x.reshape(n_lanes, rows, width)
-        y = np.empty_like(lanes)
         for i in range(0, rows, step):
             self._first_row = i
-            block = np.ascontiguousarray(lanes[:, i : i + step])
-            y[:, i : i + step] = f(block.reshape(-1, width)).reshape(block.shape)
+            block = lanes[:, i : i + step]
+            lanes[:, i : i + step] = f(block.reshape(-1, width)).reshape(block.shape)
         self._first_row = 0
-        return y.reshape(x.shape)
+        return lanes.reshape(x.shape)
 
     def rms_norm(self, x: np.ndarray, name: str, eps: float) -> np.ndarray:
         """RMS norm of the rows by the vector ``name``.weight."""

@@ -60,7 +60,8 @@ class GGUFFile:
         if tensor.type not in SUPPORTED_TYPES:
             raise self._unsupported(tensor, SUPPORTED_TYPES)
         n_out, n_in = tensor.shape
-        return Weight(self._bytes(tensor).reshape(n_out, -1), tensor.type, n_out, n_in)
+        data = self._bytes(tensor).reshape(n_out, -1)
+        return Weight(data, QuantType(tensor.type), n_out, n_in)
 
     def vector(self, name: str) -> np.ndarray:
         """The one-dimensional tensor ``name`` as float32 [n], a copy.

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGUFValueType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from fwdllm.engine.errors import ModelError
-from fwdllm.kernels.types import QuantType
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -57,12 +56,13 @@ LENGTH = struct.Struct("<Q")
 class TensorInfo:
     """One tensor of the file.
 
-    type: the GGUF quantization type.  shape: in NumPy order, (n_out, n_in) for a matrix.
-    offset, nbytes: where its data lies in the file, in bytes from the file's start.
+    type: any that ggml has, whether there are kernels for it or not.  shape: in NumPy order,
+    (n_out, n_in) for a matrix.  offset, nbytes: where its data lies in the file, in bytes from the
+    file's start.
     """
 
     name: str
-    type: QuantType
+    type: GGMLQuantizationType
     shape: tuple[int, ...]
     offset: int
     nbytes: int
@@ -294,7 +294,7 @@ def _read_tensor(cursor: _Cursor, index: int) -> TensorInfo:
     code: int = cursor.number("<I", what)
     offset: int = cursor.number("<Q", what)
     nbytes = _tensor_bytes(cursor.path, what, code, shape)
-    return TensorInfo(name, QuantType(code), shape, offset, nbytes)
+    return TensorInfo(name, GGMLQuantizationType(code), shape, offset, nbytes)
 
 
 def _tensor_bytes(path: Path, what: str, code: int, shape: tuple[int, ...]) -> int:
@@ -306,12 +306,11 @@ def _tensor_bytes(path: Path, what: str, code: int, shape: tuple[int, ...]) -> i
     n_elements = math.prod(shape)
     if not 0 < n_elements <= MAX_ELEMENTS:
         raise _damaged(path, f"{what} has the impossible shape {shape}")
-    block, block_bytes = GGML_QUANT_SIZES[QuantType(code)]
+    type = GGMLQuantizationType(code)
+    block, block_bytes = GGML_QUANT_SIZES[type]
     n_in = shape[-1] if shape else 1
     if n_in % block:
-        raise _damaged(
-            path, f"{what} has rows of {n_in}, not whole {QuantType(code).name} blocks of {block}"
-        )
+        raise _damaged(path, f"{what} has rows of {n_in}, not whole {type.name} blocks of {block}")
     nbytes: int = n_elements // block * block_bytes
     return nbytes
 

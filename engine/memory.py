@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from fwdllm.engine.errors import ConfigError
-from fwdllm.kernels.cpu import num_threads
 
 _FLOAT = 4
 # kernels/cpu/int8_pack.h: 32 activations as int8, their scale, and up to two corrections.
@@ -23,6 +22,8 @@ _SOFTMAX_CHUNK, _SOFTMAX_BYTES = 256, 16
 # Bytes of the widest array of a block of rows: a few of them are about the size of an L3 cache, and
 # ``keep_freed_memory`` covers them. More rows than _MOST_ROWS make no product faster.
 _BLOCK_BYTES, _MOST_ROWS = 24 * 2**20, 2048
+# Rows of a block on a GPU: decoding the weights to scratch costs 3% of the products of so many.
+_GPU_ROWS = 16384
 # glibc's numbers for mallopt, and the largest threshold it adapts to by itself.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _MMAP_THRESHOLD = -1, -3, 32 * 2**20
 # Decoding the weights for so few rows costs 5% of the products (36 ns a panel of 16 x 32 weights
@@ -95,7 +96,7 @@ def estimate_step(
         "update": _FLOAT * n_trainable * 6,
         "residual": _FLOAT * rows * args.width,
         "attention": _FLOAT * sequences * (2 * args.width + 2 * query + 2 * key_value)
-        + _FLOAT * num_threads() * n_lanes * (longest or n_rows) * args.head_dim,
+        + _FLOAT * _num_threads() * n_lanes * (longest or n_rows) * args.head_dim,
         "feed_forward": _FLOAT * block * (hidden_arrays * args.hidden + 3 * args.width),
         "packed": int(packed * max(sequences * max(args.width, query), block * args.hidden)),
         "logits": labels * (chunks * _SOFTMAX_BYTES + 2 * _FLOAT * args.width),
@@ -105,6 +106,12 @@ def estimate_step(
     kept = parts["weights"] + parts["adapter"] + parts["optimizer"]
     work = max(parts["residual"] + max(layer, parts["logits"]), parts["update"])
     return {**parts, "total": kept + work}
+
+
+def _num_threads() -> int:
+    from fwdllm.kernels.cpu import num_threads  # which a machine with a GPU can do without
+
+    return num_threads()
 
 
 @dataclass(frozen=True)
@@ -168,3 +175,19 @@ def plan_step(
                 f"{budget / 2**20:.0f} MiB: use fewer or shorter examples"
             )
     return MemoryPlan(block, lanes, budget - needed(block, lanes))
+
+
+def plan_gpu_step(args: Any, free: int | None, n_rows: int, n_lanes: int) -> MemoryPlan:
+    """How to run a step on a GPU with ``free`` bytes of memory, None for no bound.
+
+    Lanes go through the model in several passes if they do not fit together.
+    """
+    of_block = _FLOAT * (6 * args.width + 3 * args.hidden)
+    lanes, block = n_lanes, _GPU_ROWS
+    while free is not None and lanes > 3:
+        # The stream is there twice while a layer adds to it.
+        needed = 2 * _FLOAT * n_rows * lanes * args.width + of_block * block
+        if needed <= free:
+            break
+        lanes = max(3, lanes // 2)
+    return MemoryPlan(block, lanes, None)

@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fwdllm.engine.errors import ModelError
-from fwdllm.engine.gguf_file import GGUFFile
+
+if TYPE_CHECKING:
+    from fwdllm.engine.gguf_file import GGUFFile
 
 BETA_FAST, BETA_SLOW = 32.0, 1.0  # YaRN's rotations at the ends of its ramp
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fwdllm.engine.errors import ModelError
-from fwdllm.engine.gguf_file import GGUFFile
-from fwdllm.kernels.types import Weight
+
+if TYPE_CHECKING:
+    from fwdllm.engine.gguf_file import GGUFFile
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -16,11 +19,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 class Weights:
     """Tensors of one file. Matrices are views of the mapping; vectors are small and copied.
 
-    required, optional: tensor name -> shape in NumPy order. ModelError if a required tensor is
+    required, optional: tensor name -> shape in NumPy order.  ops: the kernel backend, which may
+    keep matrices elsewhere. ModelError if a required tensor is
     missing, or any has another shape.
     """
 
-    def __init__(self, file: GGUFFile, required: Shapes, optional: Shapes) -> None:
+    def __init__(self, file: GGUFFile, required: Shapes, optional: Shapes, ops: ModuleType) -> None:
         for name, shape in {**required, **optional}.items():
             if name not in file.tensors:
                 if name in required:
@@ -30,11 +34,12 @@ class Weights:
             if found != shape:
                 raise ModelError(f"{file.path}: tensor {name!r} has shape {found}, not {shape}")
         names = [name for name in (*required, *optional) if name in file.tensors]
-        self._matrices = {n: file.weight(n) for n in names if len(file.tensors[n].shape) == 2}
+        matrices = [n for n in names if len(file.tensors[n].shape) == 2]
+        self._matrices = {n: ops.weight(file.weight(n)) for n in matrices}
         self._vectors = {n: file.vector(n) for n in names if len(file.tensors[n].shape) == 1}
 
-    def matrix(self, name: str) -> Weight:
-        """The matrix ``name``.weight."""
+    def matrix(self, name: str) -> Any:
+        """The matrix ``name``.weight as the backend keeps it."""
         return self._matrices[f"{name}.weight"]
 
     def has(self, name: str) -> bool:

@@ -1,35 +1,52 @@
 """Data that every kernel backend takes: quantized weights, LoRA factors and lanes.
 
-Pure data; the operations live in ``kernels.reference`` (NumPy, the specification) and
-``kernels.cpu`` (C++). Both modules offer the same functions.
+Pure data; the operations live in ``kernels.reference`` (NumPy, the specification),
+``kernels.cpu`` (C++) and ``kernels.triton`` (GPUs). These modules offer the same functions.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import IntEnum
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES
-from gguf import GGMLQuantizationType as QuantType
 
-SUPPORTED_TYPES: tuple[QuantType, ...] = (
-    QuantType.F32,
-    QuantType.F16,
-    QuantType.BF16,
-    QuantType.Q4_0,
-    QuantType.Q4_1,
-    QuantType.Q8_0,
-    QuantType.Q4_K,
-    QuantType.Q5_K,
-    QuantType.Q6_K,
-)
+
+class QuantType(IntEnum):
+    """The tensor types of GGUF files that there are kernels for, by ggml's numbers."""
+
+    F32 = 0
+    F16 = 1
+    BF16 = 30
+    Q4_0 = 2
+    Q4_1 = 3
+    Q8_0 = 8
+    Q4_K = 12
+    Q5_K = 13
+    Q6_K = 14
+
+
+SUPPORTED_TYPES = tuple(QuantType)
+
+# Elements and bytes of a block.
+BLOCKS = {
+    QuantType.F32: (1, 4),
+    QuantType.F16: (1, 2),
+    QuantType.BF16: (1, 2),
+    QuantType.Q4_0: (32, 18),
+    QuantType.Q4_1: (32, 20),
+    QuantType.Q8_0: (32, 34),
+    QuantType.Q4_K: (256, 144),
+    QuantType.Q5_K: (256, 176),
+    QuantType.Q6_K: (256, 210),
+}
 
 DISTRIBUTIONS = ("normal", "rademacher")
 
 
 def row_bytes(type: QuantType, n_in: int) -> int:
     """Bytes of one row of ``n_in`` elements; ValueError if the row is not whole blocks."""
-    block, size = GGML_QUANT_SIZES[type]
+    block, size = BLOCKS[type]
     if n_in % block:
         raise ValueError(f"a row of {n_in} elements is not whole {type.name} blocks of {block}")
     return n_in // block * size

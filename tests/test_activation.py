@@ -18,7 +18,6 @@ from fwdllm.engine.activation import scaled
 from fwdllm.engine.batch import Batch
 from fwdllm.engine.directions import Scope, frozen_b
 from fwdllm.engine.errors import ConfigError
-from fwdllm.kernels import reference
 from fwdllm.kernels.types import QuantType
 from fwdllm.protocol.config import TrainConfig
 from fwdllm.protocol.local import StepResult, TrainState, train, train_step
@@ -116,7 +115,7 @@ def test_few_tangents_are_unbiased(decoder: Path) -> None:
 
 def test_the_reference_agrees(decoder: Path) -> None:
     engine, batch = load(decoder)
-    other, _ = load(decoder, ops=reference)
+    other, _ = load(decoder, device="reference")
     ours = engine.activation_gradient(batch, 9, 7).values
     assert close(other.activation_gradient(batch, 9, 7).values, ours, 1e-4)
 

@@ -136,8 +136,8 @@ def test_forward_ad_of_an_encoder(shared: Path, type: str) -> None:
 def test_reference_backend_agrees(bundled: Path) -> None:
     examples = [Example(prompt="Question: Hi?\nAnswer:", completion=" Arr!")]
     slopes = []
-    for ops in (cpu, reference):
-        engine = half_trained(Engine.load(bundled, LoRAConfig(rank=2), exact=True, ops=ops))
+    for device in ("cpu", "reference"):
+        engine = half_trained(Engine.load(bundled, LoRAConfig(rank=2), exact=True, device=device))
         batch = engine.encode(examples)
         probe = engine.directional_derivatives(batch, SEEDS[:3], epsilon=1e-2)
         slopes.append(probe.derivative)

@@ -27,7 +27,7 @@ from fwdllm.engine.directions import (
 )
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.estimators import METHODS, example_seeds
-from fwdllm.kernels import cpu, reference
+from fwdllm.kernels import cpu
 from fwdllm.kernels.types import QuantType
 
 SEEDS = np.arange(6, dtype=np.uint64) + 70
@@ -64,9 +64,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def load(path: Path, ops=cpu) -> tuple[Engine, Adapter, Batch]:
+def load(path: Path, device: str = "cpu") -> tuple[Engine, Adapter, Batch]:
     config = LoRAConfig(rank=3, targets=("attn_q", "attn_v", "ffn_up"))
-    engine = half_trained(Engine.load(path, config, exact=True, ops=ops))
+    engine = half_trained(Engine.load(path, config, exact=True, device=device))
     assert engine.adapter is not None
     return engine, engine.adapter, engine.encode([Example(text=text) for text in TEXTS])
 
@@ -106,8 +106,8 @@ def test_slopes_are_those_of_autograd(path: Path, make, method: str) -> None:
 @makers
 def test_the_reference_backend_agrees(path: Path, make) -> None:
     slopes = []
-    for ops in (cpu, reference):
-        engine, adapter, batch = load(path, ops)
+    for device in ("cpu", "reference"):
+        engine, adapter, batch = load(path, device)
         probe = engine.directional_derivatives(batch, SEEDS[:2], directions=make(adapter))
         slopes.append(probe.derivative)
     np.testing.assert_allclose(slopes[0], slopes[1], rtol=1e-3, atol=1e-4)

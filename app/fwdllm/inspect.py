@@ -87,7 +87,7 @@ def _linear_shapes(family: Family, args: Any) -> dict[str, tuple[int, int]]:
 
 
 def _tensor_types(file: GGUFFile) -> list[dict[str, Any]]:
-    types: dict[QuantType, dict[str, Any]] = {}
+    types: dict[int, dict[str, Any]] = {}
     for tensor in file.tensors.values():
         supported = tensor.type in SUPPORTED_TYPES
         new = {"type": tensor.type.name, "count": 0, "bytes": 0, "supported": supported}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -60,8 +60,8 @@ class Directions(Protocol):
     @property
     def targets(self) -> tuple[Target, ...]: ...
 
-    def lora(self, target: Target) -> LoRA:
-        """The factors of a target with their directions, for the kernels."""
+    def lora(self, target: Target, theta: Any = None) -> LoRA:
+        """The factors of a target with their directions, for the kernels; see Adapter.factors."""
         ...
 
     def combine(self, seeds: np.ndarray, coefficients: np.ndarray) -> np.ndarray:

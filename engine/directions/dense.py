@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -31,8 +32,8 @@ class Dense:
     def targets(self) -> tuple[Target, ...]:
         return (self.scope or Scope()).of(self.adapter)
 
-    def lora(self, target: Target) -> LoRA:
-        return self.adapter.factors(target)
+    def lora(self, target: Target, theta: Any = None) -> LoRA:
+        return self.adapter.factors(target, theta)
 
     def combine(self, seeds: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
         return combine(self.adapter, self.distribution, self.size, self.ranges, seeds, coefficients)

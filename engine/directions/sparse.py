@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -38,10 +39,10 @@ class Sparse:
     def targets(self) -> tuple[Target, ...]:
         return self.dense.targets
 
-    def lora(self, target: Target) -> LoRA:
+    def lora(self, target: Target, theta: Any = None) -> LoRA:
         rank = self.dense.adapter.config.rank
         mask = self.mask[target.offset : target.offset + target.size(rank)]
-        return replace(self.dense.lora(target), mask=mask)
+        return replace(self.dense.lora(target, theta), mask=mask)
 
     def combine(self, seeds: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
         return self.dense.combine(seeds, coefficients) * self.mask

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -61,9 +62,10 @@ class Subspace:
         rank = self.adapter.config.rank
         return sum(rank * (of_a + of_b) for _, of_a, of_b in self._shapes.values())
 
-    def lora(self, target: Target) -> LoRA:
+    def lora(self, target: Target, theta: Any = None) -> LoRA:
         bases, at = self.bases[target.name], self._shapes[target.name][0]
-        return replace(self.adapter.factors(target), offset=at, basis_a=bases.a, basis_b=bases.b)
+        factors = self.adapter.factors(target, theta)
+        return replace(factors, offset=at, basis_a=bases.a, basis_b=bases.b)
 
     def combine(self, seeds: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
         whole = [(0, self.size)]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fwdllm.engine.errors import ModelError
 from fwdllm.engine.forward import Pass
-from fwdllm.engine.gguf_file import GGUFFile
 from fwdllm.engine.models import bert, llama, qwen
 from fwdllm.engine.weights import Shapes
+
+if TYPE_CHECKING:
+    from fwdllm.engine.gguf_file import GGUFFile
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fwdllm.engine.errors import ModelError
 from fwdllm.engine.forward import Pass
-from fwdllm.engine.gguf_file import GGUFFile
 from fwdllm.engine.rotary import Rotary
 from fwdllm.engine.weights import Shapes
+
+if TYPE_CHECKING:
+    from fwdllm.engine.gguf_file import GGUFFile
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,12 @@ every query and key head instead.
 
 from __future__ import annotations
 
-from fwdllm.engine.gguf_file import GGUFFile
+from typing import TYPE_CHECKING
+
 from fwdllm.engine.models import llama
+
+if TYPE_CHECKING:
+    from fwdllm.engine.gguf_file import GGUFFile
 
 
 def read_qwen2(file: GGUFFile) -> llama.Args:

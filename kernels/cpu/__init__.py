@@ -15,6 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from fwdllm.kernels.cpu import _native  # type: ignore[attr-defined]
+from fwdllm.kernels.reference.arrays import array, host, spread, take, weight
 from fwdllm.kernels.types import Lanes, LoRA, Weight
 
 isa: str = _native.isa
@@ -23,11 +24,13 @@ num_threads = _native.num_threads
 set_num_threads = _native.set_num_threads
 
 __all__ = [
+    "array",
     "attention",
     "cross_entropy",
     "dequantize",
     "embedding",
     "gelu",
+    "host",
     "isa",
     "isas",
     "layer_norm",
@@ -42,7 +45,10 @@ __all__ = [
     "seeded_axpy",
     "seeded_dot",
     "set_num_threads",
+    "spread",
     "swiglu",
+    "take",
+    "weight",
 ]
 
 

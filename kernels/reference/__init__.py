@@ -1,5 +1,6 @@
 """The kernels in NumPy: the specification of every backend. Short and slow."""
 
+from fwdllm.kernels.reference.arrays import array, host, spread, take, weight
 from fwdllm.kernels.reference.decode import dequantize, embedding
 from fwdllm.kernels.reference.layers import attention, gelu, layer_norm, rms_norm, rope, swiglu
 from fwdllm.kernels.reference.linear import matmul
@@ -7,11 +8,13 @@ from fwdllm.kernels.reference.loss import cross_entropy
 from fwdllm.kernels.reference.random import normal, philox, rademacher, seeded_axpy, seeded_dot
 
 __all__ = [
+    "array",
     "attention",
     "cross_entropy",
     "dequantize",
     "embedding",
     "gelu",
+    "host",
     "layer_norm",
     "matmul",
     "normal",
@@ -21,5 +24,8 @@ __all__ = [
     "rope",
     "seeded_axpy",
     "seeded_dot",
+    "spread",
     "swiglu",
+    "take",
+    "weight",
 ]

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES
 
 from fwdllm.kernels.reference.checks import require_indices
-from fwdllm.kernels.types import QuantType, Weight
+from fwdllm.kernels.types import BLOCKS, QuantType, Weight
 
 
 def dequantize(weight: Weight) -> np.ndarray:
@@ -31,7 +30,7 @@ def embedding(weight: Weight, ids: np.ndarray) -> np.ndarray:
 
 
 def _decode_rows(rows: np.ndarray, weight: Weight) -> np.ndarray:
-    _, block_bytes = GGML_QUANT_SIZES[weight.type]
+    _, block_bytes = BLOCKS[weight.type]
     values = _DECODERS[weight.type](rows.reshape(-1, block_bytes))
     return values.astype(np.float32).reshape(len(rows), weight.n_in)
 

@@ -1,0 +1,37 @@
+"""Arrays between operations, for backends whose arrays are NumPy's."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fwdllm.kernels.types import Lanes, Weight
+
+
+def weight(weight: Weight) -> Weight:
+    """A weight as the backend keeps it: here as it is, a view of the mapped file."""
+    return weight
+
+
+def array(x: np.ndarray) -> np.ndarray:
+    """An array as the backend keeps it while a pass lasts."""
+    return x
+
+
+def host(x: np.ndarray) -> np.ndarray:
+    """An array of the backend as NumPy's."""
+    return x
+
+
+def take(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """These rows of x."""
+    return np.ascontiguousarray(x[rows])
+
+
+def spread(x: np.ndarray, lanes: Lanes, exact: bool = False) -> np.ndarray:
+    """Rows of every lane, of plain rows x: copies of them, zero in tangents.
+
+    exact: for the common signature; a backend may keep tangents in a narrower type without it.
+    """
+    if lanes.n_tangents:
+        return np.concatenate([x, np.zeros((lanes.n_tangents * len(x), x.shape[1]), np.float32)])
+    return np.tile(x, (len(lanes), 1))

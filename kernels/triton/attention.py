@@ -1,0 +1,153 @@
+"""Softmax attention inside each sequence, and its derivative, without stored scores.
+
+A program has a block of queries of one head and goes through the keys once with a running maximum
+(FlashAttention, arXiv 2205.14135). That of a tangent makes the primal's probabilities again, and
+sums beside p v what the product rule adds: dy = sum p (ds - mean ds) v + sum p dv.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from fwdllm.kernels.triton.runtime import cast, cdiv, constant, dot, pow2, tensor
+
+
+@triton.jit
+def _attention(
+    q,
+    k,
+    v,
+    starts,
+    y,
+    rows,
+    q_width,
+    kv_width,
+    group,
+    head_dim,
+    scale,
+    blocks,
+    CAUSAL: tl.constexpr,
+    TANGENT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    D: tl.constexpr,
+):
+    sequence, head = tl.program_id(0) // blocks, tl.program_id(1)
+    begin, end = tl.load(starts + sequence), tl.load(starts + sequence + 1)
+    first = begin + (tl.program_id(0) % blocks) * BM
+    i = first + tl.arange(0, BM)
+    d = tl.arange(0, D)
+    i_in = (i[:, None] < end) & (d[None, :] < head_dim)
+    # Rows of tangent t begin behind those of the primal and the tangents before it.
+    move = (tl.program_id(2) + 1).to(tl.int64) * rows
+    q_at = i.to(tl.int64)[:, None] * q_width + head * head_dim + d[None, :]
+    qs = tl.load(q + q_at, mask=i_in, other=0.0)
+    largest = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, D], tl.float32)
+    if TANGENT:
+        dqs = tl.load(q + q_at + move * q_width, mask=i_in, other=0.0)
+        slopes = tl.zeros([BM], tl.float32)
+        dacc = tl.zeros([BM, D], tl.float32)
+    stop = end
+    if CAUSAL:
+        stop = tl.minimum(end, first + BM)
+    if first >= end:
+        stop = begin
+    for j0 in range(begin, stop, BN):
+        j = j0 + tl.arange(0, BN)
+        j_in = (j[:, None] < end) & (d[None, :] < head_dim)
+        kv_at = j.to(tl.int64)[:, None] * kv_width + (head // group) * head_dim + d[None, :]
+        ks = tl.load(k + kv_at, mask=j_in, other=0.0)
+        vs = tl.load(v + kv_at, mask=j_in, other=0.0)
+        zero = tl.zeros([BM, BN], tl.float32)
+        scores = scale * dot(qs, tl.trans(ks), zero, "ieee")
+        seen = j[None, :] < end
+        if CAUSAL:
+            seen = seen & (j[None, :] <= i[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
+        above = tl.maximum(largest, tl.max(scores, axis=1))
+        # A row past the end sees nothing: no maximum, and no NaN of two infinities.
+        shift = tl.where(above == float("-inf"), 0.0, above)
+        p = tl.exp(scores - shift[:, None])
+        shrink = tl.exp(largest - shift)
+        largest = above
+        total = total * shrink + tl.sum(p, axis=1)
+        acc = dot(cast(p, vs.dtype), vs, acc * shrink[:, None], "ieee")
+        if TANGENT:
+            dks = tl.load(k + kv_at + move * kv_width, mask=j_in, other=0.0)
+            dvs = tl.load(v + kv_at + move * kv_width, mask=j_in, other=0.0)
+            ds = dot(dqs, tl.trans(ks), zero, "ieee")
+            ds = scale * dot(qs, tl.trans(dks), ds, "ieee")
+            weighted = p * ds
+            slopes = slopes * shrink + tl.sum(weighted, axis=1)
+            dacc = dot(cast(weighted, vs.dtype), vs, dacc * shrink[:, None], "ieee")
+            dacc = dot(cast(p, vs.dtype), dvs, dacc, "ieee")
+    total = tl.where(total == 0.0, 1.0, total)[:, None]
+    out = acc / total
+    if TANGENT:
+        out = dacc / total - out * (slopes[:, None] / total)
+        tl.store(y + q_at + move * q_width, cast(out, y.dtype.element_ty), mask=i_in)
+    else:
+        tl.store(y + q_at, cast(out, y.dtype.element_ty), mask=i_in)
+
+
+def attention(
+    q: np.ndarray | torch.Tensor,
+    k: np.ndarray | torch.Tensor,
+    v: np.ndarray | torch.Tensor,
+    starts: np.ndarray,
+    *,
+    head_dim: int,
+    scale: float,
+    causal: bool,
+    tangents: int = 0,
+) -> torch.Tensor:
+    """softmax(scale q k^T) v for every sequence and head: [rows, n_heads * head_dim] of q's type.
+
+    q: [rows, n_heads * head_dim].  k, v: [rows, n_kv_heads * head_dim]; query head h reads
+    key/value head h // (n_heads / n_kv_heads).  starts: int32 [n_sequences + 1]; with tangents
+    those of the primal and the same again of each tangent.  causal: a row sees itself and the rows
+    before it. ValueError if starts do not run from 0 to rows in order.
+    """
+    q, k, v = tensor(q), tensor(k), tensor(v)
+    if starts[0] != 0 or starts[-1] != len(q) or np.any(np.diff(starts) < 0):
+        raise ValueError(f"sequence starts must run from 0 to {len(q)} in order")
+    sequences = (len(starts) - 1) // (1 + tangents)
+    y = torch.empty_like(q)
+    longest = int(np.diff(starts).max(initial=0))
+    if longest == 0:
+        return y
+    heads, group = q.shape[1] // head_dim, q.shape[1] // k.shape[1]
+    wide = pow2(head_dim, 16)
+    # Products of float32 are made of operands in shared memory, of which cards have 99 KB or more.
+    narrow = q.dtype == torch.bfloat16
+    most = 64 if narrow else 32
+    # A tangent has five operands in registers where the primal has three.
+    for tangent, block in ((False, min(most, pow2(longest, 16))), (True, 32))[: 1 + bool(tangents)]:
+        blocks = cdiv(longest, block)
+        _attention[(sequences * blocks, heads, tangents if tangent else 1)](
+            q,
+            k,
+            v,
+            constant(starts),
+            y,
+            len(q) // (1 + tangents),
+            q.shape[1],
+            k.shape[1],
+            group,
+            head_dim,
+            scale,
+            blocks,
+            CAUSAL=causal,
+            TANGENT=tangent,
+            BM=block,
+            BN=32,
+            D=wide,
+            num_warps=4,
+            num_stages=2 if narrow else 1,
+        )
+    return y

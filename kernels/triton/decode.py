@@ -1,0 +1,180 @@
+"""GGUF block formats in Triton, element by element; layouts as in ``kernels.reference.decode``.
+
+``decode`` gives a tile of a matrix as float32 wherever a kernel wants one. An element loads the
+byte with its bits and the scales of its block: neighbours load the same ones, which the first level
+of the cache answers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from fwdllm.kernels.triton.runtime import (
+    DEVICE,
+    DeviceWeight,
+    cast,
+    cdiv,
+    check_indices,
+    constant,
+    host,
+    pow2,
+)
+from fwdllm.kernels.triton.runtime import (
+    weight as on_device,
+)
+from fwdllm.kernels.types import QuantType, Weight
+
+Q4_0 = tl.constexpr(int(QuantType.Q4_0))
+Q4_1 = tl.constexpr(int(QuantType.Q4_1))
+Q8_0 = tl.constexpr(int(QuantType.Q8_0))
+Q4_K = tl.constexpr(int(QuantType.Q4_K))
+Q5_K = tl.constexpr(int(QuantType.Q5_K))
+Q6_K = tl.constexpr(int(QuantType.Q6_K))
+
+# Elements that a program decodes: 16 a thread of 4 warps.
+_TILE = 2048
+
+
+@triton.jit
+def _half(fields, at, mask):
+    """The float16 at a byte offset, which is even in every type."""
+    return tl.load(fields + (at >> 1), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _byte(data, at, mask):
+    return tl.load(data + at, mask=mask, other=0).to(tl.int32)
+
+
+@triton.jit
+def _nibble(byte, high):
+    return tl.where(high, byte >> 4, byte & 15)
+
+
+@triton.jit
+def _signed(byte):
+    """The int8 of a byte."""
+    return tl.where(byte > 127, byte - 256, byte)
+
+
+@triton.jit
+def _scale_and_minimum(data, fields, at, sub, mask):
+    """Of sub-block ``sub`` of the eight in a block of Q4_K or Q5_K, with d and dmin in them."""
+    late = sub >= 4
+    low = _byte(data, at + 4 + (sub & 3), mask)  # scales 0-3 and top bits of 4-7
+    middle = _byte(data, at + 8 + (sub & 3), mask)  # the same of minima
+    rest = _byte(data, at + 12 + (sub & 3), mask)  # low nibbles of scales and of minima 4-7
+    scale = tl.where(late, (rest & 15) | ((low >> 6) << 4), low & 63)
+    minimum = tl.where(late, (rest >> 4) | ((middle >> 6) << 4), middle & 63)
+    d, d_min = _half(fields, at, mask), _half(fields, at + 2, mask)
+    return d * scale.to(tl.float32), d_min * minimum.to(tl.float32)
+
+
+@triton.jit
+def decode(data, fields, row, k, mask, TYPE: tl.constexpr):
+    """Elements k of rows that begin at byte ``row``: float32 of their common shape.
+
+    data, fields: of a ``DeviceWeight``.  row: int64.  k: int32.
+    """
+    if TYPE == Q4_0:
+        at = row + (k // 32) * 18
+        q = _nibble(_byte(data, at + 2 + k % 16, mask), (k & 16) != 0)
+        return _half(fields, at, mask) * (q - 8).to(tl.float32)
+    elif TYPE == Q4_1:
+        at = row + (k // 32) * 20
+        q = _nibble(_byte(data, at + 4 + k % 16, mask), (k & 16) != 0)
+        return _half(fields, at, mask) * q.to(tl.float32) + _half(fields, at + 2, mask)
+    elif TYPE == Q8_0:
+        at = row + (k // 32) * 34
+        q = _signed(_byte(data, at + 2 + k % 32, mask))
+        return _half(fields, at, mask) * q.to(tl.float32)
+    elif TYPE == Q4_K:
+        at = row + (k // 256) * 144
+        sub = (k // 32) % 8
+        q = _nibble(_byte(data, at + 16 + (sub // 2) * 32 + k % 32, mask), (sub & 1) == 1)
+        scale, minimum = _scale_and_minimum(data, fields, at, sub, mask)
+        return scale * q.to(tl.float32) - minimum
+    elif TYPE == Q5_K:
+        at = row + (k // 256) * 176
+        sub = (k // 32) % 8
+        low = _nibble(_byte(data, at + 48 + (sub // 2) * 32 + k % 32, mask), (sub & 1) == 1)
+        high = (_byte(data, at + 16 + k % 32, mask) >> sub) & 1
+        scale, minimum = _scale_and_minimum(data, fields, at, sub, mask)
+        return scale * (low | (high << 4)).to(tl.float32) - minimum
+    elif TYPE == Q6_K:
+        at = row + (k // 256) * 210
+        half, r = (k // 128) % 2, k % 128
+        low = _nibble(_byte(data, at + half * 64 + r % 64, mask), r >= 64)
+        high = (_byte(data, at + 128 + half * 32 + r % 32, mask) >> ((r // 32) * 2)) & 3
+        scale = _signed(_byte(data, at + 192 + (k // 16) % 16, mask))
+        q = (low | (high << 4)) - 32
+        return (_half(fields, at + 208, mask) * scale.to(tl.float32)) * q.to(tl.float32)
+    else:  # F32, F16 and BF16: the fields are the elements
+        return tl.load(
+            fields + row // (fields.dtype.element_ty.primitive_bitwidth // 8) + k,
+            mask=mask,
+            other=0.0,
+        ).to(tl.float32)
+
+
+@triton.jit
+def _rows(
+    data,
+    fields,
+    ids,
+    out,
+    rows,
+    n_in,
+    row_bytes,
+    GATHER: tl.constexpr,
+    TYPE: tl.constexpr,
+    BM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    row = i
+    if GATHER:
+        row = tl.load(ids + i, mask=i < rows, other=0).to(tl.int64)
+    mask = (i < rows) & (k < n_in)
+    values = decode(data, fields, row * row_bytes, k, mask, TYPE)
+    tl.store(out + i * n_in + k, cast(values, out.dtype.element_ty), mask=mask)
+
+
+def decoded(
+    weight: DeviceWeight, dtype: torch.dtype, ids: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Rows ids of the matrix, all by default: [rows, n_in] of the type."""
+    rows = weight.n_out if ids is None else len(ids)
+    out = torch.empty(rows, weight.n_in, dtype=dtype, device=DEVICE)
+    block = min(_TILE, pow2(weight.n_in))
+    many = _TILE // block
+    if rows:
+        _rows[(cdiv(rows, many), cdiv(weight.n_in, block))](
+            weight.data,
+            weight.fields,
+            ids,
+            out,
+            rows,
+            weight.n_in,
+            weight.data.shape[1],
+            GATHER=ids is not None,
+            TYPE=int(weight.type),
+            BM=many,
+            BLOCK=block,
+        )
+    return out
+
+
+def embedding(weight: Weight | DeviceWeight, ids: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """Rows ``ids`` (int32 [rows]) of a weight: float32 [rows, n_in]; only they are decoded."""
+    check_indices(ids, weight.n_out, "token ids")
+    return decoded(on_device(weight), torch.float32, constant(ids))
+
+
+def dequantize(weight: Weight | DeviceWeight) -> np.ndarray:
+    """The whole weight as float32 [n_out, n_in]."""
+    return host(decoded(on_device(weight), torch.float32))

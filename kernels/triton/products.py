@@ -1,0 +1,148 @@
+"""x W^T for a quantized W, by one of two routes.
+
+Fused: a tile of W is decoded where it is multiplied. Every row block decodes again, so it is for
+few rows, where reading the weights is what counts.
+Decoded: W goes to a bfloat16 scratch, the vendor's product does the rest. W is decoded once however
+many rows there are, so it is for many. The scratch is freed with the product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from fwdllm.kernels.triton.decode import decode, decoded
+from fwdllm.kernels.triton.runtime import (
+    DEVICE,
+    INTERPRETED,
+    DeviceWeight,
+    cast,
+    cdiv,
+    dot,
+    pow2,
+)
+
+# From this many rows on the weights are decoded to scratch. An estimate that awaits its
+# measurement (``make bench-gpu`` shows both routes): on an H100 decoding 4096 x 11008 weights
+# moves 115 MB, 40 us, in which its tensor cores could do 300 more rows.
+SCRATCH_ROWS = 256
+# Bytes of scratch: 4096 x 11008 weights in bfloat16 fit, a vocabulary's output goes in parts.
+SCRATCH_BYTES = 128 * 2**20
+
+
+@triton.jit
+def _fused(
+    x,
+    data,
+    fields,
+    y,
+    rows,
+    n_out,
+    n_in,
+    row_bytes,
+    TYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    # Blocks of rows follow each other, so that those of one panel of weights share its bytes.
+    row_blocks = tl.cdiv(rows, BM)
+    m = (tl.program_id(0) % row_blocks) * BM + tl.arange(0, BM)
+    o = (tl.program_id(0) // row_blocks) * BN + tl.arange(0, BN)
+    acc = tl.zeros([BM, BN], tl.float32)
+    m_at = m.to(tl.int64)[:, None] * n_in
+    o_at = o.to(tl.int64)[:, None] * row_bytes
+    for k0 in range(0, n_in, BK):
+        k = k0 + tl.arange(0, BK)
+        inside = k[None, :] < n_in
+        a = tl.load(x + m_at + k[None, :], mask=(m[:, None] < rows) & inside, other=0.0)
+        w = decode(data, fields, o_at, k[None, :], (o[:, None] < n_out) & inside, TYPE)
+        acc = dot(a, tl.trans(cast(w, a.dtype)), acc, PRECISION)
+    mask = (m[:, None] < rows) & (o[None, :] < n_out)
+    at = m.to(tl.int64)[:, None] * n_out + o[None, :]
+    tl.store(y + at, cast(acc, y.dtype.element_ty), mask=mask)
+
+
+def fused(x: torch.Tensor, weight: DeviceWeight, dtype: torch.dtype) -> torch.Tensor:
+    """x W^T as [rows, n_out] of ``dtype``; x [rows, n_in] of bfloat16, or float32 for exactness."""
+    rows, n_in = x.shape
+    y = torch.empty(rows, weight.n_out, dtype=dtype, device=DEVICE)
+    # Few rows want many small programs to read with, many rows large tiles to multiply.
+    block_rows = min(64, pow2(rows, 16))
+    block_out = 32 if rows <= 16 else 64
+    grid = (cdiv(rows, block_rows) * cdiv(weight.n_out, block_out),)
+    _fused[grid](
+        x,
+        weight.data,
+        weight.fields,
+        y,
+        rows,
+        weight.n_out,
+        n_in,
+        weight.data.shape[1],
+        TYPE=int(weight.type),
+        PRECISION="ieee",
+        BM=block_rows,
+        BN=block_out,
+        BK=64,
+        num_warps=4,
+        num_stages=3,
+    )
+    return y
+
+
+def by_scratch(x: torch.Tensor, weight: DeviceWeight, dtype: torch.dtype) -> torch.Tensor:
+    """As ``fused``, by decoding; x is bfloat16."""
+    parts = list(_scratch_parts(weight))
+    if len(parts) == 1:
+        return vendor(x, decoded(weight, torch.bfloat16), dtype)
+    y = torch.empty(len(x), weight.n_out, dtype=dtype, device=DEVICE)
+    at = 0
+    for part in parts:
+        y[:, at : at + part.n_out] = vendor(x, decoded(part, torch.bfloat16), dtype)
+        at += part.n_out
+    return y
+
+
+def vendor(x: torch.Tensor, w: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x w^T of bfloat16 matrices as ``dtype``, summed in float32 by PyTorch's library."""
+    if INTERPRETED:  # a CPU's has no float32 result of bfloat16 matrices
+        return (x.float() @ w.float().T).to(dtype)
+    if dtype == x.dtype:
+        return x @ w.T
+    return torch.mm(x, w.T, out_dtype=dtype)
+
+
+def product(
+    x: torch.Tensor, weight: DeviceWeight, dtype: torch.dtype, exact: bool = False
+) -> torch.Tensor:
+    """x W^T as [rows, n_out] of ``dtype`` by the faster route; with ``exact`` all in float32."""
+    return multiplier(weight, len(x), exact)(x, dtype)
+
+
+def multiplier(
+    weight: DeviceWeight, rows: int, exact: bool = False
+) -> Callable[[torch.Tensor, torch.dtype], torch.Tensor]:
+    """``product`` for several x of one weight, ``rows`` in all, that decodes it once."""
+    if exact:
+        return lambda x, dtype: fused(x.float(), weight, dtype)
+    if rows < SCRATCH_ROWS:
+        return lambda x, dtype: fused(x.to(torch.bfloat16), weight, dtype)
+    if _scratch_rows(weight) < weight.n_out:
+        return lambda x, dtype: by_scratch(x.to(torch.bfloat16), weight, dtype)
+    w = decoded(weight, torch.bfloat16)
+    return lambda x, dtype: vendor(x.to(torch.bfloat16), w, dtype)
+
+
+def _scratch_rows(weight: DeviceWeight) -> int:
+    return max(1, SCRATCH_BYTES // (2 * weight.n_in))
+
+
+def _scratch_parts(weight: DeviceWeight) -> Iterator[DeviceWeight]:
+    step = _scratch_rows(weight)
+    for first in range(0, weight.n_out, step):
+        yield weight.rows(first, first + step)

@@ -1,0 +1,51 @@
+"""x / sqrt(mean(x^2) + eps) * weight along rows, and its derivative."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from fwdllm.kernels.triton.runtime import cast, cdiv, check_rows, constant, pow2, tensor
+
+# Elements that a program has in registers, 32 a thread of 4 warps; a longer row is one program.
+_TILE = 4096
+
+
+@triton.jit
+def _rms_norm(x, weight, y, rows, d, eps, tangents, BM: tl.constexpr, D: tl.constexpr):
+    i = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
+    k = tl.arange(0, D)[None, :]
+    mask = (i < rows) & (k < d)
+    at = i * d + k
+    values = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    gain = tl.load(weight + k, mask=k < d, other=0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(values * values, axis=1) / d + eps)[:, None]
+    tl.store(y + at, cast(values * scale * gain, y.dtype.element_ty), mask=mask)
+    for t in range(1, tangents + 1):
+        there = at + t * rows.to(tl.int64) * d
+        slope = tl.load(x + there, mask=mask, other=0.0).to(tl.float32)
+        shrink = scale * scale * (tl.sum(values * slope, axis=1) / d)[:, None]
+        slope = (slope - values * shrink) * scale * gain
+        tl.store(y + there, cast(slope, y.dtype.element_ty), mask=mask)
+
+
+def rms_norm(
+    x: np.ndarray | torch.Tensor,
+    weight: np.ndarray | torch.Tensor,
+    eps: float,
+    tangents: int = 0,
+) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight along rows; [rows, d] of the type of x."""
+    x = tensor(x)
+    d = x.shape[1]
+    rows = check_rows(len(x), 1 + tangents, f"a primal and {tangents} tangents")
+    y = torch.empty_like(x)
+    wide = pow2(d)
+    block = max(1, _TILE // wide)
+    if rows:
+        _rms_norm[(cdiv(rows, block),)](
+            x, constant(weight), y, rows, d, eps, tangents, BM=block, D=wide
+        )
+    return y

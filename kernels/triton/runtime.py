@@ -1,0 +1,162 @@
+"""Where this backend keeps arrays, and how they get there.
+
+Arrays are PyTorch tensors on the GPU. Under TRITON_INTERPRET=1 they are on the CPU, and Triton runs
+the kernels in NumPy: slow, and the same arithmetic.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from fwdllm.kernels.types import QuantType, Weight
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# The same for kernels, which see no other globals.
+IN_NUMPY = tl.constexpr(INTERPRETED)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceWeight:
+    """A ``Weight`` on the device, byte for byte.
+
+    data: uint8 [n_out, row_bytes].  fields: the same bytes as float16, as bfloat16 or float32 for
+    those types: the elements, or what holds the scales of blocks.
+    """
+
+    data: torch.Tensor
+    fields: torch.Tensor
+    type: QuantType
+    n_out: int
+    n_in: int
+
+    def rows(self, first: int, end: int) -> DeviceWeight:
+        """Rows first .. end of the matrix."""
+        n = min(end, self.n_out) - first
+        at = slice(first, first + n)
+        return DeviceWeight(self.data[at], self.fields[at], self.type, n, self.n_in)
+
+
+_FIELDS = {QuantType.F32: torch.float32, QuantType.BF16: torch.bfloat16}
+
+
+def weight(weight: Weight | DeviceWeight) -> DeviceWeight:
+    """A weight on the device; one that is there already is returned as it is."""
+    if isinstance(weight, DeviceWeight):
+        return weight
+    data = _copy(weight.data)
+    fields = data.view(_FIELDS.get(weight.type, torch.float16))
+    return DeviceWeight(data, fields, weight.type, weight.n_out, weight.n_in)
+
+
+def usable() -> bool:
+    """Whether there is a GPU, or the interpreter instead."""
+    return INTERPRETED or DEVICE.type == "cuda"
+
+
+def free_bytes() -> int | None:
+    """Memory of the GPU that is free; None for the interpreter."""
+    if DEVICE.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info()
+    return int(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+
+
+def array(x: np.ndarray) -> torch.Tensor:
+    """A copy of x on the device."""
+    return _copy(x)
+
+
+def tensor(x: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """x on the device, contiguous; a NumPy array is copied each time."""
+    return x.contiguous() if isinstance(x, torch.Tensor) else _copy(x)
+
+
+# Copies of arrays that ``constant`` has seen, by identity while the array lives.
+_constants: dict[int, tuple[weakref.ref[np.ndarray], torch.Tensor]] = {}
+
+
+def constant(x: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """As ``tensor``, of an array that never changes: copied once."""
+    if isinstance(x, torch.Tensor):
+        return x
+    key = id(x)
+    found = _constants.get(key)
+    if found is not None and found[0]() is x:
+        return found[1]
+    copy = _copy(x)
+    _constants[key] = (weakref.ref(x, lambda _: _constants.pop(key, None)), copy)
+    return copy
+
+
+def host(x: np.ndarray | torch.Tensor) -> np.ndarray:
+    """x as a NumPy array; bfloat16, which NumPy lacks, as float32."""
+    if isinstance(x, np.ndarray):
+        return x
+    if x.dtype == torch.bfloat16:
+        x = x.float()
+    found: np.ndarray = x.cpu().numpy()
+    return found
+
+
+def _copy(x: np.ndarray) -> torch.Tensor:
+    x = np.ascontiguousarray(x)
+    if x.dtype == np.uint64:  # PyTorch and Triton take the bits as signed ones
+        x = x.view(np.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of mapped files, which nothing writes to
+        return torch.from_numpy(x).to(DEVICE)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def pow2(n: int, least: int = 1) -> int:
+    """The first power of two that is at least n and ``least``, as Triton's blocks must be."""
+    return max(least, 1 << max(0, n - 1).bit_length())
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b in float32. PRECISION: of float32 operands; of bfloat16 it changes nothing."""
+    if IN_NUMPY:  # its product of bfloat16 would be one of their bits
+        acc += tl.dot(a.to(tl.float32), b.to(tl.float32))
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def cast(x, to: tl.constexpr):
+    """float32 x as float32 or bfloat16, rounded to nearest even."""
+    if IN_NUMPY and to == tl.bfloat16:  # its own conversion cuts off
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+        x = tl.where(x == x, rounded, bits).to(tl.float32, bitcast=True)
+    return x.to(to)
+
+
+def check_rows(rows: int, slices: int, what: str) -> int:
+    """Rows of each of ``slices`` equal slices; ValueError if they are not whole."""
+    if slices < 1 or rows % slices:
+        raise ValueError(f"{rows} rows are not {what}")
+    return rows // slices
+
+
+def check_indices(indices: Any, size: int, what: str) -> None:
+    """IndexError unless all of a NumPy array are in 0 .. size - 1; tensors are taken as checked."""
+    if isinstance(indices, np.ndarray) and indices.size:
+        low, high = indices.min(), indices.max()
+        if not 0 <= low <= high < size:
+            raise IndexError(f"{what} {low} .. {high} are not all within 0 .. {size - 1}")
