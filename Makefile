@@ -4,7 +4,7 @@ BIN := .venv/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find app engine kernels protocol bench -type f \
 	-not -name '*.pyc')
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench bench-gpu lint format clean
 
 demo: .venv/installed
 	$(BIN)/fwdllm demo
@@ -14,6 +14,10 @@ test: .venv/installed-test
 
 bench: .venv/installed-test
 	$(BIN)/python -m pytest bench/suites --benchmark-only
+
+# On a machine with an NVIDIA GPU and a Python that has torch, triton and NumPy; installs nothing.
+bench-gpu:
+	$(PYTHON) bench/gpu.py --out .
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,7 +39,8 @@ def make_model(
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
 ) -> None:
     """Write a model of a known shape with random weights, to measure without a download."""
-    from fwdllm.bench.synthetic import make_decoder, shape_named, type_named
+    from fwdllm.bench.shapes import shape_named, type_named
+    from fwdllm.bench.synthetic import make_decoder
 
     make_decoder(output, shape_named(shape), type_named(type), seed)
     print(output)
@@ -134,11 +135,13 @@ def kernels(
     ] = None,
     type: Annotated[
         list[str] | None,
-        typer.Option(help="Tensor type of products.", show_default="Q4_0, Q4_K and Q8_0"),
+        typer.Option(help="Tensor type of products.", show_default="the common ones"),
     ] = None,
     rows: Annotated[
-        list[int] | None, typer.Option(help="Rows of products.", show_default="512")
+        list[int] | None,
+        typer.Option(help="Rows of products.", show_default="512, on a GPU 1 to 4096"),
     ] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for a GPU.")] = "cpu",
     rounds: Rounds = 5,
     json: Json = False,
     plot: Plot = None,
@@ -148,11 +151,35 @@ def kernels(
     """Speed of each kernel, beside what this machine can do. Repeat options to widen it."""
     from fwdllm.bench.kernels import measure_kernels
     from fwdllm.bench.report import render_kernels
+    from fwdllm.engine.devices import backend
 
     finish = _prepare("kernels", json, plot, save, compare)
+    backend(device)
     with _status() as status:
-        result = measure_kernels(isa or (), type or (), rows or (512,), rounds, status.update)
+        if device == "cuda":
+            result = _gpu_kernels(isa or (), type or (), rows or (), rounds, status.update)
+        else:
+            result = measure_kernels(isa or (), type or (), rows or (512,), rounds, status.update)
     finish(result, render_kernels)
+
+
+def _gpu_kernels(
+    isa: Sequence[str],
+    types: Sequence[str],
+    rows: Sequence[int],
+    rounds: int,
+    on_case: Callable[[str], None],
+) -> dict[str, Any]:
+    from fwdllm.bench.gpu_kernels import DEFAULT_ROWS, DEFAULT_TYPES, measure_gpu_kernels
+    from fwdllm.bench.shapes import type_named
+    from fwdllm.engine.errors import ConfigError
+
+    if isa:
+        raise ConfigError("--isa is for device cpu")
+    if rounds < 1 or any(n < 1 for n in rows):
+        raise ConfigError("--rounds and --rows must be at least 1")
+    chosen = [type_named(name) for name in types] or DEFAULT_TYPES
+    return measure_gpu_kernels(chosen, rows or DEFAULT_ROWS, rounds, on_case)
 
 
 @app.command()

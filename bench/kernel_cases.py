@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from fwdllm.bench.synthetic import random_weights
+from fwdllm.bench.shapes import random_weights
 from fwdllm.engine.rotary import Rotary
 from fwdllm.kernels import cpu
 from fwdllm.kernels.types import Lanes, LoRA, QuantType, Weight

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fwdllm.bench.kernel_cases import DEFAULT_TYPES, LANES, Call, Case, cases, generator
-from fwdllm.bench.synthetic import type_named
+from fwdllm.bench.shapes import type_named
 from fwdllm.bench.worker import Worker
 from fwdllm.engine.errors import ConfigError
 from fwdllm.kernels import cpu

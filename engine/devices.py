@@ -25,7 +25,5 @@ def backend(device: str) -> ModuleType:
             raise ConfigError(f"device cuda needs {' and '.join(missing)}: pip install fwdllm[gpu]")
     ops = import_module(f"fwdllm.kernels.{DEVICES[device]}")
     if device == "cuda" and not ops.usable():
-        raise ConfigError(
-            "device cuda needs an NVIDIA GPU that PyTorch can use: there is none"
-        )
+        raise ConfigError("device cuda needs an NVIDIA GPU that PyTorch can use: there is none")
     return ops

@@ -68,7 +68,7 @@ class Pass:
     Until the first perturbed layer all lanes are equal, so there is one; ``enter`` makes the rows
     of the others when the graph gets there. ids, positions, starts and lanes are those of
     the rows at hand.  block_rows: what ``in_blocks`` takes at a time.  theta: the adapter's as the
-    backend keeps it.
+    backend keeps it, set before the first layer.
     """
 
     def __init__(
@@ -80,7 +80,6 @@ class Pass:
         variants: Variants = PLAIN,
         exact: bool = False,
         block_rows: int = 1 << 30,
-        theta: Any = None,
     ) -> None:
         self.ops = ops
         self.weights = weights
@@ -92,7 +91,7 @@ class Pass:
         self.block_rows = block_rows
         self._tap = variants.tap
         self._adapter = adapter
-        self._theta = theta
+        self.theta: Any = None
         self._all_lanes = variants.lanes
         self.lanes = replace(Lanes.plain(), tangents=self._all_lanes.tangents)
         self._first_row = 0  # of a lane's rows at hand, in a block of them
@@ -103,6 +102,18 @@ class Pass:
         if self._tap is not None and self._tap.layer is not None:
             layers.append(self._tap.layer)
         self._split = min(layers, default=None)
+        # Of all lanes, for ``enter``: made here because a backend may have to know them before.
+        n, rows = len(self._all_lanes), self.starts[-1]
+        ends = [self.starts[1:] + lane * rows for lane in range(n)]
+        self._all_starts = np.concatenate([self.starts[:1], *ends]).astype(np.int32)
+        self._all_positions = np.tile(self.positions, n)
+        self._still = self._all_lanes.unperturbed()
+
+    @property
+    def inputs(self) -> list[np.ndarray]:
+        """The arrays that change with the batch and the seeds alone."""
+        lanes = self._all_lanes
+        return [self.ids, self.positions, self._all_positions, lanes.seeds, lanes.coefficients]
 
     def enter(self, layer: int, x: np.ndarray) -> np.ndarray:
         """The rows that layer works on: those of all lanes from the first perturbed one on.
@@ -112,13 +123,9 @@ class Pass:
         if layer != self._split:
             return x
         self.lanes = self._all_lanes
-        n = len(self.lanes)
-        if n == 1:
+        if len(self.lanes) == 1:
             return x
-        rows = self.starts[-1]
-        ends = [self.starts[1:] + lane * rows for lane in range(n)]
-        self.starts = np.concatenate([self.starts[:1], *ends]).astype(np.int32)
-        self.positions = np.tile(self.positions, n)
+        self.starts, self.positions = self._all_starts, self._all_positions
         return self.ops.spread(x, self.lanes, self.exact)
 
     def embedding(self, name: str, ids: np.ndarray) -> np.ndarray:
@@ -152,8 +159,9 @@ class Pass:
         if target is None or self._adapter is None:
             return None, lanes
         if self._directions is None or target.name not in self._moved:
-            return self._adapter.factors(target, self._theta), lanes.unperturbed()
-        return self._directions.lora(target, self._theta), lanes
+            still = self._still if len(lanes) == len(self._still) else lanes.unperturbed()
+            return self._adapter.factors(target, self.theta), still
+        return self._directions.lora(target, self.theta), lanes
 
     @property
     def tangents(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import cached_property
 
 import numpy as np
 
@@ -103,7 +104,7 @@ class LoRA:
         return self.offset + rank * (n_in if self.basis_a is None else len(self.basis_a))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Lanes:
     """Row groups of one batched forward; lane l perturbs theta by coefficients[l] * v(seeds[l]).
 
@@ -130,7 +131,7 @@ class Lanes:
         """Lanes that are derivatives of lane 0."""
         return len(self) - 1 if self.tangents else 0
 
-    @property
+    @cached_property
     def references(self) -> np.ndarray:
         """The lane whose activations each lane is quantized relative to: int32 [n_lanes].
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fwdllm.bench.inputs import half_trained
-from fwdllm.bench.synthetic import Shape, make_decoder
+from fwdllm.bench.shapes import Shape
+from fwdllm.bench.synthetic import make_decoder
 from fwdllm.bench.torch_model import TorchModel, by_sequence, gradient
 from fwdllm.engine import Engine, Example, LoRAConfig
 from fwdllm.engine.activation import scaled

@@ -19,7 +19,8 @@ from fwdllm.bench import synthetic
 from fwdllm.bench.inputs import open_decoder, random_ids
 from fwdllm.bench.measure import StepConfig, measure_step
 from fwdllm.bench.report import compare
-from fwdllm.bench.synthetic import SHAPES, make_decoder
+from fwdllm.bench.shapes import SHAPES
+from fwdllm.bench.synthetic import make_decoder
 from fwdllm.bench.worker import Worker
 from fwdllm.engine import Engine, llamacpp
 from fwdllm.engine.errors import FwdllmError

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fwdllm.bench.inputs import half_trained
-from fwdllm.bench.synthetic import Shape, make_decoder
+from fwdllm.bench.shapes import Shape
+from fwdllm.bench.synthetic import make_decoder
 from fwdllm.bench.torch_model import TorchModel, gradient
 from fwdllm.engine import Engine, Example, LoRAConfig, read_jsonl
 from fwdllm.engine.batch import Batch

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fwdllm.bench.inputs import half_trained
-from fwdllm.bench.synthetic import Shape, make_decoder
+from fwdllm.bench.shapes import Shape
+from fwdllm.bench.synthetic import make_decoder
 from fwdllm.bench.torch_model import TorchModel, gradient
 from fwdllm.engine import Engine, Example, LoRAConfig
 from fwdllm.engine.adapter import Adapter, Target

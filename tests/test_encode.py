@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fwdllm.bench.synthetic import Shape, make_decoder
+from fwdllm.bench.shapes import Shape
+from fwdllm.bench.synthetic import make_decoder
 from fwdllm.engine import Engine, Example
 from fwdllm.engine.encode import encode_decoder, encode_label
 from fwdllm.engine.errors import DataError

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fwdllm.bench.synthetic import Shape, make_decoder
+from fwdllm.bench.shapes import Shape
+from fwdllm.bench.synthetic import make_decoder
 from fwdllm.engine import Engine, LoRAConfig
 from fwdllm.engine.batch import Batch, Tokens, pack, split
 from fwdllm.engine.errors import ConfigError

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fwdllm.bench.synthetic import Shape, make_decoder
+from fwdllm.bench.shapes import Shape
+from fwdllm.bench.synthetic import make_decoder
 from fwdllm.engine import Engine, llamacpp
 from fwdllm.kernels import cpu
 from fwdllm.kernels.types import QuantType

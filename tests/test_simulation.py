@@ -254,6 +254,8 @@ def test_another_run_is_not_resumed(bundled: Path, data: Path, few: Path, tmp_pa
     changed = FederationConfig(rounds=1, perturbations=5, **SMALL)
     with pytest.raises(ConfigError, match=r"config\.perturbations is 5, but 8"):
         simulated(bundled, data, few, tmp_path / "run", changed, resume=True)
+    with pytest.raises(ConfigError, match=r"model\.device is 'reference', but 'cpu'"):
+        simulated(bundled, data, few, tmp_path / "run", config, resume=True, device="reference")
 
 
 # Killing

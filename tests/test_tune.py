@@ -326,6 +326,7 @@ def test_a_failure_leaves_a_run_to_resume(
         ({"lora": LoRAConfig(rank=4)}, "lora.rank is 4, but 8"),
         ({"held_out": 5}, "held_out is 5, but 4"),
         ({"exact": True}, "exact is True, but False"),
+        ({"device": "reference"}, "device is 'reference', but 'cpu'"),
         ({"data": "other"}, "data is '"),
     ],
 )
@@ -339,6 +340,19 @@ def test_a_run_is_resumed_as_it_was(
         change = {"data": write_rows(tmp_path / "other.jsonl", pirate_rows(20))}
     with pytest.raises(ConfigError, match=message):
         tune(MODEL, resume=True, **{"train": train, **arguments, **change})
+
+
+def test_a_run_from_before_there_were_devices_was_on_the_cpu(data: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"train": QUICK, "held_out": 4}
+    first = tune(MODEL, data, tmp_path / "a.gguf", **options)
+    file = first.run_dir / "config.json"
+    settings = json.loads(file.read_text())
+    assert settings.pop("device") == "cpu"
+    file.write_text(json.dumps(settings))
+    again = tune(MODEL, data, tmp_path / "a.gguf", resume=True, **options)
+    assert again.loss_after == first.loss_after
+    with pytest.raises(ConfigError, match="device is 'reference', but 'cpu'"):
+        tune(MODEL, data, tmp_path / "a.gguf", resume=True, device="reference", **options)
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:

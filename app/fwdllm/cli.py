@@ -16,7 +16,15 @@ import typer
 from fwdllm.bench.cli import app as bench
 from fwdllm.cli_federation import federate, ledger, simulate
 from fwdllm.cli_serve import serve
-from fwdllm.console import Model, explain, parse_layers, print_json, print_result, tuning_progress
+from fwdllm.console import (
+    Device,
+    Model,
+    explain,
+    parse_layers,
+    print_json,
+    print_result,
+    tuning_progress,
+)
 
 app = typer.Typer(
     help="Fine-tune quantized language models with forward passes only.",
@@ -138,6 +146,7 @@ def tune(
         bool, typer.Option("--resume", help="Continue the run; repeat its other options.")
     ] = False,
     exact: Exact = False,
+    device: Device = "cpu",
     memory_budget: Annotated[
         str | None,
         typer.Option(help='Memory to stay within, such as "1GiB", weights included.'),
@@ -184,6 +193,7 @@ def tune(
             run_dir=run_dir,
             resume=resume,
             exact=exact,
+            device=device,
             memory_budget=parse_bytes(memory_budget) if memory_budget else None,
             on_event=on_event,
             should_stop=should_stop,
@@ -205,12 +215,15 @@ def evaluate(
     adapter: Adapter = None,
     max_tokens: MaxTokens = None,
     exact: Exact = False,
+    device: Device = "cpu",
     json: Json = False,
 ) -> None:
     """Print the loss of a model on examples, and its accuracy if they have labels."""
     from fwdllm import evaluate as evaluate_model
 
-    result = evaluate_model(model, data, adapter=adapter, max_tokens=max_tokens, exact=exact)
+    result = evaluate_model(
+        model, data, adapter=adapter, max_tokens=max_tokens, exact=exact, device=device
+    )
     if json:
         print_json(dataclasses.asdict(result))
         return

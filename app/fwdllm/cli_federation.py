@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fwdllm.console import Model, parse_layers, print_json
+from fwdllm.console import Device, Model, parse_layers, print_json
 
 ledger = typer.Typer(help="Look at, check and replay the record of a run.", no_args_is_help=True)
 federate = typer.Typer(help="Federations of many machines, with Flower.", no_args_is_help=True)
@@ -66,6 +66,7 @@ def simulate(
     layers: Layers = None,
     seed: Annotated[int, typer.Option(help="Fixes clients, batches and directions.")] = 0,
     setting: Set = None,
+    device: Device = "cpu",
     memory_budget: Annotated[
         str | None,
         typer.Option(help='Memory to stay within, such as "1GiB", weights included.'),
@@ -100,6 +101,7 @@ def simulate(
             ),
             eval_data=eval_data,
             resume=resume,
+            device=device,
             memory_budget=parse_bytes(memory_budget) if memory_budget else None,
             on_event=on_event,
             should_stop=should_stop,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="GGUF file, or hf://owner/repo/file.gguf.")
 ]
+Device = Annotated[str, typer.Option("--device", help="cpu, or cuda for an NVIDIA GPU.")]
 
 
 def print_json(value: Mapping[str, Any]) -> None:

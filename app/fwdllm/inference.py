@@ -24,15 +24,16 @@ def evaluate(
     adapter: _Path | None = None,
     max_tokens: int | None = None,
     exact: bool = False,
+    device: str = "cpu",
 ) -> Evaluation:
     """Loss, and accuracy for labelled texts, of a model on a JSONL file.
 
     model: a GGUF file or hf://owner/repo/file.gguf.  adapter: a GGUF file or PEFT folder.
     max_tokens: cut examples to this many; without it one longer than the model's context is an
-    error.  exact: fp32 arithmetic.
+    error.  exact: fp32 arithmetic.  device: "cpu", or "cuda" for an NVIDIA GPU.
     Errors: ModelError, DataError, AdapterError, ConfigError, NumericsError.
     """
-    engine = Engine.load(local_path(model), adapter=adapter, exact=exact)
+    engine = Engine.load(local_path(model), adapter=adapter, exact=exact, device=device)
     return engine.evaluate(read_jsonl(data), max_tokens)
 
 

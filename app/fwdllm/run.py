@@ -39,6 +39,9 @@ from fwdllm.protocol.local import (
 )
 from fwdllm.protocol.optimizers import OptimizerState
 
+# What a run depends on that earlier versions had no choice of and did not record.
+_UNRECORDED = {"device": "cpu"}
+
 
 class RunDirectory:
     """An open run directory, held exclusively until ``close``. Use as a context manager.
@@ -284,7 +287,7 @@ def difference(saved: Any, given: Any, key: str = "") -> str | None:
     if isinstance(saved, dict) and isinstance(given, dict):
         for name in sorted({*saved, *given}):
             inner = f"{key}.{name}" if key else name
-            found = difference(saved.get(name), given.get(name), inner)
+            found = difference(saved.get(name, _UNRECORDED.get(name)), given.get(name), inner)
             if found is not None:
                 return found
         return None

@@ -111,6 +111,7 @@ def simulate(
     fleet: Fleet | None = None,
     eval_data: _Path | None = None,
     resume: bool = False,
+    device: str = "cpu",
     memory_budget: int | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -122,6 +123,8 @@ def simulate(
     lora: shape of the adapter.  partition, fleet: clients' data and devices.
     eval_data: JSONL to evaluate on; without it a tenth of ``data`` is kept, at most 1,000.
     resume: continue the run in run_dir; all else must be as it was.
+    device: what the clients compute on, "cpu" or "cuda" for an NVIDIA GPU; the server is on the
+    CPU.  memory_budget: bytes to stay within on the CPU, see ``Engine.load``.
     on_event: called after each round and each evaluation.  should_stop: asked after each round.
 
     Errors: any FwdllmError; OSError.
@@ -145,6 +148,7 @@ def simulate(
         labels=labels,
         seed=config.seed,
         memory_budget=memory_budget,
+        device=device,
     )
     settings = {
         "partition": dataclasses.asdict(partition),
@@ -152,6 +156,7 @@ def simulate(
         "n_examples": len(examples),
         "n_held_out": len(held_out),
         "data": sha256(Path(data)),
+        "device": device,
     }
     ledger = _open(Path(run_dir), config, engine, settings, resume)
     with ledger:

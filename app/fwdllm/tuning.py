@@ -93,6 +93,7 @@ def tune(
     run_dir: _Path | None = None,
     resume: bool = False,
     exact: bool = False,
+    device: str = "cpu",
     memory_budget: int | None = None,
     on_event: Callable[[Progress], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -108,7 +109,8 @@ def tune(
     of ``data`` is kept for that; None is a tenth, at most 200.
     run_dir: for checkpoints, metrics and plot; None is NAME.run beside ``output``.
     resume: continue the run in run_dir to the adapter an uninterrupted run would give; all
-    else must be as it was.  exact: fp32 arithmetic.  memory_budget: bytes to stay within, see
+    else must be as it was.  exact: fp32 arithmetic.  device: "cpu", or "cuda" for an NVIDIA GPU,
+    which rounds differently.  memory_budget: bytes to stay within on the CPU, see
     ``Engine.load``; it changes no bit of the adapter, so a resumed run may have another.
     on_event: called with ``Started`` and then every event of ``protocol.local.train``.
     should_stop: asked after each event; once true, the state is saved and the adapter so far
@@ -132,6 +134,7 @@ def tune(
         eval_data,
         held_out,
         exact,
+        device,
         memory_budget,
     )
     if should_stop():  # nothing is worth saving yet
@@ -189,6 +192,7 @@ def _prepare(
     eval_data: _Path | None,
     held_out: float | None,
     exact: bool,
+    device: str,
     memory_budget: int | None,
 ) -> _Task:
     """Read and check everything, so that a bad example does not end a run of hours."""
@@ -206,7 +210,13 @@ def _prepare(
 
     def new_engine() -> Engine:
         return Engine.load(
-            path, lora, labels=labels, seed=train.seed, exact=exact, memory_budget=memory_budget
+            path,
+            lora,
+            labels=labels,
+            seed=train.seed,
+            exact=exact,
+            memory_budget=memory_budget,
+            device=device,
         )
 
     engine = new_engine()
@@ -229,6 +239,7 @@ def _prepare(
         "train": dataclasses.asdict(train),
         "directions": dataclasses.asdict(directions),
         "exact": exact,
+        "device": device,
     }
     return _Task(new_engine, engine, train, examples, kept, settings)
 

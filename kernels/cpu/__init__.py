@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from fwdllm.kernels.cpu import _native  # type: ignore[attr-defined]
-from fwdllm.kernels.reference.arrays import array, host, spread, take, weight
+from fwdllm.kernels.reference.arrays import array, host, repeated, spread, take, weight
 from fwdllm.kernels.types import Lanes, LoRA, Weight
 
 isa: str = _native.isa
@@ -40,6 +40,7 @@ __all__ = [
     "peak",
     "philox",
     "rademacher",
+    "repeated",
     "rms_norm",
     "rope",
     "seeded_axpy",

@@ -1,6 +1,6 @@
 """The kernels in NumPy: the specification of every backend. Short and slow."""
 
-from fwdllm.kernels.reference.arrays import array, host, spread, take, weight
+from fwdllm.kernels.reference.arrays import array, host, repeated, spread, take, weight
 from fwdllm.kernels.reference.decode import dequantize, embedding
 from fwdllm.kernels.reference.layers import attention, gelu, layer_norm, rms_norm, rope, swiglu
 from fwdllm.kernels.reference.linear import matmul
@@ -20,6 +20,7 @@ __all__ = [
     "normal",
     "philox",
     "rademacher",
+    "repeated",
     "rms_norm",
     "rope",
     "seeded_axpy",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from fwdllm.kernels.types import Lanes, Weight
@@ -20,6 +23,11 @@ def array(x: np.ndarray) -> np.ndarray:
 def host(x: np.ndarray) -> np.ndarray:
     """An array of the backend as NumPy's."""
     return x
+
+
+def repeated(key: object, inputs: object, run: Callable[[], Any]) -> Any:
+    """What ``run`` returns; a backend may record a pass of the same key and replay it."""
+    return run()
 
 
 def take(x: np.ndarray, rows: np.ndarray) -> np.ndarray:

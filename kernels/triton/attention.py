@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fwdllm.kernels.triton.runtime import cast, cdiv, constant, dot, pow2, tensor
+from fwdllm.kernels.triton.runtime import cast, cdiv, dot, pow2, small, tensor
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def attention(
             q,
             k,
             v,
-            constant(starts),
+            small(starts),
             y,
             len(q) // (1 + tangents),
             q.shape[1],

@@ -22,6 +22,7 @@ from fwdllm.kernels.triton.runtime import (
     constant,
     dot,
     pow2,
+    small,
     tensor,
 )
 from fwdllm.kernels.types import Lanes, LoRA
@@ -60,11 +61,12 @@ class LaneTable:
 def lane_table(lanes: Lanes, n: int) -> LaneTable:
     """The table of lanes of n rows."""
     starts = np.array([0, n], np.int32) if lanes.starts is None else lanes.starts
+    put = constant if lanes.coefficients.any() else small  # those of plain lanes are always new
     return LaneTable(
-        constant(lanes.seeds).view(len(lanes), -1),
-        constant(lanes.coefficients),
-        constant(starts),
-        constant(lanes.references),
+        put(lanes.seeds).view(len(lanes), -1),
+        put(lanes.coefficients),
+        small(starts),
+        small(lanes.references),
         n,
         int(np.diff(starts).max(initial=0)),
     )

@@ -10,6 +10,7 @@ import os
 import warnings
 import weakref
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -72,8 +73,9 @@ def free_bytes() -> int | None:
 
 
 def array(x: np.ndarray) -> torch.Tensor:
-    """A copy of x on the device."""
-    return _copy(x)
+    """x on the device: copied, unless it is in its place for a recording."""
+    found = _constants.get(id(x))
+    return _copy(x) if found is None or found[0]() is not x else found[1]
 
 
 def tensor(x: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -94,8 +96,29 @@ def constant(x: np.ndarray | torch.Tensor) -> torch.Tensor:
     if found is not None and found[0]() is x:
         return found[1]
     copy = _copy(x)
-    _constants[key] = (weakref.ref(x, lambda _: _constants.pop(key, None)), copy)
+    place(x, copy)
     return copy
+
+
+def small(x: np.ndarray) -> torch.Tensor:
+    """As ``constant``, of a few numbers: copied once for each content."""
+    return _small(x.tobytes(), x.dtype.str, x.shape)
+
+
+@lru_cache(maxsize=1024)
+def _small(data: bytes, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    return _copy(np.frombuffer(data, dtype).reshape(shape))
+
+
+def place(x: np.ndarray, at: torch.Tensor) -> None:
+    """Let ``at``, of the same content, be what ``constant`` returns for x."""
+    key = id(x)
+    _constants[key] = (weakref.ref(x, lambda _: _constants.pop(key, None)), at)
+
+
+def displace(x: np.ndarray) -> None:
+    """Forget what ``place`` or ``constant`` has of x."""
+    _constants.pop(id(x), None)
 
 
 def host(x: np.ndarray | torch.Tensor) -> np.ndarray:

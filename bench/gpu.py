@@ -1,0 +1,198 @@
+"""``make bench-gpu``: all there is to measure on a GPU, in one run of a few minutes.
+
+Runs from the sources on a machine with torch, triton and NumPy; nothing is installed or built. With
+transformers and PEFT their steps are measured too, as peers. Writes bench-gpu.json and the same as
+tables, bench-gpu.md; each part is written when it is done, and one that fails says so.
+
+Under TRITON_INTERPRET=1 only --small shows, on a CPU, that all parts work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import traceback
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = {
+    "fwdllm": "app/fwdllm",
+    "fwdllm.kernels": "kernels",
+    "fwdllm.engine": "engine",
+    "fwdllm.bench": "bench",
+}
+PARTS = ("checks", "kernels", "recording", "step", "peers")
+
+
+def use_sources() -> None:
+    """Import fwdllm from the repository, without its packages' own imports of all the rest."""
+    # This folder is in the path, and transformers would take kernels.py for a package it knows.
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT / "bench"]
+    for name, folder in PACKAGES.items():
+        module = types.ModuleType(name)
+        module.__path__ = [str(ROOT / folder)]
+        sys.modules[name] = module
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, module)
+
+
+def measure(small: bool, rounds: int, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Every part in turn. keep: is given the result so far after each."""
+    from fwdllm.bench import gpu_checks, gpu_kernels, gpu_peers, gpu_step
+    from fwdllm.bench.shapes import SHAPES, Shape
+    from fwdllm.engine.adapter import LoRAConfig
+    from fwdllm.kernels.triton.runtime import DEVICE
+    from fwdllm.kernels.types import QuantType
+
+    result: dict[str, Any] = {"machine": gpu_kernels.machine(), "seconds": {}}
+    shape = Shape(1, 64, 2, 1, 32, 64, 128) if small else SHAPES["llama-7b"]
+    types_, rows = gpu_kernels.DEFAULT_TYPES, gpu_kernels.DEFAULT_ROWS
+    sizes = gpu_kernels.Sizes()
+    examples, tokens, perturbations = 8, 256, 16
+    if small:
+        types_, rows = (QuantType.Q4_0,), (4,)
+        sizes = gpu_kernels.Sizes(64, 64, 64, 2, 32, 4, 2, 1, 2, 4, 128, 4096, 2, 64, 4096)
+        examples, tokens, perturbations = 1, 5, 2
+    lora = LoRAConfig(rank=sizes.rank)
+    state: dict[str, Any] = {}
+
+    def step() -> dict[str, Any]:
+        state["model"] = gpu_step.StepModel.make(shape, QuantType.Q4_0, lora)
+        ids, state["batch"] = gpu_step.random_batch(shape, examples, tokens)
+        state["ids"] = ids
+        model, batch = state["model"], state["batch"]
+        return gpu_step.measure_gpu_step(model, batch, perturbations, rounds, _say)
+
+    def recording() -> dict[str, Any]:
+        little = shape if small else SHAPES["tinyllama-1.1b"]
+        model = gpu_step.StepModel.make(little, QuantType.Q4_0, lora)
+        _, batch = gpu_step.random_batch(little, 1, tokens if small else 64)
+        return gpu_step.measure_recording(model, batch, 2 if small else 8, rounds)
+
+    def peers() -> dict[str, Any]:
+        import torch
+
+        ids = torch.from_numpy(state["ids"]).to(DEVICE)
+        peer = gpu_step.peer_model(state["model"])
+        return gpu_peers.measure_peers(peer, ids, perturbations, rounds, DEVICE.type)
+
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "checks": lambda: gpu_checks.check(small),
+        "kernels": lambda: gpu_kernels.measure_gpu_kernels(
+            types_, rows, 2 * rounds + 1, _say, sizes
+        ),
+        "recording": recording,
+        "step": step,
+        "peers": peers,
+    }
+    for name, part in parts.items():
+        start = time.perf_counter()
+        try:
+            result[name] = part()
+        except Exception as error:
+            traceback.print_exc()
+            result[name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
+        result["seconds"][name] = time.perf_counter() - start
+        _say(f"{name}: {result['seconds'][name]:.0f} s")
+        keep(result)
+    return result
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def tables(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
+    lines = ["# GPU benchmark", "", machine, ""]
+    for name in PARTS:
+        found = result.get(name)
+        if found is None:
+            continue
+        lines += [f"## {name} ({result['seconds'][name]:.0f} s)", ""]
+        if "failed" in found:
+            lines += [f"Failed: {found['failed']}", ""]
+        elif name == "kernels":
+            lines += _kernel_table(found)
+        elif name == "checks":
+            lines += ["| check | found | wanted | |", "| --- | ---: | ---: | --- |"]
+            for check, entry in found.items():
+                verdict = "holds" if entry["holds"] else "DOES NOT HOLD"
+                lines.append(f"| {check} | {entry['found']:.3g} | {entry['wanted']} | {verdict} |")
+            lines.append("")
+        else:
+            lines += _step_table(found)
+    return "\n".join(lines)
+
+
+def _kernel_table(found: dict[str, Any]) -> list[str]:
+    [(device, kernels)] = found["kernels"].items()
+    peaks = ", ".join(f"{name} {rate:,.0f}" for name, rate in found["peaks"][device].items())
+    lines = [f"Limits of the card, measured in this run, in 10^9/s: {peaks}", ""]
+    lines += [
+        "| kernel | rate | | of | fraction | overhead |",
+        "| --- | ---: | --- | --- | ---: | ---: |",
+    ]
+    for name, entry in kernels.items():
+        fraction = f"{entry['fraction']:.1%}" if "fraction" in entry else ""
+        overhead = f"{entry['overhead']:+.1%}" if "overhead" in entry else ""
+        lines.append(
+            f"| {name} | {entry['rate']:,.1f} | {entry['unit']} | {entry.get('of', '')} | "
+            f"{fraction} | {overhead} |"
+        )
+    return [*lines, ""]
+
+
+def _step_table(found: dict[str, Any]) -> list[str]:
+    lines = ["| side | seconds | range | peak GiB | loss |", "| --- | ---: | --- | ---: | ---: |"]
+    for side, entry in found.items():
+        if not isinstance(entry, dict):
+            continue
+        if "seconds" in entry:
+            low, high = entry["seconds_range"]
+            peak = entry.get("peak_bytes")
+            shown = f"{peak / 2**30:.2f}" if peak else ""
+            loss = f"{entry['loss']:.4f}" if "loss" in entry else ""
+            lines.append(
+                f"| {side} | {entry['seconds']:.3f} | {low:.3f} to {high:.3f} | {shown} | {loss} |"
+            )
+        elif "skipped" in entry:
+            lines.append(f"| {side} | {entry['skipped']} | | | |")
+    return [*lines, ""]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(), help="folder for the two files")
+    parser.add_argument("--rounds", type=int, default=5, help="times a step is measured")
+    parser.add_argument("--small", action="store_true", help="tiny inputs, to try the benchmark")
+    options = parser.parse_args(arguments)
+    use_sources()
+    from fwdllm.kernels.triton.runtime import usable
+
+    if not usable():
+        print("bench-gpu needs an NVIDIA GPU that PyTorch can use: there is none", file=sys.stderr)
+        return 2
+
+    def keep(result: dict[str, Any]) -> None:
+        for name, text in (("json", json.dumps(result, indent=1)), ("md", tables(result))):
+            path = options.out / f"bench-gpu.{name}"
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(text + "\n", encoding="utf-8")
+            temporary.replace(path)
+
+    result = measure(options.small, options.rounds, keep)
+    print(tables(result))
+    failed = any("failed" in result[name] for name in PARTS)
+    return int(failed or not all(check["holds"] for check in result["checks"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""That the kernels compute on this GPU what the reference specifies, and a model what it should.
+
+The tests hold every operation to the reference under Triton's interpreter; this is the same on the
+compiled kernels, in a few seconds, for machines where the tests cannot run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from fwdllm.bench.gpu_kernels import pairs, tangents
+from fwdllm.bench.gpu_step import StepModel, random_batch, slopes
+from fwdllm.bench.shapes import Shape, random_weights
+from fwdllm.engine.adapter import LoRAConfig
+from fwdllm.kernels import reference
+from fwdllm.kernels import triton as ops
+from fwdllm.kernels.types import SUPPORTED_TYPES, Lanes, LoRA, QuantType, Weight
+
+
+def check(small: bool) -> dict[str, Any]:
+    """ "found" and "wanted" of each check, and whether it "holds"."""
+    found: dict[str, Any] = {}
+    for name, error, most in (*_stream(small), *_operations(small)):
+        found[name] = {"found": float(error), "wanted": f"at most {most:g}", "holds": error <= most}
+    for name, correlation, least in _models(small):
+        holds = correlation >= least
+        found[name] = {"found": correlation, "wanted": f"at least {least:g}", "holds": bool(holds)}
+    return found
+
+
+def _stream(small: bool) -> Iterator[tuple[str, float, float]]:
+    n = 1 << (12 if small else 20)
+    words = ops.philox(2**63 + 5, 2**33, 1000) != reference.philox(2**63 + 5, 2**33, 1000)
+    yield "philox, words that differ", int(words.sum()), 0
+    error = np.abs(ops.normal(2024, 3, n) - reference.normal(2024, 3, n)).max()
+    yield f"{n:,} normals", float(error), 1e-6
+
+
+def _operations(small: bool) -> Iterator[tuple[str, float, float]]:
+    rng = np.random.default_rng(0)
+
+    def random(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, np.float32)
+
+    n_in, n_out = (256, 40) if small else (2304, 300)
+    for type in SUPPORTED_TYPES:
+        weight = Weight(random_weights(rng, type, n_out, n_in, n_in**-0.5), type, n_out, n_in)
+        wrong = ops.dequantize(weight) != reference.dequantize(weight)
+        yield f"decode {type.name}, elements that differ", int(wrong.sum()), 0
+        # Fewer and more rows than the routes' crossover.
+        for rows in (12,) if small else (1, 40, 600):
+            x = random(rows, n_in)
+            want = reference.matmul(x, weight)
+            yield f"matmul {type.name} {rows} rows", _error(ops.matmul(x, weight), want), 0.004
+        exact = ops.matmul(x[:12], weight, exact=True)
+        yield f"exact matmul {type.name}", _error(exact, reference.matmul(x[:12], weight)), 1e-6
+    lora = LoRA(random(8, n_in), random(n_out, 8), 0.7, 64)
+    odd = LoRA(random(3, n_in), random(n_out, 3), 0.7, 7)
+    for name, lanes, factors in (
+        ("lanes", pairs(4), lora),
+        ("tangents", tangents(4), lora),
+        ("lanes of rank 3", pairs(4), odd),
+        ("tangents of rank 3", tangents(4), odd),
+    ):
+        x = random(28, n_in)
+        want = reference.matmul(x, weight, lora=factors, lanes=lanes)
+        got = ops.matmul(x, weight, lora=factors, lanes=lanes, exact=True)
+        yield f"seeded LoRA, {name}", _error(got, want), 1e-5
+    yield from _layers(random, rng)
+
+
+def _layers(random: Any, rng: np.random.Generator) -> Iterator[tuple[str, float, float]]:
+    t, d, starts = 2, 96, np.cumsum([0, *[37, 12] * 3]).astype(np.int32)
+    x, y = random(147, d), random(147, d)
+    gain, bias = random(d), random(d)
+    output = Weight(random_weights(rng, QuantType.F32, 5000, d, 0.1), QuantType.F32, 5000, d)
+    labels = np.tile(rng.integers(0, 5000, 49).astype(np.int32), 3)
+    heads = {"head_dim": 32, "scale": 0.2, "tangents": t}
+    narrow = y[:, :32].copy()
+    table = random(64, 16)
+    positions = (np.arange(147) % 49).astype(np.int32)
+    calls: dict[str, Any] = {
+        "rms_norm": lambda o: o.rms_norm(x, gain, 1e-2, t),
+        "layer_norm": lambda o: o.layer_norm(x, gain, bias, 1e-2, t),
+        "swiglu": lambda o: o.swiglu(x, y, t),
+        "gelu": lambda o: o.gelu(x, t),
+        "rope": lambda o: o.rope(x, positions, table, table, 32, True),
+        "attention": lambda o: o.attention(x, narrow, narrow, starts, causal=True, **heads),
+        "attention both ways": lambda o: o.attention(x, y, y, starts, causal=False, **heads),
+        "cross_entropy": partial(_cross_entropy, x, output, labels, tangents(3)),
+    }
+    for name, call in calls.items():
+        yield f"{name}, with tangents", _error(call(ops), call(reference)), 1e-5
+
+
+def _cross_entropy(x: np.ndarray, output: Weight, labels: np.ndarray, lanes: Lanes, o: Any) -> Any:
+    return o.cross_entropy(x, output, labels, lanes=lanes, exact=True)
+
+
+def _models(small: bool) -> Iterator[tuple[str, float, float]]:
+    """Slopes of a small model with bfloat16 products beside those with float32."""
+    shape = Shape(1, 64, 2, 1, 32, 64, 128) if small else Shape(4, 512, 8, 4, 64, 1024, 4096)
+    model = StepModel.make(shape, QuantType.Q4_0, LoRAConfig(rank=4))
+    _, batch = random_batch(shape, 2, 5 if small else 50)
+    seeds = np.arange(3 if small else 32, dtype=np.uint64)
+    _, want = slopes(model, batch, seeds, "forward-ad", exact=True)
+    for method in ("forward-ad",) if small else ("forward-ad", "central"):
+        _, got = slopes(model, batch, seeds, method)
+        yield f"slopes by {method}, correlation", float(np.corrcoef(got, want)[0, 1]), 0.9995
+
+
+def _error(got: Any, want: np.ndarray) -> float:
+    """Relative, in the Frobenius norm."""
+    return float(np.linalg.norm(ops.host(got) - want) / (np.linalg.norm(want) + 1e-30))

@@ -1,0 +1,245 @@
+"""A tuning step of a model of random weights on this GPU, through the engine's own graph.
+
+Needs torch, triton and NumPy only: the weights go to the GPU without a file.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fwdllm.bench.gpu_peers import PeerModel
+from fwdllm.bench.shapes import Shape, matrices, random_weights, std_of, vectors
+from fwdllm.engine.adapter import Adapter, LoRAConfig, Target, layout
+from fwdllm.engine.batch import Batch, Tokens, pack
+from fwdllm.engine.directions.dense import Dense
+from fwdllm.engine.estimators import plan
+from fwdllm.engine.forward import Variants
+from fwdllm.engine.graph import Graph
+from fwdllm.engine.memory import plan_gpu_step
+from fwdllm.engine.models import FAMILIES, llama
+from fwdllm.engine.rotary import Rotary
+from fwdllm.kernels import triton as ops
+from fwdllm.kernels.triton import replay
+from fwdllm.kernels.triton.decode import decoded
+from fwdllm.kernels.triton.runtime import DEVICE, DeviceWeight
+from fwdllm.kernels.types import QuantType, Weight
+
+# Small enough that thousands of steps along random directions leave the model as it is.
+_UPDATE_RATE = 1e-6
+
+
+class RandomWeights:
+    """Random tensors of a llama decoder on the device; the interface of ``engine.weights``."""
+
+    def __init__(self, shape: Shape, type: QuantType) -> None:
+        rng = np.random.default_rng(0)
+        self._matrices: dict[str, DeviceWeight] = {}
+        for name, n_out, n_in in matrices(shape):
+            data = random_weights(rng, type, n_out, n_in, std_of(shape, name, n_in))
+            self._matrices[name] = ops.weight(Weight(data, type, n_out, n_in))
+        self._vectors = vectors(rng, shape)
+
+    def matrix(self, name: str) -> DeviceWeight:
+        return self._matrices[f"{name}.weight"]
+
+    def has(self, name: str) -> bool:
+        return f"{name}.weight" in self._matrices
+
+    def vector(self, name: str) -> np.ndarray:
+        return self._vectors[name]
+
+    def vector_or_none(self, name: str) -> np.ndarray | None:
+        return self._vectors.get(name)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(w.data.numel() for w in self._matrices.values())
+
+
+@dataclass(frozen=True)
+class StepModel:
+    """A model with an adapter as in mid-training."""
+
+    shape: Shape
+    args: llama.Args
+    weights: RandomWeights
+    adapter: Adapter
+
+    @classmethod
+    def make(cls, shape: Shape, type: QuantType, lora: LoRAConfig) -> StepModel:
+        args = llama.Args(
+            n_layers=shape.n_layers,
+            width=shape.width,
+            n_heads=shape.n_heads,
+            n_kv_heads=shape.n_kv_heads,
+            head_dim=shape.head_dim,
+            hidden=shape.hidden,
+            n_vocab=shape.n_vocab,
+            context=shape.context,
+            norm_eps=1e-5,
+            rotary=Rotary(dim=shape.head_dim, base=shape.rope_base),
+        )
+        linear = {
+            name.removesuffix(".weight"): (n_out, n_in)
+            for name, n_out, n_in in matrices(shape)
+            if name.startswith("blk.")
+        }
+        adapter = Adapter.empty("llama", layout(linear, lora), lora, 0, ops)
+        rng = np.random.default_rng(0)
+        for t in adapter.targets:
+            at = t.offset + lora.rank * t.n_in
+            size = lora.rank * t.n_out
+            adapter.theta[at : at + size] = rng.normal(scale=0.01, size=size)
+        return cls(shape, args, RandomWeights(shape, type), adapter)
+
+    def graph(self, exact: bool = False) -> Graph:
+        weights: Any = self.weights
+        return Graph(
+            self.args,
+            FAMILIES["llama"],
+            weights,
+            ops,
+            self.adapter,
+            exact,
+            lambda batch, n: plan_gpu_step(self.args, ops.free_bytes(), batch.n_rows, n),
+        )
+
+
+def random_batch(shape: Shape, examples: int, tokens: int) -> tuple[np.ndarray, Batch]:
+    """Token ids [examples, tokens], and as a batch where all but the first are labels."""
+    ids = np.random.default_rng(0).integers(0, shape.n_vocab, (examples, tokens))
+    return ids, pack([Tokens(row, [True] * tokens) for row in ids.tolist()])
+
+
+def slopes(
+    model: StepModel, batch: Batch, seeds: np.ndarray, method: str, exact: bool = False
+) -> tuple[float, np.ndarray]:
+    """The loss and its slope along every seed."""
+    p = plan(seeds, method)
+    graph, directions = model.graph(exact), Dense(model.adapter)
+    most = graph.plan(batch, len(p.lanes)).lanes
+    nll: list[np.ndarray] = []
+    for lanes in p.parts(most):
+        found = graph.token_losses(batch, Variants(lanes, directions))
+        nll.append(found[int(p.plain) if nll else 0 :])
+    losses = np.concatenate(nll).mean(axis=1)
+    return p.loss(losses), p.derivative(losses)
+
+
+def measure_gpu_step(
+    model: StepModel,
+    batch: Batch,
+    perturbations: int,
+    rounds: int,
+    on_side: Callable[[str], None],
+) -> dict[str, Any]:
+    """Seconds and peak bytes of a step with each method, the update included."""
+    seeds = np.arange(perturbations, dtype=np.uint64)
+    found: dict[str, Any] = {}
+    for method in ("forward-ad", "central"):
+
+        def step(method: str = method) -> tuple[float, np.ndarray]:
+            loss, found = slopes(model, batch, seeds, method)
+            model.adapter.add(seeds, -_UPDATE_RATE / len(seeds) * found)
+            return loss, found
+
+        found[method] = timed(step, rounds)
+        found[method]["tokens_per_s"] = (
+            batch.n_rows * len(plan(seeds, method).lanes) / found[method]["seconds"]
+        )
+        on_side(method)
+    return {**found, "weight_bytes": model.weights.nbytes}
+
+
+def measure_recording(
+    model: StepModel, batch: Batch, perturbations: int, rounds: int
+) -> dict[str, Any]:
+    """Seconds of forward-AD slopes launched kernel by kernel, and as a recording.
+
+    "difference": the largest between their slopes.
+    """
+    seeds = np.arange(perturbations, dtype=np.uint64)
+    found: dict[str, Any] = {}
+    values = []
+    for name, recorded in (("kernel by kernel", False), ("recorded", True)):
+        replay.enabled = recorded
+        try:
+            slopes(model, batch, seeds, "forward-ad")  # the second time it is recorded
+            values.append(slopes(model, batch, seeds, "forward-ad")[1])
+            found[name] = timed(lambda: slopes(model, batch, seeds, "forward-ad"), rounds)
+            if recorded and not replay.enabled:
+                found[name]["skipped"] = "this card or driver does not record the passes"
+        finally:
+            replay.enabled = True
+    return {**found, "difference": float(np.abs(values[0] - values[1]).max())}
+
+
+def timed(step: Callable[[], tuple[float, np.ndarray]], rounds: int) -> dict[str, Any]:
+    """Median seconds of a step on the wall clock, after one that is warm, and its peak bytes."""
+    loss, _ = step()
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        step()  # which ends with losses on the host
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else None
+    return {
+        "seconds": statistics.median(seconds),
+        "seconds_range": [min(seconds), max(seconds)],
+        "peak_bytes": peak,
+        "loss": loss,
+    }
+
+
+def peer_model(model: StepModel) -> PeerModel:
+    """The same weights decoded to bfloat16, with rows of q and k in transformers' order."""
+    args, config = model.args, model.adapter.config
+
+    def rows(name: str, x: torch.Tensor) -> torch.Tensor:
+        heads = {"attn_q": args.n_heads, "attn_k": args.n_kv_heads}.get(name.split(".")[2])
+        if heads is None:
+            return x
+        halves = x.reshape(heads, args.head_dim // 2, 2, -1).transpose(1, 2)
+        return halves.reshape(x.shape)
+
+    def weight(name: str) -> torch.Tensor:
+        stem = name.removesuffix(".weight")
+        if not model.weights.has(stem):
+            return torch.from_numpy(model.weights.vector(name)).to(DEVICE, torch.bfloat16)
+        x = decoded(model.weights.matrix(stem), torch.bfloat16)
+        return rows(name, x) if name.startswith("blk.") else x
+
+    def factors(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        target: Target | None = model.adapter.target(name)
+        assert target is not None
+        lora = model.adapter.factors(target)
+        a, b = (torch.from_numpy(factor.copy()).to(DEVICE) for factor in (lora.a, lora.b))
+        return a, rows(name, b)
+
+    return PeerModel(
+        n_layers=args.n_layers,
+        width=args.width,
+        n_heads=args.n_heads,
+        n_kv_heads=args.n_kv_heads,
+        head_dim=args.head_dim,
+        hidden=args.hidden,
+        n_vocab=args.n_vocab,
+        context=args.context,
+        norm_eps=args.norm_eps,
+        rope_base=model.shape.rope_base,
+        weight=weight,
+        factors=factors,
+        rank=config.rank,
+        alpha=config.alpha,
+        targets=config.targets,
+    )

@@ -1,0 +1,106 @@
+"""Passes of the same shape again: recorded once as a CUDA graph, then launched as a whole.
+
+A small model's kernels take less time than Python takes to launch them. A graph runs on the memory
+it was recorded on, so what differs from pass to pass is copied into tensors that stay.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fwdllm.kernels.triton.runtime import DEVICE, array, displace, place
+
+Run = Callable[[], list[torch.Tensor]]
+
+# Recordings that are kept; each holds the memory of its pass.
+_MOST = 4
+
+
+@dataclass
+class _Recording:
+    """inputs: tensors that stay.  launch: runs the pass, None before it is recorded.
+
+    outputs: what it fills.
+    """
+
+    inputs: list[torch.Tensor]
+    launch: Callable[[], object] | None = None
+    outputs: list[torch.Tensor] | None = None
+
+
+recordings: OrderedDict[Hashable, _Recording] = OrderedDict()
+# Whether passes are recorded; not any more once one could not be.
+enabled = True
+
+
+def repeated(key: Hashable | None, inputs: Sequence[np.ndarray], run: Run) -> list[torch.Tensor]:
+    """What ``run`` returns; from the second time a key is seen on, by a recording of it.
+
+    key: equal for passes that differ in the contents of ``inputs`` alone, None for one that is not
+    to be recorded.  inputs: all arrays that ``run`` reads by ``constant`` or ``array``. What is
+    returned is valid until the next call.
+    """
+    if key is None or not enabled:
+        return run()
+    found = recordings.get(key)
+    if found is None:
+        found = recordings[key] = _Recording([array(x).clone() for x in inputs])
+        if len(recordings) > _MOST:
+            recordings.popitem(last=False)
+        # Also compiles the kernels, which cannot be recorded.
+        return _on(inputs, found.inputs, run)
+    recordings.move_to_end(key)
+    for x, there in zip(inputs, found.inputs, strict=True):
+        there.copy_(array(x))
+    if found.launch is None:
+        try:
+            found.launch, found.outputs = _record(lambda: _on(inputs, found.inputs, run))
+        except RuntimeError as error:
+            return _give_up(error, run)
+    found.launch()
+    assert found.outputs is not None
+    return found.outputs
+
+
+def _on(
+    inputs: Sequence[np.ndarray], there: Sequence[torch.Tensor], run: Run
+) -> list[torch.Tensor]:
+    """What ``run`` returns with the tensors in place of the arrays."""
+    for x, tensor in zip(inputs, there, strict=True):
+        place(x, tensor)
+    try:
+        return run()
+    finally:
+        for x in inputs:
+            displace(x)
+
+
+def _record(run: Run) -> tuple[Callable[[], object], list[torch.Tensor]]:
+    """What runs it again, and what that fills."""
+    if DEVICE.type != "cuda":  # the interpreter has no graphs: Python runs again
+        outputs = [x.clone() for x in run()]
+
+        def launch() -> None:
+            for to, x in zip(outputs, run(), strict=True):
+                to.copy_(x)
+
+        return launch, outputs
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = run()
+    return graph.replay, recorded
+
+
+def _give_up(error: RuntimeError, run: Run) -> list[torch.Tensor]:
+    global enabled
+    enabled = False
+    recordings.clear()
+    warnings.warn(f"passes are not recorded as CUDA graphs: {error}", stacklevel=3)
+    return run()
