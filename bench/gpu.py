@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,12 @@ def measure(small: bool, rounds: int, keep: Callable[[dict[str, Any]], None]) ->
 
     result: dict[str, Any] = {"machine": gpu_kernels.machine(), "seconds": {}}
     shape = Shape(1, 64, 2, 1, 32, 64, 128) if small else SHAPES["llama-7b"]
-    types_, rows = gpu_kernels.DEFAULT_TYPES, gpu_kernels.DEFAULT_ROWS
+    kinds: Sequence[QuantType] = gpu_kernels.DEFAULT_TYPES
+    rows: Sequence[int] = gpu_kernels.DEFAULT_ROWS
     sizes = gpu_kernels.Sizes()
     examples, tokens, perturbations = 8, 256, 16
     if small:
-        types_, rows = (QuantType.Q4_0,), (4,)
+        kinds, rows = (QuantType.Q4_0,), (4,)
         sizes = gpu_kernels.Sizes(64, 64, 64, 2, 32, 4, 2, 1, 2, 4, 128, 4096, 2, 64, 4096)
         examples, tokens, perturbations = 1, 5, 2
     lora = LoRAConfig(rank=sizes.rank)
@@ -85,7 +86,7 @@ def measure(small: bool, rounds: int, keep: Callable[[dict[str, Any]], None]) ->
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "checks": lambda: gpu_checks.check(small),
         "kernels": lambda: gpu_kernels.measure_gpu_kernels(
-            types_, rows, 2 * rounds + 1, _say, sizes
+            kinds, rows, 2 * rounds + 1, _say, sizes
         ),
         "recording": recording,
         "step": step,

@@ -208,7 +208,7 @@ def _lanes(rows: int, sizes: Sizes) -> Iterator[Case]:
     weight = random_device_weight(QuantType.Q4_0, sizes.n_out, sizes.n_in)
     x = _random(rows, sizes.n_in)
     a, b = _random(sizes.rank, sizes.n_in), _random(sizes.n_out, sizes.rank)
-    lora: Any = LoRA(a, b, scale=2.0, offset=0)  # type: ignore[arg-type]
+    lora: Any = LoRA(a, b, scale=2.0, offset=0)
     flops = 2 * rows * sizes.n_out * sizes.n_in / _GIGA
     for name, inputs, lanes in (
         ("tangents", x.bfloat16(), tangents(sizes.lanes)),

@@ -18,7 +18,7 @@ def backend(device: str) -> ModuleType:
     Errors: ConfigError for another name, or if the packages or the GPU are missing.
     """
     if device not in DEVICES:
-        raise ConfigError(f"device must be one of {', '.join(DEVICES)}, not {device!r}")
+        raise ConfigError(f"device must be cpu or cuda, not {device!r}")
     if device == "cuda":
         missing = [name for name in ("torch", "triton") if find_spec(name) is None]
         if missing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from fwdllm.bench.inputs import half_trained, step_batch
 from fwdllm.bench.shapes import Shape
 from fwdllm.bench.synthetic import make_decoder
 from fwdllm.engine import Engine, Example, LoRAConfig
+from fwdllm.engine.adapter import Adapter
 from fwdllm.engine.batch import Batch
-from fwdllm.engine.directions import Dense, Scope, subzero
+from fwdllm.engine.directions import Dense, Directions, Scope, Sparse, lora_fa, subzero
 from fwdllm.kernels.types import QuantType
 
 pytestmark = pytest.mark.skipif(
@@ -88,12 +90,18 @@ def test_examples_with_directions_of_their_own(path: Path) -> None:
     np.testing.assert_allclose(found[1].derivative, found[0].derivative, rtol=1e-3, atol=1e-5)
 
 
-def test_subspaces(path: Path) -> None:
+def masked(adapter: Adapter) -> Sparse:
+    mask = np.arange(adapter.n_lora) % 3 == 0
+    return Sparse(Dense(adapter), mask.astype(np.float32))
+
+
+@pytest.mark.parametrize("make", [masked, lambda a: subzero(a, 5, 3), lora_fa])
+def test_other_directions(path: Path, make: Callable[[Adapter], Directions]) -> None:
     batch, found = some_batch(), []
     for device in ("cpu", "cuda"):
         engine = load(path, device, exact=True)
         assert engine.adapter is not None
-        directions = subzero(engine.adapter, 5, 3)
+        directions = make(engine.adapter)
         found.append(engine.directional_derivatives(batch, SEEDS[:2], directions=directions))
     np.testing.assert_allclose(found[1].derivative, found[0].derivative, rtol=1e-3, atol=1e-5)
 

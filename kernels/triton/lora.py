@@ -319,7 +319,7 @@ def up(
     offset = 0 if lora is None else lora.offset_b
     mask = None
     if lora is not None and lora.mask is not None:
-        mask = constant(lora.mask)[lora.a.size :]
+        mask = constant(lora.mask)[lora.offset_b - lora.offset :]
     _up[(table.n_parts * part_blocks, table.n_lanes, cdiv(n_out, 64))](
         product,
         u,
