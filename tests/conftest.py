@@ -1,11 +1,18 @@
-"""Where real test models and data lie, for tests that skip without them."""
+"""Where real test models and data lie, and what runs Triton kernels."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from importlib.resources import as_file, files
 from pathlib import Path
 
 import pytest
+
+# Triton reads this when it is imported, in the processes that tests start, too. Its interpreter
+# runs on NumPy; with it set, a machine's GPU would not be tested.
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

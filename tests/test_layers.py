@@ -28,7 +28,7 @@ IMPURE = {
 }  # fmt: skip
 IMPURE_CALLS = {"open", "print", "input"}
 
-# The parts that are there to touch the world: the ledger's file, Flower's apps, the HTTP server, and
+# The parts that are there to touch the world: the ledger's file, Flower's apps, the HTTP server and
 # the kernels of GPUs.
 WORLDLY = ("protocol/ledger.py", "protocol/flower/", "app/fwdllm/server/", "kernels/triton/")
 

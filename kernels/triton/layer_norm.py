@@ -33,7 +33,7 @@ def _layer_norm(x, weight, bias, y, rows, d, eps, tangents, BM: tl.constexpr, D:
     scale = 1.0 / tl.sqrt(tl.sum(values * values, axis=1) / d + eps)[:, None]
     tl.store(y + at, cast(values * scale * gain + shift, y.dtype.element_ty), mask=mask)
     for t in range(1, tangents + 1):
-        there = at + t * rows.to(tl.int64) * d
+        there = (i + t * rows) * d + k
         slope = _centred(x, there, mask, d)
         shrink = scale * scale * (tl.sum(values * slope, axis=1) / d)[:, None]
         slope = (slope - values * shrink) * scale * gain

@@ -25,12 +25,15 @@ from fwdllm.kernels.triton.runtime import (
     pow2,
 )
 
-# From this many rows on the weights are decoded to scratch. An estimate that awaits its
-# measurement (``make bench-gpu`` shows both routes): on an H100 decoding 4096 x 11008 weights
-# moves 115 MB, 40 us, in which its tensor cores could do 300 more rows.
-SCRATCH_ROWS = 256
+# From this many rows on the weights are decoded to scratch. An estimate that awaits its measurement
+# (``make bench-gpu`` shows both routes): decoding 4096 x 11008 weights moves 115 MB, 40 us on an
+# H100, in which the fused kernel reads them once for each 64 rows.
+SCRATCH_ROWS = 128
 # Bytes of scratch: 4096 x 11008 weights in bfloat16 fit, a vocabulary's output goes in parts.
 SCRATCH_BYTES = 128 * 2**20
+# Parts of a row of weights that the fused kernel adds up by themselves, of at least 256: with few
+# rows there are otherwise as many programs as processors, and each waits for memory alone.
+_PARTS = 8
 
 
 @triton.jit
@@ -43,6 +46,7 @@ def _fused(
     n_out,
     n_in,
     row_bytes,
+    chunk,
     TYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -56,42 +60,67 @@ def _fused(
     acc = tl.zeros([BM, BN], tl.float32)
     m_at = m.to(tl.int64)[:, None] * n_in
     o_at = o.to(tl.int64)[:, None] * row_bytes
-    for k0 in range(0, n_in, BK):
+    begin = tl.program_id(1) * chunk
+    for k0 in range(begin, tl.minimum(begin + chunk, n_in), BK):
         k = k0 + tl.arange(0, BK)
         inside = k[None, :] < n_in
         a = tl.load(x + m_at + k[None, :], mask=(m[:, None] < rows) & inside, other=0.0)
         w = decode(data, fields, o_at, k[None, :], (o[:, None] < n_out) & inside, TYPE)
         acc = dot(a, tl.trans(cast(w, a.dtype)), acc, PRECISION)
     mask = (m[:, None] < rows) & (o[None, :] < n_out)
-    at = m.to(tl.int64)[:, None] * n_out + o[None, :]
+    at = (tl.program_id(1) * rows + m).to(tl.int64)[:, None] * n_out + o[None, :]
     tl.store(y + at, cast(acc, y.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _add(parts, y, size, n_parts, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < size
+    total = tl.load(parts + i, mask=mask, other=0.0)
+    at = i
+    for _ in range(1, n_parts):
+        at += size
+        total += tl.load(parts + at, mask=mask, other=0.0)
+    tl.store(y + i, cast(total, y.dtype.element_ty), mask=mask)
+
+
 def fused(x: torch.Tensor, weight: DeviceWeight, dtype: torch.dtype) -> torch.Tensor:
-    """x W^T as [rows, n_out] of ``dtype``; x [rows, n_in] of bfloat16, or float32 for exactness."""
+    """x W^T as [rows, n_out] of ``dtype``; x [rows, n_in] of bfloat16, or float32 for exactness.
+
+    Sums are taken in an order that depends on n_in alone.
+    """
     rows, n_in = x.shape
     y = torch.empty(rows, weight.n_out, dtype=dtype, device=DEVICE)
-    # Few rows want many small programs to read with, many rows large tiles to multiply.
+    n_parts = max(1, min(_PARTS, n_in // 256))
+    parts = y
+    if n_parts > 1:
+        parts = torch.empty(n_parts, rows, weight.n_out, dtype=torch.float32, device=DEVICE)
     block_rows = min(64, pow2(rows, 16))
     block_out = 32 if rows <= 16 else 64
-    grid = (cdiv(rows, block_rows) * cdiv(weight.n_out, block_out),)
+    block_in = 64
+    chunk = cdiv(cdiv(n_in, n_parts), block_in) * block_in
+    grid = (cdiv(rows, block_rows) * cdiv(weight.n_out, block_out), n_parts)
     _fused[grid](
         x,
         weight.data,
         weight.fields,
-        y,
+        parts,
         rows,
         weight.n_out,
         n_in,
         weight.data.shape[1],
+        chunk,
         TYPE=int(weight.type),
         PRECISION="ieee",
         BM=block_rows,
         BN=block_out,
-        BK=64,
+        BK=block_in,
         num_warps=4,
         num_stages=3,
     )
+    if n_parts > 1:
+        size = y.shape[0] * y.shape[1]
+        _add[(cdiv(size, 1024),)](parts, y, size, n_parts, BLOCK=1024)
     return y
 
 

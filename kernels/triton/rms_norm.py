@@ -24,7 +24,7 @@ def _rms_norm(x, weight, y, rows, d, eps, tangents, BM: tl.constexpr, D: tl.cons
     scale = 1.0 / tl.sqrt(tl.sum(values * values, axis=1) / d + eps)[:, None]
     tl.store(y + at, cast(values * scale * gain, y.dtype.element_ty), mask=mask)
     for t in range(1, tangents + 1):
-        there = at + t * rows.to(tl.int64) * d
+        there = (i + t * rows) * d + k
         slope = tl.load(x + there, mask=mask, other=0.0).to(tl.float32)
         shrink = scale * scale * (tl.sum(values * slope, axis=1) / d)[:, None]
         slope = (slope - values * shrink) * scale * gain
