@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for a GPU that need not be here, run by tests in a process of its own.
+"""Compiles the Triton kernels for a GPU that need not be here, in a process of its own.
 
 Usage: python triton_compile.py CAPABILITY, such as 90, with no GPU visible to PyTorch.
 The operations run on tensors without values (PyTorch's fake ones), and launches only compile.
@@ -30,7 +30,7 @@ from fwdllm.kernels.types import SUPPORTED_TYPES, Lanes, LoRA, QuantType, Weight
 
 # Of Mistral 7B, and of MiniLM.
 WIDTH, HIDDEN, KV_WIDTH, HEAD_DIM, VOCABULARY = 4096, 14336, 1024, 128, 32000
-SMALL_WIDTH, SMALL_HEAD_DIM = 384, 32
+SMALL_WIDTH, SMALL_HEAD_DIM, TINY_HEAD_DIM = 384, 32, 16
 
 DTYPES = (torch.bfloat16, torch.float32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -96,13 +96,18 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype)
 
 
+def zeros(*shape: int) -> np.ndarray:
+    return np.zeros(shape, np.float32)
+
+
 def weight(type: QuantType, n_out: int, n_in: int) -> Weight:
     return Weight(np.zeros((n_out, row_bytes(type, n_in)), np.uint8), type, n_out, n_in)
 
 
-def adapter(rank: int, n_in: int, n_out: int, offset: int = 1024, **direction: Any) -> LoRA:
-    a, b = np.zeros((rank, n_in), np.float32), np.zeros((n_out, rank), np.float32)
-    return LoRA(a, b, 2.0, offset, **direction)
+def adapter(
+    rank: int, n_in: int = HIDDEN, n_out: int = WIDTH, offset: int = 1024, **direction: Any
+) -> LoRA:
+    return LoRA(zeros(rank, n_in), zeros(n_out, rank), 2.0, offset, **direction)
 
 
 def tangent_lanes(n: int, starts: np.ndarray | None = None) -> Lanes:
@@ -122,65 +127,55 @@ def sequences(n: int, rows: int) -> np.ndarray:
 
 
 def products() -> None:
-    """Every type by both routes, for one row, for few, and for full tiles."""
+    """Every type by both routes, fused for few rows and for full tiles."""
     for type in SUPPORTED_TYPES:
         w = weight(type, 512, WIDTH)
-        for rows in (1, 16, 200, 1024):
+        for rows in (16, 100, 1024):
             ops.matmul(empty(rows, WIDTH, dtype=torch.bfloat16), w)
         ops.embedding(w, np.zeros(16, np.int32))
-        ops.dequantize(w)
-    for rows in (16, 200):
-        ops.matmul(empty(rows, WIDTH), weight(QuantType.Q4_0, 512, WIDTH), exact=True)
-    biased = weight(QuantType.F16, SMALL_WIDTH, SMALL_WIDTH)
-    for dtype in DTYPES:
-        x = empty(64, SMALL_WIDTH, dtype=dtype)
-        ops.matmul(x, biased, bias=empty(SMALL_WIDTH))
+    w = weight(QuantType.Q4_0, SMALL_WIDTH, SMALL_WIDTH)
+    for rows in (16, 100):
+        ops.matmul(empty(rows, SMALL_WIDTH), w, bias=empty(SMALL_WIDTH), exact=True)
+    ops.matmul(empty(100, SMALL_WIDTH, dtype=torch.bfloat16), w, bias=empty(SMALL_WIDTH))
+    ops.dequantize(w)
 
 
 def adapters() -> None:
-    """The LoRA term of tangents and of pairs, whose ranks and offsets are aligned and not."""
-    w = weight(QuantType.Q4_0, WIDTH, HIDDEN)
-    tangents, parts, n = tangent_lanes(7), tangent_lanes(7, sequences(2, 128)), 256
-    for rank in (8, 3):
-        lora = adapter(rank, HIDDEN, WIDTH)
-        for lanes in (tangents, parts):
-            ops.matmul(empty(8 * n, HIDDEN, dtype=torch.bfloat16), w, lora=lora, lanes=lanes)
-        ops.matmul(empty(8 * n, HIDDEN), w, lora=lora, lanes=pairs(4), bias=empty(WIDTH))
-    x, bits = empty(8 * n, HIDDEN), empty(8 * n, HIDDEN, dtype=torch.bfloat16)
-    lora = adapter(8, HIDDEN, WIDTH)
-    ops.matmul(x, w, lora=lora, lanes=pairs(4, "rademacher"))
-    ops.matmul(x, w, lora=lora, lanes=tangents, exact=True)
-    ops.matmul(bits, w, lora=adapter(8, HIDDEN, WIDTH, offset=1023), lanes=tangents)
-    size = 8 * (HIDDEN + WIDTH)
-    masked = adapter(8, HIDDEN, WIDTH, mask=np.zeros(size, np.float32))
-    ops.matmul(bits, w, lora=masked, lanes=tangents)
-    bases = {"basis_a": np.zeros((4, HIDDEN), "f"), "basis_b": np.zeros((4, WIDTH), "f")}
-    ops.matmul(bits, w, lora=adapter(8, HIDDEN, WIDTH, **bases), lanes=tangents)
+    """The LoRA term of tangents and of pairs, of ranks and offsets that are aligned and not."""
+    w, n = weight(QuantType.Q4_0, WIDTH, HIDDEN), 256
+    narrow, wide = (empty(8 * n, HIDDEN, dtype=dtype) for dtype in DTYPES)
+    tangents, parts = tangent_lanes(7), tangent_lanes(7, sequences(2, n // 2))
+    even, odd = adapter(8), adapter(3, offset=1023)
+    ops.matmul(narrow, w, lora=even, lanes=tangents)
+    ops.matmul(narrow, w, lora=odd, lanes=parts)
+    ops.matmul(narrow, w, lora=adapter(8, mask=zeros(8 * (HIDDEN + WIDTH))), lanes=parts)
+    bases = {"basis_a": zeros(4, HIDDEN), "basis_b": zeros(4, WIDTH)}
+    ops.matmul(narrow, w, lora=adapter(8, **bases), lanes=tangents)
+    ops.matmul(wide, w, lora=even, lanes=pairs(4), bias=empty(WIDTH))
+    ops.matmul(wide, w, lora=odd, lanes=pairs(4, "rademacher"))
+    ops.matmul(wide, w, lora=even, lanes=tangents, exact=True)
 
 
 def layers(dtype: torch.dtype) -> None:
-    """A decoder's and an encoder's layers without and with tangents."""
-    n, lanes = 512, 9
-    for tangents in (0, lanes - 1):
+    """Of a decoder and of an encoder, without and with tangents."""
+    n = 512
+    for tangents in (0, 8):
         rows = n * (1 + tangents)
         x, gain = empty(rows, WIDTH, dtype=dtype), empty(WIDTH)
         ops.rms_norm(x, gain, 1e-5, tangents)
         ops.rms_norm(x.view(-1, HEAD_DIM), gain[:HEAD_DIM], 1e-5, tangents)  # as Qwen 3
-        gate = empty(rows, HIDDEN, dtype=dtype)
-        ops.swiglu(gate, gate, tangents)
-        kv = empty(rows, KV_WIDTH, dtype=dtype)
-        starts = sequences(2 * (1 + tangents), n // 2)
-        heads = {"scale": 0.1, "tangents": tangents}
-        ops.attention(x, kv, kv, starts, head_dim=HEAD_DIM, causal=True, **heads)
-        small, gain = empty(rows, SMALL_WIDTH, dtype=dtype), empty(SMALL_WIDTH)
-        ops.layer_norm(small, gain, gain, 1e-12, tangents)
-        ops.gelu(empty(rows, 4 * SMALL_WIDTH, dtype=dtype), tangents)
-        ops.attention(
-            small, small, small, starts, head_dim=SMALL_HEAD_DIM, causal=False, **heads
-        )
-    angles = np.zeros((n, HEAD_DIM // 2), np.float32)
+        ops.swiglu(x, x, tangents)
+        kv, starts = empty(rows, KV_WIDTH, dtype=dtype), sequences(2 * (1 + tangents), n // 2)
+        options = {"scale": 0.1, "tangents": tangents}
+        ops.attention(x, kv, kv, starts, head_dim=HEAD_DIM, causal=True, **options)
+        x, gain = empty(rows, SMALL_WIDTH, dtype=dtype), empty(SMALL_WIDTH)
+        ops.layer_norm(x, gain, gain, 1e-12, tangents)
+        ops.gelu(x, tangents)
+        for head_dim in (SMALL_HEAD_DIM, TINY_HEAD_DIM):
+            ops.attention(x, x, x, starts, head_dim=head_dim, causal=False, **options)
+    angles, x = zeros(n, HEAD_DIM // 2), empty(n, WIDTH, dtype=dtype)
     for interleaved in (True, False):
-        ops.rope(x, np.zeros(rows, np.int32), angles, angles, HEAD_DIM, interleaved)
+        ops.rope(x, np.zeros(n, np.int32), angles, angles, HEAD_DIM, interleaved)
 
 
 def losses() -> None:
@@ -191,13 +186,33 @@ def losses() -> None:
 
 
 def streams() -> None:
+    """Seeds and positions of 1, 32 and 64 bits."""
     seeds, theta = np.zeros(16, np.uint64), empty(1 << 20)
     for distribution in ("normal", "rademacher"):
-        ops.seeded_axpy(theta, seeds, np.zeros(16, np.float32), distribution=distribution)
+        ops.seeded_axpy(theta, seeds, zeros(16), distribution=distribution)
         ops.seeded_dot(theta, seeds, distribution=distribution)
-    ops.normal(7, 0, 1 << 20)
-    ops.rademacher(7, 0, 1 << 20)
-    ops.philox(7, 0, 1 << 20)
+    for seed, start in ((1, 4), (7, 0), (7, 2**33), (2**40, 1), (2**64 - 2**40, 2**63)):
+        ops.philox(seed, start, 1000)
+        ops.normal(seed, start, 1000)
+    ops.rademacher(7, 0, 1000)
+
+
+def single() -> None:
+    """One row, one tangent, rank 1: Triton takes an argument of 1 for a constant."""
+    x, gain = empty(2, 64, dtype=torch.bfloat16), empty(64)
+    ops.gelu(x[:, :1], 1)
+    ops.swiglu(x[:, :1], x[:, :1], 1)
+    for rows in (x[:1], x):
+        ops.rms_norm(rows, gain, 1e-5, len(rows) - 1)
+        ops.layer_norm(rows, gain, gain, 1e-5, len(rows) - 1)
+    ops.attention(x, x, x, sequences(2, 1), head_dim=64, scale=1.0, causal=True, tangents=1)
+    ops.rope(x[:1], np.zeros(1, np.int32), zeros(1, 1), zeros(1, 1), 2, True)
+    w, lora = weight(QuantType.F32, 1, 1), adapter(1, 1, 1, offset=1)
+    ops.matmul(x[:, :1], w, lora=lora, lanes=tangent_lanes(1))
+    ops.matmul(x[:1, :1], w, lora=lora)
+    ops.cross_entropy(x[:, :1], w, np.zeros(2, np.int32), lanes=tangent_lanes(1))
+    ops.seeded_axpy(empty(1), np.zeros(1, np.uint64), zeros(1), offset=5)
+    ops.seeded_dot(empty(1), np.zeros(1, np.uint64), offset=5)
 
 
 def without_values(x: torch.Tensor) -> np.ndarray:
@@ -217,6 +232,7 @@ def main(arguments: Iterable[str]) -> None:
             layers(dtype)
         losses()
         streams()
+        single()
 
 
 if __name__ == "__main__":

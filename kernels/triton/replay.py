@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fwdllm.kernels.triton.runtime import DEVICE, array, displace, place
+from fwdllm.kernels.triton.runtime import DEVICE, array, displace, no_copies, place
 
 Run = Callable[[], list[torch.Tensor]]
 
@@ -83,19 +83,22 @@ def _on(
 
 def _record(run: Run) -> tuple[Callable[[], object], list[torch.Tensor]]:
     """What runs it again, and what that fills."""
-    if DEVICE.type != "cuda":  # the interpreter has no graphs: Python runs again
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with no_copies(), torch.cuda.graph(graph):
+            recorded = run()
+        return graph.replay, recorded
+    # The interpreter has no graphs: Python runs again, on what is in the inputs by then.
+    with no_copies():
         outputs = [x.clone() for x in run()]
 
-        def launch() -> None:
+    def launch() -> None:
+        with no_copies():
             for to, x in zip(outputs, run(), strict=True):
                 to.copy_(x)
 
-        return launch, outputs
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        recorded = run()
-    return graph.replay, recorded
+    return launch, outputs
 
 
 def _give_up(error: RuntimeError, run: Run) -> list[torch.Tensor]:

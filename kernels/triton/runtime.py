@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -83,6 +85,8 @@ def tensor(x: np.ndarray | torch.Tensor) -> torch.Tensor:
     return x.contiguous() if isinstance(x, torch.Tensor) else _copy(x)
 
 
+_copies_allowed = True
+
 # Copies of arrays that ``constant`` has seen, by identity while the array lives.
 _constants: dict[int, tuple[weakref.ref[np.ndarray], torch.Tensor]] = {}
 
@@ -131,13 +135,26 @@ def host(x: np.ndarray | torch.Tensor) -> np.ndarray:
     return found
 
 
+@contextmanager
+def no_copies() -> Iterator[None]:
+    """Let copies to the device raise RuntimeError: a recording would keep their contents."""
+    global _copies_allowed
+    _copies_allowed = False
+    try:
+        yield
+    finally:
+        _copies_allowed = True
+
+
 def _copy(x: np.ndarray) -> torch.Tensor:
+    if not _copies_allowed:
+        raise RuntimeError(f"{x.dtype} {x.shape} is not among the inputs of the recording")
     x = np.ascontiguousarray(x)
     if x.dtype == np.uint64:  # PyTorch and Triton take the bits as signed ones
         x = x.view(np.int64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of mapped files, which nothing writes to
-        return torch.from_numpy(x).to(DEVICE)
+        return torch.from_numpy(x).to(DEVICE, copy=True)
 
 
 def cdiv(a: int, b: int) -> int:

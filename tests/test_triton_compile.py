@@ -1,0 +1,136 @@
+"""Every Triton kernel as compiled for GPUs that are not here: an A100 (80) and an H100 (90).
+
+What the interpreter cannot see: that kernels compile, keep to registers, fit the shared memory of
+consumer cards and use tensor cores. No GPU is needed; triton_compile.py does the work.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fwdllm.kernels
+from fwdllm.kernels.types import SUPPORTED_TYPES
+
+if any(importlib.util.find_spec(name) is None for name in ("torch", "triton")):
+    pytest.skip("torch or triton is not installed", allow_module_level=True)
+
+SCRIPT = Path(__file__).with_name("triton_compile.py")
+KERNELS = Path(fwdllm.kernels.__file__).parent / "triton"
+CAPABILITIES = (80, 90)
+# A program's on consumer cards, compute capability 8.6 to 12.
+SHARED_BYTES = 99 * 1024
+# Of a thread: 32 registers, kept where they are seldom read.
+STACK_BYTES = 128
+
+Variant = dict[str, Any]
+capabilities = pytest.mark.parametrize("capability", CAPABILITIES)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Variant]]:
+    """What triton_compile.py says, for all capabilities at a time: one compiles on one core."""
+    cache = tmp_path_factory.mktemp("triton")
+
+    def run(capability: int) -> list[Variant]:
+        env = {**os.environ, "TRITON_CACHE_DIR": str(cache / str(capability))}
+        env["CUDA_VISIBLE_DEVICES"] = ""
+        env.pop("TRITON_INTERPRET", None)
+        command = [sys.executable, str(SCRIPT), str(capability)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(CAPABILITIES, pool.map(run, CAPABILITIES), strict=True))
+
+
+def launched() -> set[str]:
+    """Kernels that the sources launch, as name[grid](...)."""
+    found = set()
+    for path in KERNELS.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                assert isinstance(node.func.value, ast.Name), ast.unparse(node)
+                found.add(node.func.value.id)
+    return found
+
+
+def operands(variant: Variant) -> str:
+    """The type of the activations."""
+    return str(next(iter(variant["types"].values())))
+
+
+def exact(variant: Variant) -> bool:
+    """Whether only ``exact`` has it: products and tangents of float32."""
+    constants = variant["constants"]
+    tangents = constants.get("TANGENTS") or constants.get("TANGENT")
+    return operands(variant) == "*fp32" and bool(variant["name"] == "_fused" or tangents)
+
+
+def described(variants: list[Variant]) -> str:
+    return "\n".join(json.dumps(variant) for variant in variants)
+
+
+@capabilities
+def test_every_kernel_compiles(compiled: dict[int, list[Variant]], capability: int) -> None:
+    variants = compiled[capability]
+    assert {variant["name"] for variant in variants} == launched()
+    for name in ("_fused", "_rows"):
+        found = {v["constants"]["TYPE"] for v in variants if v["name"] == name}
+        assert found == set(SUPPORTED_TYPES)
+
+
+@capabilities
+def test_kernels_keep_to_registers(compiled: dict[int, list[Variant]], capability: int) -> None:
+    spilled = [v for v in compiled[capability] if v["stack"] > STACK_BYTES and not exact(v)]
+    assert not spilled, described(spilled)
+
+
+@capabilities
+def test_kernels_fit_consumer_cards(compiled: dict[int, list[Variant]], capability: int) -> None:
+    large = [v for v in compiled[capability] if v["shared"] > SHARED_BYTES]
+    assert not large, described(large)
+
+
+@capabilities
+@pytest.mark.parametrize("name", ["_fused", "_down", "_attention"])
+def test_products_of_bfloat16_are_for_tensor_cores(
+    compiled: dict[int, list[Variant]], capability: int, name: str
+) -> None:
+    products = [v for v in compiled[capability] if v["name"] == name and operands(v) == "*bf16"]
+    assert products
+    without = [v for v in products if not v["mma"]]
+    assert not without, described(without)
+
+
+@pytest.mark.parametrize(("capability", "instruction"), [(80, "mma.sync"), (90, "wgmma.mma_async")])
+def test_full_tiles_have_the_instructions_of_the_card(
+    compiled: dict[int, list[Variant]], capability: int, instruction: str
+) -> None:
+    tiles = [
+        v
+        for v in compiled[capability]
+        if v["name"] == "_fused" and operands(v) == "*bf16" and v["constants"]["BM"] >= 64
+    ]
+    assert {v["constants"]["TYPE"] for v in tiles} == set(SUPPORTED_TYPES)
+    for tile in tiles:
+        assert all(found.startswith(instruction) for found in tile["mma"]), described([tile])
+
+
+@capabilities
+def test_exact_products_are_not_rounded(
+    compiled: dict[int, list[Variant]], capability: int
+) -> None:
+    """No TF32, which tensor cores would make of float32."""
+    rounded = [v for v in compiled[capability] if operands(v) == "*fp32" and v["mma"]]
+    assert not rounded, described(rounded)
