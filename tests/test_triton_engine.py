@@ -128,7 +128,7 @@ def test_an_update_is_the_cpus(path: Path) -> None:
 
 def test_a_repeated_pass_sees_what_has_changed(path: Path) -> None:
     """A recording runs on its own copies of seeds, tokens, labels and parameters."""
-    from fwdllm.kernels.triton import replay
+    from fwdllm.kernels.triton import replay, runtime
 
     engine = load(path, "cuda")
     assert engine.adapter is not None
@@ -147,5 +147,11 @@ def test_a_repeated_pass_sees_what_has_changed(path: Path) -> None:
             replay.enabled = True
         assert got.loss == want.loss
         np.testing.assert_array_equal(got.derivative, want.derivative)
+    # What it has the addresses of stays, whatever else forgets it.
+    cos, _ = engine.args.rotary.tables(int(batch.positions.max()) + 1)
+    assert recording.held
+    starts = np.array([0, 6, 10, 16, 20], np.int32)  # of the sequences of both lanes
+    for used in (runtime.constant(cos), runtime.small(starts)):
+        assert any(used is held for held in recording.held)
     engine.directional_derivatives(step_batch([[5, 6, 7]], 1), SEEDS[:1])
     assert len(replay.recordings) == 2

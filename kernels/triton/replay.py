@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fwdllm.kernels.triton.runtime import DEVICE, array, displace, no_copies, place
+from fwdllm.kernels.triton.runtime import DEVICE, array, displace, place, recorded
 
 Run = Callable[[], list[torch.Tensor]]
 
@@ -26,12 +26,13 @@ _MOST = 4
 class _Recording:
     """inputs: tensors that stay.  launch: runs the pass, None before it is recorded.
 
-    outputs: what it fills.
+    outputs: what it fills.  held: whose memory it uses, so that nothing else gets that.
     """
 
     inputs: list[torch.Tensor]
     launch: Callable[[], object] | None = None
     outputs: list[torch.Tensor] | None = None
+    held: list[torch.Tensor] | None = None
 
 
 recordings: OrderedDict[Hashable, _Recording] = OrderedDict()
@@ -60,7 +61,9 @@ def repeated(key: Hashable | None, inputs: Sequence[np.ndarray], run: Run) -> li
         there.copy_(array(x))
     if found.launch is None:
         try:
-            found.launch, found.outputs = _record(lambda: _on(inputs, found.inputs, run))
+            found.launch, found.outputs, found.held = _record(
+                lambda: _on(inputs, found.inputs, run)
+            )
         except RuntimeError as error:
             return _give_up(error, run)
     found.launch()
@@ -81,24 +84,24 @@ def _on(
             displace(x)
 
 
-def _record(run: Run) -> tuple[Callable[[], object], list[torch.Tensor]]:
-    """What runs it again, and what that fills."""
+def _record(run: Run) -> tuple[Callable[[], object], list[torch.Tensor], list[torch.Tensor]]:
+    """What runs it again, what that fills, and all it reads."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with no_copies(), torch.cuda.graph(graph):
-            recorded = run()
-        return graph.replay, recorded
+        with recorded() as held, torch.cuda.graph(graph):
+            outputs = run()
+        return graph.replay, outputs, held
     # The interpreter has no graphs: Python runs again, on what is in the inputs by then.
-    with no_copies():
+    with recorded() as held:
         outputs = [x.clone() for x in run()]
 
     def launch() -> None:
-        with no_copies():
+        with recorded():
             for to, x in zip(outputs, run(), strict=True):
                 to.copy_(x)
 
-    return launch, outputs
+    return launch, outputs, held
 
 
 def _give_up(error: RuntimeError, run: Run) -> list[torch.Tensor]:

@@ -77,7 +77,7 @@ def free_bytes() -> int | None:
 def array(x: np.ndarray) -> torch.Tensor:
     """x on the device: copied, unless it is in its place for a recording."""
     found = _constants.get(id(x))
-    return _copy(x) if found is None or found[0]() is not x else found[1]
+    return _copy(x) if found is None or found[0]() is not x else _seen(found[1])
 
 
 def tensor(x: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -85,7 +85,8 @@ def tensor(x: np.ndarray | torch.Tensor) -> torch.Tensor:
     return x.contiguous() if isinstance(x, torch.Tensor) else _copy(x)
 
 
-_copies_allowed = True
+# Tensors that a recording uses, while one is made.
+_recorded: list[torch.Tensor] | None = None
 
 # Copies of arrays that ``constant`` has seen, by identity while the array lives.
 _constants: dict[int, tuple[weakref.ref[np.ndarray], torch.Tensor]] = {}
@@ -98,7 +99,7 @@ def constant(x: np.ndarray | torch.Tensor) -> torch.Tensor:
     key = id(x)
     found = _constants.get(key)
     if found is not None and found[0]() is x:
-        return found[1]
+        return _seen(found[1])
     copy = _copy(x)
     place(x, copy)
     return copy
@@ -106,7 +107,7 @@ def constant(x: np.ndarray | torch.Tensor) -> torch.Tensor:
 
 def small(x: np.ndarray) -> torch.Tensor:
     """As ``constant``, of a few numbers: copied once for each content."""
-    return _small(x.tobytes(), x.dtype.str, x.shape)
+    return _seen(_small(x.tobytes(), x.dtype.str, x.shape))
 
 
 @lru_cache(maxsize=1024)
@@ -136,18 +137,28 @@ def host(x: np.ndarray | torch.Tensor) -> np.ndarray:
 
 
 @contextmanager
-def no_copies() -> Iterator[None]:
-    """Let copies to the device raise RuntimeError: a recording would keep their contents."""
-    global _copies_allowed
-    _copies_allowed = False
+def recorded() -> Iterator[list[torch.Tensor]]:
+    """All tensors that ``constant``, ``small`` and ``array`` return inside, in a list.
+
+    A recording has their addresses for good, so they have to live as long; what is not there yet
+    is refused with RuntimeError.
+    """
+    global _recorded
+    _recorded = []
     try:
-        yield
+        yield _recorded
     finally:
-        _copies_allowed = True
+        _recorded = None
+
+
+def _seen(x: torch.Tensor) -> torch.Tensor:
+    if _recorded is not None:
+        _recorded.append(x)
+    return x
 
 
 def _copy(x: np.ndarray) -> torch.Tensor:
-    if not _copies_allowed:
+    if _recorded is not None:
         raise RuntimeError(f"{x.dtype} {x.shape} is not among the inputs of the recording")
     x = np.ascontiguousarray(x)
     if x.dtype == np.uint64:  # PyTorch and Triton take the bits as signed ones
