@@ -183,7 +183,9 @@ class Pass:
         for i in range(0, rows, step):
             self._first_row = i
             block = lanes[:, i : i + step]
-            lanes[:, i : i + step] = f(block.reshape(-1, width)).reshape(block.shape)
+            lanes[:, i : i + step] = f(self.ops.contiguous(block.reshape(-1, width))).reshape(
+                block.shape
+            )
         self._first_row = 0
         return lanes.reshape(x.shape)
 

@@ -68,14 +68,12 @@ def variants(compilations: dict[int, Future], capability: int) -> list[Variant]:
 
 
 def launched() -> set[str]:
-    """Kernels that the sources launch, as name[grid](...)."""
-    found = set()
-    for path in KERNELS.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
-                assert isinstance(node.func.value, ast.Name), ast.unparse(node)
-                found.add(node.func.value.id)
-    return found
+    """The kernels that the sources launch, as kernel[grid](...)."""
+    nodes = [n for path in KERNELS.glob("*.py") for n in ast.walk(ast.parse(path.read_text()))]
+    kernels = {n.name for n in nodes if isinstance(n, ast.FunctionDef) and n.decorator_list}
+    calls = {ast.unparse(n.func.value) for n in nodes
+             if isinstance(n, ast.Call) and isinstance(n.func, ast.Subscript)}  # fmt: skip
+    return kernels & calls
 
 
 def operands(variant: Variant) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from fwdllm.kernels.cpu import _native  # type: ignore[attr-defined]
-from fwdllm.kernels.reference.arrays import array, host, repeated, spread, take, weight
+from fwdllm.kernels.reference.arrays import array, contiguous, host, repeated, spread, take, weight
 from fwdllm.kernels.types import Lanes, LoRA, Weight
 
 isa: str = _native.isa
@@ -26,6 +26,7 @@ set_num_threads = _native.set_num_threads
 __all__ = [
     "array",
     "attention",
+    "contiguous",
     "cross_entropy",
     "dequantize",
     "embedding",

@@ -1,6 +1,6 @@
 """The kernels in NumPy: the specification of every backend. Short and slow."""
 
-from fwdllm.kernels.reference.arrays import array, host, repeated, spread, take, weight
+from fwdllm.kernels.reference.arrays import array, contiguous, host, repeated, spread, take, weight
 from fwdllm.kernels.reference.decode import dequantize, embedding
 from fwdllm.kernels.reference.layers import attention, gelu, layer_norm, rms_norm, rope, swiglu
 from fwdllm.kernels.reference.linear import matmul
@@ -10,6 +10,7 @@ from fwdllm.kernels.reference.random import normal, philox, rademacher, seeded_a
 __all__ = [
     "array",
     "attention",
+    "contiguous",
     "cross_entropy",
     "dequantize",
     "embedding",

@@ -30,6 +30,11 @@ def repeated(key: object, inputs: object, run: Callable[[], Any]) -> Any:
     return run()
 
 
+def contiguous(x: np.ndarray) -> np.ndarray:
+    """x in one piece, itself if it is."""
+    return np.ascontiguousarray(x)
+
+
 def take(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """These rows of x."""
     return np.ascontiguousarray(x[rows])

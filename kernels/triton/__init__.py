@@ -10,7 +10,7 @@ from fwdllm.kernels.triton.attention import attention
 from fwdllm.kernels.triton.cross_entropy import cross_entropy
 from fwdllm.kernels.triton.decode import dequantize, embedding
 from fwdllm.kernels.triton.gelu import gelu
-from fwdllm.kernels.triton.lanes import spread, take
+from fwdllm.kernels.triton.lanes import contiguous, spread, take
 from fwdllm.kernels.triton.layer_norm import layer_norm
 from fwdllm.kernels.triton.matmul import matmul
 from fwdllm.kernels.triton.random import normal, philox, rademacher
@@ -25,6 +25,7 @@ from fwdllm.kernels.triton.swiglu import swiglu
 __all__ = [
     "array",
     "attention",
+    "contiguous",
     "cross_entropy",
     "dequantize",
     "embedding",

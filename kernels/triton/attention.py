@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fwdllm.kernels.triton.runtime import cast, cdiv, dot, pow2, small, tensor
+from fwdllm.kernels.triton.runtime import cast, cdiv, check_rows, dot, pow2, require, small, tensor
 
 
 @triton.jit
@@ -116,6 +116,11 @@ def attention(
     q, k, v = tensor(q), tensor(k), tensor(v)
     if starts[0] != 0 or starts[-1] != len(q) or np.any(np.diff(starts) < 0):
         raise ValueError(f"sequence starts must run from 0 to {len(q)} in order")
+    check_rows(len(q), 1 + tangents, f"a primal and {tangents} tangents")
+    check_rows(len(starts) - 1, 1 + tangents, f"sequences of a primal and {tangents} tangents")
+    fits = k.shape == v.shape and len(k) == len(q) and not (k.shape[1] or 1) % head_dim
+    fits = fits and not q.shape[1] % head_dim and not q.shape[1] % k.shape[1]
+    require(fits, f"heads of {head_dim} in {tuple(q.shape)} over {tuple(k.shape)}")
     sequences = (len(starts) - 1) // (1 + tangents)
     y = torch.empty_like(q)
     longest = int(np.diff(starts).max(initial=0))

@@ -15,6 +15,7 @@ from fwdllm.kernels.triton.runtime import (
     check_indices,
     check_rows,
     constant,
+    require,
     tensor,
 )
 from fwdllm.kernels.triton.runtime import weight as on_device
@@ -95,6 +96,8 @@ def cross_entropy(
     lanes = Lanes.plain() if lanes is None else lanes
     n_lanes, tangents = len(lanes), lanes.n_tangents
     n = check_rows(len(x), n_lanes, f"{n_lanes} equal lanes")
+    fits = x.shape[1] == weight.n_in and len(labels) == len(x)
+    require(fits, f"{len(labels)} labels of {tuple(x.shape)} for a weight of {weight.n_in}")
     if n == 0:
         return torch.zeros(0, dtype=torch.float64, device=DEVICE)
     table = lane_table(lanes, n)
@@ -111,7 +114,8 @@ def cross_entropy(
         multiply = multiplier(part, len(lanes) * n, exact)
         for row in range(0, n, step):
             block = x[:, row : row + step]
-            logits = multiply(block.reshape(-1, x.shape[2]), torch.float32)
+            flat = block.reshape(-1, x.shape[2]).contiguous()
+            logits = multiply(flat, torch.float32)
             _update[(block.shape[1], n_lanes - tangents)](
                 logits,
                 labels,

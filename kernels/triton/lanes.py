@@ -23,6 +23,11 @@ def spread(x: torch.Tensor, lanes: Lanes, exact: bool = False) -> torch.Tensor:
     return y
 
 
+def contiguous(x: torch.Tensor) -> torch.Tensor:
+    """x in one piece, itself if it is."""
+    return x.contiguous()
+
+
 def take(x: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
     """These rows of x."""
     return x.index_select(0, constant(rows))

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fwdllm.kernels.triton.runtime import cast, cdiv, check_rows, constant, pow2, tensor
+from fwdllm.kernels.triton.runtime import cast, cdiv, check_rows, constant, pow2, require, tensor
 
 # Elements that a program has in registers, 32 a thread of 4 warps; a longer row is one program.
 _TILE = 4096
@@ -50,6 +50,7 @@ def layer_norm(
     """(x - mean) / sqrt(variance + eps) * weight + bias along rows; [rows, d] of the type of x."""
     x = tensor(x)
     d = x.shape[1]
+    require(tuple(weight.shape) == (d,) and tuple(bias.shape) == (d,), f"a gain for rows of {d}")
     rows = check_rows(len(x), 1 + tangents, f"a primal and {tangents} tangents")
     y = torch.empty_like(x)
     wide = pow2(d)

@@ -14,14 +14,16 @@ import torch
 import triton
 import triton.language as tl
 
-from fwdllm.kernels.triton.random import draw, draw4, elements, in_turn
+from fwdllm.kernels.triton.random import draw, draw4, elements, far, in_turn, is_far
 from fwdllm.kernels.triton.runtime import (
     DEVICE,
     cast,
     cdiv,
+    check_distribution,
     constant,
     dot,
     pow2,
+    require,
     small,
     tensor,
 )
@@ -60,6 +62,8 @@ class LaneTable:
 
 def lane_table(lanes: Lanes, n: int) -> LaneTable:
     """The table of lanes of n rows."""
+    check_distribution(lanes.distribution)
+    require(len(lanes.seeds) == len(lanes.coefficients), "a coefficient for each lane")
     starts = np.array([0, n], np.int32) if lanes.starts is None else lanes.starts
     put = constant if lanes.coefficients.any() else small  # those of plain lanes are always new
     return LaneTable(
@@ -115,6 +119,7 @@ def _down(
     TANGENTS: tl.constexpr,
     PERTURBED: tl.constexpr,
     NORMAL: tl.constexpr,
+    WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -138,11 +143,11 @@ def _down(
         a = tl.load(factor + r * n_in + k, mask=inside, other=0.0)
         if PERTURBED and coefficient != 0.0:
             if ALIGNED:
-                quarter = (offset + r * n_in + k0) // 4 + tl.arange(0, BK // 4)[None, :]
+                quarter = (offset + far(r * n_in + k0, WIDE)) // 4 + tl.arange(0, BK // 4)[None, :]
                 z0, z1, z2, z3 = draw4(seed, quarter, NORMAL)
                 z = in_turn(z0, z1, z2, z3)
             else:
-                z = draw(seed, offset + r * n_in + k, NORMAL)
+                z = draw(seed, offset + far(r * n_in + k, WIDE), NORMAL)
             if MASKED:
                 z *= tl.load(mask + r * n_in + k, mask=inside, other=0.0)
             z = tl.where(inside, coefficient * z, 0.0)
@@ -191,6 +196,7 @@ def down(
         TANGENTS=tangents,
         PERTURBED=perturbed,
         NORMAL=normal,
+        WIDE=is_far(lora.offset + wide * n_in),
         ALIGNED=lora.offset % 4 == 0 and n_in % 4 == 0,
         MASKED=lora.mask is not None,
         PRECISION="tf32" if x.dtype == torch.bfloat16 else "ieee",
@@ -238,6 +244,7 @@ def _up(
     BIASED: tl.constexpr,
     PERTURBED: tl.constexpr,
     NORMAL: tl.constexpr,
+    WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
     BM: tl.constexpr,
@@ -267,7 +274,7 @@ def _up(
             z0 = tl.zeros([BN], tl.float32)
             z1, z2, z3 = z0, z0, z0
             if PERTURBED and coefficient != 0.0:
-                index = offset + o * RANK + four
+                index = offset + far(o * RANK + four, WIDE)
                 if ALIGNED:
                     z0, z1, z2, z3 = draw4(seed, index // 4, NORMAL)
                 else:
@@ -346,6 +353,7 @@ def up(
         BIASED=bias is not None,
         PERTURBED=perturbed,
         NORMAL=normal,
+        WIDE=is_far(offset + n_out * rank),
         ALIGNED=offset % 4 == 0 and rank % 4 == 0,
         MASKED=mask is not None,
         BM=block_rows,

@@ -16,7 +16,7 @@ from fwdllm.kernels.triton.lora import (
     up,
 )
 from fwdllm.kernels.triton.products import product
-from fwdllm.kernels.triton.runtime import DeviceWeight, check_rows, constant, tensor
+from fwdllm.kernels.triton.runtime import DeviceWeight, check_rows, constant, require, tensor
 from fwdllm.kernels.triton.runtime import weight as on_device
 from fwdllm.kernels.types import Lanes, LoRA, Weight
 
@@ -38,8 +38,10 @@ def matmul(
     """
     x, weight = tensor(x), on_device(weight)
     lanes = Lanes.plain() if lanes is None else lanes
-    if x.shape[1] != weight.n_in:
-        raise ValueError(f"a row of {x.shape[1]} does not fit a weight of {weight.n_in}")
+    require(x.shape[1] == weight.n_in, f"rows of {x.shape[1]} for a weight of {weight.n_in}")
+    require(bias is None or tuple(bias.shape) == (weight.n_out,), "a bias for the outputs")
+    if lora is not None:
+        _check(lora, weight)
     table = lane_table(lanes, check_rows(len(x), len(lanes), f"{len(lanes)} equal lanes"))
     own = np.arange(len(lanes))
     relative = bool(not exact and x.dtype == torch.float32 and (lanes.references != own).any())
@@ -66,6 +68,17 @@ def matmul(
     if lora is not None and u is not None and lora.basis_b is not None:
         _add_subspace(y, u, lora, lanes, table)
     return y
+
+
+def _check(lora: LoRA, weight: DeviceWeight) -> None:
+    rank = len(lora.a)
+    fits = tuple(lora.a.shape) == (rank, weight.n_in)
+    fits = fits and tuple(lora.b.shape) == (weight.n_out, rank)
+    for basis, n in ((lora.basis_a, weight.n_in), (lora.basis_b, weight.n_out)):
+        fits = fits and (basis is None or basis.shape[1] == n)
+    if lora.mask is not None:
+        fits = fits and len(lora.mask) == rank * (weight.n_in + weight.n_out)
+    require(fits, f"LoRA factors of rank {rank} for {weight.n_out} x {weight.n_in}")
 
 
 def _bottleneck(x: torch.Tensor, lora: LoRA, lanes: Lanes, table: LaneTable) -> torch.Tensor:

@@ -78,28 +78,50 @@ def draw(seed, index, NORMAL: tl.constexpr):
 
 
 @triton.jit
+def far(index, WIDE: tl.constexpr):
+    """An index that a large one is added to, as int64 if the sum may need that."""
+    if WIDE:
+        index = index.to(tl.int64)
+    return index
+
+
+@triton.jit
 def in_turn(a, b, c, d):
     """a[0], b[0], c[0], d[0], a[1], ... along the last axis."""
     return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
 
 
 @triton.jit
-def _fill(out, count, shift, first, seed, NORMAL: tl.constexpr, BLOCK: tl.constexpr):
+def _fill(
+    out,
+    count,
+    shift,
+    first,
+    seed,
+    NORMAL: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     pid = tl.program_id(0)
-    a, b, c, d = draw4(seed, first + pid * BLOCK + tl.arange(0, BLOCK), NORMAL)
+    a, b, c, d = draw4(seed, first + far(pid * BLOCK + tl.arange(0, BLOCK), WIDE), NORMAL)
     i = pid * (4 * BLOCK) + tl.arange(0, 4 * BLOCK) - shift
     tl.store(out + i, in_turn(a, b, c, d), mask=(i >= 0) & (i < count))
 
 
 @triton.jit
-def _words(out, count, first, seed, BLOCK: tl.constexpr):
+def _words(out, count, first, seed, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    a, b, c, d = tl.randint4x(seed, first + i)
+    a, b, c, d = tl.randint4x(seed, first + far(i, WIDE))
     mask = i < count
     tl.store(out + 4 * i, a.to(tl.int32, bitcast=True), mask=mask)
     tl.store(out + 4 * i + 1, b.to(tl.int32, bitcast=True), mask=mask)
     tl.store(out + 4 * i + 2, c.to(tl.int32, bitcast=True), mask=mask)
     tl.store(out + 4 * i + 3, d.to(tl.int32, bitcast=True), mask=mask)
+
+
+def is_far(end: int) -> bool:
+    """Whether positions before ``end`` may not fit an int32, a whole tile beyond it included."""
+    return end >= 2**31 - 2**20
 
 
 def signed(seed: int) -> int:
@@ -111,7 +133,8 @@ def philox(seed: int, start: int, count: int) -> np.ndarray:
     """Philox-4x32-10 words of counters start .. start + count: uint32 [count, 4]."""
     out = torch.empty(count, 4, dtype=torch.int32, device=DEVICE)
     if count:
-        _words[(cdiv(count, _BLOCK),)](out, count, start, signed(seed), BLOCK=_BLOCK)
+        wide = is_far(start + count)
+        _words[(cdiv(count, _BLOCK),)](out, count, start, signed(seed), WIDE=wide, BLOCK=_BLOCK)
     return host(out).view(np.uint32)
 
 
@@ -120,9 +143,16 @@ def elements(seed: int, start: int, count: int, distribution: str) -> torch.Tens
     out = torch.empty(count, dtype=torch.float32, device=DEVICE)
     shift = start % 4
     if count:
-        grid = (cdiv(count + shift, 4 * _BLOCK),)
-        normal = distribution == "normal"
-        _fill[grid](out, count, shift, start // 4, signed(seed), NORMAL=normal, BLOCK=_BLOCK)
+        _fill[(cdiv(count + shift, 4 * _BLOCK),)](
+            out,
+            count,
+            shift,
+            start // 4,
+            signed(seed),
+            NORMAL=distribution == "normal",
+            WIDE=is_far((start + count) // 4),
+            BLOCK=_BLOCK,
+        )
     return out
 
 

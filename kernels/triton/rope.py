@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fwdllm.kernels.triton.runtime import cast, cdiv, check_indices, constant, tensor
+from fwdllm.kernels.triton.runtime import cast, cdiv, check_indices, constant, require, tensor
 
 # Pairs that a program rotates.
 _BLOCK = 1024
@@ -32,15 +32,21 @@ def _rope(
     mask = index < n
     row, pair = index // pairs, index % pairs
     i = pair % half
-    first = row * width + (pair // half) * head_dim + (2 * i if INTERLEAVED else i)
-    second = first + (1 if INTERLEAVED else half)
+    head = row * width + (pair // half) * head_dim
     at = tl.load(positions + row, mask=mask, other=0) * half + i
     c = tl.load(cos + at, mask=mask, other=0.0)
     s = tl.load(sin + at, mask=mask, other=0.0)
-    a = tl.load(x + first, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(x + second, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + first, cast(a * c - b * s, y.dtype.element_ty), mask=mask)
-    tl.store(y + second, cast(a * s + b * c, y.dtype.element_ty), mask=mask)
+    if INTERLEAVED:  # both of a pair at a time
+        both = (head + 2 * i)[:, None] + tl.arange(0, 2)[None, :]
+        a, b = tl.split(tl.load(x + both, mask=mask[:, None], other=0.0).to(tl.float32))
+        turned = tl.join(a * c - b * s, a * s + b * c)
+        tl.store(y + both, cast(turned, y.dtype.element_ty), mask=mask[:, None])
+    else:
+        first, second = head + i, head + i + half
+        a = tl.load(x + first, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(x + second, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y + first, cast(a * c - b * s, y.dtype.element_ty), mask=mask)
+        tl.store(y + second, cast(a * s + b * c, y.dtype.element_ty), mask=mask)
 
 
 def rope(
@@ -59,6 +65,9 @@ def rope(
     """
     check_indices(positions, len(cos), "positions")
     x = tensor(x)
+    fits = x.shape[1] % head_dim == 0 and 2 * cos.shape[1] <= head_dim and cos.shape == sin.shape
+    require(fits, f"{tuple(x.shape)} with angles {cos.shape} is not heads of {head_dim}")
+    require(len(positions) == len(x), f"{len(positions)} positions of {len(x)} rows")
     half = cos.shape[1]
     y = torch.empty_like(x) if 2 * half == head_dim else x.clone()
     pairs = x.shape[1] // head_dim * half

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fwdllm.kernels.types import QuantType, Weight
+from fwdllm.kernels.types import DISTRIBUTIONS, QuantType, Weight
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The same for kernels, which see no other globals.
@@ -196,6 +196,17 @@ def cast(x, to: tl.constexpr):
         rounded = bits + 0x7FFF + ((bits >> 16) & 1)
         x = tl.where(x == x, rounded, bits).to(tl.float32, bitcast=True)
     return x.to(to)
+
+
+def require(fits: bool, what: str) -> None:
+    """ValueError unless it fits: a kernel would read and write elsewhere."""
+    if not fits:
+        raise ValueError(f"what does not fit: {what}")
+
+
+def check_distribution(distribution: str) -> None:
+    """ValueError for a distribution that does not exist."""
+    require(distribution in DISTRIBUTIONS, f"distribution {distribution!r}")
 
 
 def check_rows(rows: int, slices: int, what: str) -> int:

@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fwdllm.kernels.triton.random import draw4, in_turn
-from fwdllm.kernels.triton.runtime import cdiv, host, tensor
+from fwdllm.kernels.triton.random import draw4, far, in_turn, is_far
+from fwdllm.kernels.triton.runtime import cdiv, check_distribution, host, tensor
 
 # Blocks of four numbers that a program makes of each seed: a thread of 4 warps has two.
 _BLOCK = 256
@@ -24,10 +24,11 @@ def _axpy(
     first,
     n_seeds,
     NORMAL: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    block = first + pid * BLOCK + tl.arange(0, BLOCK)
+    block = first + far(pid * BLOCK + tl.arange(0, BLOCK), WIDE)
     sum_a = tl.zeros([BLOCK], tl.float32)
     sum_b = tl.zeros([BLOCK], tl.float32)
     sum_c = tl.zeros([BLOCK], tl.float32)
@@ -57,6 +58,7 @@ def seeded_axpy(
 
     The sum over seeds is taken in their order, in float32, and then added.
     """
+    check_distribution(distribution)
     if len(seeds) != len(coefficients):
         raise ValueError(f"{len(seeds)} seeds have {len(coefficients)} coefficients")
     if len(theta) == 0:
@@ -72,6 +74,7 @@ def seeded_axpy(
         offset // 4,
         len(seeds),
         NORMAL=distribution == "normal",
+        WIDE=is_far((offset + len(theta)) // 4),
         BLOCK=_BLOCK,
     )
     if isinstance(theta, np.ndarray):

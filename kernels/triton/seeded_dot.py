@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fwdllm.kernels.triton.random import draw4, in_turn
-from fwdllm.kernels.triton.runtime import DEVICE, cdiv, host, tensor
+from fwdllm.kernels.triton.random import draw4, far, in_turn, is_far
+from fwdllm.kernels.triton.runtime import DEVICE, cdiv, check_distribution, host, tensor
 
 # Blocks of four numbers that a program makes.
 _BLOCK = 512
@@ -23,10 +23,12 @@ def _dot(
     shift,
     first,
     NORMAL: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     pid, k = tl.program_id(0), tl.program_id(1)
-    a, b, c, d = draw4(tl.load(seeds + k), first + pid * BLOCK + tl.arange(0, BLOCK), NORMAL)
+    block = first + far(pid * BLOCK + tl.arange(0, BLOCK), WIDE)
+    a, b, c, d = draw4(tl.load(seeds + k), block, NORMAL)
     i = pid * (4 * BLOCK) + tl.arange(0, 4 * BLOCK) - shift
     values = tl.load(g + i, mask=(i >= 0) & (i < n), other=0.0)
     total = tl.sum(values * in_turn(a, b, c, d), axis=0)
@@ -44,6 +46,7 @@ def seeded_dot(
 
     Sums of 2,048 elements are in float32, those of them in float64.
     """
+    check_distribution(distribution)
     shift = offset % 4
     chunks = cdiv(len(g) + shift, 4 * _BLOCK)
     partial = torch.zeros(len(seeds), chunks, dtype=torch.float64, device=DEVICE)
@@ -56,6 +59,7 @@ def seeded_dot(
             shift,
             offset // 4,
             NORMAL=distribution == "normal",
+            WIDE=is_far((offset + len(g)) // 4),
             BLOCK=_BLOCK,
         )
     return host(partial.sum(dim=1))

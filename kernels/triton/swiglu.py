@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fwdllm.kernels.triton.runtime import cast, cdiv, check_rows, tensor
+from fwdllm.kernels.triton.runtime import cast, cdiv, check_rows, require, tensor
 
 _BLOCK = 1024
 
@@ -34,6 +34,7 @@ def swiglu(
 ) -> torch.Tensor:
     """silu(gate) * up, silu(g) = g / (1 + exp(-g)); [rows, d] of the type of gate."""
     gate, up = tensor(gate), tensor(up)
+    require(gate.shape == up.shape, f"{tuple(gate.shape)} gates {tuple(up.shape)}")
     n = check_rows(len(gate), 1 + tangents, f"a primal and {tangents} tangents") * gate.shape[1]
     y = torch.empty_like(gate)
     if n:
