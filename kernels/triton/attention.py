@@ -127,9 +127,10 @@ def attention(
     if longest == 0:
         return y
     heads, group = q.shape[1] // head_dim, q.shape[1] // k.shape[1]
-    wide = pow2(head_dim, 16)
     # Products of float32 are made of operands in shared memory, of which cards have 99 KB or more.
     narrow = q.dtype == torch.bfloat16
+    # Of float32 heads of 16, tangents stop LLVM with an assertion in Triton 3.9.
+    wide = pow2(head_dim, 16 if narrow else 32)
     most = 64 if narrow else 32
     # A tangent has five operands in registers where the primal has three.
     for tangent, block in ((False, min(most, pow2(longest, 16))), (True, 32))[: 1 + bool(tangents)]:

@@ -176,7 +176,9 @@ def down(
     wide = pow2(rank, 8)
     chunks = cdiv(n_in, _CHUNK)
     u = torch.empty(chunks, len(x), wide, dtype=torch.float32, device=DEVICE)
-    block_rows = min(128, pow2(table.longest, 16))
+    # Float32 products are made by threads that have whole operands in registers.
+    narrow = x.dtype == torch.bfloat16
+    block_rows = min(128 if narrow else 32, pow2(table.longest, 16))
     part_blocks = cdiv(table.longest, block_rows)
     _down[(table.n_parts * part_blocks, table.n_lanes, chunks)](
         x,
@@ -199,11 +201,12 @@ def down(
         WIDE=is_far(lora.offset + wide * n_in),
         ALIGNED=lora.offset % 4 == 0 and n_in % 4 == 0,
         MASKED=lora.mask is not None,
-        PRECISION="tf32" if x.dtype == torch.bfloat16 else "ieee",
+        PRECISION="tf32" if narrow else "ieee",
         BM=block_rows,
         BK=64,
         RANK=wide,
         num_warps=4,
+        num_stages=3 if narrow else 2,
     )
     return u
 
