@@ -147,7 +147,7 @@ def adapters() -> None:
     w, n = weight(QuantType.Q4_0, WIDTH, HIDDEN), 256
     narrow, wide = (empty(8 * n, HIDDEN, dtype=dtype) for dtype in DTYPES)
     tangents, parts = tangent_lanes(7), tangent_lanes(7, sequences(2, n // 2))
-    even, odd = adapter(8), adapter(3, offset=1023)
+    even, odd = adapter(8), adapter(3, offset=2**33 + 1)
     masked = adapter(3, offset=1023, mask=zeros(3 * (HIDDEN + WIDTH)))
     inside = adapter(3, basis_a=zeros(4, HIDDEN), basis_b=zeros(4, WIDTH))
     ops.matmul(narrow, w, lora=even, lanes=tangents)

@@ -64,6 +64,8 @@ def lane_table(lanes: Lanes, n: int) -> LaneTable:
     """The table of lanes of n rows."""
     check_distribution(lanes.distribution)
     require(len(lanes.seeds) == len(lanes.coefficients), "a coefficient for each lane")
+    n_parts = 1 if lanes.seeds.ndim == 1 else lanes.seeds.shape[1]
+    require(lanes.starts is None or len(lanes.starts) == 1 + n_parts, "a seed for each part")
     starts = np.array([0, n], np.int32) if lanes.starts is None else lanes.starts
     put = constant if lanes.coefficients.any() else small  # those of plain lanes are always new
     return LaneTable(
@@ -329,7 +331,7 @@ def up(
     offset = 0 if lora is None else lora.offset_b
     mask = None
     if lora is not None and lora.mask is not None:
-        mask = constant(lora.mask)[lora.offset_b - lora.offset :]
+        mask = constant(lora.mask)[lora.a.shape[0] * lora.a.shape[1] :]
     _up[(table.n_parts * part_blocks, table.n_lanes, cdiv(n_out, 64))](
         product,
         u,
