@@ -34,15 +34,15 @@ Compare = Annotated[
 @app.command("make-model")
 def make_model(
     output: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="File to write.")],
-    shape: Annotated[str, typer.Option("--shape", help="Model whose dimensions to take.")],
+    shape: Annotated[str, typer.Option("--shape", help="Model, or architecture, to imitate.")],
     type: Annotated[str, typer.Option("--type", help="Tensor type, such as Q4_0.")] = "Q4_0",
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
 ) -> None:
-    """Write a model of a known shape with random weights, to measure without a download."""
-    from fwdllm.bench.shapes import shape_named, type_named
-    from fwdllm.bench.synthetic import make_decoder
+    """Write a model of random weights, to measure or test without a download."""
+    from fwdllm.bench.architectures import make_named
+    from fwdllm.bench.shapes import type_named
 
-    make_decoder(output, shape_named(shape), type_named(type), seed)
+    make_named(output, shape, type_named(type), seed)
     print(output)
 
 

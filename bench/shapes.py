@@ -48,13 +48,6 @@ SHAPES = {
 }
 
 
-def shape_named(name: str) -> Shape:
-    """A shape of ``SHAPES``; ConfigError, listing them, for any other name."""
-    if name not in SHAPES:
-        raise ConfigError(f"there is no shape {name!r}; these are: {', '.join(SHAPES)}")
-    return SHAPES[name]
-
-
 def type_named(name: str) -> QuantType:
     """A supported tensor type; ConfigError, listing them, for any other name."""
     types = {type.name: type for type in SUPPORTED_TYPES}

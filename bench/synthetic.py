@@ -7,10 +7,12 @@ Memory stays at about the largest tensor, whatever the size of the file.
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import gguf
 import numpy as np
@@ -21,13 +23,23 @@ from fwdllm.engine.files import atomic_write
 from fwdllm.engine.gguf_file import GGUFFile
 from fwdllm.kernels.types import BLOCKS, QuantType, row_bytes
 
+Metadata = Mapping[str, bool | int | float | str]
+
+
+class Matrix(NamedTuple):
+    """A tensor to be drawn. shape: rows last but one; before them, experts. std: of a weight."""
+
+    name: str
+    shape: tuple[int, ...]
+    std: float
+
 
 def make_decoder(
     path: str | os.PathLike[str],
     shape: Shape,
     type: QuantType,
     seed: int = 0,
-    metadata: dict[str, float | int | str] | None = None,
+    metadata: Metadata | None = None,
     factors: np.ndarray | None = None,
 ) -> None:
     """Write a decoder of random weights, all matrices of ``type``.
@@ -37,18 +49,42 @@ def make_decoder(
     Errors: ConfigError if rows of the shape are not whole blocks of the type, or the folder does
     not exist. A write that fails leaves no file.
     """
-    _check_blocks(shape, type)
     rng = np.random.default_rng(seed)
-    tensors, small = matrices(shape), vectors(rng, shape)
+    tensors = [
+        Matrix(name, (n_out, n_in), std_of(shape, name, n_in))
+        for name, n_out, n_in in matrices(shape)
+    ]
+    small = vectors(rng, shape)
     if factors is not None:
         small["rope_freqs.weight"] = factors.astype(np.float32)
+    keys = {**_metadata(shape), **(metadata or {})}
+    write_model(path, shape.architecture, keys, shape.n_vocab, tensors, small, type, rng)
+
+
+def write_model(
+    path: str | os.PathLike[str],
+    architecture: str,
+    metadata: Metadata,
+    n_vocab: int,
+    tensors: Sequence[Matrix],
+    small: Mapping[str, np.ndarray],
+    type: QuantType,
+    rng: np.random.Generator,
+) -> None:
+    """Write a GGUF file of random matrices of ``type``, each drawn when it is written.
+
+    metadata: without the architecture's prefix.  small: further tensors, as they are.
+    Errors: ConfigError if rows are not whole blocks of the type, or the folder does not exist.
+    A write that fails leaves no file.
+    """
+    _check_blocks(tensors, type)
     with atomic_write(Path(path)) as temporary:
-        writer = gguf.GGUFWriter(temporary, shape.architecture)
-        _add_metadata(writer, shape, metadata or {})
-        _add_tokenizer(writer, shape.n_vocab)
-        for name, n_out, n_in in tensors:
-            n_bytes = n_out * row_bytes(type, n_in)
-            writer.add_tensor_info(name, (n_out, n_in), np.dtype(np.float32), n_bytes, type)
+        writer = gguf.GGUFWriter(temporary, architecture)
+        _add_metadata(writer, architecture, metadata)
+        _add_tokenizer(writer, n_vocab)
+        for name, shape, _ in tensors:
+            n_bytes = math.prod(shape[:-1]) * row_bytes(type, shape[-1])
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), n_bytes, type)
         for name, values in small.items():
             writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
         writer.write_header_to_file()
@@ -56,19 +92,19 @@ def make_decoder(
         writer.write_ti_data_to_file()
         writer.close()
         with open(temporary, "ab") as file:
-            for name, n_out, n_in in tensors:
-                _append(file, random_weights(rng, type, n_out, n_in, std_of(shape, name, n_in)))
+            for _, shape, std in tensors:
+                _append(file, random_weights(rng, type, math.prod(shape[:-1]), shape[-1], std))
             for values in small.values():
                 _append(file, values)
 
 
-def _check_blocks(shape: Shape, type: QuantType) -> None:
+def _check_blocks(tensors: Sequence[Matrix], type: QuantType) -> None:
     block, _ = BLOCKS[type]
-    for name, _, n_in in matrices(shape):
-        if n_in % block:
+    for name, shape, _ in tensors:
+        if shape[-1] % block:
             raise ConfigError(
-                f"rows of {name} have {n_in} weights, which are not whole {type.name} blocks of "
-                f"{block}; choose another type"
+                f"rows of {name} have {shape[-1]} weights, which are not whole {type.name} blocks "
+                f"of {block}; choose another type"
             )
 
 
@@ -83,25 +119,33 @@ def _align(file: BinaryIO) -> None:
     file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
 
 
-def _add_metadata(
-    writer: gguf.GGUFWriter, shape: Shape, metadata: dict[str, float | int | str]
-) -> None:
+def _metadata(shape: Shape) -> Metadata:
+    return {
+        "context_length": shape.context,
+        "embedding_length": shape.width,
+        "block_count": shape.n_layers,
+        "feed_forward_length": shape.hidden,
+        "attention.head_count": shape.n_heads,
+        "attention.head_count_kv": shape.n_kv_heads,
+        "attention.key_length": shape.head_dim,
+        "attention.value_length": shape.head_dim,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.dimension_count": shape.head_dim,
+        "rope.freq_base": shape.rope_base,
+        "vocab_size": shape.n_vocab,
+    }
+
+
+def _add_metadata(writer: gguf.GGUFWriter, architecture: str, metadata: Metadata) -> None:
     writer.add_name("synthetic")
-    writer.add_context_length(shape.context)
-    writer.add_embedding_length(shape.width)
-    writer.add_block_count(shape.n_layers)
-    writer.add_feed_forward_length(shape.hidden)
-    writer.add_head_count(shape.n_heads)
-    writer.add_head_count_kv(shape.n_kv_heads)
-    writer.add_key_length(shape.head_dim)
-    writer.add_value_length(shape.head_dim)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(shape.head_dim)
-    writer.add_rope_freq_base(shape.rope_base)
-    writer.add_vocab_size(shape.n_vocab)
+    add = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+    }
     for key, value in metadata.items():
-        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
-        add[value.__class__](f"{shape.architecture}.{key}", value)
+        add[value.__class__](f"{architecture}.{key}", value)
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, n_vocab: int) -> None:

@@ -147,6 +147,11 @@ def test_seeded_lora(
     want = reference.matmul(x, weight, lora=lora, lanes=lanes)
     # 1e-5 because the few numbers of a small shape may cancel.
     assert relative_error(cpu.matmul(x, weight, lora=lora, lanes=lanes), want) < 1e-5
+    product = rng.normal(size=want.shape).astype(np.float32)
+    sums = [product.copy(), product.copy()]
+    cpu.add_lora(sums[0], x, lora, lanes)
+    reference.add_lora(sums[1], x, lora, lanes)
+    assert relative_error(*sums) < 1e-5
 
 
 @types

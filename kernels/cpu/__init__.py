@@ -24,6 +24,7 @@ num_threads = _native.num_threads
 set_num_threads = _native.set_num_threads
 
 __all__ = [
+    "add_lora",
     "array",
     "attention",
     "contiguous",
@@ -142,8 +143,6 @@ def matmul(
     lanes = lanes or Lanes.plain()
     y = np.empty((len(x), weight.n_out), np.float32)
     references = _row_references(lanes, len(x))
-    seeds = np.ascontiguousarray(lanes.seeds, np.uint64).reshape(len(lanes), -1)
-    starts = [0, len(x) // len(lanes)] if lanes.starts is None else lanes.starts
     _native.matmul(
         x,
         weight.data,
@@ -151,15 +150,26 @@ def matmul(
         references,
         bias,
         None if lora is None else _factors(lora),
-        seeds,
-        lanes.coefficients,
-        np.asarray(starts, np.int32),
-        lanes.distribution,
-        lanes.tangents,
+        *_variants(lanes, len(x)),
         exact,
         y,
     )
     return y
+
+
+def add_lora(y: np.ndarray, x: np.ndarray, lora: LoRA, lanes: Lanes) -> None:
+    """y += seeded LoRA of x, in place: what ``matmul`` would add to a product computed elsewhere.
+
+    y float32 [rows, n_out], x float32 [rows, n_in].
+    """
+    _native.add_lora(_f32(x), _factors(lora), *_variants(lanes, len(x)), y)
+
+
+def _variants(lanes: Lanes, rows: int) -> tuple[object, ...]:
+    seeds = np.ascontiguousarray(lanes.seeds, np.uint64).reshape(len(lanes), -1)
+    starts = [0, rows // len(lanes)] if lanes.starts is None else lanes.starts
+    starts = np.asarray(starts, np.int32)
+    return (seeds, lanes.coefficients, starts, lanes.distribution, lanes.tangents)
 
 
 def _factors(lora: LoRA) -> tuple[object, ...]:

@@ -150,28 +150,54 @@ void require_tangents(size_t rows, int64_t tangents) {
     require(tangents >= 0 && rows % (1 + tangents) == 0, "the rows are not a primal and tangents");
 }
 
+Lanes lanes_of(size_t rows, const In<uint64_t, 2>& seeds, const Vector& coefficients,
+               const In<int32_t, 1>& starts, const std::string& distribution, bool tangents) {
+    require(seeds.shape(0) > 0 && seeds.shape(0) == coefficients.shape(0),
+            "one coefficient per lane");
+    require(rows % seeds.shape(0) == 0, "the rows are not whole lanes");
+    const Lanes lanes{
+        seeds.data(), coefficients.data(), (int64_t)seeds.shape(0), distribution_code(distribution),
+        tangents,     starts.data(),       (int64_t)seeds.shape(1)};
+    require(starts.shape(0) == seeds.shape(1) + 1 && starts.data()[0] == 0 &&
+                starts.data()[lanes.n_parts] == (int64_t)rows / lanes.n,
+            "parts are not the rows of a lane");
+    for (int64_t p = 0; p < lanes.n_parts; ++p)
+        require(starts.data()[p] <= starts.data()[p + 1], "parts do not ascend");
+    require(!tangents || coefficients.data()[0] == 0, "lane 0 is not plain");
+    return lanes;
+}
+
+// (A, B, scale, offset, offset of B, mask of A, mask of B, basis of A, basis of B).
 using LoraArguments = std::tuple<Matrix, Matrix, float, uint64_t, uint64_t, nb::object, nb::object,
                                  nb::object, nb::object>;
 
-// lora: None or (A, B, scale, offset, offset of B, mask of A, mask of B, basis of A, basis of B).
+LoRA lora_of(const LoraArguments& arguments, int64_t n_in, int64_t n_out) {
+    const auto& [factor_a, factor_b, scale, offset_a, offset_b, mask_a, mask_b, basis_a, basis_b] =
+        arguments;
+    const int64_t rank = (int64_t)factor_a.shape(0);
+    require(rank > 0 && (int64_t)factor_a.shape(1) == n_in, "A is [rank, n_in]");
+    require((int64_t)factor_b.shape(0) == n_out && (int64_t)factor_b.shape(1) == rank,
+            "B is [n_out, rank]");
+    for (const auto& [mask, size] :
+         {std::pair(mask_a, factor_a.size()), std::pair(mask_b, factor_b.size())})
+        require(mask.is_none() || nb::cast<Vector>(mask).shape(0) == size,
+                "a mask does not fit its factor");
+    return {factor_a.data(),
+            factor_b.data(),
+            scale,
+            rank,
+            direction_of(offset_a, mask_a, basis_a, n_in),
+            direction_of(offset_b, mask_b, basis_b, n_out)};
+}
+
+// lora: None or LoraArguments.
 void matmul(Matrix x, Bytes data, int type, In<int32_t, 1> references, nb::object bias,
             nb::object lora, In<uint64_t, 2> seeds, Vector coefficients, In<int32_t, 1> starts,
             const std::string& distribution, bool tangents, bool exact, Out<float, 2> y) {
     const Weight w = weight_of(data, type, (int64_t)x.shape(1));
     const int32_t* r = references_of(references, x.shape(0));
     require(y.shape(0) == x.shape(0) && (int64_t)y.shape(1) == w.n_out, "y is [rows, n_out]");
-    require(seeds.shape(0) > 0 && seeds.shape(0) == coefficients.shape(0),
-            "one coefficient per lane");
-    require(x.shape(0) % seeds.shape(0) == 0, "the rows are not whole lanes");
-    const Lanes lanes{
-        seeds.data(), coefficients.data(), (int64_t)seeds.shape(0), distribution_code(distribution),
-        tangents,     starts.data(),       (int64_t)seeds.shape(1)};
-    require(starts.shape(0) == seeds.shape(1) + 1 && starts.data()[0] == 0 &&
-                starts.data()[lanes.n_parts] == (int64_t)x.shape(0) / lanes.n,
-            "parts are not the rows of a lane");
-    for (int64_t p = 0; p < lanes.n_parts; ++p)
-        require(starts.data()[p] <= starts.data()[p + 1], "parts do not ascend");
-    require(!tangents || coefficients.data()[0] == 0, "lane 0 is not plain");
+    const Lanes lanes = lanes_of(x.shape(0), seeds, coefficients, starts, distribution, tangents);
     const float* b = nullptr;
     if (!bias.is_none()) {
         const Vector v = nb::cast<Vector>(bias);
@@ -179,27 +205,21 @@ void matmul(Matrix x, Bytes data, int type, In<int32_t, 1> references, nb::objec
         b = v.data();
     }
     LoRA term{};
-    if (!lora.is_none()) {
-        const auto [factor_a, factor_b, scale, offset_a, offset_b, mask_a, mask_b, basis_a,
-                    basis_b] = nb::cast<LoraArguments>(lora);
-        const int64_t rank = (int64_t)factor_a.shape(0);
-        require(rank > 0 && (int64_t)factor_a.shape(1) == w.n_in, "A is [rank, n_in]");
-        require((int64_t)factor_b.shape(0) == w.n_out && (int64_t)factor_b.shape(1) == rank,
-                "B is [n_out, rank]");
-        for (const auto& [mask, size] :
-             {std::pair(mask_a, factor_a.size()), std::pair(mask_b, factor_b.size())})
-            require(mask.is_none() || nb::cast<Vector>(mask).shape(0) == size,
-                    "a mask does not fit its factor");
-        term = {factor_a.data(),
-                factor_b.data(),
-                scale,
-                rank,
-                direction_of(offset_a, mask_a, basis_a, w.n_in),
-                direction_of(offset_b, mask_b, basis_b, w.n_out)};
-    }
+    if (!lora.is_none()) term = lora_of(nb::cast<LoraArguments>(lora), w.n_in, w.n_out);
     nb::gil_scoped_release release_gil;
     kernels().matmul(x.data(), (int64_t)x.shape(0), r, w, b, lora.is_none() ? nullptr : &term,
                      lanes, exact, y.data());
+}
+
+void add_lora(Matrix x, const LoraArguments& lora, In<uint64_t, 2> seeds, Vector coefficients,
+              In<int32_t, 1> starts, const std::string& distribution, bool tangents,
+              Out<float, 2> y) {
+    require(y.shape(0) == x.shape(0), "y is [rows, n_out]");
+    const int64_t n_in = (int64_t)x.shape(1), n_out = (int64_t)y.shape(1);
+    const LoRA term = lora_of(lora, n_in, n_out);
+    const Lanes lanes = lanes_of(x.shape(0), seeds, coefficients, starts, distribution, tangents);
+    nb::gil_scoped_release release_gil;
+    kernels().add_lora(x.data(), (int64_t)x.shape(0), n_in, n_out, term, lanes, y.data());
 }
 
 void cross_entropy(Matrix x, Bytes data, int type, In<int32_t, 1> references, int64_t tangents,
@@ -314,6 +334,9 @@ NB_MODULE(_native, m) {
     m.def("matmul", &matmul, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
           nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
           nb::arg());
+    // y is changed in place: converting it would change a copy.
+    m.def("add_lora", &add_lora, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+          nb::arg(), nb::arg().noconvert());
     m.def("cross_entropy", &cross_entropy);
     m.def("rms_norm", &rms_norm);
     m.def("layer_norm", &layer_norm);

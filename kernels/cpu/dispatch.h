@@ -80,6 +80,8 @@ struct Kernels {
     void (*gather)(const Weight& w, const int32_t* ids, int64_t rows, float* out);
     void (*matmul)(const float* x, int64_t rows, const int32_t* references, const Weight& w,
                    const float* bias, const LoRA* lora, const Lanes& lanes, bool exact, float* y);
+    void (*add_lora)(const float* x, int64_t rows, int64_t n_in, int64_t n_out, const LoRA& lora,
+                     const Lanes& lanes, float* y);
     void (*cross_entropy)(const float* x, int64_t rows, const int32_t* references, int64_t tangents,
                           const Weight& w, const int32_t* labels, bool exact, double* nll);
     void (*rms_norm)(const float* x, int64_t rows, int64_t d, const float* weight, float eps,

@@ -267,3 +267,13 @@ struct LoraTerm {
                            min_of(kLoraOutputs, n - j), y);
     }
 };
+
+// y += LoRA, of a product that was computed elsewhere.
+void add_lora(const float* x, int64_t rows, int64_t n_in, int64_t n_out, const LoRA& lora,
+              const Lanes& lanes, float* y) {
+    const LoraTerm term(x, rows, n_in, n_out, lora, lanes);
+    parallel_for(ceil_div(n_out, kLoraOutputs), [&](int64_t task) {
+        const int64_t out0 = task * kLoraOutputs;
+        term.add(out0, min_of(kLoraOutputs, n_out - out0), y);
+    });
+}

@@ -3,11 +3,12 @@
 from fwdllm.kernels.reference.arrays import array, contiguous, host, repeated, spread, take, weight
 from fwdllm.kernels.reference.decode import dequantize, embedding
 from fwdllm.kernels.reference.layers import attention, gelu, layer_norm, rms_norm, rope, swiglu
-from fwdllm.kernels.reference.linear import matmul
+from fwdllm.kernels.reference.linear import add_lora, matmul
 from fwdllm.kernels.reference.loss import cross_entropy
 from fwdllm.kernels.reference.random import normal, philox, rademacher, seeded_axpy, seeded_dot
 
 __all__ = [
+    "add_lora",
     "array",
     "attention",
     "contiguous",

@@ -42,6 +42,14 @@ def matmul(
     return y.astype(np.float32)
 
 
+def add_lora(y: np.ndarray, x: np.ndarray, lora: LoRA, lanes: Lanes) -> None:
+    """y += seeded LoRA of x, in place: what ``matmul`` would add to a product computed elsewhere.
+
+    y float32 [rows, n_out], x float32 [rows, n_in].
+    """
+    y += _lora(x, lora, lanes).astype(np.float32)
+
+
 def row_products(x: np.ndarray, w: np.ndarray) -> np.ndarray:
     """x . w^T in float64: [rows, n_in], [n_out, n_in] -> [rows, n_out].
 
