@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fwdllm.console import Model, parse_layers, print_json
+from fwdllm.console import Backend, Model, parse_layers, print_json
 from fwdllm.memory import parse_bytes
 
 if TYPE_CHECKING:
@@ -53,8 +53,10 @@ def prompt(
     lanes: Annotated[
         int, typer.Option(help="Variants of an adapter in one pass; 1 is no adapter.")
     ] = 1,
+    backend: Backend = "fwdllm",
     peer: Annotated[
-        str | None, typer.Option(help="llama.cpp, or plain (as many copies, no adapter).")
+        str | None,
+        typer.Option(help="llama.cpp, plain (as many copies, no adapter), or fwdllm."),
     ] = None,
     rounds: Rounds = 5,
     json: Json = False,
@@ -69,7 +71,7 @@ def prompt(
 
     finish = _prepare("prompt", json, plot, save, compare)
     with _status():
-        result = measure_prompt(local_path(model), tokens, lanes, peer, rounds)
+        result = measure_prompt(local_path(model), tokens, lanes, backend, peer, rounds)
     finish(result, render_sides)
 
 
@@ -93,12 +95,14 @@ def step(
     memory_budget: Annotated[
         str | None, typer.Option(help='Resident memory to keep to, such as "1GiB".')
     ] = None,
+    backend: Backend = "fwdllm",
     peer: Annotated[
         str | None,
         typer.Option(
             help="plain (as many rows, no adapter), central (the same by differences), unscoped "
-            "(the same without --scope); by differences too, llama.cpp (by its C interface, the "
-            "model kept open), llama-cpp-python (a new Llama for every lane) or peft (PyTorch)."
+            "(the same without --scope), fwdllm (beside --backend llama.cpp); by differences too, "
+            "llama.cpp (by its C interface, the model kept open), llama-cpp-python (a new Llama "
+            "for every lane) or peft (PyTorch)."
         ),
     ] = None,
     rounds: Rounds = 5,
@@ -122,6 +126,7 @@ def step(
         targets=None if targets == "all" else tuple(targets.split(",")),
         scope=parse_layers(scope),
         memory_budget=parse_bytes(memory_budget) if memory_budget is not None else None,
+        backend=backend,
     )
     with _status():
         result = measure_step(local_path(model), config, peer, rounds)
@@ -151,10 +156,10 @@ def kernels(
     """Speed of each kernel, beside what this machine can do. Repeat options to widen it."""
     from fwdllm.bench.kernels import measure_kernels
     from fwdllm.bench.report import render_kernels
-    from fwdllm.engine.devices import backend
+    from fwdllm.engine.devices import kernels_of
 
     finish = _prepare("kernels", json, plot, save, compare)
-    backend(device)
+    kernels_of(device)
     with _status() as status:
         if device == "cuda":
             result = _gpu_kernels(isa or (), type or (), rows or (), rounds, status.update)

@@ -9,22 +9,25 @@ import numpy as np
 
 from fwdllm.engine import Engine
 from fwdllm.engine.adapter import by_layer
+from fwdllm.engine.backends import choose
 from fwdllm.engine.batch import Batch, Tokens, pack
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.gguf_file import GGUFFile
-from fwdllm.engine.models import family_of
 
 # Small enough that thousands of steps along random directions leave the model as it is.
 UPDATE_RATE = 1e-6
 
 
-def open_decoder(path: Path, tokens: int) -> GGUFFile:
-    """A model file that has a graph and reads ``tokens`` tokens; ConfigError, ModelError if not."""
+def open_decoder(path: Path, tokens: int, backend: str) -> GGUFFile:
+    """A model file that a backend can run and that reads ``tokens`` tokens.
+
+    Errors: ConfigError, ModelError.
+    """
     file = GGUFFile.open(path)
-    architecture, family = family_of(file)
-    if family.encoder:
-        raise ConfigError(f"{architecture} is an encoder; bench measures decoders")
-    context = family.read_args(file).context
+    model = choose(file, backend)
+    if model.encoder:
+        raise ConfigError(f"{model.architecture} is an encoder; bench measures decoders")
+    context = model.args.context
     if not 2 <= tokens <= context:
         raise ConfigError(f"--tokens must be from 2 to the model's {context}, not {tokens}")
     return file
@@ -38,10 +41,8 @@ def random_ids(file: GGUFFile, sequences: int, tokens: int) -> list[list[int]]:
 
 def linear_targets(file: GGUFFile) -> tuple[str, ...]:
     """Every tensor name, without "blk.N." and ".weight", that LoRA can adapt."""
-    _, family = family_of(file)
-    required, _ = family.shapes(family.read_args(file))
-    matrices = {n.removesuffix(".weight"): (s[0], s[1]) for n, s in required.items() if len(s) == 2}
-    return tuple(sorted({name for block in by_layer(matrices).values() for name in block}))
+    blocks = by_layer(choose(file).linear)
+    return tuple(sorted({name for block in blocks.values() for name in block}))
 
 
 def prompt_batch(ids: Sequence[int], copies: int) -> Batch:

@@ -20,12 +20,13 @@ import numpy as np
 
 from fwdllm.bench.inputs import linear_targets, open_decoder, random_ids
 from fwdllm.bench.worker import Answer, Worker
+from fwdllm.engine.backends import OWN
 from fwdllm.engine.errors import ConfigError, FwdllmError
 from fwdllm.engine.estimators import plan
 
-PROMPT_PEERS = ("llama.cpp", "plain")
+PROMPT_PEERS = ("llama.cpp", "plain", OWN)
 DIFFERENCE_PEERS = ("llama.cpp", "llama-cpp-python", "peft")
-STEP_PEERS = ("plain", "central", "unscoped", *DIFFERENCE_PEERS)
+STEP_PEERS = ("plain", "central", "unscoped", OWN, *DIFFERENCE_PEERS)
 
 _PROMPT, _STEP = "fwdllm.bench.ours:Prompt", "fwdllm.bench.ours:Step"
 _PLAIN_STEP = "fwdllm.bench.ours:PlainStep"
@@ -34,29 +35,33 @@ _PEFT_STEP = "fwdllm.bench.peft_peer:Step"
 
 
 def measure_prompt(
-    model: Path, tokens: int, lanes: int, peer: str | None, rounds: int
+    model: Path, tokens: int, lanes: int, backend: str, peer: str | None, rounds: int
 ) -> dict[str, Any]:
     """A prompt of random tokens under ``lanes`` variants of an adapter; all their tokens count.
 
-    lanes: 1, or an even number for central differences.  Errors: ConfigError, ModelError.
+    lanes: 1, or an even number for central differences.  backend: see ``Engine.load``.
+    Errors: ConfigError, ModelError.
     """
     _check(peer, PROMPT_PEERS, rounds)
     if lanes < 1 or (lanes > 1 and lanes % 2):
         raise ConfigError(f"--lanes must be 1 or an even number, not {lanes}")
     if peer == "plain" and lanes == 1:
         raise ConfigError("the peer plain shows what perturbing costs, which takes --lanes")
-    ids = random_ids(open_decoder(model, tokens), 1, tokens + 1)[0]
-    settings = {"model": model.name, "tokens": tokens, "lanes": lanes, "rounds": rounds}
+    _check_own(peer, backend)
+    ids = random_ids(open_decoder(model, tokens, backend), 1, tokens + 1)[0]
+    settings = {"model": model.name, "tokens": tokens, "lanes": lanes, "backend": backend}
+    settings["rounds"] = rounds
     prompt: dict[str, Any] = {"model": str(model), "ids": ids}
     with ExitStack() as stack:
-        ours = stack.enter_context(Worker(_PROMPT, {**prompt, "lanes": lanes}))
+        mine = {**prompt, "lanes": lanes, "backend": backend}
+        ours = stack.enter_context(Worker(_PROMPT, mine))
         workers, n_tokens = [ours], [tokens * lanes]
         if peer == "llama.cpp":
             options = {**prompt, "threads": ours.facts["threads"]}
             workers.append(stack.enter_context(Worker(_LLAMA_PROMPT, options)))
             n_tokens.append(tokens)
-        elif peer == "plain":
-            options = {**prompt, "lanes": lanes, "plain": True}
+        elif peer is not None:
+            options = {**mine, "plain": True} if peer == "plain" else {**mine, "backend": peer}
             workers.append(stack.enter_context(Worker(_PROMPT, options)))
             n_tokens.append(tokens * lanes)
         answers = _alternate(workers, rounds)
@@ -66,7 +71,7 @@ def measure_prompt(
 @dataclass(frozen=True)
 class StepConfig:
     """One step of tuning. targets: None for every linear layer.  scope: layers that are perturbed,
-    None for all.  memory_budget: in bytes.
+    None for all.  memory_budget: in bytes.  backend: see ``Engine.load``.
     """
 
     examples: int = 4
@@ -77,6 +82,7 @@ class StepConfig:
     targets: tuple[str, ...] | None = ("attn_q", "attn_v")
     scope: tuple[int, ...] | None = None
     memory_budget: int | None = None
+    backend: str = OWN
 
     @property
     def n_tokens(self) -> int:
@@ -92,12 +98,13 @@ def measure_step(model: Path, config: StepConfig, peer: str | None, rounds: int)
     Errors: ConfigError, ModelError.
     """
     _check(peer, STEP_PEERS, rounds)
+    _check_own(peer, config.backend)
     if config.examples < 1 or config.perturbations < 1:
         raise ConfigError("--examples and --perturbations must be at least 1")
     if peer in DIFFERENCE_PEERS and config.method == "forward-ad":
         raise ConfigError(f"the peer {peer} takes differences: choose --method central")
     n_tokens = [config.n_tokens, config.n_tokens]
-    file = open_decoder(model, config.tokens)
+    file = open_decoder(model, config.tokens, config.backend)
     config = replace(config, targets=config.targets or linear_targets(file))
     step = {
         "model": str(model),
@@ -107,13 +114,16 @@ def measure_step(model: Path, config: StepConfig, peer: str | None, rounds: int)
         "method": config.method,
     }
     with ExitStack() as stack:
-        ours = {**step, "scope": config.scope, "memory_budget": config.memory_budget}
+        ours = {name: getattr(config, name) for name in ("scope", "memory_budget", "backend")}
+        ours = {**step, **ours}
         workers = [stack.enter_context(Worker(_STEP, ours))]
         if peer == "plain":
             workers.append(stack.enter_context(Worker(_PLAIN_STEP, ours)))
         elif peer == "central":
             workers.append(stack.enter_context(Worker(_STEP, {**ours, "method": peer})))
             n_tokens[1] = replace(config, method=peer).n_tokens
+        elif peer == OWN:
+            workers.append(stack.enter_context(Worker(_STEP, {**ours, "backend": OWN})))
         elif peer == "unscoped":
             workers.append(stack.enter_context(Worker(_STEP, {**ours, "scope": None})))
         elif peer is not None:
@@ -159,6 +169,11 @@ def _check(peer: str | None, peers: Sequence[str], rounds: int) -> None:
         raise ConfigError(f"--peer must be one of {', '.join(peers)}, not {peer!r}")
     if rounds < 1:
         raise ConfigError(f"--rounds must be at least 1, not {rounds}")
+
+
+def _check_own(peer: str | None, backend: str) -> None:
+    if peer == OWN and backend == OWN:
+        raise ConfigError(f"the peer {OWN} is what --backend llama.cpp can be compared with")
 
 
 def _alternate(workers: Sequence[Worker], rounds: int) -> list[list[Answer]]:

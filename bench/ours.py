@@ -24,8 +24,11 @@ class Prompt:
     model without an adapter.
     """
 
-    def __init__(self, model: str, ids: Sequence[int], lanes: int, plain: bool = False) -> None:
-        self.engine = Engine.load(model, None if plain or lanes == 1 else LoRAConfig())
+    def __init__(
+        self, model: str, ids: Sequence[int], lanes: int, backend: str, plain: bool = False
+    ) -> None:
+        lora = None if plain or lanes == 1 else LoRAConfig()
+        self.engine = Engine.load(model, lora, backend=backend)
         self.batch = prompt_batch(ids, lanes if plain else 1)
         self.seeds = np.arange(lanes // 2, dtype=np.uint64)
         self.plain = self.engine.adapter is None
@@ -44,7 +47,7 @@ class Step:
     """Directional derivatives of a batch along ``perturbations`` seeds, and an update.
 
     lora: rank and targets.  scope: layers that are perturbed, None for all.  memory_budget: in
-    bytes.
+    bytes.  backend: see ``Engine.load``.
     """
 
     def __init__(
@@ -56,8 +59,11 @@ class Step:
         method: str,
         scope: Sequence[int] | None,
         memory_budget: int | None,
+        backend: str,
     ) -> None:
-        adapted = Engine.load(model, LoRAConfig(**lora), memory_budget=memory_budget)
+        adapted = Engine.load(
+            model, LoRAConfig(**lora), memory_budget=memory_budget, backend=backend
+        )
         self.engine = half_trained(adapted)
         self.batch = step_batch(ids, 1)
         self.seeds = np.arange(perturbations, dtype=np.uint64)
@@ -104,8 +110,9 @@ class PlainStep:
         method: str,
         scope: Sequence[int] | None,
         memory_budget: int | None,
+        backend: str,
     ) -> None:
-        self.engine = Engine.load(model, memory_budget=memory_budget)
+        self.engine = Engine.load(model, memory_budget=memory_budget, backend=backend)
         seeds = np.arange(perturbations, dtype=np.uint64)
         lanes = plan(seeds, method).lanes
         self.batch = step_batch(ids, len(lanes))

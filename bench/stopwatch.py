@@ -21,6 +21,7 @@ _OPERATIONS = {
     "swiglu": "activation",
     "gelu": "activation",
     "seeded_axpy": "update",
+    "add_lora": "lora",
 }
 
 

@@ -78,7 +78,7 @@ def gradient(engine: Engine, batch: Batch, seed: int, n_tangents: int) -> Gradie
     found = _slopes(engine, batch, n_tangents, inject)
     du = sign * found.slopes[tangent, _sequence(batch)[:, None]]
     outer = _OuterProducts(columns, du)
-    engine.graph.run(batch, Variants(tap=outer))
+    engine.graph.watch(batch, outer)
     values = np.zeros(adapter.n_lora, np.float32)
     for t in targets:
         values[t.offset : t.offset + rank * t.n_in] = outer.sums[t.name].ravel()
@@ -137,7 +137,7 @@ def scaled(adapter: Adapter, sensitivities: np.ndarray) -> np.ndarray:
 
 def max_rank(engine: Engine) -> int:
     """Columns of B that ``sensitivity`` can find."""
-    return max(1, len(engine.labels) - 1) if engine.family.encoder else 1
+    return max(1, len(engine.labels) - 1) if engine.encoder else 1
 
 
 def check_rank(engine: Engine) -> None:
@@ -146,11 +146,7 @@ def check_rank(engine: Engine) -> None:
     if rank > most:
         raise ConfigError(
             f"activation perturbation has a use for rank {most} here, not {rank}: "
-            + (
-                "one less than there are labels"
-                if engine.family.encoder
-                else "the loss is one number"
-            )
+            + ("one less than there are labels" if engine.encoder else "the loss is one number")
         )
 
 

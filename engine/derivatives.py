@@ -91,6 +91,6 @@ def _losses(
 
 
 def _lane_tokens(engine: Engine, batch: Batch, p: Plan, directions: Directions) -> int:
-    """Rows of all lanes; where all lanes are still equal, one counts."""
-    n_layers, first = engine.args.n_layers, directions.targets[0].layer
+    """Rows of all lanes; where our own graph has equal lanes only, one counts."""
+    n_layers, first = engine.args.n_layers, directions.targets[0].layer if engine.family else 0
     return round(batch.n_rows * (first + len(p.lanes) * (n_layers - first)) / n_layers)

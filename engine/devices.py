@@ -12,7 +12,7 @@ from fwdllm.engine.errors import ConfigError
 DEVICES = {"cpu": "cpu", "cuda": "triton", "reference": "reference"}
 
 
-def backend(device: str) -> ModuleType:
+def kernels_of(device: str) -> ModuleType:
     """The kernels for "cpu", "cuda" (an NVIDIA GPU) or "reference".
 
     Errors: ConfigError for another name, or if the packages or the GPU are missing.

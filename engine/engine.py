@@ -13,9 +13,10 @@ from fwdllm.engine import activation, derivatives
 from fwdllm.engine.activation import Gradient
 from fwdllm.engine.adapter import Adapter, Head, LoRAConfig
 from fwdllm.engine.adapter_io import load_adapter
+from fwdllm.engine.backends import choose
 from fwdllm.engine.batch import Batch, Tokens, pack, pack_many
 from fwdllm.engine.data import Example, check_labels
-from fwdllm.engine.devices import backend
+from fwdllm.engine.devices import kernels_of
 from fwdllm.engine.directions import Dense, Directions, DirectionsConfig, Scope, frozen_b
 from fwdllm.engine.encode import encode_decoder, encode_text
 from fwdllm.engine.errors import (
@@ -30,8 +31,8 @@ from fwdllm.engine.forward import PLAIN, SquareSums, Variants
 from fwdllm.engine.gguf_file import GGUFFile
 from fwdllm.engine.graph import Graph
 from fwdllm.engine.head import class_losses, head_gradient
+from fwdllm.engine.llama_cpp import LlamaGraph
 from fwdllm.engine.memory import MemoryPlan, keep_freed_memory, plan_gpu_step, plan_step
-from fwdllm.engine.models import family_of
 from fwdllm.engine.residency import Residency, resident_bytes
 from fwdllm.engine.tokenizer import Tokenizer
 from fwdllm.engine.weights import Weights
@@ -41,10 +42,10 @@ from fwdllm.kernels.types import Lanes
 class Engine:
     """A model with an adapter. Make one with ``Engine.load``; the fields are read-only.
 
-    file: the GGUF file.  architecture, args: what it is.  adapter: trainable parameters, or
-    None.  labels: names of classes, () if there are none.  device: see ``devices.backend``, and
-    ops, its kernels.  memory_budget: bytes the process may have resident in a pass, mapped weights
-    included, or None.
+    file: the GGUF file.  backend: what computes with it, and what it is; architecture, args
+    and encoder are its.  adapter: trainable parameters, or None.  labels: names of classes, () if
+    there are none.  device: see ``devices.kernels_of``, and ops, its kernels.  memory_budget: bytes
+    the process may have resident in a pass, mapped weights included, or None.
     """
 
     def __init__(
@@ -55,20 +56,28 @@ class Engine:
         exact: bool = False,
         memory_budget: int | None = None,
         device: str = "cpu",
+        backend: str = "auto",
     ) -> None:
         if memory_budget is not None and device == "cuda":
             raise ConfigError("a memory budget is for device cpu: a GPU keeps all of the model")
         keep_freed_memory()
         self.file = file
         self.device = device
-        self.ops = backend(device)
+        self.ops = kernels_of(device)
         self.exact = exact
         self.memory_budget = memory_budget
         self.labels = tuple(labels)
-        self.architecture, self.family = family_of(file)
-        self.args: Any = self.family.read_args(file)
-        self.weights = Weights(file, *self.family.shapes(self.args), self.ops)
-        self.tokenizer = Tokenizer.open(file.path)
+        self.backend = choose(file, backend)
+        self.architecture, self.encoder = self.backend.architecture, self.backend.encoder
+        self.family = self.backend.family
+        self.args: Any = self.backend.args
+        if self.family is None:
+            self._check_llama_cpp()
+            self._llama = LlamaGraph(file, self.encoder, self.ops)
+            self.tokenizer = Tokenizer(self._llama.model)
+        else:
+            self.weights = Weights(file, *self.family.shapes(self.args), self.ops)
+            self.tokenizer = Tokenizer.open(file.path)
         if self.tokenizer.n_vocab > self.args.n_vocab:
             raise ModelError(f"{file.path}: the vocabulary has more tokens than the embedding")
         self.adapter: Adapter | None = None
@@ -88,6 +97,7 @@ class Engine:
         exact: bool = False,
         memory_budget: int | None = None,
         device: str = "cpu",
+        backend: str = "auto",
     ) -> Engine:
         """Open a GGUF model, with a new adapter of shape ``lora`` or the one in a file.
 
@@ -95,6 +105,9 @@ class Engine:
         A.  exact: fp32 arithmetic instead of int8 activations.  memory_budget: bytes the process
         may have resident in a pass, mapped weights included: layers that do not fit are dropped
         behind the pass and read again in the next.  device: "cpu", or "cuda" for a GPU.
+        backend: "fwdllm", our own graph and kernels; "llama.cpp", its graph and kernels, for any
+        architecture that it knows, with differences of losses only; or "auto", our own graph where
+        there is one.
         Errors: ModelError, AdapterError, ConfigError.
         """
         engine = cls(
@@ -103,19 +116,25 @@ class Engine:
             exact=exact,
             memory_budget=memory_budget,
             device=device,
+            backend=backend,
         )
         if adapter is not None:
             engine._load_adapter(adapter)
         elif lora is not None:
             head = Head(engine.labels, engine.args.width) if engine._needs_head else None
             engine.adapter = Adapter.create(
-                engine.architecture, engine.weights.linear_shapes(), lora, seed, engine.ops, head
+                engine.architecture, engine.backend.linear, lora, seed, engine.ops, head
             )
+        if engine.family is None and engine.adapter is not None:
+            engine._llama.check_reach(engine.adapter)
         return engine
 
     @property
-    def graph(self) -> Graph:
+    def graph(self) -> Graph | LlamaGraph:
         """What computes the model's outputs, with the adapter as it is now."""
+        if self.family is None:
+            self._llama.adapter, self._llama.ops = self.adapter, self.ops
+            return self._llama
         return Graph(
             self.args,
             self.family,
@@ -153,7 +172,9 @@ class Engine:
             self.adapter,
             seed,
             lambda: self.input_mean_squares(self.encode(examples)),
-            lambda target: self.ops.dequantize(self.weights.matrix(target.name)),
+            lambda target: self.ops.dequantize(
+                self.ops.weight(self.file.weight(f"{target.name}.weight"))
+            ),
         )
 
     def use_activations(self, scope: Scope | None = None) -> None:
@@ -163,6 +184,7 @@ class Engine:
         """
         if self.adapter is None:
             raise ConfigError("activations are perturbed where an adapter reads them")
+        self.backend.check_method("activation")
         activation.check_rank(self)
         self.adapter.theta[: self.adapter.n_lora] = 0
         self.directions = frozen_b(self.adapter, scope)
@@ -170,7 +192,7 @@ class Engine:
     def input_mean_squares(self, batch: Batch) -> dict[str, np.ndarray]:
         """Mean squares over a batch's rows of what adapted layers read: float64 [n_in] each."""
         tap = SquareSums()
-        self.graph.run(batch, Variants(tap=tap))
+        self.graph.watch(batch, tap)
         return {name: total / batch.n_rows for name, total in tap.sums.items()}
 
     def encode(self, examples: Sequence[Example], max_tokens: int | None = None) -> Batch:
@@ -202,6 +224,7 @@ class Engine:
         its own, see ``Probe`` and ``estimators.example_seeds``.
         A slope is NaN or infinite where a perturbed loss is; NumericsError if the loss itself is.
         """
+        self.backend.check_method(method)
         directions = directions or self.directions
         return derivatives.of_batch(self, batch, seeds, method, epsilon, directions, per_example)
 
@@ -220,6 +243,7 @@ class Engine:
         [n_groups, n_seeds].  A group's numbers have the same bits in any company; those that are
         not finite, its loss included, are left for the caller to find.
         """
+        self.backend.check_method(method)
         directions = directions or self.directions
         return derivatives.of_groups(self, batch, sizes, seeds, method, epsilon, directions)
 
@@ -270,7 +294,7 @@ class Engine:
 
     @property
     def _needs_head(self) -> bool:
-        if not self.family.encoder:
+        if not self.encoder:
             return False
         if len(self.labels) < 2:
             raise ConfigError(
@@ -283,21 +307,21 @@ class Engine:
         self.adapter = load_adapter(
             Path(path),
             self.architecture,
-            self.weights.linear_shapes(),
+            self.backend.linear,
             args.n_heads,
             getattr(args, "n_kv_heads", args.n_heads),
             self.ops,
         )
         head = self.adapter.head
         if head is not None:
-            if not self.family.encoder or head.n_in != args.width:
+            if not self.encoder or head.n_in != args.width:
                 raise AdapterError(f"{path} has a classification head for another model")
             self.labels = head.labels
 
     def tokenize(self, example: Example, max_tokens: int | None) -> Tokens:
         """One example as ``encode`` packs it. Errors: DataError."""
         context = self.args.context
-        if not self.family.encoder:
+        if not self.encoder:
             return encode_decoder(self.tokenizer, example, context, max_tokens)
         ids = encode_text(self.tokenizer, example, context, max_tokens)
         if example.label is None:
@@ -307,6 +331,8 @@ class Engine:
 
     def max_lanes(self, batch: Batch, n_lanes: int) -> int:
         """How many of n_lanes go through the model at once within the memory budget."""
+        if self.family is None:
+            return n_lanes  # it takes them in several calls by itself
         return self._memory(batch, n_lanes).lanes
 
     def _memory(self, batch: Batch, n_lanes: int) -> MemoryPlan:
@@ -323,8 +349,20 @@ class Engine:
             longest=int(np.diff(batch.starts).max()),
             n_labels=len(batch.label_ids),
             int8=not self.exact,
-            encoder=self.family.encoder,
+            encoder=self.encoder,
         )
+
+    def _check_llama_cpp(self) -> None:
+        """ConfigError for what only our own graphs can do."""
+        options = {
+            f"device {self.device}": self.device != "cpu",
+            "exact arithmetic": self.exact,
+            "a memory budget": self.memory_budget is not None,
+        }
+        for option, given in options.items():
+            if given:
+                why = f" ({self.backend.reason})" if self.backend.reason else ""
+                raise ConfigError(f"{option} is not for models that llama.cpp computes{why}")
 
     def _class_losses(
         self, features: np.ndarray, classes: np.ndarray, lanes: Lanes = PLAIN.lanes

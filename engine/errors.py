@@ -4,6 +4,7 @@ The command line prints the message and exits with code 2; library users catch t
 """
 
 import math
+from pathlib import Path
 
 
 class FwdllmError(Exception):
@@ -12,6 +13,14 @@ class FwdllmError(Exception):
 
 class ModelError(FwdllmError):
     """A model file that cannot be read, is damaged, or is of an unsupported kind."""
+
+
+class UnsupportedError(ModelError):
+    """A sound model file that has something our own graphs do not know. reason: what."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.reason = reason
 
 
 class DataError(FwdllmError):

@@ -14,6 +14,8 @@ from fwdllm.kernels.reference import philox
 from fwdllm.kernels.types import Lanes
 
 METHODS = ("forward-ad", "central", "forward-difference")
+# Of these and of ``engine.activation``, those that need a graph with tangents.
+TANGENT_METHODS = ("forward-ad", "activation")
 
 # Step along a direction of unit variance per parameter; docs/decisions.md has the sweep.
 DEFAULT_EPSILON = 1e-3

@@ -52,7 +52,7 @@ def evaluate(engine: Engine, examples: Sequence[Example], max_tokens: int | None
 def _by_labels(engine: Engine, examples: Sequence[Example], max_tokens: int | None) -> Evaluation:
     labels = engine.labels or tuple(sorted({e.label for e in examples if e.label is not None}))
     check_labels(examples, labels)
-    if engine.family.encoder:
+    if engine.encoder:
         return _by_head(engine, examples, max_tokens)
     context = engine.args.context
     candidates = [

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fwdllm.engine.errors import ModelError
+from fwdllm.engine.errors import ModelError, UnsupportedError
 from fwdllm.engine.gguf_header import TensorInfo, read_header
 from fwdllm.kernels.types import SUPPORTED_TYPES, QuantType, Weight
 
@@ -54,11 +54,10 @@ class GGUFFile:
     def weight(self, name: str) -> Weight:
         """The matrix ``name`` [n_out, n_in] in its block format, a view of the mapping.
 
-        Raises ModelError if it is missing, not a matrix, or of an unsupported type.
+        Raises ModelError if it is missing or not a matrix, UnsupportedError for its type.
         """
         tensor = self._tensor(name, 2)
-        if tensor.type not in SUPPORTED_TYPES:
-            raise self._unsupported(tensor, SUPPORTED_TYPES)
+        self.check_type(name)
         n_out, n_in = tensor.shape
         data = self._bytes(tensor).reshape(n_out, -1)
         return Weight(data, QuantType(tensor.type), n_out, n_in)
@@ -66,12 +65,11 @@ class GGUFFile:
     def vector(self, name: str) -> np.ndarray:
         """The one-dimensional tensor ``name`` as float32 [n], a copy.
 
-        Raises ModelError if it is missing, not one-dimensional, of a type other than F32,
-        F16 and BF16, or has a value that is not finite.
+        Raises ModelError if it is missing, not one-dimensional or has a value that is not
+        finite, UnsupportedError for a type other than F32, F16 and BF16.
         """
         tensor = self._tensor(name, 1)
-        if tensor.type not in VECTOR_TYPES:
-            raise self._unsupported(tensor, VECTOR_TYPES)
+        self.check_type(name)
         raw = self._bytes(tensor)
         if tensor.type == QuantType.F32:
             values = raw.view("<f4").astype(np.float32)
@@ -82,6 +80,18 @@ class GGUFFile:
         if not np.isfinite(values).all():
             raise ModelError(f"{self.path} is damaged: tensor {name!r} has non-finite values")
         return values
+
+    def check_type(self, name: str) -> None:
+        """UnsupportedError if there are no kernels for the type of a tensor of the file."""
+        tensor = self.tensors[name]
+        types = VECTOR_TYPES if len(tensor.shape) == 1 else SUPPORTED_TYPES
+        if tensor.type not in types:
+            names = ", ".join(type.name for type in types)
+            raise UnsupportedError(
+                self.path,
+                f"tensor {name!r} has the unsupported type {tensor.type.name}; use a file with "
+                f"one of {names}",
+            )
 
     def integer(self, key: str, default: int | None = None, maximum: int = MAX_INTEGER) -> int:
         """Metadata ``key``, an integer from 0 to ``maximum``; no default means required.
@@ -152,13 +162,6 @@ class GGUFFile:
                 f"but {n_dims} dimensions are expected"
             )
         return tensor
-
-    def _unsupported(self, tensor: TensorInfo, types: tuple[QuantType, ...]) -> ModelError:
-        names = ", ".join(type.name for type in types)
-        return ModelError(
-            f"{self.path}: tensor {tensor.name!r} has the unsupported type {tensor.type.name}; "
-            f"use a file with one of {names}"
-        )
 
     def _bytes(self, tensor: TensorInfo) -> np.ndarray:
         return np.frombuffer(self.mapping, np.uint8, tensor.nbytes, tensor.offset)

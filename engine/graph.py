@@ -14,7 +14,7 @@ from fwdllm.engine.adapter import Adapter
 from fwdllm.engine.batch import Batch, Tokens, pack, split
 from fwdllm.engine.directions.dense import Dense
 from fwdllm.engine.errors import ConfigError
-from fwdllm.engine.forward import PLAIN, Pass, Variants
+from fwdllm.engine.forward import PLAIN, Pass, Tap, Variants
 from fwdllm.engine.models import Family, bert
 from fwdllm.engine.weights import Weights
 
@@ -53,6 +53,10 @@ class Graph:
         """
         passes = self._passes(batch, variants)
         return list(zip(passes, self._outputs(passes), strict=True))
+
+    def watch(self, batch: Batch, tap: Tap) -> None:
+        """Let a tap look on at a plain pass."""
+        self.run(batch, Variants(tap=tap))
 
     def token_losses(self, batch: Batch, variants: Variants = PLAIN) -> np.ndarray:
         """NLL of label tokens in every lane, slopes in tangents: float64 [n_lanes, n_labels]."""

@@ -16,13 +16,15 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from fwdllm.engine.errors import ModelError
+from fwdllm.engine.adapter_io import open_gguf_adapter
+from fwdllm.engine.errors import AdapterError, ModelError
 from fwdllm.engine.gguf_file import GGUFFile
 
 _LOG_LEVEL_ERROR = 4  # GGML_LOG_LEVEL_ERROR in ggml.h
 _MAX_MESSAGES = 20
 _MAX_LAYERS = 512  # LLAMA_MAX_LAYERS in src/llama-hparams.h, asserted
 _VOCAB_TYPE_NONE = 0
+_POOLING_NONE, _POOLING_MEAN, _POOLING_RANK = 0, 1, 4  # enum llama_pooling_type
 
 _messages: list[str] = []
 
@@ -51,14 +53,26 @@ class NativeModel:
         return self.file.integer(f"{self.architecture}.context_length")
 
     @property
+    def pooling(self) -> int:
+        """How tokens' features become a text's, as enum llama_pooling_type: by their mean if the
+        file says nothing. ModelError for a reranker, which has none."""
+        pooling = self.file.integer(f"{self.architecture}.pooling_type", _POOLING_NONE)
+        if pooling == _POOLING_RANK:
+            raise ModelError(f"{self.file.path} is a reranker, which has no embeddings")
+        return pooling or _POOLING_MEAN
+
+    @property
     def is_causal(self) -> bool:
         """Whether the model predicts next tokens; encoders such as BERT do not."""
         return self.file.boolean(f"{self.architecture}.attention.causal", True)
 
 
-def open_model(path: str | os.PathLike[str], *, vocab_only: bool) -> NativeModel:
+def open_model(
+    path: str | os.PathLike[str], *, vocab_only: bool, cpu_only: bool = False
+) -> NativeModel:
     """Open a GGUF file with llama.cpp, the vocabulary only or the weights too.
 
+    cpu_only: where llama.cpp would use a GPU it was built for.
     Errors: ModelError, with llama.cpp's reason, if it is missing, damaged or unsupported.
     """
     file = GGUFFile.open(path)
@@ -67,6 +81,9 @@ def open_model(path: str | os.PathLike[str], *, vocab_only: bool) -> NativeModel
     initialize()
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = vocab_only
+    no_devices = ctypes.c_void_p(None)  # a list that ends at once
+    if cpu_only:
+        params.devices = ctypes.addressof(no_devices)
     handle = call(llama_cpp.llama_model_load_from_file, os.fsencode(path), params)
     if not handle:
         raise ModelError(f"llama.cpp cannot read {path}: {reason()}")
@@ -74,6 +91,18 @@ def open_model(path: str | os.PathLike[str], *, vocab_only: bool) -> NativeModel
     if llama_cpp.llama_vocab_type(model.vocab) == _VOCAB_TYPE_NONE:
         raise ModelError(f"{path} has no vocabulary")
     return model
+
+
+def apply_adapter(model: NativeModel, context: Any, path: str | os.PathLike[str]) -> None:
+    """Apply a GGUF LoRA file to a context of a model; AdapterError if it does not fit."""
+    open_gguf_adapter(os.fspath(path), model.architecture)
+    adapter = call(llama_cpp.llama_adapter_lora_init, model.handle, os.fsencode(path))
+    if not adapter:
+        raise AdapterError(f"llama.cpp cannot use {path} with this model: {reason()}")
+    adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
+    scales = (ctypes.c_float * 1)(1.0)
+    if call(llama_cpp.llama_set_adapters_lora, context, adapters, 1, scales):
+        raise AdapterError(f"llama.cpp cannot apply {path}: {reason()}")
 
 
 def call(function: Callable[..., Any], *args: Any) -> Any:

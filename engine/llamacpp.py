@@ -7,7 +7,6 @@ take the adapter as a GGUF file, the way llama.cpp's own tools do with --lora.
 from __future__ import annotations
 
 import codecs
-import ctypes
 import math
 import os
 import weakref
@@ -17,9 +16,8 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from fwdllm.engine.adapter_io import open_gguf_adapter
-from fwdllm.engine.errors import AdapterError, ConfigError, DataError, ModelError
-from fwdllm.engine.llama_native import NativeModel, call, open_model, reason
+from fwdllm.engine.errors import ConfigError, DataError, ModelError
+from fwdllm.engine.llama_native import NativeModel, apply_adapter, call, open_model, reason
 from fwdllm.engine.tokenizer import Message, Tokenizer
 
 __all__ = ["Tokenizer", "embed", "generate", "logits"]
@@ -30,7 +28,6 @@ _Path = str | os.PathLike[str]
 _TOP_K, _TOP_P, _MIN_P, _MIN_KEEP = 40, 0.95, 0.05, 1
 
 _TYPE_F32 = 0  # GGML_TYPE_F32
-_POOLING_NONE, _POOLING_MEAN, _POOLING_RANK = 0, 1, 4  # enum llama_pooling_type
 
 
 def generate(
@@ -84,15 +81,13 @@ def embed(
     Errors: ModelError, AdapterError, DataError for a text that is empty or does not fit.
     """
     model = open_model(model_path, vocab_only=False)
-    pooling = model.file.integer(f"{model.architecture}.pooling_type", _POOLING_NONE)
-    if pooling == _POOLING_RANK:
-        raise ModelError(f"{model_path} is a reranker, which has no embeddings")
+    pooling = model.pooling
     tokenizer = Tokenizer(model)
     batches = [tokenizer.encode(text, bos=True) for text in texts]
     for number, ids in enumerate(batches, 1):
         _check_length(model, len(ids), f"text {number}")
     longest = max(map(len, batches), default=1)
-    session = _Session(model, longest, n_threads, pooling=pooling or _POOLING_MEAN)
+    session = _Session(model, longest, n_threads, pooling=pooling)
     if adapter_path is not None:
         session.adapt(adapter_path)
     found = np.empty((len(texts), llama_cpp.llama_model_n_embd_out(model.handle)), np.float32)
@@ -155,14 +150,7 @@ class _Session:
 
     def adapt(self, path: _Path) -> None:
         """Apply a GGUF LoRA file; AdapterError if it is not one for this model."""
-        open_gguf_adapter(os.fspath(path), self.model.architecture)
-        adapter = call(llama_cpp.llama_adapter_lora_init, self.model.handle, os.fsencode(path))
-        if not adapter:
-            raise AdapterError(f"llama.cpp cannot use {path} with this model: {reason()}")
-        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
-        scales = (ctypes.c_float * 1)(1.0)
-        if call(llama_cpp.llama_set_adapters_lora, self.context, adapters, 1, scales):
-            raise AdapterError(f"llama.cpp cannot apply {path}: {reason()}")
+        apply_adapter(self.model, self.context, path)
 
     def decode(self, ids: Sequence[int], outputs: bool = False) -> None:
         """Read tokens after those before; results for all of them, or for the last one."""

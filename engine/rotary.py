@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fwdllm.engine.errors import ModelError
+from fwdllm.engine.errors import ModelError, UnsupportedError
 
 if TYPE_CHECKING:
     from fwdllm.engine.gguf_file import GGUFFile
@@ -41,7 +41,7 @@ class Rotary:
         """Read the rope metadata of ``arch``; ModelError for a scaling that is not known."""
         scaling = file.string(f"{arch}.rope.scaling.type", "none")
         if scaling not in ("none", "linear", "yarn"):
-            raise ModelError(f"{file.path}: RoPE scaling {scaling!r} is not supported")
+            raise UnsupportedError(file.path, f"RoPE scaling {scaling!r} is not supported")
         dim = file.integer(f"{arch}.rope.dimension_count", head_dim)
         if dim % 2 or not 0 < dim <= head_dim:
             raise ModelError(f"{file.path}: rope dimension {dim} does not fit heads of {head_dim}")

@@ -53,11 +53,3 @@ class Weights:
     def vector_or_none(self, name: str) -> np.ndarray | None:
         """The vector ``name``, or None if the file has none."""
         return self._vectors.get(name)
-
-    def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """(n_out, n_in) of every linear layer in a block, by tensor name without ".weight"."""
-        return {
-            name.removesuffix(".weight"): (w.n_out, w.n_in)
-            for name, w in self._matrices.items()
-            if name.startswith("blk.")
-        }

@@ -168,11 +168,12 @@ def test_llama_cpp_takes_the_same_step(tmp_path: Path, peer: str, method: str) -
 
 @pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="peft is not installed")
 def test_peft_computes_the_same_loss(model: Path, tmp_path: Path) -> None:
-    ids = random_ids(open_decoder(model, 16), 2, 16)
+    ids = random_ids(open_decoder(model, 16, "fwdllm"), 2, 16)
     step = {"model": str(model), "ids": ids, "lora": LORA, "perturbations": 1, "method": "central"}
     peer = {**step, "threads": 2, "folder": str(tmp_path / "peft"), "dtype": "float32"}
+    mine = {**step, "scope": None, "memory_budget": None, "backend": "fwdllm"}
     with (
-        Worker("fwdllm.bench.ours:Step", {**step, "scope": None, "memory_budget": None}) as ours,
+        Worker("fwdllm.bench.ours:Step", mine) as ours,
         Worker("fwdllm.bench.peft_peer:Step", peer) as peft,
     ):
         assert peft.facts["loss"] == pytest.approx(ours.facts["loss"], abs=0.01)
@@ -284,8 +285,8 @@ def test_bad_input(fwdllm: Cli, arguments: list[str], sentence: str) -> None:
 
 
 def test_a_killed_side_is_told_of(model: Path) -> None:
-    ids = random_ids(open_decoder(model, 16), 1, 17)[0]
-    options = {"model": str(model), "ids": ids, "lanes": 1}
+    ids = random_ids(open_decoder(model, 16, "fwdllm"), 1, 17)[0]
+    options = {"model": str(model), "ids": ids, "lanes": 1, "backend": "fwdllm"}
     with Worker("fwdllm.bench.ours:Prompt", options) as worker:
         os.kill(worker.pid, signal.SIGKILL)
         with pytest.raises(FwdllmError, match="too much memory"):

@@ -17,6 +17,7 @@ from fwdllm.bench.cli import app as bench
 from fwdllm.cli_federation import federate, ledger, simulate
 from fwdllm.cli_serve import serve
 from fwdllm.console import (
+    Backend,
     Device,
     Model,
     explain,
@@ -86,7 +87,7 @@ def tune(
         str | None,
         typer.Option(
             help="forward-ad, activation, central or forward-difference.",
-            show_default="activation for an encoder, else forward-ad",
+            show_default="activation for an encoder, else forward-ad; llama.cpp central",
         ),
     ] = None,
     epsilon: Annotated[float, typer.Option(help="Step length of differences.")] = 1e-3,
@@ -124,7 +125,8 @@ def tune(
         str | None,
         typer.Option(
             help="Tensors to adapt; inspect lists them.",
-            show_default="attn_q,attn_v, activation attn_v,attn_output,ffn_up,ffn_down",
+            show_default="attn_q,attn_v or what the model has in their place; "
+            "activation attn_v,attn_output,ffn_up,ffn_down",
         ),
     ] = None,
     layers: Annotated[
@@ -147,6 +149,7 @@ def tune(
     ] = False,
     exact: Exact = False,
     device: Device = "cpu",
+    backend: Backend = "auto",
     memory_budget: Annotated[
         str | None,
         typer.Option(help='Memory to stay within, such as "1GiB", weights included.'),
@@ -159,7 +162,7 @@ def tune(
     from fwdllm.memory import parse_bytes
     from fwdllm.run import stop_on_interrupt
 
-    lora, train = recipe(model, data, method)
+    lora, train = recipe(model, data, method, backend)
     lora = dataclasses.replace(
         lora,
         layers=parse_layers(layers),
@@ -194,6 +197,7 @@ def tune(
             resume=resume,
             exact=exact,
             device=device,
+            backend=backend,
             memory_budget=parse_bytes(memory_budget) if memory_budget else None,
             on_event=on_event,
             should_stop=should_stop,
@@ -216,13 +220,20 @@ def evaluate(
     max_tokens: MaxTokens = None,
     exact: Exact = False,
     device: Device = "cpu",
+    backend: Backend = "auto",
     json: Json = False,
 ) -> None:
     """Print the loss of a model on examples, and its accuracy if they have labels."""
     from fwdllm import evaluate as evaluate_model
 
     result = evaluate_model(
-        model, data, adapter=adapter, max_tokens=max_tokens, exact=exact, device=device
+        model,
+        data,
+        adapter=adapter,
+        max_tokens=max_tokens,
+        exact=exact,
+        device=device,
+        backend=backend,
     )
     if json:
         print_json(dataclasses.asdict(result))

@@ -23,6 +23,12 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="GGUF file, or hf://owner/repo/file.gguf.")
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, or cuda for an NVIDIA GPU.")]
+Backend = Annotated[
+    str,
+    typer.Option(
+        "--backend", help="auto, fwdllm (our own graphs) or llama.cpp (any model it knows)."
+    ),
+]
 
 
 def print_json(value: Mapping[str, Any]) -> None:

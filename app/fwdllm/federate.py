@@ -84,7 +84,8 @@ def init(
     if eval_data is not None:
         read_jsonl(eval_data)
     config = preset(name, rounds=rounds, **(changes or {}))
-    Engine.load(model, lora, labels=labels, seed=config.seed)  # refuses what would fail later
+    engine = Engine.load(model, lora, labels=labels, seed=config.seed)
+    engine.backend.check_method(config.method)  # what would fail later
     settings = {
         "model": str(Path(model).resolve()),
         "run-dir": str(path.resolve() / "run"),

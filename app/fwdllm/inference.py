@@ -25,15 +25,19 @@ def evaluate(
     max_tokens: int | None = None,
     exact: bool = False,
     device: str = "cpu",
+    backend: str = "auto",
 ) -> Evaluation:
     """Loss, and accuracy for labelled texts, of a model on a JSONL file.
 
     model: a GGUF file or hf://owner/repo/file.gguf.  adapter: a GGUF file or PEFT folder.
     max_tokens: cut examples to this many; without it one longer than the model's context is an
     error.  exact: fp32 arithmetic.  device: "cpu", or "cuda" for an NVIDIA GPU.
+    backend: "auto", "fwdllm" or "llama.cpp", see ``Engine.load``.
     Errors: ModelError, DataError, AdapterError, ConfigError, NumericsError.
     """
-    engine = Engine.load(local_path(model), adapter=adapter, exact=exact, device=device)
+    engine = Engine.load(
+        local_path(model), adapter=adapter, exact=exact, device=device, backend=backend
+    )
     return engine.evaluate(read_jsonl(data), max_tokens)
 
 

@@ -10,9 +10,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from fwdllm.engine.adapter import by_layer, layout
+from fwdllm.engine.backends import choose
 from fwdllm.engine.gguf_file import GGUFFile
 from fwdllm.engine.memory import estimate_step
-from fwdllm.engine.models import Family, family_of
 from fwdllm.hub import local_path
 from fwdllm.kernels.types import SUPPORTED_TYPES, QuantType
 from fwdllm.recipes import recipe_for
@@ -26,25 +26,28 @@ _FLOAT_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 def inspect_model(model: str | os.PathLike[str]) -> dict[str, Any]:
     """A report on a GGUF file as JSON values; only its header is read.
 
-    architecture, name, file, file_bytes, n_parameters: what it is.  shapes: layers, width,
+    architecture, name, file, file_bytes, n_parameters: what it is.  backend: what computes with it,
+    "fwdllm" or "llama.cpp"; reason: why it is llama.cpp, else None.  shapes: layers, width,
     heads, kv_heads, head_dim, hidden, vocab, context.  tensor_types: of each type its name,
-    count, bytes, and whether it is supported.  targets: of each tunable linear layer its
-    name, shape (n_out, n_in) and the number of layers that have it.  n_trainable: parameters
-    of a default adapter (an encoder's for two labels), without a head.  step_memory: bytes of a
-    default step by purpose, see ``estimate_step``; step: what that step is.
+    count, bytes, and whether there are kernels of ours for it.  targets: of each tunable linear
+    layer its name, shape (n_out, n_in) and the number of layers that have it.  n_trainable:
+    parameters of a default adapter (an encoder's for two labels), without a head.  step_memory:
+    bytes of a default step by purpose, see ``estimate_step``, None where llama.cpp decides; step:
+    what that step is.
 
-    Errors: ModelError, for a damaged file or an architecture without a graph.
+    Errors: ModelError, for a damaged file.
     """
     file = GGUFFile.open(local_path(model))
-    architecture, family = family_of(file)
-    args = family.read_args(file)
-    linear = _linear_shapes(family, args)
+    backend = choose(file)
+    args, linear = backend.args, backend.linear
     types = _tensor_types(file)
-    lora, train = recipe_for(family.encoder, n_labels=2)
+    lora, train = recipe_for(backend, n_labels=2)
     n_trainable = sum(target.size(lora.rank) for target in layout(linear, lora))
-    n_lanes = 1 + train.perturbations
+    n_lanes = 2 * train.perturbations if train.method == "central" else 1 + train.perturbations
     return {
-        "architecture": architecture,
+        "architecture": backend.architecture,
+        "backend": backend.name,
+        "reason": backend.reason,
         "name": file.metadata.get("general.name"),
         "file": str(file.path),
         "file_bytes": len(file.mapping),
@@ -71,18 +74,10 @@ def inspect_model(model: str | os.PathLike[str]) -> dict[str, Any]:
             n_lanes=n_lanes,
             longest=TOKENS,
             int8=any(file.tensors[f"{name}.weight"].type not in _FLOAT_TYPES for name in linear),
-            encoder=family.encoder,
-        ),
-    }
-
-
-def _linear_shapes(family: Family, args: Any) -> dict[str, tuple[int, int]]:
-    """(n_out, n_in) of the linear layers the graph has, of whatever type they are stored in."""
-    required, _ = family.shapes(args)
-    return {
-        name.removesuffix(".weight"): (shape[0], shape[1])
-        for name, shape in required.items()
-        if name.startswith("blk.") and len(shape) == 2
+            encoder=backend.encoder,
+        )
+        if backend.family
+        else None,
     }
 
 
@@ -120,6 +115,8 @@ def render(report: Mapping[str, Any]) -> RenderableType:
     shapes, step = report["shapes"], report["step"]
     facts = _table()
     facts.add_row("architecture", report["architecture"])
+    why = f": {report['reason']}" if report["reason"] else ""
+    facts.add_row("computed by", f"{report['backend']}{why}")
     facts.add_row("name", report["name"] or "")
     facts.add_row("file", f"{report['file']} ({megabytes(report['file_bytes'])})")
     facts.add_row("parameters", f"{report['n_parameters']:,}")
@@ -127,12 +124,14 @@ def render(report: Mapping[str, Any]) -> RenderableType:
     facts.add_row("default adapter", f"{report['n_trainable']:,} parameters")
     types = _table("tensor type", "tensors", "size", "")
     for entry in report["tensor_types"]:
-        note = "" if entry["supported"] else "not supported"
+        note = "" if entry["supported"] else "no kernels here"
         types.add_row(entry["type"], str(entry["count"]), megabytes(entry["bytes"]), note)
     targets = _table("tunable", "out x in", "layers")
     for target in report["targets"]:
         shape = f"{target['n_out']} x {target['n_in']}"
         targets.add_row(target["name"], shape, str(target["layers"]))
+    if report["step_memory"] is None:
+        return Group(facts, "", types, "", targets)
     title = f"a step of {step['batch_size']} x {step['tokens']} tokens, {step['lanes']} lanes"
     memory = _table(title, "memory")
     for purpose, n_bytes in report["step_memory"].items():

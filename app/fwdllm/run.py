@@ -40,7 +40,7 @@ from fwdllm.protocol.local import (
 from fwdllm.protocol.optimizers import OptimizerState
 
 # What a run depends on that earlier versions had no choice of and did not record.
-_UNRECORDED = {"device": "cpu"}
+_UNRECORDED = {"device": "cpu", "backend": "fwdllm"}
 
 
 class RunDirectory:

@@ -13,12 +13,14 @@ from typing import Any, TypeAlias
 
 from fwdllm.adapters import check_output, is_peft, write_adapter
 from fwdllm.engine.adapter import LoRAConfig
+from fwdllm.engine.backends import choose
 from fwdllm.engine.data import Example, check_labels, labels_of, read_jsonl, split
 from fwdllm.engine.directions import DirectionsConfig
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.evaluation import Evaluation
 from fwdllm.engine.files import fingerprint, sha256
+from fwdllm.engine.gguf_file import GGUFFile
 from fwdllm.hub import local_path
 from fwdllm.memory import peak_rss_bytes
 from fwdllm.protocol.config import TrainConfig
@@ -94,6 +96,7 @@ def tune(
     resume: bool = False,
     exact: bool = False,
     device: str = "cpu",
+    backend: str = "auto",
     memory_budget: int | None = None,
     on_event: Callable[[Progress], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -110,7 +113,8 @@ def tune(
     run_dir: for checkpoints, metrics and plot; None is NAME.run beside ``output``.
     resume: continue the run in run_dir to the adapter an uninterrupted run would give; all
     else must be as it was.  exact: fp32 arithmetic.  device: "cpu", or "cuda" for an NVIDIA GPU,
-    which rounds differently.  memory_budget: bytes to stay within on the CPU, see
+    which rounds differently.  backend: "auto", "fwdllm" or "llama.cpp", see ``Engine.load``.
+    memory_budget: bytes to stay within on the CPU, see
     ``Engine.load``; it changes no bit of the adapter, so a resumed run may have another.
     on_event: called with ``Started`` and then every event of ``protocol.local.train``.
     should_stop: asked after each event; once true, the state is saved and the adapter so far
@@ -122,7 +126,7 @@ def tune(
     began = time.perf_counter()
     check_output(output)
     if lora is None or train is None:
-        defaults = recipe(model, data, train.method if train else None)
+        defaults = recipe(model, data, train.method if train else None, backend)
         lora, train = lora or defaults.lora, train or defaults.train
     train = dataclasses.replace(train, eval_every=train.eval_every or train.steps)
     task = _prepare(
@@ -135,6 +139,7 @@ def tune(
         held_out,
         exact,
         device,
+        backend,
         memory_budget,
     )
     if should_stop():  # nothing is worth saving yet
@@ -193,6 +198,7 @@ def _prepare(
     held_out: float | None,
     exact: bool,
     device: str,
+    backend: str,
     memory_budget: int | None,
 ) -> _Task:
     """Read and check everything, so that a bad example does not end a run of hours."""
@@ -207,6 +213,8 @@ def _prepare(
     if labels:
         check_labels(kept, labels)
     path = local_path(model)
+    chosen = choose(GGUFFile.open(path), backend)
+    chosen.check_method(train.method)
 
     def new_engine() -> Engine:
         return Engine.load(
@@ -217,6 +225,7 @@ def _prepare(
             exact=exact,
             memory_budget=memory_budget,
             device=device,
+            backend=chosen.name,
         )
 
     engine = new_engine()
@@ -240,6 +249,7 @@ def _prepare(
         "directions": dataclasses.asdict(directions),
         "exact": exact,
         "device": device,
+        "backend": chosen.name,
     }
     return _Task(new_engine, engine, train, examples, kept, settings)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fwdllm.engine.errors import ModelError
+from fwdllm.engine.errors import UnsupportedError
 from fwdllm.engine.forward import Pass
 from fwdllm.engine.models import bert, llama, qwen
 from fwdllm.engine.weights import Shapes
@@ -37,9 +37,9 @@ FAMILIES = {
 
 
 def family_of(file: GGUFFile) -> tuple[str, Family]:
-    """The architecture of a file and its family; ModelError if there is no graph for it."""
+    """The architecture of a file and its family; UnsupportedError if it has no graph."""
     arch = file.string("general.architecture")
     if arch not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise ModelError(f"{file.path}: architecture {arch!r} is not supported; these are: {known}")
+        raise UnsupportedError(file.path, f"architecture {arch!r} is not one of {known}")
     return arch, FAMILIES[arch]

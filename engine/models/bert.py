@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fwdllm.engine.errors import ModelError
+from fwdllm.engine.errors import ModelError, UnsupportedError
 from fwdllm.engine.forward import Pass
 from fwdllm.engine.weights import Shapes
 
@@ -42,7 +42,7 @@ def read_args(file: GGUFFile) -> Args:
         raise ModelError(f"{file.path}: width {width} is not whole heads of {n_heads}")
     pooling = file.integer("bert.pooling_type", 1)
     if pooling not in POOLINGS:
-        raise ModelError(f"{file.path}: pooling type {pooling} is not supported")
+        raise UnsupportedError(file.path, f"pooling type {pooling} is not supported")
     return Args(
         n_layers=file.integer("bert.block_count", maximum=len(file.tensors)),
         width=width,

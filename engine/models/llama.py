@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fwdllm.engine.errors import ModelError
+from fwdllm.engine.errors import ModelError, UnsupportedError
 from fwdllm.engine.forward import Pass
 from fwdllm.engine.rotary import Rotary
 from fwdllm.engine.weights import Shapes
@@ -47,7 +47,7 @@ def read_args(
 ) -> Args:
     """Args of a file; ModelError if metadata is missing or makes no sense."""
     if file.integer(f"{arch}.expert_count", 0):
-        raise ModelError(f"{file.path}: mixture-of-experts models are not supported")
+        raise UnsupportedError(file.path, "a mixture of experts has no graph here")
     width = file.positive(f"{arch}.embedding_length")
     n_heads = file.positive(f"{arch}.attention.head_count")
     n_kv_heads = file.positive(f"{arch}.attention.head_count_kv", n_heads)

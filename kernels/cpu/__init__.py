@@ -31,6 +31,7 @@ __all__ = [
     "cross_entropy",
     "dequantize",
     "embedding",
+    "from_relative",
     "gelu",
     "host",
     "isa",
@@ -51,6 +52,7 @@ __all__ = [
     "spread",
     "swiglu",
     "take",
+    "to_relative",
     "weight",
 ]
 
@@ -163,6 +165,20 @@ def add_lora(y: np.ndarray, x: np.ndarray, lora: LoRA, lanes: Lanes) -> None:
     y float32 [rows, n_out], x float32 [rows, n_in].
     """
     _native.add_lora(_f32(x), _factors(lora), *_variants(lanes, len(x)), y)
+
+
+def to_relative(x: np.ndarray, references: np.ndarray, scale: float) -> None:
+    """x[r] = (x[r] - x[references[r]]) scale where that is another row, in place.
+
+    x: float32 [rows, d].  references: int32 [rows], earlier rows that are their own.  scale: a
+    power of two. What rows have in common is then rounded once by the product that reads them.
+    """
+    _native.to_relative(x, references, scale)
+
+
+def from_relative(y: np.ndarray, references: np.ndarray, scale: float) -> None:
+    """The way back after a product: y[r] = y[r] / scale + y[references[r]], in place."""
+    _native.from_relative(y, references, scale)
 
 
 def _variants(lanes: Lanes, rows: int) -> tuple[object, ...]:

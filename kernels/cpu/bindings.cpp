@@ -222,6 +222,13 @@ void add_lora(Matrix x, const LoraArguments& lora, In<uint64_t, 2> seeds, Vector
     kernels().add_lora(x.data(), (int64_t)x.shape(0), n_in, n_out, term, lanes, y.data());
 }
 
+template <auto kernel>
+void relative(Out<float, 2> x, In<int32_t, 1> references, float scale) {
+    const int32_t* r = references_of(references, x.shape(0));
+    nb::gil_scoped_release release_gil;
+    (kernels().*kernel)(x.data(), (int64_t)x.shape(0), (int64_t)x.shape(1), r, scale);
+}
+
 void cross_entropy(Matrix x, Bytes data, int type, In<int32_t, 1> references, int64_t tangents,
                    In<int32_t, 1> labels, bool exact, Out<double, 1> nll) {
     require_tangents(x.shape(0), tangents);
@@ -334,9 +341,13 @@ NB_MODULE(_native, m) {
     m.def("matmul", &matmul, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
           nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
           nb::arg());
-    // y is changed in place: converting it would change a copy.
+    // y or x is changed in place: converting it would change a copy.
     m.def("add_lora", &add_lora, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
           nb::arg(), nb::arg().noconvert());
+    m.def("to_relative", &relative<&Kernels::to_relative>, nb::arg().noconvert(), nb::arg(),
+          nb::arg());
+    m.def("from_relative", &relative<&Kernels::from_relative>, nb::arg().noconvert(), nb::arg(),
+          nb::arg());
     m.def("cross_entropy", &cross_entropy);
     m.def("rms_norm", &rms_norm);
     m.def("layer_norm", &layer_norm);

@@ -41,6 +41,8 @@ namespace {
 //
 #include "layers.h"
 //
+#include "relative.h"
+//
 #include "attention.h"
 //
 #include "peak.h"
@@ -56,6 +58,8 @@ const Kernels table = {FWDLLM_TEXT(FWDLLM_ISA),
                        gather,
                        matmul,
                        add_lora,
+                       to_relative,
+                       from_relative,
                        cross_entropy,
                        rms_norm,
                        layer_norm,

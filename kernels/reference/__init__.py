@@ -6,6 +6,7 @@ from fwdllm.kernels.reference.layers import attention, gelu, layer_norm, rms_nor
 from fwdllm.kernels.reference.linear import add_lora, matmul
 from fwdllm.kernels.reference.loss import cross_entropy
 from fwdllm.kernels.reference.random import normal, philox, rademacher, seeded_axpy, seeded_dot
+from fwdllm.kernels.reference.relative import from_relative, to_relative
 
 __all__ = [
     "add_lora",
@@ -15,6 +16,7 @@ __all__ = [
     "cross_entropy",
     "dequantize",
     "embedding",
+    "from_relative",
     "gelu",
     "host",
     "layer_norm",
@@ -30,5 +32,6 @@ __all__ = [
     "spread",
     "swiglu",
     "take",
+    "to_relative",
     "weight",
 ]

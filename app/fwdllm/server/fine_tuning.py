@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field
 from pydantic.types import StringConstraints
 
 from fwdllm.engine.adapter import LoRAConfig
+from fwdllm.engine.backends import Backend
 from fwdllm.engine.data import labels_of
 from fwdllm.engine.directions import DirectionsConfig
 from fwdllm.protocol.config import TrainConfig
@@ -104,14 +105,13 @@ def create(body: JobRequest, served: Served) -> dict[str, Any]:
     validation = body.validation_file
     held_out = validation and find(served, validation, "validation_file", 400)
     labels = labels_of(examples_of(served, training))
-    encoder = not served.models.is_causal
-    if encoder and len(labels) < 2:
+    if served.models.backend.encoder and len(labels) < 2:
         text = "an encoder learns from texts with two or more labels"
         raise ApiError(400, text, "training_file")
     request = {
         **body.model_dump(exclude={"fwdllm"}, exclude_none=True),
         "suffix": body.suffix or "",
-        **_resolved(body, encoder, len(labels), training.n_examples),
+        **_resolved(body, served.models.backend, len(labels), training.n_examples),
     }
     job = served.store.add_job(request, training, held_out or None, limits.MAX_UNFINISHED_JOBS)
     if job is None:
@@ -225,12 +225,12 @@ def job_object(served: Context, job: Job) -> dict[str, Any]:
     }
 
 
-def _resolved(body: JobRequest, encoder: bool, n_labels: int, n_examples: int) -> dict[str, Any]:
+def _resolved(body: JobRequest, backend: Backend, n_labels: int, n_examples: int) -> dict[str, Any]:
     """Every setting of a job, as JSON. Errors: ConfigError."""
     given = body.fwdllm
     method = body.method.supervised.hyperparameters if body.method else None
     theirs = method or body.hyperparameters or Hyperparameters()
-    recipe = recipe_for(encoder, n_labels, given.method)
+    recipe = recipe_for(backend, n_labels, given.method)
     changes: dict[str, Any] = {}
     if theirs.batch_size != "auto":
         changes["batch_size"] = theirs.batch_size

@@ -17,6 +17,7 @@ import llama_cpp
 from llama_cpp.llama_chat_format import chat_formatter_to_chat_completion_handler
 
 from fwdllm.engine.adapter_io import open_gguf_adapter
+from fwdllm.engine.backends import choose
 from fwdllm.engine.errors import AdapterError, ModelError
 from fwdllm.engine.llama_native import call, open_model, reason
 from fwdllm.engine.tokenizer import Tokenizer
@@ -30,8 +31,6 @@ T = TypeVar("T")
 # Enough for most chats; a context of 128 k would take gigabytes for keys and values.
 DEFAULT_CONTEXT = 4096
 
-_POOLING_NONE, _POOLING_MEAN, _POOLING_RANK = 0, 1, 4  # enum llama_pooling_type
-
 # Adapters kept in llama.cpp's memory.
 _MAX_LOADED = 4
 
@@ -44,6 +43,7 @@ class Models:
 
     path: the GGUF file.  base: its name.  default: that of requests without one.  context: tokens
     of a conversation.  is_causal: whether it generates; an encoder only embeds.
+    backend: what tunes it.
     Errors of the constructor: ModelError.
     """
 
@@ -51,13 +51,11 @@ class Models:
         self, path: Path, base: str, default: str, store: Store, context: int | None
     ) -> None:
         native = open_model(path, vocab_only=True)
-        pooling = native.file.integer(f"{native.architecture}.pooling_type", _POOLING_NONE)
-        if pooling == _POOLING_RANK:
-            raise ModelError(f"{path} is a reranker, which neither generates nor embeds")
+        self.backend = choose(native.file)
         self.path, self.base, self.default, self._store = path, base, default, store
         self.architecture, self.is_causal = native.architecture, native.is_causal
         self.context = min(context or DEFAULT_CONTEXT, native.context_length)
-        self._pooling = pooling or _POOLING_MEAN
+        self._pooling = native.pooling
         self._chat_handler = _chat_handler(Tokenizer(native))
         self._closing = threading.Event()
         self._sessions: dict[bool, _Session] = {}

@@ -19,11 +19,13 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from fwdllm.engine.adapter import Adapter, LoRAConfig
+from fwdllm.engine.backends import choose
 from fwdllm.engine.data import check_labels, parse_jsonl
 from fwdllm.engine.directions import Dense, Scope
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.estimators import DEFAULT_EPSILON
+from fwdllm.engine.gguf_file import GGUFFile
 from fwdllm.engine.residency import resident_bytes
 from fwdllm.server import limits
 from fwdllm.server.adapter_bytes import as_file, to_bytes
@@ -69,7 +71,8 @@ class ScopeRequest(_Strict):
 class EvaluateRequest(_Strict):
     """examples: objects as lines of a data file.  seeds, scope, distribution: of directions.
 
-    per_example: every example has a direction of its own.
+    per_example: every example has a direction of its own.  method: None is what suits the model,
+    forward-ad, or central with llama.cpp.
     """
 
     adapter: str
@@ -77,7 +80,7 @@ class EvaluateRequest(_Strict):
     seeds: Seeds
     scope: ScopeRequest = ScopeRequest()
     distribution: Literal["normal", "rademacher"] = "normal"
-    method: Literal["forward-ad", "central", "forward-difference"] = "forward-ad"
+    method: Literal["forward-ad", "central", "forward-difference"] | None = None
     epsilon: Annotated[float, Field(gt=0, le=1)] = DEFAULT_EPSILON
     per_example: bool = False
     max_tokens: Annotated[int, Field(ge=2, le=2**20)] | None = None
@@ -100,13 +103,15 @@ class UpdateRequest(_Strict):
 class AdapterEngine:
     """An engine with one adapter of a store at a time. Any thread may use it; they take turns.
 
-    memory_budget: bytes for its work.  Errors: those of ``Engine.load``; ApiError 429.
+    memory_budget: bytes for its work, where that is our own graph's.
+    Errors: those of ``Engine.load``; ApiError 429.
     """
 
     def __init__(self, model: Path, store: Store, memory_budget: int) -> None:
         self._model, self._store = model, store
         # llama.cpp's weights are resident already, and a job has a process of its own.
-        self._memory_budget = resident_bytes() + memory_budget
+        ours = choose(GGUFFile.open(model)).family is not None
+        self._memory_budget = resident_bytes() + memory_budget if ours else None
         self._lock = threading.Lock()
         self._queue = Queue(limits.MAX_WAITING_FOR_ENGINE)
         self._engine: Engine | None = None
@@ -126,13 +131,13 @@ class AdapterEngine:
             engine = self._at(id)
             assert engine.adapter is not None
             examples = parse_jsonl((json.dumps(e).encode() for e in body.examples), "examples")
-            if engine.family.encoder:
+            if engine.encoder:
                 check_labels(examples, engine.labels)
             batch = engine.encode(examples, body.max_tokens)
             probe = engine.directional_derivatives(
                 batch,
                 np.array(body.seeds, np.uint64),
-                body.method,
+                body.method or engine.backend.method,
                 body.epsilon,
                 directions=Dense(engine.adapter, body.distribution, body.scope.scope()),
                 per_example=body.per_example,

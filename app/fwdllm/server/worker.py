@@ -24,10 +24,12 @@ from typing import Any
 
 from fwdllm.console import explain
 from fwdllm.engine.adapter import LoRAConfig
+from fwdllm.engine.backends import choose
 from fwdllm.engine.directions import DirectionsConfig
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.files import atomic_write, lock
+from fwdllm.engine.gguf_file import GGUFFile
 from fwdllm.protocol.config import TrainConfig
 from fwdllm.protocol.local import CheckpointDue, EvalResult, StepResult
 from fwdllm.server.adapter_bytes import to_bytes
@@ -148,7 +150,7 @@ def _work(
         eval_data=validation,
         run_dir=run,
         resume=(run / "config.json").exists(),
-        memory_budget=budget,
+        memory_budget=budget if choose(GGUFFile.open(model)).family else None,
         on_event=_Follower(store, job, train.steps),
         should_stop=stop.is_set,
     )

@@ -1,0 +1,145 @@
+"""What computes with a model file, a graph of our own or llama.cpp: decided by its header."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fwdllm.engine.errors import ConfigError, UnsupportedError
+from fwdllm.engine.estimators import METHODS, TANGENT_METHODS
+from fwdllm.engine.models import Family, family_of
+
+if TYPE_CHECKING:
+    from fwdllm.engine.gguf_file import GGUFFile
+
+OWN, LLAMA_CPP = "fwdllm", "llama.cpp"
+BACKENDS = ("auto", OWN, LLAMA_CPP)
+
+_ENCODERS, _ENCODER_DECODERS = ("t5encoder",), ("t5",)
+# Matrices of blocks that llama.cpp convolves with or looks up in.
+_NOT_MULTIPLIED = ("ssm_conv1d", "shortconv.conv", "attn_rel_b")
+
+
+@dataclass(frozen=True)
+class Args:
+    """Dimensions of a model that llama.cpp computes; of those that differ by layer the largest."""
+
+    n_layers: int
+    width: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden: int
+    n_vocab: int
+    context: int
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What computes with a file, and what the file is.
+
+    name: ``OWN`` or ``LLAMA_CPP``.  reason: what the file has that our graphs have not, None if
+    there is nothing.  family: of our graph, None with llama.cpp.  args: dimensions, of the family
+    or ``Args``.  encoder: it yields features, not next tokens.  linear: (n_out, n_in) of each layer
+    that an adapter can be for, by tensor name without ".weight".
+    """
+
+    name: str
+    reason: str | None
+    architecture: str
+    family: Family | None
+    args: Any
+    encoder: bool
+    linear: Mapping[str, tuple[int, int]]
+
+    @property
+    def method(self) -> str:
+        """The method for directional derivatives that suits it."""
+        return "forward-ad" if self.family else "central"
+
+    def check_method(self, method: str) -> None:
+        """ConfigError for a method that needs tangents, if it has none."""
+        if method in TANGENT_METHODS and self.family is None:
+            others = " or ".join(m for m in METHODS if m not in TANGENT_METHODS)
+            raise ConfigError(
+                f"method {method} needs a graph of our own, but {self.architecture} is computed by "
+                f"llama.cpp: use method {others}"
+            )
+
+
+def choose(file: GGUFFile, name: str = "auto") -> Backend:
+    """The backend for a file: "auto" is our own graph where there is one.
+
+    Errors: ConfigError for a name that does not exist, ModelError for a damaged or incomplete file,
+    UnsupportedError if the backend does not know such models.
+    """
+    if name not in BACKENDS:
+        raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}, not {name!r}")
+    if name == LLAMA_CPP:
+        return _llama_cpp(file, None)
+    try:
+        return _own(file)
+    except UnsupportedError as error:
+        if name == OWN:
+            raise
+        return _llama_cpp(file, error.reason)
+
+
+def _own(file: GGUFFile) -> Backend:
+    architecture, family = family_of(file)
+    args = family.read_args(file)
+    required, optional = family.shapes(args)
+    for tensor in (*required, *optional):
+        if tensor in file.tensors:
+            file.check_type(tensor)
+    linear = {
+        tensor.removesuffix(".weight"): (shape[0], shape[1])
+        for tensor, shape in required.items()
+        if tensor.startswith("blk.") and len(shape) == 2
+    }
+    return Backend(OWN, None, architecture, family, args, family.encoder, linear)
+
+
+def _llama_cpp(file: GGUFFile, reason: str | None) -> Backend:
+    arch = file.string("general.architecture")
+    if arch in _ENCODER_DECODERS:
+        raise UnsupportedError(
+            file.path, f"{arch} is an encoder with a decoder, which is not tuned"
+        )
+    linear = {
+        name.removesuffix(".weight"): (tensor.shape[0], tensor.shape[1])
+        for name, tensor in file.tensors.items()
+        if name.startswith("blk.")
+        and name.endswith(".weight")
+        and len(tensor.shape) == 2
+        and not name.removesuffix(".weight").endswith(_NOT_MULTIPLIED)
+    }
+    encoder = arch in _ENCODERS or not file.boolean(f"{arch}.attention.causal", True)
+    return Backend(LLAMA_CPP, reason, arch, None, _args(file, arch), encoder, linear)
+
+
+def _args(file: GGUFFile, arch: str) -> Args:
+    width = file.positive(f"{arch}.embedding_length")
+    n_heads = _largest(file, f"{arch}.attention.head_count", 0)
+    head_dim = width // n_heads if n_heads else 0
+    return Args(
+        n_layers=file.positive(f"{arch}.block_count"),
+        width=file.positive(f"{arch}.embedding_length_out", width),
+        n_heads=n_heads,
+        n_kv_heads=_largest(file, f"{arch}.attention.head_count_kv", n_heads),
+        head_dim=file.integer(f"{arch}.attention.key_length", head_dim),
+        hidden=_largest(file, f"{arch}.feed_forward_length", 0),
+        n_vocab=file.matrix_rows("token_embd.weight"),
+        context=file.positive(f"{arch}.context_length"),
+    )
+
+
+def _largest(file: GGUFFile, key: str, default: int) -> int:
+    """A number, or the largest of one for each layer."""
+    values = file.metadata.get(key, default)
+    if isinstance(values, np.ndarray) and values.size and values.dtype.kind in "iu":
+        return int(values.max())
+    return file.integer(key, default)
