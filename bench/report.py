@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
+from fwdllm.engine.backends import OWN
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.files import atomic_write
 
@@ -111,7 +112,8 @@ def render_sides(result: Mapping[str, Any]) -> RenderableType:
     """A result of ``bench.measure``."""
     peer = result["peer"]
     table = _table("", "tokens/s", "lowest to highest", "seconds", "memory", "loss")
-    for name, side in (("fwdllm", result), *([(_name(peer), peer)] if peer else [])):
+    ours = "fwdllm" if result["settings"]["backend"] == OWN else "fwdllm by llama.cpp"
+    for name, side in ((ours, result), *([(_name(peer), peer)] if peer else [])):
         table.add_row(
             name,
             f"{side['tokens_per_s']:,.1f}",

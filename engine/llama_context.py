@@ -103,8 +103,6 @@ class Context:
         params.n_batch = params.n_ubatch = n_rows
         params.n_threads = params.n_threads_batch = ops.num_threads()
         params.kv_unified = False
-        # So that attention rounds nothing.
-        params.type_k = params.type_v = F32
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if pooling is not None:
             params.embeddings = True
@@ -293,9 +291,14 @@ class _Evaluation:
             at - 1: product.source for at, product in self._products.items() if product.opens
         }
         self._sources = {product.source for product in self._products.values()}
+        self._kept = {
+            product.source
+            for product in self._products.values()
+            if product.restores or hook.wants(product.weight)
+        }
         self._at = -1
         self._made: dict[int, Any] = {}  # what made inputs of products, by number
-        self._saved: dict[int, np.ndarray] = {}  # inputs as they were
+        self._saved: dict[int, np.ndarray] = {}  # inputs as they were, where that is of use
         self._references: dict[int, np.ndarray] = {}  # by number of rows
 
     def asked(self, node: Any) -> bool:
@@ -324,7 +327,8 @@ class _Evaluation:
             source = self._opens[self._at]
             x = _matrix(self._made[source])
             if len(x):
-                self._saved[source] = x.copy()
+                if source in self._kept:
+                    self._saved[source] = x.copy()
                 self._ops.to_relative(x, self._references_of(self._rows_of(x)), self.work.scale)
         return True
 
@@ -338,11 +342,12 @@ class _Evaluation:
         rows = self._rows_of(y)
         if product is not None:
             self._ops.from_relative(y, self._references_of(rows), self.work.scale)
-            relative, x = x, self._saved[product.source]
-            if product.restores:
-                relative[:] = x
-            if product.closes:
-                del self._saved[product.source]
+            if product.source in self._saved:
+                relative, x = x, self._saved[product.source]
+                if product.restores:
+                    relative[:] = x
+                if product.closes:
+                    del self._saved[product.source]
         if wanted:
             if len(x) != len(rows):
                 raise ModelError(f"llama.cpp's {weight} has rows of unknown meaning")

@@ -32,7 +32,7 @@ from fwdllm.kernels.types import Lanes, LoRA
 
 # Rows of a call: llama.cpp's own n_ubatch. More make no product faster.
 _ROWS = 512
-# Tokens whose keys and values are kept: 0.5 GB of a 7B model without grouped queries.
+# Tokens whose keys and values are kept: 0.5 GB in a 7B model without grouped queries.
 _CELLS = 1024
 # Lanes that have to be in one call at most: those of +v and -v.
 _GROUP = 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -30,3 +32,11 @@ def bundled() -> Path:
     """The bundled model."""
     with as_file(files("fwdllm") / "assets" / "fwdllm-tiny.gguf") as path:
         return Path(path)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a model of an architecture and a type, once."""
+    from llama_models import make_model
+
+    return partial(make_model, tmp_path_factory.mktemp("models"))

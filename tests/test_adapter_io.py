@@ -12,7 +12,7 @@ from small_adapters import WIDTH, load, random_adapter, save
 from fwdllm.engine.adapter import Adapter, Head, LoRAConfig
 from fwdllm.engine.adapter_io import save_gguf
 from fwdllm.engine.errors import AdapterError, ConfigError, FwdllmError, NumericsError
-from fwdllm.engine.llamacpp import logits
+from fwdllm.engine.generation import logits
 from fwdllm.kernels import reference
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

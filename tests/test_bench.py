@@ -22,7 +22,7 @@ from fwdllm.bench.report import compare
 from fwdllm.bench.shapes import SHAPES
 from fwdllm.bench.synthetic import make_decoder
 from fwdllm.bench.worker import Worker
-from fwdllm.engine import Engine, llamacpp
+from fwdllm.engine import Engine, generation
 from fwdllm.engine.errors import FwdllmError
 from fwdllm.kernels import cpu
 from fwdllm.kernels.types import SUPPORTED_TYPES, QuantType
@@ -58,7 +58,7 @@ def test_made_models_run_here_and_in_llama_cpp(fwdllm: Cli, tmp_path: Path, type
     outcome = fwdllm("bench", "make-model", "--shape", "tiny", "--type", type, path)
     assert (outcome.code, outcome.out) == (0, f"{path}\n")
     ids = list(range(20))
-    ours, theirs = Engine.load(path).logits(ids), llamacpp.logits(path, ids)
+    ours, theirs = Engine.load(path).logits(ids), generation.logits(path, ids)
     assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.999
     assert 0.3 < theirs.std() < 3
 
@@ -72,7 +72,7 @@ def test_shapes_of_each_architecture(tmp_path: Path, name: str) -> None:
     assert engine.architecture == shape.architecture
     assert (engine.args.n_heads, engine.args.head_dim) == (shape.n_heads, shape.head_dim)
     ids = list(range(8))
-    ours, theirs = engine.logits(ids), llamacpp.logits(path, ids)
+    ours, theirs = engine.logits(ids), generation.logits(path, ids)
     assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.999
 
 

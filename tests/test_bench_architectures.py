@@ -12,7 +12,7 @@ from cli_runs import Cli, make_cli
 from fwdllm.bench import synthetic
 from fwdllm.bench.architectures import ARCHITECTURES, VOCAB, make_small
 from fwdllm.bench.llama_peer import mean_nll
-from fwdllm.engine import llamacpp
+from fwdllm.engine import generation
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.gguf_file import GGUFFile
 from fwdllm.kernels.types import SUPPORTED_TYPES, QuantType
@@ -40,7 +40,7 @@ def make(folder: Path, name: str, type: QuantType, seed: int = 0) -> Path:
 
 
 def logits(path: Path, ids: list[int]) -> np.ndarray:
-    return llamacpp.logits(path, ids, n_threads=1)
+    return generation.logits(path, ids, n_threads=1)
 
 
 @pytest.mark.parametrize("type", TYPES, ids=lambda type: type.name)
@@ -67,7 +67,7 @@ def test_decoders_run_in_llama_cpp(tmp_path: Path, name: str, type: QuantType) -
 def test_encoders_run_in_llama_cpp(tmp_path: Path, name: str, type: QuantType) -> None:
     path = make(tmp_path, name, type)
     texts = ["the cat saw the dog", "the dog saw the cat", "the cat saw the dog " * 8, "one two"]
-    found = llamacpp.embed(path, texts, n_threads=1)
+    found = generation.embed(path, texts, n_threads=1)
     assert np.isfinite(found).all()
     alike = found @ found.T
     assert alike[0, 1] < 0.999  # the same tokens in another order

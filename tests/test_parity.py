@@ -10,7 +10,7 @@ import pytest
 
 from fwdllm.bench.shapes import Shape
 from fwdllm.bench.synthetic import make_decoder
-from fwdllm.engine import Engine, llamacpp
+from fwdllm.engine import Engine, generation
 from fwdllm.kernels import cpu
 from fwdllm.kernels.types import QuantType
 
@@ -39,7 +39,7 @@ def test_synthetic_decoders(tmp_path: Path, architecture: str, type: str) -> Non
     path = tmp_path / "model.gguf"
     make_decoder(path, replace(SMALL, architecture=architecture), QuantType[type], seed=3)
     ids = token_ids(90)
-    want = llamacpp.logits(path, ids)
+    want = generation.logits(path, ids)
     for exact in (False, True):
         kl = mean_kl(want, Engine.load(path, exact=exact).logits(ids))
         assert kl < 1e-3, f"KL {kl:.2e} nats a token with {exact=}"
@@ -64,7 +64,7 @@ def test_f32_logits(tmp_path: Path, architecture: str, metadata: dict) -> None:
     shape = replace(SMALL, architecture=architecture)
     make_decoder(path, shape, QuantType.F32, seed=4, metadata=metadata)
     ids = token_ids(120)
-    difference = np.abs(Engine.load(path).logits(ids) - llamacpp.logits(path, ids)).max()
+    difference = np.abs(Engine.load(path).logits(ids) - generation.logits(path, ids)).max()
     assert difference < 1e-3
 
 
@@ -74,14 +74,14 @@ def test_tied_embeddings_and_frequency_factors(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     make_decoder(path, shape, QuantType.F32, factors=factors)
     ids = token_ids(100)
-    difference = np.abs(Engine.load(path).logits(ids) - llamacpp.logits(path, ids)).max()
+    difference = np.abs(Engine.load(path).logits(ids) - generation.logits(path, ids)).max()
     assert difference < 1e-3
 
 
 def test_bundled_model(bundled: Path) -> None:
     engine = Engine.load(bundled)
     ids = engine.tokenizer.encode("Question: What do cats like?\nAnswer: Cats like", bos=True)
-    assert mean_kl(llamacpp.logits(bundled, ids), engine.logits(ids)) < 1e-3
+    assert mean_kl(generation.logits(bundled, ids), engine.logits(ids)) < 1e-3
 
 
 @pytest.mark.parametrize("type", ["F16", "Q8_0", "Q4_0"])
@@ -90,14 +90,14 @@ def test_trained_decoder(shared: Path, type: str) -> None:
     engine = Engine.load(path)
     text = "Stocks fell on Monday. To be, or not to be, that is the question: a film of 12 apples."
     ids = engine.tokenizer.encode(text, bos=True)
-    assert mean_kl(llamacpp.logits(path, ids), engine.logits(ids)) < 1e-3
+    assert mean_kl(generation.logits(path, ids), engine.logits(ids)) < 1e-3
 
 
 @pytest.mark.parametrize("type", ["F16", "Q4_0"])
 def test_minilm_embeddings(shared: Path, type: str) -> None:
     path = shared / "models" / f"minilm-l6-v2.{type}.gguf"
     texts = ["a great movie", "the worst film I have ever seen, truly", "numbers", "?"]
-    cosine = np.sum(Engine.load(path).embed(texts) * llamacpp.embed(path, texts), axis=1)
+    cosine = np.sum(Engine.load(path).embed(texts) * generation.embed(path, texts), axis=1)
     # llama.cpp's own rounding to int8, which bf16 does not share, puts fp32 at 0.9986 from it.
     assert cosine.min() > (0.998 if cpu.isa == "avx512_bf16" else 0.999)
     exact = Engine.load(path, exact=True).embed(texts)

@@ -24,7 +24,7 @@ from serving import (
 )
 
 from fwdllm import generate
-from fwdllm.engine import llamacpp
+from fwdllm.engine import generation
 
 openai = pytest.importorskip("openai")
 
@@ -124,7 +124,7 @@ def test_embeddings_are_llama_cpps_of_length_one(client: Any, encoding: str | No
     vectors = np.array([item.embedding for item in found.data])
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     # The server keeps keys and values in half precision.
-    np.testing.assert_allclose(vectors, llamacpp.embed(MODEL, TEXTS), atol=3e-3)
+    np.testing.assert_allclose(vectors, generation.embed(MODEL, TEXTS), atol=3e-3)
 
 
 # Files

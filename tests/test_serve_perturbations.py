@@ -12,7 +12,7 @@ import pytest
 from cli_runs import MODEL, pirate_rows
 from serving import SETTINGS, Server, error_of, lines
 
-from fwdllm.engine import llamacpp
+from fwdllm.engine import generation
 from fwdllm.engine.data import Example
 from fwdllm.engine.directions import Dense, Scope
 from fwdllm.engine.engine import Engine
@@ -253,7 +253,7 @@ def test_a_deleted_adapter_is_gone(server: Server) -> None:
 def test_an_encoder_embeds_and_does_not_generate(classifier: Server, encoder: Path) -> None:
     data = classifier.post("/v1/embeddings", {"input": TEXTS})["data"]
     vectors = np.array([item["embedding"] for item in data])
-    np.testing.assert_allclose(vectors, llamacpp.embed(encoder, TEXTS), atol=3e-3)
+    np.testing.assert_allclose(vectors, generation.embed(encoder, TEXTS), atol=3e-3)
     answer = classifier.http.post("/v1/completions", json={"prompt": "x"})
     assert error_of(answer)["code"] == "model_not_supported"
     assert classifier.get("/v1/server")["encoder"]

@@ -31,7 +31,7 @@ from fwdllm import (
     recipe,
     tune,
 )
-from fwdllm.engine import llamacpp
+from fwdllm.engine import generation
 from fwdllm.memory import peak_rss_bytes
 from fwdllm.protocol.local import EvalResult, StepResult
 from fwdllm.tuning import Progress, Started, TuneResult, default_run_dir
@@ -101,7 +101,7 @@ def test_llama_cpp_agrees_on_the_loss(tuned: tuple[TuneResult, Path, list[Progre
     total, count = 0.0, 0
     for example in read_jsonl(held_out):
         batch = engine.encode([example])
-        logits = llamacpp.logits(MODEL, batch.ids.tolist(), result.adapter)[batch.label_rows]
+        logits = generation.logits(MODEL, batch.ids.tolist(), result.adapter)[batch.label_rows]
         shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
         chosen = shifted[np.arange(len(shifted)), batch.label_ids]
         total += float((np.log(np.exp(shifted).sum(axis=1)) - chosen).sum())

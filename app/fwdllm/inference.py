@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 from fwdllm.adapters import as_gguf
-from fwdllm.engine import llamacpp
+from fwdllm.engine import generation
 from fwdllm.engine.data import read_jsonl
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.evaluation import Evaluation
@@ -51,11 +51,11 @@ def generate(
     seed: int = 0,
     chat: bool = False,
 ) -> Iterator[str]:
-    """Continue a prompt with llama.cpp, piece by piece; see ``llamacpp.generate``.
+    """Continue a prompt with llama.cpp, piece by piece; see ``generation.generate``.
 
     model, adapter: as ``evaluate``. All errors are raised before the first piece.
     """
     path = local_path(model)
     # llama.cpp has read the adapter when ``generate`` returns, before the first piece.
     with contextlib.nullcontext() if adapter is None else as_gguf(adapter, path) as gguf:
-        return llamacpp.generate(path, prompt, gguf, max_tokens, temperature, seed, chat=chat)
+        return generation.generate(path, prompt, gguf, max_tokens, temperature, seed, chat=chat)

@@ -11,7 +11,7 @@ import pytest
 
 from fwdllm.engine.adapter import Adapter, LoRAConfig
 from fwdllm.engine.errors import AdapterError, ConfigError, DataError, FwdllmError, ModelError
-from fwdllm.engine.llamacpp import Tokenizer, embed, generate, logits
+from fwdllm.engine.generation import Tokenizer, embed, generate, logits
 from fwdllm.kernels import reference
 
 MODELS = Path(__file__).resolve().parents[2] / "shared" / "models"

@@ -1,4 +1,4 @@
-"""llama.cpp as the neighbour: tokenizer, generation, embeddings, and logits to compare with.
+"""Generation, embeddings and logits by llama.cpp, the neighbour for all that is not training.
 
 Each function opens the model, does its work and lets go of it. ``generate`` and the others
 take the adapter as a GGUF file, the way llama.cpp's own tools do with --lora.
