@@ -18,6 +18,7 @@ from fwdllm.engine import Engine, LoRAConfig
 from fwdllm.engine.adapter import Adapter
 from fwdllm.engine.errors import AdapterError, ModelError
 from fwdllm.engine.estimators import plan
+from fwdllm.engine.llama_cpp import negative_log_likelihood
 from fwdllm.engine.llama_native import call, open_model, reason
 
 VERSION = f"llama-cpp-python {llama_cpp.__version__}"
@@ -44,7 +45,7 @@ class Prompt:
         self.run()
         pointer = llama_cpp.llama_get_logits_ith(self.llama.ctx, -1)
         logits = np.ctypeslib.as_array(pointer, (1, self.llama.n_vocab()))
-        self.facts = {"version": VERSION, "loss": mean_nll(logits, np.array(ids[-1:]))}
+        self.facts = {"version": VERSION, "loss": _mean_nll(logits, np.array(ids[-1:]))}
 
     def run(self) -> None:
         self.llama.reset()
@@ -120,7 +121,7 @@ class ReopenedModel:
             llama.reset()
             llama.eval(sequence)
             labels = np.array(sequence[1:])
-            total += len(labels) * mean_nll(llama.scores[: len(labels)].copy(), labels)
+            total += len(labels) * _mean_nll(llama.scores[: len(labels)].copy(), labels)
             count += len(labels)
         llama.close()
         return total / count
@@ -144,7 +145,7 @@ class OpenModel:
                 raise ModelError(f"llama.cpp failed: {reason()}")
             pointer = llama_cpp.llama_get_logits(self.context)
             logits = np.ctypeslib.as_array(pointer, (len(self.labels), self.n_vocab))
-            return mean_nll(logits, self.labels)
+            return _mean_nll(logits, self.labels)
 
     @contextmanager
     def _adapted(self, file: Path) -> Iterator[None]:
@@ -159,16 +160,6 @@ class OpenModel:
         yield
         llama_cpp.llama_set_adapters_lora(self.context, None, 0, None)
         llama_cpp.llama_adapter_lora_free(adapter)
-
-
-def mean_nll(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Mean of -log softmax(logits)[labels] in nats; logits [n, n_vocab] are overwritten."""
-    chosen = logits[np.arange(len(labels)), labels]
-    highest = logits.max(axis=1)
-    logits -= highest[:, None]
-    np.exp(logits, out=logits)
-    nll = np.log(logits.sum(axis=1, dtype=np.float64)) + highest - chosen
-    return float(nll.mean())
 
 
 def _open_context(model: Any, ids: Sequence[Sequence[int]], threads: int) -> Any:
@@ -197,3 +188,8 @@ def _fill_batch(ids: Sequence[Sequence[int]]) -> Any:
             i += 1
     batch.n_tokens = i
     return batch
+
+
+def _mean_nll(logits: np.ndarray, labels: np.ndarray) -> float:
+    """In nats; logits [n, n_vocab] are overwritten."""
+    return float(negative_log_likelihood(logits, labels).mean())

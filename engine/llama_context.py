@@ -53,8 +53,7 @@ class Call:
 
     ids, positions, sequences: int32 [n_rows]; sequences are numbered from 0.  outputs: bool
     [n_rows], rows whose logits are wanted.  references: int64 [n_rows], the row that each is
-    rounded relative to, which is its own; None if each is rounded by itself.  scale: of such
-    differences, a power of two that makes them about as large as what they are of.
+    rounded relative to, which is its own; None if each is rounded by itself.
     """
 
     ids: np.ndarray
@@ -62,7 +61,6 @@ class Call:
     sequences: np.ndarray
     outputs: np.ndarray
     references: np.ndarray | None = None
-    scale: float = 1.0
 
     @property
     def n_sequences(self) -> int:
@@ -298,6 +296,7 @@ class _Evaluation:
         }
         self._at = -1
         self._made: dict[int, Any] = {}  # what made inputs of products, by number
+        self._scales: dict[int, np.ndarray] = {}
         self._saved: dict[int, np.ndarray] = {}  # inputs as they were, where that is of use
         self._references: dict[int, np.ndarray] = {}  # by number of rows
 
@@ -329,7 +328,8 @@ class _Evaluation:
             if len(x):
                 if source in self._kept:
                     self._saved[source] = x.copy()
-                self._ops.to_relative(x, self._references_of(self._rows_of(x)), self.work.scale)
+                references = self._references_of(self._rows_of(x))
+                self._scales[source] = self._ops.to_relative(x, references)
         return True
 
     def _multiplied(self, node: Any) -> None:
@@ -341,7 +341,8 @@ class _Evaluation:
             return
         rows = self._rows_of(y)
         if product is not None:
-            self._ops.from_relative(y, self._references_of(rows), self.work.scale)
+            scales = self._scales[product.source]
+            self._ops.from_relative(y, self._references_of(rows), scales)
             if product.source in self._saved:
                 relative, x = x, self._saved[product.source]
                 if product.restores:

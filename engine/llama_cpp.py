@@ -157,7 +157,7 @@ class LlamaGraph:
             )
         context = self._context_for(int(np.diff(batch.starts).max()))
         for pieces in self._parts(batch.starts, _groups(variants.lanes)):
-            works = [_call(batch, part, outputs, variants.lanes) for part in pieces]
+            works = [_call(batch, part, outputs) for part in pieces]
             for work in works:
                 context.rehearse(work)
             context.forget()
@@ -238,23 +238,20 @@ def _packed(groups: Sequence[Sequence[int]], limit: int) -> Iterator[tuple[np.nd
     yield np.array([*together]), np.array([*together.values()])
 
 
-def _call(batch: Batch, part: _Part, outputs: np.ndarray, lanes: Lanes) -> Call:
+def _call(batch: Batch, part: _Part, outputs: np.ndarray) -> Call:
     """The call that a part is."""
     n_lanes, n = len(part.lanes), len(part.rows)
     sequences = np.arange(n_lanes * len(part.examples), dtype=np.int32)
-    references, scale = None, 1.0
+    references = None
     if (part.references != part.lanes).any():
         place = np.searchsorted(part.lanes, part.references)
         references = (place[:, None] * n + np.arange(n)).ravel()
-        largest = float(np.abs(lanes.coefficients[part.lanes]).max())
-        scale = 2.0 ** round(-np.log2(largest))
     return Call(
         ids=np.tile(batch.ids[part.rows], n_lanes),
         positions=np.tile(batch.positions[part.rows], n_lanes),
         sequences=np.repeat(sequences, n // len(part.examples)),
         outputs=np.tile(outputs[part.rows], n_lanes),
         references=references,
-        scale=scale,
     )
 
 
@@ -328,9 +325,9 @@ class _Terms:
                 coefficients=lanes.coefficients[i : i + 1],
                 starts=starts,
             )
-            sum = y[here]
-            self._ops.add_lora(sum, x[here], lora, own)
-            y[here] = sum
+            rows_of_lane = y[here]
+            self._ops.add_lora(rows_of_lane, x[here], lora, own)
+            y[here] = rows_of_lane
 
 
 def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -11,10 +11,10 @@ from cli_runs import Cli, make_cli
 
 from fwdllm.bench import synthetic
 from fwdllm.bench.architectures import ARCHITECTURES, VOCAB, make_small
-from fwdllm.bench.llama_peer import mean_nll
 from fwdllm.engine import generation
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.gguf_file import GGUFFile
+from fwdllm.engine.llama_cpp import negative_log_likelihood
 from fwdllm.kernels.types import SUPPORTED_TYPES, QuantType
 
 ENCODERS = ("modern-bert",)
@@ -52,7 +52,8 @@ def test_decoders_run_in_llama_cpp(tmp_path: Path, name: str, type: QuantType) -
     assert found.shape == (48, VOCAB)
     assert np.isfinite(found).all()
     assert 0.3 < found.std() < 3
-    assert abs(mean_nll(found[:-1].copy(), np.array(ids[1:])) - np.log(VOCAB)) < 2.5
+    nll = negative_log_likelihood(found[:-1].copy(), np.array(ids[1:]))
+    assert abs(nll.mean() - np.log(VOCAB)) < 2.5
 
     # Every token matters to those behind it, and to no others.
     other = ids.copy()

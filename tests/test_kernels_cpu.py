@@ -147,11 +147,33 @@ def test_seeded_lora(
     want = reference.matmul(x, weight, lora=lora, lanes=lanes)
     # 1e-5 because the few numbers of a small shape may cancel.
     assert relative_error(cpu.matmul(x, weight, lora=lora, lanes=lanes), want) < 1e-5
-    product = rng.normal(size=want.shape).astype(np.float32)
-    sums = [product.copy(), product.copy()]
+    sums = [want.copy(), want.copy()]
     cpu.add_lora(sums[0], x, lora, lanes)
     reference.add_lora(sums[1], x, lora, lanes)
     assert relative_error(*sums) < 1e-5
+
+
+@given(rows=st.integers(1, 40), d=st.integers(1, 100), size=st.sampled_from([1e-3, 1.0, 1e4]))
+def test_relative_rows(rows: int, d: int, size: float) -> None:
+    """Differences to earlier rows, brought to 1 .. 2, and back."""
+    rng = np.random.default_rng(rows)
+    x = rng.normal(size=(rows, d)).astype(np.float32)
+    references = np.where(rng.random(rows) < 0.5, np.arange(rows), 0).astype(np.int32)
+    others = references != np.arange(rows)
+    x[others] = x[0] + np.float32(size) * x[others]
+    if rows > 2:
+        x[1] = x[0]  # no difference at all
+    found, want = x.copy(), x.copy()
+    scales = cpu.to_relative(found, references)
+    np.testing.assert_array_equal(scales, reference.to_relative(want, references))
+    np.testing.assert_array_equal(found, want)
+    largest = np.abs(found[others]).max(axis=1)
+    assert (((largest >= 1) & (largest < 2)) | (largest == 0)).all()
+    assert (scales[~others] == 1).all()
+    cpu.from_relative(found, references, scales)
+    reference.from_relative(want, references, scales)
+    np.testing.assert_allclose(found, want, rtol=1e-6)
+    np.testing.assert_allclose(found, x, rtol=1e-6, atol=1e-6 * (1 + size))
 
 
 @types

@@ -86,6 +86,24 @@ def test_bits_do_not_depend_on_company(
     assert_lanes_are_alone(engine, random_batch(*lengths, encoder=engine.encoder), method)
 
 
+def test_rows_in_any_order(small: Make) -> None:
+    """Of a micro-batch that llama.cpp would take in another order than a call has."""
+    engine, rng = tuned(small("gemma2"), "gemma2"), np.random.default_rng(0)
+    assert engine.adapter is not None
+    lanes, target = plan(SEEDS[:2], "central").lanes, engine.adapter.targets[0]
+    part = llama_cpp._Part(np.arange(4), np.array([0, 0, 2, 2]), np.arange(3), np.arange(15))
+    variants = Variants(lanes, engine.directions)
+    terms = llama_cpp._Terms(engine.adapter, engine.ops, variants, part)
+    x = rng.normal(size=(60, target.n_in)).astype(np.float32)
+    y = rng.normal(size=(60, target.n_out)).astype(np.float32)
+    whole, order = y.copy(), rng.permutation(60)[:50]
+    terms(target.name, np.arange(60), x, whole)
+    some = y[order]
+    terms(target.name, order, x[order], some)
+    np.testing.assert_allclose(some, whole[order], atol=1e-5)
+    assert np.abs(some - y[order]).max() > 0.01
+
+
 # llama.cpp's own kernels for K-quants add in another order where there are less than 8 rows, and
 # for Q4_K in rows left over from blocks of 4: 1e-7 was seen, and a rounding may follow.
 TYPES = ["Q4_0", "Q4_1", "Q8_0", "BF16", "F32", "Q4_K", "Q5_K", "Q6_K"]

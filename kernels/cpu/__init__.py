@@ -167,18 +167,21 @@ def add_lora(y: np.ndarray, x: np.ndarray, lora: LoRA, lanes: Lanes) -> None:
     _native.add_lora(_f32(x), _factors(lora), *_variants(lanes, len(x)), y)
 
 
-def to_relative(x: np.ndarray, references: np.ndarray, scale: float) -> None:
-    """x[r] = (x[r] - x[references[r]]) scale where that is another row, in place.
+def to_relative(x: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """x[r] = (x[r] - x[references[r]]) s[r] where that is another row, in place; gives s.
 
-    x: float32 [rows, d].  references: int32 [rows], earlier rows that are their own.  scale: a
-    power of two. What rows have in common is then rounded once by the product that reads them.
+    x: float32 [rows, d].  references: int32 [rows], earlier rows that are their own.  s: float32
+    [rows], powers of two that bring the largest of a row to 1 .. 2; 1 if it is 0 or no number.
+    What rows have in common is then rounded once by the product that reads them.
     """
-    _native.to_relative(x, references, scale)
+    scales = np.ones(len(x), np.float32)
+    _native.to_relative(x, references, scales)
+    return scales
 
 
-def from_relative(y: np.ndarray, references: np.ndarray, scale: float) -> None:
-    """The way back after a product: y[r] = y[r] / scale + y[references[r]], in place."""
-    _native.from_relative(y, references, scale)
+def from_relative(y: np.ndarray, references: np.ndarray, scales: np.ndarray) -> None:
+    """The way back after a product: y[r] = y[r] / scales[r] + y[references[r]], in place."""
+    _native.from_relative(y, references, scales)
 
 
 def _variants(lanes: Lanes, rows: int) -> tuple[object, ...]:

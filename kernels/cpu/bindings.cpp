@@ -222,11 +222,18 @@ void add_lora(Matrix x, const LoraArguments& lora, In<uint64_t, 2> seeds, Vector
     kernels().add_lora(x.data(), (int64_t)x.shape(0), n_in, n_out, term, lanes, y.data());
 }
 
-template <auto kernel>
-void relative(Out<float, 2> x, In<int32_t, 1> references, float scale) {
+void to_relative(Out<float, 2> x, In<int32_t, 1> references, Out<float, 1> scales) {
     const int32_t* r = references_of(references, x.shape(0));
+    require(scales.shape(0) == x.shape(0), "one scale a row");
     nb::gil_scoped_release release_gil;
-    (kernels().*kernel)(x.data(), (int64_t)x.shape(0), (int64_t)x.shape(1), r, scale);
+    kernels().to_relative(x.data(), (int64_t)x.shape(0), (int64_t)x.shape(1), r, scales.data());
+}
+
+void from_relative(Out<float, 2> y, In<int32_t, 1> references, Vector scales) {
+    const int32_t* r = references_of(references, y.shape(0));
+    require(scales.shape(0) == y.shape(0), "one scale a row");
+    nb::gil_scoped_release release_gil;
+    kernels().from_relative(y.data(), (int64_t)y.shape(0), (int64_t)y.shape(1), r, scales.data());
 }
 
 void cross_entropy(Matrix x, Bytes data, int type, In<int32_t, 1> references, int64_t tangents,
@@ -344,10 +351,8 @@ NB_MODULE(_native, m) {
     // y or x is changed in place: converting it would change a copy.
     m.def("add_lora", &add_lora, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
           nb::arg(), nb::arg().noconvert());
-    m.def("to_relative", &relative<&Kernels::to_relative>, nb::arg().noconvert(), nb::arg(),
-          nb::arg());
-    m.def("from_relative", &relative<&Kernels::from_relative>, nb::arg().noconvert(), nb::arg(),
-          nb::arg());
+    m.def("to_relative", &to_relative, nb::arg().noconvert(), nb::arg(), nb::arg().noconvert());
+    m.def("from_relative", &from_relative, nb::arg().noconvert(), nb::arg(), nb::arg());
     m.def("cross_entropy", &cross_entropy);
     m.def("rms_norm", &rms_norm);
     m.def("layer_norm", &layer_norm);

@@ -82,9 +82,10 @@ struct Kernels {
                    const float* bias, const LoRA* lora, const Lanes& lanes, bool exact, float* y);
     void (*add_lora)(const float* x, int64_t rows, int64_t n_in, int64_t n_out, const LoRA& lora,
                      const Lanes& lanes, float* y);
-    void (*to_relative)(float* x, int64_t rows, int64_t d, const int32_t* references, float scale);
+    void (*to_relative)(float* x, int64_t rows, int64_t d, const int32_t* references,
+                        float* scales);
     void (*from_relative)(float* y, int64_t rows, int64_t d, const int32_t* references,
-                          float scale);
+                          const float* scales);
     void (*cross_entropy)(const float* x, int64_t rows, const int32_t* references, int64_t tangents,
                           const Weight& w, const int32_t* labels, bool exact, double* nll);
     void (*rms_norm)(const float* x, int64_t rows, int64_t d, const float* weight, float eps,
