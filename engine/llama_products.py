@@ -2,7 +2,7 @@
 
 A product with a quantized weight rounds every row of its input by itself, and a perturbation is
 often smaller than that rounding. So rows of a perturbed lane go into it as scaled differences to
-those of a reference lane (``kernels.cpp.to_relative``), and come out of it as what they would have
+those of a reference lane (``kernels.cpu.to_relative``), and come out of it as what they would have
 been without rounding the two apart. That has to be done when the input is there and before the
 product begins: after the operation just before it.
 """
