@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 
 from fwdllm.bench.inputs import UPDATE_RATE, half_trained, step_batch
@@ -19,7 +18,15 @@ from fwdllm.engine.adapter import Adapter
 from fwdllm.engine.errors import AdapterError, ModelError
 from fwdllm.engine.estimators import plan
 from fwdllm.engine.llama_cpp import negative_log_likelihood
-from fwdllm.engine.llama_native import call, open_model, reason
+from fwdllm.engine.llama_native import (
+    Llama,
+    NativeModel,
+    call,
+    llama_cpp,
+    open_context,
+    open_model,
+    reason,
+)
 
 VERSION = f"llama-cpp-python {llama_cpp.__version__}"
 
@@ -31,7 +38,7 @@ class Prompt:
         self.ids = ids[:-1]
         n = len(self.ids)
         try:
-            self.llama = llama_cpp.Llama(
+            self.llama = Llama(
                 model,
                 n_ctx=n + 8,
                 n_batch=n,
@@ -105,7 +112,7 @@ class ReopenedModel:
     def loss(self, adapter: Path) -> float:
         """Mean over all label tokens in nats."""
         n = max(map(len, self.ids))
-        llama = llama_cpp.Llama(
+        llama = Llama(
             self.model,
             lora_path=str(adapter),
             n_ctx=n,
@@ -134,7 +141,7 @@ class OpenModel:
         self.labels = step_batch(ids, 1).label_ids
         self.model = open_model(model, vocab_only=False)
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(self.model.vocab)
-        self.context = _open_context(self.model.handle, ids, threads)
+        self.context = _open_context(self.model, ids, threads)
         self.batch = _fill_batch(ids)
 
     def loss(self, adapter: Path) -> float:
@@ -162,16 +169,17 @@ class OpenModel:
         llama_cpp.llama_adapter_lora_free(adapter)
 
 
-def _open_context(model: Any, ids: Sequence[Sequence[int]], threads: int) -> Any:
-    params = llama_cpp.llama_context_default_params()
-    params.n_seq_max = len(ids)
-    params.n_ctx = params.n_batch = sum(map(len, ids))
-    params.n_threads = params.n_threads_batch = threads
-    params.kv_unified = False  # llama.h: faster for sequences that share nothing
-    context = call(llama_cpp.llama_init_from_model, model, params)
-    if not context:
-        raise ModelError(f"llama.cpp cannot run the model: {reason()}")
-    return context
+def _open_context(model: NativeModel, ids: Sequence[Sequence[int]], threads: int) -> Any:
+    n_tokens = sum(map(len, ids))
+    return open_context(
+        model,
+        n_seq_max=len(ids),
+        n_ctx=n_tokens,
+        n_batch=n_tokens,
+        n_threads=threads,
+        n_threads_batch=threads,
+        kv_unified=False,  # llama.h: faster for sequences that share nothing
+    )
 
 
 def _fill_batch(ids: Sequence[Sequence[int]]) -> Any:

@@ -1,10 +1,20 @@
-"""Quantized models, LoRA adapters, losses and directional derivatives by forward passes."""
+"""Quantized models, LoRA adapters, losses and directional derivatives by forward passes.
 
-from fwdllm.engine.adapter import Adapter, LoRAConfig
-from fwdllm.engine.data import Example, read_jsonl
-from fwdllm.engine.engine import Engine
-from fwdllm.engine.estimators import DEFAULT_EPSILON, Probe
-from fwdllm.engine.evaluation import Evaluation
+Names are imported when they are first used, so that what needs one module of the engine does not
+depend on llama.cpp.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fwdllm.engine.adapter import Adapter, LoRAConfig
+    from fwdllm.engine.data import Example, read_jsonl
+    from fwdllm.engine.engine import Engine
+    from fwdllm.engine.estimators import DEFAULT_EPSILON, Probe
+    from fwdllm.engine.evaluation import Evaluation
 
 __all__ = [
     "DEFAULT_EPSILON",
@@ -16,3 +26,21 @@ __all__ = [
     "Probe",
     "read_jsonl",
 ]
+
+_MODULES = {
+    "DEFAULT_EPSILON": "estimators",
+    "Adapter": "adapter",
+    "Engine": "engine",
+    "Evaluation": "evaluation",
+    "Example": "data",
+    "LoRAConfig": "adapter",
+    "Probe": "estimators",
+    "read_jsonl": "data",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'fwdllm.engine' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"fwdllm.engine.{_MODULES[name]}"), name)
+    return value

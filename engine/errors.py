@@ -35,8 +35,16 @@ class ConfigError(FwdllmError):
     """An option value, target or combination of options that makes no sense."""
 
 
+class LlamaCppError(FwdllmError):
+    """A llama.cpp that cannot be used on this machine."""
+
+
 class NumericsError(FwdllmError):
     """A loss or derivative that is not finite."""
+
+
+class FwdllmWarning(UserWarning):
+    """Something to know although it works; the command line prints it as a sentence."""
 
 
 def finite(loss: float) -> float:

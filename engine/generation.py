@@ -13,12 +13,20 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import llama_cpp
 import numpy as np
 
 from fwdllm.engine.errors import ConfigError, DataError, ModelError
-from fwdllm.engine.llama_native import NativeModel, apply_adapter, call, open_model, reason
+from fwdllm.engine.llama_native import (
+    NativeModel,
+    apply_adapter,
+    call,
+    llama_cpp,
+    open_context,
+    open_model,
+    reason,
+)
 from fwdllm.engine.tokenizer import Message, Tokenizer
+from fwdllm.kernels.cpu import num_threads
 
 __all__ = ["Tokenizer", "embed", "generate", "logits"]
 
@@ -44,8 +52,8 @@ def generate(
 
     prompt: a text, or the messages of a conversation.  chat: whether a text is a user's
     message, to be put into the chat template.  temperature: 0 takes the likeliest token;
-    otherwise llama.cpp's default sampling, repeatable by ``seed``.  n_threads: None for all
-    processors. Ends at the end-of-text token, after ``max_tokens``, or when the model's
+    otherwise llama.cpp's default sampling, repeatable by ``seed``.  n_threads: None for as many as
+    our kernels use. Ends at the end-of-text token, after ``max_tokens``, or when the model's
     context is full.
     Errors, all raised before the first piece: ModelError, AdapterError, ConfigError for an
     option out of range, DataError for a prompt that is empty or does not fit the context.
@@ -131,20 +139,23 @@ class _Session:
     def __init__(
         self, model: NativeModel, n_tokens: int, n_threads: int | None, pooling: int | None = None
     ) -> None:
-        params = llama_cpp.llama_context_default_params()
-        # One batch and one micro-batch: encoders need the whole sequence at once.
-        params.n_ctx = params.n_batch = n_tokens
+        pooled = {}
         if pooling is not None:
-            params.n_ubatch = n_tokens
-            params.embeddings = True
-            params.pooling_type = pooling
-        params.n_threads = params.n_threads_batch = n_threads or os.cpu_count() or 1
-        params.type_k = params.type_v = _TYPE_F32
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            # One batch and one micro-batch: encoders need the whole sequence at once.
+            pooled = {"n_ubatch": n_tokens, "embeddings": True, "pooling_type": pooling}
+        n_threads = n_threads or num_threads()
         self.model = model
-        self.context = call(llama_cpp.llama_init_from_model, model.handle, params)
-        if not self.context:
-            raise ModelError(f"llama.cpp cannot run {model.file.path}: {reason()}")
+        self.context = open_context(
+            model,
+            n_ctx=n_tokens,
+            n_batch=n_tokens,
+            n_threads=n_threads,
+            n_threads_batch=n_threads,
+            type_k=_TYPE_F32,
+            type_v=_TYPE_F32,
+            flash_attn_type=llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+            **pooled,
+        )
         # The model is an argument because it must outlive the context.
         weakref.finalize(self, _free_context, self.context, model)
 

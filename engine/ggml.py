@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
-from llama_cpp._ctypes_extensions import load_shared_library
-
 from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.llama_native import llama_cpp
 
 _PACKAGE = Path(llama_cpp.__file__).parent
 HEADER = _PACKAGE.parent / "include" / "ggml.h"
@@ -121,7 +119,7 @@ class _InitParams(ctypes.Structure):
 
 def _check(layout: Layout) -> None:
     """Compare what tensors of the installed ggml hold with what its functions say; ValueError."""
-    library = load_shared_library("ggml-base", _PACKAGE / "lib")
+    library = llama_cpp._ctypes_extensions.load_shared_library("ggml-base", _PACKAGE / "lib")
     pointer, number = ctypes.c_void_p, ctypes.c_int64
 
     def call(name: str, result: Any, *arguments: Any) -> Any:

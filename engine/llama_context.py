@@ -19,12 +19,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-import llama_cpp
 import numpy as np
 
 from fwdllm.engine.errors import ModelError
 from fwdllm.engine.ggml import F32, Layout, layout
-from fwdllm.engine.llama_native import NativeModel, apply_adapter, call, reason
+from fwdllm.engine.llama_native import (
+    NativeModel,
+    apply_adapter,
+    call,
+    llama_cpp,
+    open_context,
+    reason,
+)
 from fwdllm.engine.llama_products import Operation, Relative, relative_products
 
 # Where a graph begins: the rows of a table that tokens stand for (src/llama-graph.cpp).
@@ -95,26 +101,27 @@ class Context:
         ops: ModuleType,
         pooling: int | None = None,
     ) -> None:
-        params = llama_cpp.llama_context_default_params()
-        params.n_seq_max = n_sequences
-        params.n_ctx = n_cells
-        params.n_batch = params.n_ubatch = n_rows
-        params.n_threads = params.n_threads_batch = ops.num_threads()
-        params.kv_unified = False
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        if pooling is not None:
-            params.embeddings = True
-            params.pooling_type = pooling
+        pooled = {} if pooling is None else {"embeddings": True, "pooling_type": pooling}
         self.model = model
         self.ops = ops
         self._layout = layout()
-        callback = params.cb_eval = _callback(weakref.WeakMethod(self._evaluated))
+        callback = _callback(weakref.WeakMethod(self._evaluated))
         self._running: _Running | None = None
         self._error: BaseException | None = None
         self._shapes: dict[tuple[bytes, int], _Shape] = {}
-        self._handle = call(llama_cpp.llama_init_from_model, model.handle, params)
-        if not self._handle:
-            raise ModelError(f"llama.cpp cannot run {model.file.path}: {reason()}")
+        self._handle = open_context(
+            model,
+            n_seq_max=n_sequences,
+            n_ctx=n_cells,
+            n_batch=n_rows,
+            n_ubatch=n_rows,
+            n_threads=ops.num_threads(),
+            n_threads_batch=ops.num_threads(),
+            kv_unified=False,
+            flash_attn_type=llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+            cb_eval=callback,
+            **pooled,
+        )
         weakref.finalize(self, _free, self._handle, model, callback)
 
     def apply(self, adapter: Path) -> None:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
-import llama_cpp
 import numpy as np
 
 from fwdllm.engine.adapter import Adapter
@@ -27,7 +26,7 @@ from fwdllm.engine.forward import PLAIN, Tap, Variants
 from fwdllm.engine.ggml import layout
 from fwdllm.engine.gguf_file import GGUFFile
 from fwdllm.engine.llama_context import Call, Context
-from fwdllm.engine.llama_native import open_model
+from fwdllm.engine.llama_native import llama_cpp, open_model
 from fwdllm.kernels.types import Lanes, LoRA
 
 # Rows of a call: llama.cpp's own n_ubatch. More make no product faster.

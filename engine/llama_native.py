@@ -1,4 +1,8 @@
-"""llama.cpp's models, made safe to open: no printing, no crash on a damaged file.
+"""The one door to llama.cpp: no crash on this processor or on a damaged file, and no printing.
+
+``llama_cpp`` is imported here, after ``llama_probe`` has found out what of it works, and by others
+from here. Every model and context is opened here: by ``open_model`` and ``open_context``, or as
+llama-cpp-python's own class, by ``Llama``.
 
 llama.cpp ends the process on some inconsistencies and prints its reasons. So a file first
 passes our own reader, and what llama.cpp logs is kept for the message of the exception.
@@ -9,22 +13,33 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
 
-import llama_cpp
 import numpy as np
 
+from fwdllm.engine import llama_probe
 from fwdllm.engine.adapter_io import open_gguf_adapter
-from fwdllm.engine.errors import AdapterError, ModelError
+from fwdllm.engine.errors import AdapterError, FwdllmWarning, LlamaCppError, ModelError
 from fwdllm.engine.gguf_file import GGUFFile
+
+if llama_probe.verdict().state == llama_probe.BROKEN:
+    raise LlamaCppError(f"llama.cpp cannot be used here: {llama_probe.verdict().reason}")
+import llama_cpp
 
 _LOG_LEVEL_ERROR = 4  # GGML_LOG_LEVEL_ERROR in ggml.h
 _MAX_MESSAGES = 20
 _MAX_LAYERS = 512  # LLAMA_MAX_LAYERS in src/llama-hparams.h, asserted
 _VOCAB_TYPE_NONE = 0
 _POOLING_NONE, _POOLING_MEAN, _POOLING_RANK = 0, 1, 4  # enum llama_pooling_type
+
+# What helps: GCC drops stores that AMX needs (issue 20824 of llama.cpp), clang does not.
+REBUILD = (
+    "to mend that, build it anew on this machine, best with clang: CC=clang CXX=clang++ "
+    "pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python llama-cpp-python"
+)
 
 _messages: list[str] = []
 
@@ -81,6 +96,8 @@ def open_model(
     initialize()
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = vocab_only
+    if not vocab_only:
+        params.use_extra_bufts = extra_buffers()
     no_devices = ctypes.c_void_p(None)  # a list that ends at once
     if cpu_only:
         params.devices = ctypes.addressof(no_devices)
@@ -91,6 +108,63 @@ def open_model(
     if llama_cpp.llama_vocab_type(model.vocab) == _VOCAB_TYPE_NONE:
         raise ModelError(f"{path} has no vocabulary")
     return model
+
+
+def open_context(model: NativeModel, **options: Any) -> Any:
+    """A context of a model, a pointer for the functions of ``llama_cpp``; free it before the model.
+
+    options: fields of llama_context_params. Errors: ModelError if llama.cpp cannot make it.
+    """
+    params = llama_cpp.llama_context_default_params()
+    for name, value in options.items():
+        setattr(params, name, value)
+    context = call(llama_cpp.llama_init_from_model, model.handle, params)
+    if not context:
+        raise ModelError(f"llama.cpp cannot run {model.file.path}: {reason()}")
+    return context
+
+
+class Llama(llama_cpp.Llama):
+    """llama-cpp-python's own class, opened so that it works on this processor.
+
+    Errors of the constructor: LlamaCppError if it cannot, others as of the base.
+    """
+
+    @property
+    def model_params(self) -> Any:
+        """llama_model_params. The base sets them before it opens the file, and has no option for
+        extra buffer types."""
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: Any) -> None:
+        params.use_extra_bufts = extra_buffers()
+        self._model_params = params
+
+
+def extra_buffers() -> bool:
+    """Whether llama.cpp's extra buffer types (weights repacked for AMX and the like) work here.
+
+    Says once if they do not. Errors: LlamaCppError if llama.cpp cannot compute at all.
+    """
+    found = llama_probe.verdict()
+    if found.state == llama_probe.VOCABULARY:
+        raise LlamaCppError(
+            f"llama.cpp's kernels fail on this processor ({found.reason}): {REBUILD}"
+        )
+    if found.state == llama_probe.PLAIN:
+        _say_slower(found.reason)
+    return found.state == llama_probe.FULL
+
+
+@functools.cache
+def _say_slower(why: str) -> None:
+    warnings.warn(
+        f"llama.cpp runs without its fastest kernels, as a trial of them failed here ({why}); "
+        f"{REBUILD}",
+        FwdllmWarning,
+        stacklevel=4,
+    )
 
 
 def apply_adapter(model: NativeModel, context: Any, path: str | os.PathLike[str]) -> None:

@@ -7,11 +7,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import llama_cpp
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
 from fwdllm.engine.errors import DataError, ModelError
-from fwdllm.engine.llama_native import NativeModel, open_model
+from fwdllm.engine.llama_native import NativeModel, llama_cpp, open_model
 
 Message = Mapping[str, Any]
 
@@ -42,7 +39,7 @@ class Tokenizer:
         self.eos = self._token(llama_cpp.llama_vocab_eos(self._vocab))
         self.add_bos = bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
         self.add_eos = bool(llama_cpp.llama_vocab_get_add_eos(self._vocab))
-        self._formatters: dict[bool, Jinja2ChatFormatter] = {}
+        self._formatters: dict[bool, Any] = {}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Tokenizer:
@@ -142,11 +139,12 @@ class Tokenizer:
         bos_text = self._text(self.bos)
         return bool(bos_text) and text.startswith(bos_text)
 
-    def formatter(self, add_generation_prompt: bool) -> Jinja2ChatFormatter:
-        """What renders conversations; see ``render_chat``."""
+    def formatter(self, add_generation_prompt: bool) -> Any:
+        """llama-cpp-python's Jinja2ChatFormatter of the file's template; see ``render_chat``."""
         # Kept, because compiling a template takes longer than rendering a conversation.
         if add_generation_prompt not in self._formatters:
-            self._formatters[add_generation_prompt] = Jinja2ChatFormatter(
+            formatter = llama_cpp.llama_chat_format.Jinja2ChatFormatter
+            self._formatters[add_generation_prompt] = formatter(
                 self._model.file.string("tokenizer.chat_template", CHATML),
                 eos_token=self._text(self.eos),
                 bos_token=self._text(self.bos),

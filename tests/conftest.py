@@ -1,4 +1,4 @@
-"""Where real test models and data lie, and what runs Triton kernels."""
+"""Where real test models and data lie, what runs Triton kernels, and how processes share."""
 
 from __future__ import annotations
 
@@ -15,6 +15,15 @@ import pytest
 # runs on NumPy; with it set, a machine's GPU would not be tested.
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Tests run in several processes, see the Makefile: they share the processors, with a priority as
+# low as that of a server's jobs, which would get nothing beside them. Kernels and libraries read
+# this when they start.
+if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    for name in ("FWDLLM_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, threads)
+    os.nice(19)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -14,6 +14,7 @@ from fwdllm.bench.bundled_model.__main__ import N_TRAIN, N_VALID, SPLIT_SEED
 from fwdllm.bench.bundled_model.corpus import documents
 from fwdllm.bench.bundled_model.pirate import split, voice
 from fwdllm.bench.bundled_model.questions import catalogue
+from fwdllm.engine import llama_native
 
 ASSETS = Path(__file__).resolve().parents[1] / "app" / "fwdllm" / "assets"
 MODEL = ASSETS / "fwdllm-tiny.gguf"
@@ -67,8 +68,7 @@ def test_bundled_data_is_what_the_script_writes():
 
 @pytest.fixture(scope="module")
 def llama():
-    llama_cpp = pytest.importorskip("llama_cpp")
-    return llama_cpp.Llama(str(MODEL), n_ctx=512, n_threads=1, logits_all=True, verbose=False)
+    return llama_native.Llama(str(MODEL), n_ctx=512, n_threads=1, logits_all=True, verbose=False)
 
 
 def nll(llama, text: str, prompt: str = "") -> np.ndarray:
@@ -158,13 +158,12 @@ def test_export_agrees_with_training_code(tiny, tmp_path):
     """llama.cpp and PyTorch give the same logits and tokens: RoPE pairs, GQA, tied output."""
     import torch
 
-    llama_cpp = pytest.importorskip("llama_cpp")
     from fwdllm.bench.bundled_model.export import export
 
     model, tokenizer = tiny
     path = tmp_path / "tiny.gguf"
     export(model, tokenizer, path)
-    loaded = llama_cpp.Llama(str(path), n_ctx=64, n_threads=1, logits_all=True, verbose=False)
+    loaded = llama_native.Llama(str(path), n_ctx=64, n_threads=1, logits_all=True, verbose=False)
     text = next(documents(9))
     ids = loaded.tokenize(text.encode())[:60]
     assert ids == [0, *tokenizer.encode(text).ids][:60]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import llama_cpp
 import numpy as np
 import pytest
 
 from fwdllm.engine.adapter import Adapter, LoRAConfig
 from fwdllm.engine.errors import AdapterError, ConfigError, DataError, FwdllmError, ModelError
 from fwdllm.engine.generation import Tokenizer, embed, generate, logits
+from fwdllm.engine.llama_native import Llama
 from fwdllm.kernels import reference
 
 MODELS = Path(__file__).resolve().parents[2] / "shared" / "models"
@@ -76,7 +76,7 @@ def test_logits_agree_with_the_wrapper_class(tmp_path: Path) -> None:
     path = str(MODELS / "tinymix-6m.F16.gguf")
     adapter = str(adapter_file(tmp_path / "a.gguf", "llama", 256))
     options = {"n_ctx": 64, "logits_all": True, "n_threads": 1, "n_threads_batch": 1}
-    model = llama_cpp.Llama(path, lora_path=adapter, verbose=False, **options)
+    model = Llama(path, lora_path=adapter, verbose=False, **options)
     model.eval(ids)
     ours = logits(path, ids, adapter, n_threads=1)
     assert ours.shape == (6, 4096)

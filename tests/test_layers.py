@@ -28,6 +28,15 @@ IMPURE = {
 }  # fmt: skip
 IMPURE_CALLS = {"open", "print", "input"}
 
+# What opens a model or a context in llama.cpp, and where that may be.
+OPENING = {"Llama", "llama_model_load_from_file", "llama_load_model_from_file",
+           "llama_init_from_model", "llama_new_context_with_model"}  # fmt: skip
+DOOR = ("engine/llama_native.py", "engine/llama_probe.py")
+# Types without the library's functions; fwdllm.server imports the door first.
+LLAMA_CPP_TYPES = {
+    f"llama_cpp.server.types.Create{kind}Request" for kind in ("Completion", "ChatCompletion")
+}
+
 # The parts that are there to touch the world: the ledger's file, Flower's apps, the HTTP server and
 # the kernels of GPUs.
 WORLDLY = ("protocol/ledger.py", "protocol/flower/", "app/fwdllm/server/", "kernels/triton/")
@@ -95,6 +104,20 @@ def faults(
     return found
 
 
+def opened_beside_the_door(tree: ast.AST) -> list[str]:
+    """Uses of llama.cpp that pass by ``engine.llama_native``, which knows what works here."""
+    found = [
+        f"imports {name}"
+        for name in imported(tree)
+        if name.split(".")[0] == "llama_cpp" and name not in LLAMA_CPP_TYPES
+    ]
+    for node in ast.walk(tree):
+        name = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+        if name.startswith("llama_cpp.") and name.split(".")[-1] in OPENING:
+            found.append(f"uses {name}")
+    return found
+
+
 def impurities(tree: ast.AST) -> list[str]:
     found = [f"imports {name}" for name in imported(tree) if name.split(".")[0] in IMPURE]
     for node in ast.walk(tree):
@@ -123,6 +146,31 @@ def test_sources_keep_to_their_layer(folder: str) -> None:
         worldly = name.startswith(WORLDLY)
         found[name] = faults(folder, source, TESTS, MOUNTED.get(name, ()), worldly)
     assert {path: what for path, what in found.items() if what} == {}
+
+
+@pytest.mark.parametrize("folder", [*FOLDERS, "tests"])
+def test_llama_cpp_has_one_door(folder: str) -> None:
+    found = {
+        path.name: opened_beside_the_door(ast.parse(path.read_text(encoding="utf-8")))
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if path.relative_to(ROOT).as_posix() not in DOOR
+    }
+    assert {path: what for path, what in found.items() if what} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import llama_cpp",
+        "from llama_cpp import Llama",
+        "def f():\n    import llama_cpp.llama_chat_format",
+        "from fwdllm.engine.llama_native import llama_cpp\nllama_cpp.Llama('x')",
+        "call(llama_cpp.llama_init_from_model, model, params)",
+        "llama_cpp.llama_cpp.llama_model_load_from_file",
+    ],
+)
+def test_another_door_is_seen(source: str) -> None:
+    assert len(opened_beside_the_door(ast.parse(source))) == 1
 
 
 TESTS = test_modules()

@@ -179,11 +179,12 @@ def test_an_encoder_is_llama_cpps(small: Make, tmp_path: Path) -> None:
     adapter = engine.adapter
     assert adapter is not None and engine.encoder and engine.backend.name == "llama.cpp"
     plain = generation.embed(path, texts, n_threads=1)
-    np.testing.assert_allclose(engine.embed(texts), plain, atol=1e-5)
+    # Of features of about 0.04. Both are llama.cpp, in batches of other sizes: 1.5e-5 with AVX2.
+    np.testing.assert_allclose(engine.embed(texts), plain, atol=5e-5)
     adapter.theta[:] = np.random.default_rng(0).normal(scale=0.05, size=adapter.theta.size)
     adapter.save(tmp_path / "adapter.gguf")
     want = generation.embed(path, texts, tmp_path / "adapter.gguf", n_threads=1)
-    np.testing.assert_allclose(engine.embed(texts), want, atol=1e-5)
+    np.testing.assert_allclose(engine.embed(texts), want, atol=5e-5)
     assert np.abs(want - plain).max() > 0.01
 
 

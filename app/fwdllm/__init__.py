@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         ConfigError,
         DataError,
         FwdllmError,
+        LlamaCppError,
         ModelError,
         NumericsError,
     )
@@ -47,6 +48,7 @@ __all__ = [
     "FederationConfig",
     "Fleet",
     "FwdllmError",
+    "LlamaCppError",
     "LoRAConfig",
     "ModelError",
     "NumericsError",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +25,7 @@ from fwdllm.console import (
     parse_layers,
     print_json,
     print_result,
+    show_warning,
     tuning_progress,
 )
 
@@ -313,6 +315,22 @@ def demo(run_dir: RunDir = None) -> None:
     print(f"{result.question}\n  before: {result.base}\n  after:  {result.tuned}")
 
 
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Print what this machine has and whether all works on it; a bug report begins with this."""
+    from rich.console import Console
+
+    from fwdllm.doctor import examine, render
+
+    report = examine()
+    if json:
+        print_json(report)
+    else:
+        Console().print(render(report), soft_wrap=True, highlight=False)
+    if not report["ok"]:
+        raise typer.Exit(1)
+
+
 def _given(**options: Any) -> dict[str, Any]:
     """The options that were given, by the name of the setting."""
     return {name: value for name, value in options.items() if value is not None}
@@ -330,6 +348,7 @@ def parse_held_out(text: str | None) -> float | None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command with the given arguments, or those of the process, and exit."""
+    warnings.showwarning = show_warning
     try:
         app(arguments, prog_name="fwdllm")
     except Exception as error:

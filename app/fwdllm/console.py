@@ -6,8 +6,9 @@ import contextlib
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -50,6 +51,22 @@ def explain(error: BaseException) -> str | None:
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror or error}{where}"
     return None
+
+
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """In place of ``warnings.showwarning``: one of ours is a sentence, without its place."""
+    from fwdllm.engine.errors import FwdllmWarning
+
+    ours = issubclass(category, FwdllmWarning)
+    text = warnings.formatwarning(message, category, filename, lineno, line)
+    print(f"fwdllm: {message}" if ours else text.rstrip(), file=file or sys.stderr)
 
 
 @contextlib.contextmanager

@@ -1,10 +1,10 @@
 """CPU backend: the operations of ``kernels.reference`` in C++ (kernels/cpu/*.h).
 
 ``isa`` names the instruction set chosen at import, the first of ``isas`` that this machine has;
-FWDLLM_ISA overrides it and FWDLLM_NUM_THREADS the number of threads. With ``exact=True`` matmuls
-are fp32; otherwise activations of quantized weights go to int8 with a scale per 32 values (to bf16
-under "avx512_bf16"), perturbed lanes as their difference to a reference lane
-(``Lanes.references``), tangents with scales of their own.
+FWDLLM_ISA overrides it and FWDLLM_NUM_THREADS the number of threads. ``compiler`` is what built
+them. With ``exact=True`` matmuls are fp32; otherwise activations of quantized weights go to int8
+with a scale per 32 values (to bf16 under "avx512_bf16"), perturbed lanes as their difference to a
+reference lane (``Lanes.references``), tangents with scales of their own.
 
 tangents: of operations that are not linear. Rows are then 1 + tangents equal slices, a primal and
 directional derivatives of it, and so is the result.
@@ -20,6 +20,7 @@ from fwdllm.kernels.types import Lanes, LoRA, Weight
 
 isa: str = _native.isa
 isas: tuple[str, ...] = _native.isas
+compiler: str = _native.compiler
 num_threads = _native.num_threads
 set_num_threads = _native.set_num_threads
 
@@ -27,6 +28,7 @@ __all__ = [
     "add_lora",
     "array",
     "attention",
+    "compiler",
     "contiguous",
     "cross_entropy",
     "dequantize",

@@ -332,6 +332,11 @@ void attention(Matrix q, Matrix k, Matrix v, In<int32_t, 1> starts, int64_t head
 NB_MODULE(_native, m) {
     m.attr("isa") = kernels().name;
     m.attr("isas") = nb::tuple(nb::cast(isa_names()));
+#if defined(__clang__)
+    m.attr("compiler") = "Clang " __clang_version__;
+#else
+    m.attr("compiler") = "GCC " __VERSION__;
+#endif
     m.def("peak", &peak);
     m.def("num_threads", &num_threads);
     m.def("set_num_threads", [](int n) {

@@ -8,3 +8,5 @@
 - security, errors, limits, metrics: around all of them
 - application, run: putting it together
 """
+
+from fwdllm.engine import llama_native as llama_native  # before schemas imports llama_cpp

@@ -13,13 +13,13 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-import llama_cpp
 import numpy as np
 from fastapi import APIRouter, Request
 from jinja2 import TemplateError
 from sse_starlette.sse import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
 
+from fwdllm.engine.llama_native import llama_cpp
 from fwdllm.server.context import Context, Served
 from fwdllm.server.errors import ApiError
 from fwdllm.server.models import ServedLlama

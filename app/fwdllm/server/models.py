@@ -13,14 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-import llama_cpp
-from llama_cpp.llama_chat_format import chat_formatter_to_chat_completion_handler
-
 from fwdllm.engine.adapter_io import open_gguf_adapter
 from fwdllm.engine.backends import choose
 from fwdllm.engine.errors import AdapterError, ModelError
-from fwdllm.engine.llama_native import call, open_model, reason
+from fwdllm.engine.llama_native import Llama, call, llama_cpp, open_model, reason
 from fwdllm.engine.tokenizer import Tokenizer
+from fwdllm.kernels.cpu import num_threads
 from fwdllm.server import limits
 from fwdllm.server.adapter_bytes import as_file
 from fwdllm.server.errors import ApiError
@@ -108,7 +106,7 @@ class Models:
         return self._sessions[embedding]
 
     def _open(self, embedding: bool) -> ServedLlama:
-        n_threads = os.cpu_count() or 1  # llama-cpp-python takes half: 25 tokens/s instead of 40
+        n_threads = num_threads()  # llama-cpp-python takes half: 25 tokens/s instead of 40
         try:
             return ServedLlama(
                 str(self.path),
@@ -127,7 +125,7 @@ class Models:
             raise ModelError(f"llama.cpp cannot run {self.path}: {error}") from error
 
 
-class ServedLlama(llama_cpp.Llama):
+class ServedLlama(Llama):
     """A ``Llama`` that can be stopped, counts, and refuses what would end the process.
 
     stops: events that end a text.  n_prompt, n_generated: tokens of the last text.
@@ -178,7 +176,7 @@ def _chat_handler(tokenizer: Tokenizer) -> Any:
         found = formatter(**options)
         return dataclasses.replace(found, added_special=tokenizer.has_bos(found.prompt))
 
-    return chat_formatter_to_chat_completion_handler(render)
+    return llama_cpp.llama_chat_format.chat_formatter_to_chat_completion_handler(render)
 
 
 class _Session:
