@@ -35,12 +35,6 @@ _MAX_LAYERS = 512  # LLAMA_MAX_LAYERS in src/llama-hparams.h, asserted
 _VOCAB_TYPE_NONE = 0
 _POOLING_NONE, _POOLING_MEAN, _POOLING_RANK = 0, 1, 4  # enum llama_pooling_type
 
-# What helps: GCC drops stores that AMX needs (issue 20824 of llama.cpp), clang does not.
-REBUILD = (
-    "to mend that, build it anew on this machine, best with clang: CC=clang CXX=clang++ "
-    "pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python llama-cpp-python"
-)
-
 _messages: list[str] = []
 
 
@@ -150,7 +144,7 @@ def extra_buffers() -> bool:
     found = llama_probe.verdict()
     if found.state == llama_probe.VOCABULARY:
         raise LlamaCppError(
-            f"llama.cpp's kernels fail on this processor ({found.reason}): {REBUILD}"
+            f"llama.cpp's kernels fail on this processor ({found.reason}): {llama_probe.REBUILD}"
         )
     if found.state == llama_probe.PLAIN:
         _say_slower(found.reason)
@@ -161,7 +155,7 @@ def extra_buffers() -> bool:
 def _say_slower(why: str) -> None:
     warnings.warn(
         f"llama.cpp runs without its fastest kernels, as a trial of them failed here ({why}); "
-        f"{REBUILD}",
+        f"{llama_probe.REBUILD}",
         FwdllmWarning,
         stacklevel=4,
     )

@@ -32,6 +32,12 @@ BROKEN = "broken"  # not even that
 # The child needs 0.5 s; a processor of a phone under load with a cold disk, many times that.
 TIME_LIMIT = 60.0
 
+# What helps: GCC drops stores that AMX needs (issue 20824 of llama.cpp), clang does not.
+REBUILD = (
+    "to mend that, build it anew on this machine, best with clang: CC=clang CXX=clang++ "
+    "pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python llama-cpp-python"
+)
+
 # What the child says when it has come so far.
 _READ, _DECODED = "vocabulary read", "tokens decoded"
 # Signals of an instruction or an address that does not exist; others may have come from outside.
@@ -39,7 +45,7 @@ _OF_CODE = (signal.SIGSEGV, signal.SIGILL, signal.SIGFPE)
 _N_TOKENS = 32  # rows enough for the kernels of matrices; one more token for those of vectors
 _REMEMBERED = 64  # answers in the file: a home directory may serve many machines
 
-# Started without the surroundings of Python (-I), so that it finds just what we find.
+# It finds just what we find.
 _CHILD = (
     "import sys; sys.path[:] = sys.argv[3:]; from fwdllm.engine import llama_probe; "
     "llama_probe.decode(sys.argv[1], extra_buffers=sys.argv[2] == 'True')"
@@ -142,7 +148,7 @@ def cache_file() -> Path:
 
 def processor() -> dict[str, str]:
     """The processor's name and, where the system tells, the instructions it has ("flags")."""
-    found = {"name": platform.processor() or platform.machine(), "flags": ""}
+    found = {"name": "", "flags": ""}
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             for line in file:
@@ -155,6 +161,7 @@ def processor() -> dict[str, str]:
                     break
     except OSError:  # not Linux
         pass
+    found["name"] = found["name"] or platform.processor() or platform.machine()
     return found
 
 
@@ -162,7 +169,7 @@ def _run(model: Path, extra_buffers: bool, time_limit: float) -> _Outcome:
     """A child's outcome. Errors: OSError if there can be none."""
     if not sys.executable or getattr(sys, "frozen", False):
         raise OSError("this program is not Python's")  # it would start itself
-    command = [sys.executable, "-I", "-c", _CHILD, str(model), str(extra_buffers), *sys.path]
+    command = [sys.executable, "-c", _CHILD, str(model), str(extra_buffers), *map(str, sys.path)]
     try:
         done = subprocess.run(
             command,
@@ -174,9 +181,9 @@ def _run(model: Path, extra_buffers: bool, time_limit: float) -> _Outcome:
         )
         code, said, failed = done.returncode, done.stdout, done.stderr
     except subprocess.TimeoutExpired as error:
-        said = (error.stdout or b"").decode("utf-8", "replace")
-        reason = f"no end after {time_limit:.0f} s"
-        return _Outcome(_READ in said, False, reason, False)
+        said = error.stdout or ""  # bytes, in spite of text=True
+        read = _READ in said if isinstance(said, str) else _READ.encode() in said
+        return _Outcome(read, False, f"no end after {time_limit:.0f} s", False)
     decoded = _DECODED in said and code == 0
     return _Outcome(
         _READ in said, decoded, "" if decoded else _cause(code, failed), -code in _OF_CODE

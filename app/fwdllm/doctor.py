@@ -103,8 +103,8 @@ def render(report: Mapping[str, Any]) -> RenderableType:
     why = f" ({llama['reason']})" if llama["reason"] else ""
     color = {llama_probe.FULL: "green", llama_probe.PLAIN: "yellow"}.get(llama["state"], "red")
     table.add_row("llama.cpp", f"[{color}]{llama['meaning']}[/{color}]{why}")
-    if why and "clang" not in report["compilers"]:
-        table.add_row("", "clang, which builds it well, is not installed")
+    if why:
+        table.add_row("", llama_probe.REBUILD)
     table.add_row("", llama["library"])
     table.add_row("", llama["system"])
     for name, line in report["compilers"].items():
