@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fwdllm.kernels.reference import philox
+from fwdllm.kernels.cpu import philox
 
 MAX_RUN_SEED = 2**64 - 1
 MAX_ROUNDS = 2**32

@@ -211,7 +211,7 @@ def test_protocol(fwdllm: Cli) -> None:
 
 def test_serve(fwdllm: Cli) -> None:
     pytest.importorskip("fastapi")
-    arguments = ("--clients", 3, "--seconds", 2)
+    arguments = ("--clients", 3, "--seconds", 5)
     result = fwdllm("bench", "serve", *arguments, "--json").json
     assert set(result["statuses"]) == {"200"}
     assert result["jobs_lost"] == 0

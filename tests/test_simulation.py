@@ -192,13 +192,10 @@ def test_bad_clients_are_rejected_with_reasons_and_training_goes_on(
     assert result.n_rejected == sum(r.n_rejected for r in rounds)
 
 
-@pytest.mark.parametrize("aggregate", ["median", "trimmed"])
-def test_robust_means_withstand_liars(
-    aggregate: str, bundled: Path, data: Path, few: Path, tmp_path: Path
-) -> None:
+def test_robust_means_withstand_liars(bundled: Path, data: Path, few: Path, tmp_path: Path) -> None:
     """A tenth of the clients report -10 times their slopes, which passes all checks."""
     losses = {}
-    for kind in ("mean", aggregate):
+    for kind in ("mean", "median", "trimmed"):
         config = FederationConfig(
             rounds=15,
             per_round=12,
@@ -216,8 +213,9 @@ def test_robust_means_withstand_liars(
         result = simulated(bundled, data, few, tmp_path / kind, config, fleet=fleet)
         losses[kind] = result.loss_after
         before = result.loss_before
-    assert losses[aggregate] < before - 0.3
-    assert losses["mean"] > losses[aggregate] + 0.3
+    for kind in ("median", "trimmed"):
+        assert losses[kind] < before - 0.3
+        assert losses["mean"] > losses[kind] + 0.3
 
 
 class _Flippers(Fleet):
