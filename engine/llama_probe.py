@@ -181,8 +181,8 @@ def _run(model: Path, extra_buffers: bool, time_limit: float) -> _Outcome:
         )
         code, said, failed = done.returncode, done.stdout, done.stderr
     except subprocess.TimeoutExpired as error:
-        said = error.stdout or ""  # bytes, in spite of text=True
-        read = _READ in said if isinstance(said, str) else _READ.encode() in said
+        # Its output is bytes, in spite of text=True.
+        read = _READ.encode() in (error.stdout or b"")
         return _Outcome(read, False, f"no end after {time_limit:.0f} s", False)
     decoded = _DECODED in said and code == 0
     return _Outcome(
