@@ -89,12 +89,12 @@ def open_model(
     _check_vocabulary(file)
     initialize()
     params = llama_cpp.llama_model_default_params()
-    params.vocab_only = vocab_only
+    _set(params, vocab_only=vocab_only)
     if not vocab_only:
-        params.use_extra_bufts = extra_buffers()
+        _set(params, use_extra_bufts=extra_buffers())
     no_devices = ctypes.c_void_p(None)  # a list that ends at once
     if cpu_only:
-        params.devices = ctypes.addressof(no_devices)
+        _set(params, devices=ctypes.addressof(no_devices))
     handle = call(llama_cpp.llama_model_load_from_file, os.fsencode(path), params)
     if not handle:
         raise ModelError(f"llama.cpp cannot read {path}: {reason()}")
@@ -110,8 +110,7 @@ def open_context(model: NativeModel, **options: Any) -> Any:
     options: fields of llama_context_params. Errors: ModelError if llama.cpp cannot make it.
     """
     params = llama_cpp.llama_context_default_params()
-    for name, value in options.items():
-        setattr(params, name, value)
+    _set(params, **options)
     context = call(llama_cpp.llama_init_from_model, model.handle, params)
     if not context:
         raise ModelError(f"llama.cpp cannot run {model.file.path}: {reason()}")
@@ -132,8 +131,19 @@ class Llama(llama_cpp.Llama):
 
     @model_params.setter
     def model_params(self, params: Any) -> None:
-        params.use_extra_bufts = extra_buffers()
+        _set(params, use_extra_bufts=extra_buffers())
         self._model_params = params
+
+
+def _set(params: Any, **fields: Any) -> None:
+    """Set fields of a struct; ctypes alone would keep one that does not exist beside it."""
+    for name, value in fields.items():
+        if not hasattr(params, name):
+            raise LlamaCppError(
+                f"llama-cpp-python {llama_cpp.__version__} has no {name} in "
+                f"{type(params).__name__}: install 0.3.36, which this was written for"
+            )
+        setattr(params, name, value)
 
 
 def extra_buffers() -> bool:

@@ -9,7 +9,6 @@ user's cache remembers what it found. Nothing here imports ``llama_cpp`` but the
 from __future__ import annotations
 
 import ctypes
-import functools
 import hashlib
 import importlib.util
 import json
@@ -45,7 +44,7 @@ _OF_CODE = (signal.SIGSEGV, signal.SIGILL, signal.SIGFPE)
 _N_TOKENS = 32  # rows enough for the kernels of matrices; one more token for those of vectors
 _REMEMBERED = 64  # answers in the file: a home directory may serve many machines
 
-# It finds just what we find.
+# With our search path, so that it finds the llama.cpp that we would.
 _CHILD = (
     "import sys; sys.path[:] = sys.argv[3:]; from fwdllm.engine import llama_probe; "
     "llama_probe.decode(sys.argv[1], extra_buffers=sys.argv[2] == 'True')"
@@ -72,18 +71,24 @@ class _Outcome:
     certain: bool
 
 
-@functools.cache
+_found: Verdict | None = None  # in this process
+
+
 def verdict() -> Verdict:
     """What works here: from the cache, or found out now (half a second, one if a child dies)."""
-    return _recall(_key()) or examine()
+    global _found
+    if _found is None:
+        _found = _recall(_key()) or examine()
+    return _found
 
 
 def examine() -> Verdict:
     """What works here, found out now."""
-    found, certain = probe()
+    global _found
+    _found, certain = probe()
     if certain:
-        _remember(_key(), found)
-    return found
+        _remember(_key(), _found)
+    return _found
 
 
 def probe(time_limit: float = TIME_LIMIT) -> tuple[Verdict, bool]:

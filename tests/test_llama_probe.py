@@ -41,6 +41,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "fwdllm" / "llama-cpp.json"
 
 
+def ask_anew(monkeypatch: pytest.MonkeyPatch) -> Verdict:
+    """The verdict of a process that has just started."""
+    monkeypatch.setattr(llama_probe, "_found", None)
+    return llama_probe.verdict()
+
+
 def use(monkeypatch: pytest.MonkeyPatch, library: Path, mode: str) -> None:
     """Let processes of the test have a llama.cpp that dies."""
     monkeypatch.setenv("LD_PRELOAD", str(library))
@@ -127,10 +133,9 @@ def test_a_library_that_cannot_be_loaded(
 
 
 def test_a_second_start_reads_the_answer(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = llama_probe.examine()
-    assert found.state == FULL
+    assert ask_anew(monkeypatch).state == FULL
     monkeypatch.setattr(llama_probe, "probe", lambda: pytest.fail("probed again"))
-    assert llama_probe.verdict.__wrapped__() == found
+    assert ask_anew(monkeypatch).state == FULL
 
 
 @pytest.mark.parametrize(
@@ -155,7 +160,7 @@ def test_a_damaged_cache_is_none(
     cache.write_bytes(text.encode("utf-8", "surrogateescape"))
     answer = (Verdict(FULL, "found out"), True)
     monkeypatch.setattr(llama_probe, "probe", lambda: answer)
-    assert llama_probe.verdict.__wrapped__() == answer[0]
+    assert ask_anew(monkeypatch) == answer[0]
     assert llama_probe._recall(llama_probe._key()) == answer[0]  # and mended
 
 
@@ -227,6 +232,12 @@ def test_where_it_cannot_compute_python_gets_a_typed_exception(
     ):
         with pytest.raises(LlamaCppError, match="Illegal instruction"):
             open()
+
+
+def test_an_option_that_llama_cpp_does_not_have_is_refused() -> None:
+    model = llama_native.open_model(MODEL, vocab_only=False)
+    with pytest.raises(LlamaCppError, match="has no n_context in llama_context_params"):
+        llama_native.open_context(model, n_context=16)
 
 
 def test_the_slower_way_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
