@@ -1,5 +1,5 @@
 // Preloaded, it makes llama.cpp end the process that computes with it, as FWDLLM_TEST_LLAMA says:
-// "extra" by a signal once a model was opened with extra buffer types (as GCC's AMX kernels do),
+// "extra" by a signal once weights are in a buffer of an extra type (as GCC's AMX kernels do),
 // "always" by a signal, "abort" by abort(), "hang" by never coming back. It stands before ggml's own
 // functions, which libllama calls.
 #define _GNU_SOURCE
@@ -20,10 +20,12 @@ static void* real(const char* name) {
     return dlsym(dlopen("libggml-base.so.0", RTLD_LAZY | RTLD_NOLOAD), name);
 }
 
-void* ggml_backend_reg_get_proc_address(void* registry, const char* name) {
-    if (strcmp(name, "ggml_backend_dev_get_extra_bufts") == 0) extra_buffers = 1;
-    void* (*next)(void*, const char*) = real("ggml_backend_reg_get_proc_address");
-    return next(registry, name);
+void* ggml_backend_alloc_ctx_tensors_from_buft(void* context, void* type) {
+    const char* (*name)(void*) = real("ggml_backend_buft_name");
+    // Not "CPU", nor "CPU_Mapped", which adapters take over from a mapped weight.
+    if (strcmp(name(type), "CPU_REPACK") == 0 || strcmp(name(type), "AMX") == 0) extra_buffers = 1;
+    void* (*next)(void*, void*) = real("ggml_backend_alloc_ctx_tensors_from_buft");
+    return next(context, type);
 }
 
 int ggml_backend_sched_graph_compute_async(void* scheduler, void* graph) {

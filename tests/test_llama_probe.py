@@ -64,12 +64,18 @@ def test_it_works_here(cache: Path) -> None:
 
 
 def test_without_extra_buffers_where_they_die(
-    cache: Path, dying: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Path, dying: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    if not {"avx2", "asimddp"} & set(llama_probe.processor()["flags"].split()):
+        pytest.skip("llama.cpp repacks no weights for this processor")
     healthy = fwdllm(*GENERATE)
     assert (healthy.returncode, healthy.stderr) == (0, "")
     cache.unlink()
+    adapter = tmp_path / "adapter.gguf"
     use(monkeypatch, dying, "extra")
+    assert fwdllm("tune", MODEL, TRAIN, *QUICK, "-o", adapter, folder=tmp_path).returncode == 0
+    assert fwdllm(*GENERATE, "--adapter", adapter).returncode == 0
+    cache.unlink()
     for _ in range(2):  # found out, remembered
         done = fwdllm(*GENERATE)
         assert done.returncode == 0
