@@ -9,9 +9,9 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find app engine kernels protoco
 demo: .venv/installed
 	$(BIN)/fwdllm demo
 
-# In a process for each processor, so that one that dies is a failed test and not the end.
+# In several processes, so that one that dies is a failed test and not the end.
 test: .venv/installed-test
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal --durations 10
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --durations 10
 
 bench: .venv/installed-test
 	$(BIN)/python -m pytest bench/suites --benchmark-only

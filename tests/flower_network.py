@@ -367,11 +367,9 @@ class FlowerNetwork:
 
         Moves the node's last heartbeat into the past in SuperLink's database.
         """
-        # SQLite has no unsigned 64-bit numbers.
-        node_id = self.node_ids[i] - (1 << 64) * (self.node_ids[i] >> 63)
+        sql = "UPDATE node SET online_until = 0 WHERE node_id = ?"
         with closing(sqlite3.connect(self.database, timeout=10)) as database, database:
-            sql = "UPDATE node SET online_until = 0 WHERE node_id = ?"
-            assert database.execute(sql, [node_id]).rowcount == 1
+            assert database.execute(sql, [_signed(self.node_ids[i])]).rowcount == 1
 
     def start_stranger(
         self,
@@ -404,12 +402,13 @@ class FlowerNetwork:
     def wait(self, run_id: int, timeout: float) -> str:
         """Waits until a run is over and returns its status."""
         deadline = time.monotonic() + timeout
-        while not (status := self.status(run_id)).startswith("finished"):
+        while not self._finished(run_id):
             if time.monotonic() > deadline:
                 said = f"ServerApp:\n{_tail(self.server_log(run_id))}\n{self._tails()}"
+                status = self.status(run_id)
                 raise TimeoutError(f"run {run_id} is {status} after {timeout} s\n{said}")
-            time.sleep(1)
-        return status
+            time.sleep(0.2)
+        return self.status(run_id)
 
     def logs(self) -> dict[str, str]:
         """What each member has written so far, by name; a ClientApp writes in its SuperNode's."""
@@ -429,6 +428,18 @@ class FlowerNetwork:
         return answer
 
     # Inside.
+
+    def _finished(self, run_id: int) -> bool:
+        """Whether a run is over, from SuperLink's database.
+
+        Asking ``flwr`` every second would keep a processor busy with importing it.
+        """
+        sql = """
+            SELECT finished_at FROM run JOIN task ON task_id = primary_task_id WHERE run.run_id = ?
+        """
+        with closing(sqlite3.connect(self.database, timeout=10)) as database:
+            [finished] = database.execute(sql, [_signed(run_id)]).fetchone()
+        return finished is not None
 
     def _write_cli_config(self) -> None:
         connection: dict[str, Scalar] = {
@@ -513,6 +524,11 @@ class FlowerNetwork:
 
     def _tails(self) -> str:
         return "\n".join(f"{name}:\n{_tail(text)}" for name, text in self.logs().items())
+
+
+def _signed(id: int) -> int:
+    """As SQLite, which has no unsigned 64-bit numbers, keeps an id."""
+    return id - (1 << 64) * (id >> 63)
 
 
 def _listens(port: int) -> bool:

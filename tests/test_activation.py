@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from shallow import first_layers
 
 from fwdllm.bench.inputs import half_trained
 from fwdllm.bench.shapes import Shape
@@ -36,9 +37,14 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def encoder(shared: Path) -> Path:
     return shared / "models" / "minilm-l6-v2.Q4_0.gguf"
+
+
+@pytest.fixture(scope="module")
+def shallow_encoder(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return first_layers(encoder, 2, tmp_path_factory.mktemp("model") / "minilm-l2.gguf")
 
 
 def load(
@@ -133,7 +139,7 @@ def test_only_the_scope_gets_a_gradient(decoder: Path) -> None:
     assert close(found.values, want, 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+@pytest.mark.parametrize("kind", ["decoder", "shallow_encoder"])
 def test_work_in_pieces_changes_no_bit(
     kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,7 +228,7 @@ def new_run(path: Path, config: TrainConfig = CONFIG) -> tuple[Engine, list[Exam
     return engine, labelled(TEXTS, labels), TrainState.initial(config, engine)
 
 
-@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+@pytest.mark.parametrize("kind", ["decoder", "shallow_encoder"])
 def test_training_learns_its_examples(kind: str, request: pytest.FixtureRequest) -> None:
     engine, examples, state = new_run(request.getfixturevalue(kind))
     before = engine.evaluate(examples).loss
@@ -232,9 +238,9 @@ def test_training_learns_its_examples(kind: str, request: pytest.FixtureRequest)
         assert event.derivatives == ()
         phases.append(event.n_tokens // engine.encode(examples).n_rows)
     after_head = before
-    heads = [1, 1] if kind == "encoder" else []
+    heads = [1, 1] if kind == "shallow_encoder" else []
     assert phases == heads + [17, 17] + [18] * (40 - len(heads) - 2)
-    if kind == "encoder":
+    if kind == "shallow_encoder":
         alone, _, _ = new_run(request.getfixturevalue(kind))
         config = replace(CONFIG, method="forward-ad", learning_rate=1e-30, perturbations=1)
         config = replace(config, head_learning_rate=CONFIG.learning_rate)
@@ -245,8 +251,8 @@ def test_training_learns_its_examples(kind: str, request: pytest.FixtureRequest)
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 4, 5, 20])
-def test_any_step_may_be_the_last_before_a_resume(encoder: Path, stop: int) -> None:
-    whole, examples, state = new_run(encoder)
+def test_any_step_may_be_the_last_before_a_resume(shallow_encoder: Path, stop: int) -> None:
+    whole, examples, state = new_run(shallow_encoder)
     assert whole.adapter is not None
     saved = None
     for _ in range(22):
@@ -256,7 +262,7 @@ def test_any_step_may_be_the_last_before_a_resume(encoder: Path, stop: int) -> N
             optimizer = replace(state.optimizer, slots=slots)
             saved = whole.adapter.theta.copy(), TrainState(stop, optimizer)
     assert saved is not None
-    resumed, _, _ = new_run(encoder)
+    resumed, _, _ = new_run(shallow_encoder)
     assert resumed.adapter is not None
     resumed.adapter.theta[:] = saved[0]
     while saved[1].step < 22:
@@ -264,8 +270,8 @@ def test_any_step_may_be_the_last_before_a_resume(encoder: Path, stop: int) -> N
     np.testing.assert_array_equal(resumed.adapter.theta, whole.adapter.theta)
 
 
-def test_b_stays_once_it_is_measured(encoder: Path) -> None:
-    engine, examples, state = new_run(encoder)
+def test_b_stays_once_it_is_measured(shallow_encoder: Path) -> None:
+    engine, examples, state = new_run(shallow_encoder)
     assert engine.adapter is not None
     seen = []
     for _ in range(10):

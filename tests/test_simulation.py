@@ -155,10 +155,11 @@ def test_training_learns(bundled: Path, data: Path, few: Path, tmp_path: Path) -
     config = FederationConfig(
         rounds=20,
         per_round=4,
-        batch_size=4,
+        perturbations=4,
+        batch_size=2,
         optimizer="momentum",
-        learning_rate=5e-3,
-        max_tokens=32,
+        learning_rate=7e-3,
+        max_tokens=24,
         eval_every=20,
     )
     result = simulated(bundled, data, few, tmp_path / "run", config)
@@ -178,7 +179,8 @@ def test_clients_share_passes_without_changing_a_bit(
 def test_bad_clients_are_rejected_with_reasons_and_training_goes_on(
     bundled: Path, data: Path, few: Path, tmp_path: Path
 ) -> None:
-    config = FederationConfig(rounds=5, **{**SMALL, "per_round": 12, "deadline": 1.0})
+    changes = {"per_round": 12, "perturbations": 2, "deadline": 0.3}
+    config = FederationConfig(rounds=5, **{**SMALL, **changes})
     fleet = Fleet(tokens_per_s=1000, dropout=0.2, stragglers=0.2, slowdown=100, hostile=0.5)
     result = simulated(bundled, data, few, tmp_path / "run", config, fleet=fleet)
     assert result.rounds == 5
@@ -197,17 +199,17 @@ def test_robust_means_withstand_liars(bundled: Path, data: Path, few: Path, tmp_
     losses = {}
     for kind in ("mean", "median", "trimmed"):
         config = FederationConfig(
-            rounds=15,
+            rounds=10,
             per_round=12,
-            perturbations=8,
+            perturbations=4,
             seeds="shared",
             aggregate=kind,
             trim=0.25,
             optimizer="momentum",
-            learning_rate=3e-3,
+            learning_rate=5e-3,
             max_tokens=24,
-            batch_size=2,
-            eval_every=15,
+            batch_size=1,
+            eval_every=10,
         )
         fleet = _Flippers(hostile=0.17)
         result = simulated(bundled, data, few, tmp_path / kind, config, fleet=fleet)

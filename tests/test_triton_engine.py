@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from shallow import first_layers
 
 from fwdllm.bench.inputs import half_trained, step_batch
 from fwdllm.bench.shapes import Shape
@@ -65,15 +66,15 @@ def test_exact_slopes_are_the_cpus(path: Path) -> None:
     np.testing.assert_allclose(gpu.loss(batch), cpu.loss(batch), rtol=1e-5)
 
 
-def test_an_encoder_learns_the_same(shared: Path) -> None:
-    model = shared / "models" / "minilm-l6-v2.Q4_0.gguf"
+def test_an_encoder_learns_the_same(shared: Path, tmp_path: Path) -> None:
+    model = first_layers(shared / "models/minilm-l6-v2.Q4_0.gguf", 2, tmp_path / "two.gguf")
     examples = [Example(text="a fine film", label="good"), Example(text="dull", label="bad")]
     found = []
     for device in ("cpu", "cuda"):
         engine = Engine.load(model, LoRAConfig(rank=2), labels=("bad", "good"), device=device)
         half_trained(engine)
         assert engine.adapter is not None
-        directions = Dense(engine.adapter, scope=Scope((5,)))
+        directions = Dense(engine.adapter, scope=Scope((1,)))
         batch = engine.encode(examples)
         probe = engine.directional_derivatives(batch, SEEDS[:2], directions=directions)
         assert probe.head_gradient is not None
