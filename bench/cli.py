@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fwdllm.console import Backend, Model, parse_layers, print_json
-from fwdllm.memory import parse_bytes
+from fwdllm.cli.console import Backend, Model, parse_layers, print_json
+from fwdllm.resources import parse_bytes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -16,17 +16,17 @@ import torch
 
 from fwdllm.bench.gpu_peers import PeerModel
 from fwdllm.bench.shapes import Shape, matrices, random_weights, std_of, vectors
-from fwdllm.engine.adapter import Adapter, LoRAConfig, Target, layout
-from fwdllm.engine.batch import Batch, Tokens, pack
+from fwdllm.engine.adapters.adapter import Adapter, LoRAConfig, Target, layout
+from fwdllm.engine.data.batch import Batch, Tokens, pack
 from fwdllm.engine.directions.dense import Dense
-from fwdllm.engine.estimators import plan
-from fwdllm.engine.forward import Variants
-from fwdllm.engine.graph import Graph
-from fwdllm.engine.memory import plan_gpu_step
+from fwdllm.engine.estimators.plan import plan
+from fwdllm.engine.memory.plan import plan_gpu_step
 from fwdllm.engine.models import FAMILIES, llama
-from fwdllm.engine.rotary import Rotary
+from fwdllm.engine.models.forward import Variants
+from fwdllm.engine.models.graph import Graph
+from fwdllm.engine.models.rotary import Rotary
 from fwdllm.kernels import triton as ops
-from fwdllm.kernels.triton import replay
+from fwdllm.kernels.triton import recording
 from fwdllm.kernels.triton.decode import decoded
 from fwdllm.kernels.triton.runtime import DEVICE, DeviceWeight
 from fwdllm.kernels.types import QuantType, Weight
@@ -36,7 +36,7 @@ _UPDATE_RATE = 1e-6
 
 
 class RandomWeights:
-    """Random tensors of a llama decoder on the device; the interface of ``engine.weights``."""
+    """Random tensors of a llama decoder on the device, as ``engine.models.weights`` has them."""
 
     def __init__(self, shape: Shape, type: QuantType) -> None:
         rng = np.random.default_rng(0)
@@ -169,15 +169,15 @@ def measure_recording(
     found: dict[str, Any] = {}
     values = []
     for name, recorded in (("kernel by kernel", False), ("recorded", True)):
-        replay.enabled = recorded
+        recording.enabled = recorded
         try:
             slopes(model, batch, seeds, "forward-ad")  # the second time it is recorded
             values.append(slopes(model, batch, seeds, "forward-ad")[1])
             found[name] = timed(lambda: slopes(model, batch, seeds, "forward-ad"), rounds)
-            if recorded and not replay.enabled:
+            if recorded and not recording.enabled:
                 found[name]["skipped"] = "this card or driver does not record the passes"
         finally:
-            replay.enabled = True
+            recording.enabled = True
     return {**found, "difference": float(np.abs(values[0] - values[1]).max())}
 
 

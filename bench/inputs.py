@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from fwdllm.engine import Engine
-from fwdllm.engine.adapter import by_layer
+from fwdllm.engine.adapters.adapter import by_layer
 from fwdllm.engine.backends import choose
-from fwdllm.engine.batch import Batch, Tokens, pack
+from fwdllm.engine.data.batch import Batch, Tokens, pack
 from fwdllm.engine.errors import ConfigError
-from fwdllm.engine.gguf_file import GGUFFile
+from fwdllm.engine.gguf.file import GGUFFile
 
 # Small enough that thousands of steps along random directions leave the model as it is.
 UPDATE_RATE = 1e-6

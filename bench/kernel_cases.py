@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from fwdllm.bench.shapes import random_weights
-from fwdllm.engine.rotary import Rotary
+from fwdllm.engine.models.rotary import Rotary
 from fwdllm.kernels import cpu
 from fwdllm.kernels.types import Lanes, LoRA, QuantType, Weight
 

@@ -14,11 +14,12 @@ import numpy as np
 
 from fwdllm.bench.inputs import UPDATE_RATE, half_trained, step_batch
 from fwdllm.engine import Engine, LoRAConfig
-from fwdllm.engine.adapter import Adapter
+from fwdllm.engine.adapters.adapter import Adapter
+from fwdllm.engine.adapters.io import save_gguf
 from fwdllm.engine.errors import AdapterError, ModelError
-from fwdllm.engine.estimators import plan
-from fwdllm.engine.llama_cpp import negative_log_likelihood
-from fwdllm.engine.llama_native import (
+from fwdllm.engine.estimators.plan import plan
+from fwdllm.engine.llamacpp.graph import negative_log_likelihood
+from fwdllm.engine.llamacpp.native import (
     Llama,
     NativeModel,
     call,
@@ -99,7 +100,7 @@ class Step:
         return self._loss(variant)
 
     def _loss(self, adapter: Adapter) -> float:
-        adapter.save(self.file)
+        save_gguf(adapter, self.file)
         return self.model.loss(self.file)
 
 

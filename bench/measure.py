@@ -22,7 +22,7 @@ from fwdllm.bench.inputs import linear_targets, open_decoder, random_ids
 from fwdllm.bench.worker import Answer, Worker
 from fwdllm.engine.backends import OWN
 from fwdllm.engine.errors import ConfigError, FwdllmError
-from fwdllm.engine.estimators import plan
+from fwdllm.engine.estimators.plan import plan
 
 PROMPT_PEERS = ("llama.cpp", "plain", OWN)
 DIFFERENCE_PEERS = ("llama.cpp", "llama-cpp-python", "peft")

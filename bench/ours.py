@@ -13,7 +13,7 @@ from fwdllm.bench.inputs import UPDATE_RATE, half_trained, prompt_batch, step_ba
 from fwdllm.bench.stopwatch import Stopwatch
 from fwdllm.engine import Engine, LoRAConfig
 from fwdllm.engine.directions import Dense, Scope
-from fwdllm.engine.estimators import plan
+from fwdllm.engine.estimators.plan import plan
 from fwdllm.kernels import cpu
 
 

@@ -19,8 +19,8 @@ import transformers
 
 from fwdllm.bench.inputs import UPDATE_RATE, half_trained
 from fwdllm.engine import DEFAULT_EPSILON, Engine, LoRAConfig
+from fwdllm.engine.adapters.peft import MODULES, row_order, save_peft
 from fwdllm.engine.errors import ConfigError
-from fwdllm.engine.peft import MODULES, row_order, save_peft
 
 _NAMES = {
     **MODULES["llama"],

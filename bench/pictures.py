@@ -1,4 +1,4 @@
-"""Measurements as pictures, in the style of ``fwdllm.plot``."""
+"""Measurements as pictures, in the style of ``fwdllm.tuning.plot``."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fwdllm.engine.adapter import Adapter, LoRAConfig
+from fwdllm.engine.adapters.adapter import Adapter, LoRAConfig
 from fwdllm.engine.errors import ConfigError
 from fwdllm.kernels import cpu
 from fwdllm.kernels.cpu import _native

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fwdllm.engine.gguf_file import GGUFFile
+from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.kernels.types import Weight
 
 # What a function of the backend is shown as; others go by their own name.

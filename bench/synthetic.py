@@ -20,7 +20,7 @@ import numpy as np
 from fwdllm.bench.shapes import Shape, matrices, random_weights, std_of, vectors
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.files import atomic_write
-from fwdllm.engine.gguf_file import GGUFFile
+from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.kernels.types import BLOCKS, QuantType, row_bytes
 
 Metadata = Mapping[str, bool | int | float | str]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from fwdllm.memory import peak_rss_bytes
+from fwdllm.resources import peak_rss_bytes
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def serve(side: str) -> None:
             else:
                 value = getattr(target, request)()
         except Exception as error:
-            from fwdllm.console import explain  # its imports would count as the side's memory
+            from fwdllm.cli.console import explain  # its imports would count as the side's memory
 
             sentence = explain(error)
             if sentence is None:

@@ -10,10 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fwdllm.engine.adapter import Adapter, LoRAConfig
-    from fwdllm.engine.data import Example, read_jsonl
+    from fwdllm.engine.adapters.adapter import Adapter, LoRAConfig
+    from fwdllm.engine.data.jsonl import Example, read_jsonl
     from fwdllm.engine.engine import Engine
-    from fwdllm.engine.estimators import DEFAULT_EPSILON, Probe
+    from fwdllm.engine.estimators.plan import DEFAULT_EPSILON, Probe
     from fwdllm.engine.evaluation import Evaluation
 
 __all__ = [
@@ -28,14 +28,14 @@ __all__ = [
 ]
 
 _MODULES = {
-    "DEFAULT_EPSILON": "estimators",
-    "Adapter": "adapter",
+    "DEFAULT_EPSILON": "estimators.plan",
+    "Adapter": "adapters.adapter",
     "Engine": "engine",
     "Evaluation": "evaluation",
-    "Example": "data",
-    "LoRAConfig": "adapter",
-    "Probe": "estimators",
-    "read_jsonl": "data",
+    "Example": "data.jsonl",
+    "LoRAConfig": "adapters.adapter",
+    "Probe": "estimators.plan",
+    "read_jsonl": "data.jsonl",
 }
 
 

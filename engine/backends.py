@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fwdllm.engine.errors import ConfigError, UnsupportedError
-from fwdllm.engine.estimators import METHODS, TANGENT_METHODS
+from fwdllm.engine.estimators.plan import METHODS, TANGENT_METHODS
 from fwdllm.engine.models import Family, family_of
 
 if TYPE_CHECKING:
-    from fwdllm.engine.gguf_file import GGUFFile
+    from fwdllm.engine.gguf.file import GGUFFile
 
 OWN, LLAMA_CPP = "fwdllm", "llama.cpp"
 BACKENDS = ("auto", OWN, LLAMA_CPP)

@@ -9,33 +9,33 @@ from typing import Any
 
 import numpy as np
 
-from fwdllm.engine import activation, derivatives
-from fwdllm.engine.activation import Gradient
-from fwdllm.engine.adapter import Adapter, Head, LoRAConfig
-from fwdllm.engine.adapter_io import load_adapter
+from fwdllm.engine.adapters.adapter import Adapter, Head, LoRAConfig
+from fwdllm.engine.adapters.head import class_losses, head_gradient
+from fwdllm.engine.adapters.io import load_adapter
 from fwdllm.engine.backends import choose
-from fwdllm.engine.batch import Batch, Tokens, pack, pack_many
-from fwdllm.engine.data import Example, check_labels
+from fwdllm.engine.data.batch import Batch, Tokens, pack, pack_many
+from fwdllm.engine.data.encode import encode_decoder, encode_text
+from fwdllm.engine.data.jsonl import Example, check_labels
+from fwdllm.engine.data.tokenizer import Tokenizer
 from fwdllm.engine.devices import kernels_of
 from fwdllm.engine.directions import Dense, Directions, DirectionsConfig, Scope, frozen_b
-from fwdllm.engine.encode import encode_decoder, encode_text
 from fwdllm.engine.errors import (
     AdapterError,
     ConfigError,
     DataError,
     ModelError,
 )
-from fwdllm.engine.estimators import DEFAULT_EPSILON, Probe
+from fwdllm.engine.estimators import activation, derivatives
+from fwdllm.engine.estimators.activation import Gradient
+from fwdllm.engine.estimators.plan import DEFAULT_EPSILON, Probe
 from fwdllm.engine.evaluation import EVAL_ROWS, Evaluation, evaluate
-from fwdllm.engine.forward import PLAIN, SquareSums, Variants
-from fwdllm.engine.gguf_file import GGUFFile
-from fwdllm.engine.graph import Graph
-from fwdllm.engine.head import class_losses, head_gradient
-from fwdllm.engine.llama_cpp import LlamaGraph
-from fwdllm.engine.memory import MemoryPlan, keep_freed_memory, plan_gpu_step, plan_step
-from fwdllm.engine.residency import Residency, resident_bytes
-from fwdllm.engine.tokenizer import Tokenizer
-from fwdllm.engine.weights import Weights
+from fwdllm.engine.gguf.file import GGUFFile
+from fwdllm.engine.llamacpp.graph import LlamaGraph
+from fwdllm.engine.memory.plan import MemoryPlan, keep_freed_memory, plan_gpu_step, plan_step
+from fwdllm.engine.memory.residency import Residency, resident_bytes
+from fwdllm.engine.models.forward import PLAIN, SquareSums, Variants
+from fwdllm.engine.models.graph import Graph
+from fwdllm.engine.models.weights import Weights
 from fwdllm.kernels.types import Lanes
 
 
@@ -252,11 +252,11 @@ class Engine:
         return activation.head_alone(self, batch)
 
     def activation_gradient(self, batch: Batch, seed: int, n_tangents: int) -> Gradient:
-        """The gradient by A from perturbed bottlenecks; see ``engine.activation.gradient``."""
+        """The gradient by A from perturbed bottlenecks; see ``estimators.activation.gradient``."""
         return activation.gradient(self, batch, seed, n_tangents)
 
     def output_sensitivity(self, batch: Batch, seed: int, n_tangents: int) -> Gradient:
-        """What layers' outputs do to the loss; see ``engine.activation.sensitivity``."""
+        """What layers' outputs do to the loss; see ``estimators.activation.sensitivity``."""
         return activation.sensitivity(self, batch, seed, n_tangents)
 
     def lane_losses(

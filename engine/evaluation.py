@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fwdllm.engine.batch import pack_many
-from fwdllm.engine.data import Example, check_labels
-from fwdllm.engine.encode import encode_label
+from fwdllm.engine.adapters.head import log_probabilities
+from fwdllm.engine.data.batch import pack_many
+from fwdllm.engine.data.encode import encode_label
+from fwdllm.engine.data.jsonl import Example, check_labels
 from fwdllm.engine.errors import ConfigError, DataError, finite
-from fwdllm.engine.head import log_probabilities
 
 if TYPE_CHECKING:
     from fwdllm.engine.engine import Engine

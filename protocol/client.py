@@ -7,8 +7,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from fwdllm.engine.batch import Tokens, pack
-from fwdllm.engine.estimators import Probe
+from fwdllm.engine.data.batch import Tokens, pack
+from fwdllm.engine.estimators.plan import Probe
 from fwdllm.protocol.descent import descend
 from fwdllm.protocol.federation import FederationConfig
 from fwdllm.protocol.optimizers import OptimizerState

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fwdllm.engine.errors import ConfigError
-from fwdllm.engine.estimators import DEFAULT_EPSILON, METHODS
+from fwdllm.engine.estimators.plan import DEFAULT_EPSILON, METHODS
 from fwdllm.protocol.optimizers import OPTIMIZERS, OptimizerConfig
 from fwdllm.protocol.schedule import SCHEDULES
 from fwdllm.protocol.seeds import MAX_INDEX, MAX_ROUNDS, MAX_RUN_SEED
@@ -21,7 +21,7 @@ class TrainConfig:
 
     steps: updates in all.  batch_size: examples per step (all of them if there are fewer).
     perturbations: K, random directions per step.  method: the estimator of DESIGN section 5, or
-    "activation" (``fwdllm.engine.activation``).
+    "activation" (``fwdllm.engine.estimators.activation``).
     epsilon: its step length along a direction.  per_example: every example has K directions of its
     own.
     max_tokens: examples are cut to this many; None leaves it to the engine.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fwdllm.engine.errors import ConfigError
-from fwdllm.engine.estimators import DEFAULT_EPSILON, METHODS
+from fwdllm.engine.estimators.plan import DEFAULT_EPSILON, METHODS
 from fwdllm.protocol.optimizers import OPTIMIZERS, OptimizerConfig
 from fwdllm.protocol.schedule import SCHEDULES
 from fwdllm.protocol.seeds import MAX_INDEX, MAX_ROUNDS, MAX_RUN_SEED

@@ -16,11 +16,11 @@ import numpy as np
 
 from fwdllm.engine.directions import Directions
 from fwdllm.engine.errors import DataError, NumericsError
-from fwdllm.protocol.activation import ActivationEngine, Phases, activation_step
 from fwdllm.protocol.config import TrainConfig
 from fwdllm.protocol.contribution import Contribution, Rejection, accept
 from fwdllm.protocol.descent import descend
 from fwdllm.protocol.optimizers import OptimizerState
+from fwdllm.protocol.phases import ActivationEngine, Phases, activation_step
 from fwdllm.protocol.schedule import lr_factor
 from fwdllm.protocol.seeds import batch_indices, derive_seeds
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fwdllm.engine.adapter import Adapter
+from fwdllm.engine.adapters.adapter import Adapter
 from fwdllm.engine.errors import NumericsError
 from fwdllm.protocol.aggregate import Sums, Term
 from fwdllm.protocol.descent import descend

@@ -11,7 +11,7 @@ from typing import NoReturn, TypeAlias
 
 import numpy as np
 
-from fwdllm.engine.adapter import Adapter
+from fwdllm.engine.adapters.adapter import Adapter
 from fwdllm.engine.directions import Directions
 from fwdllm.engine.directions.base import Scope
 from fwdllm.engine.directions.config import DirectionsConfig

@@ -1,6 +1,6 @@
 #!/bin/bash
 # tests/aarch64.sh [FOLDER]: builds the kernels for 64-bit ARM with a cross compiler and runs
-# tests/test_kernels_cpu.py under emulation for each of its instruction sets, so that a change can
+# tests/kernels/test_kernels_cpu.py under emulation for each of its instruction sets, so that a change can
 # be checked without an ARM machine. Emulation tells right from wrong, nothing about speed.
 #
 # Needs Debian, for the compiler and for an ARM Python of the same release. That Python and its
@@ -72,5 +72,5 @@ build
 for isa in neon_i8mm neon_dotprod portable; do
   echo "$isa"
   FWDLLM_ISA=$isa PYTHONPATH=$site:$tree/tests PYTHONDONTWRITEBYTECODE=1 "$python" -m pytest -q \
-    -p no:cacheprovider -c /dev/null --rootdir="$folder" "$tree/tests/test_kernels_cpu.py"
+    -p no:cacheprovider -c /dev/null --rootdir="$folder" "$tree/tests/kernels/test_kernels_cpu.py"
 done

@@ -10,6 +10,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 import pytest
+from places import SHARED
 
 # Triton reads this when it is imported, in the processes that tests start, too. Its interpreter
 # runs on NumPy; with it set, a machine's GPU would not be tested.
@@ -29,9 +30,6 @@ if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
 def pytest_xdist_auto_num_workers() -> int:
     """One more than processors: a quarter of the time tests wait for servers and their polling."""
     return min(8, (os.cpu_count() or 1) + 1)
-
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture(scope="session")

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Collection, Iterator
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
+from places import ROOT
 
 # A folder may import itself and the folders after it.
 LAYERS = ("app", "protocol", "engine", "kernels")
 FOLDERS = (*LAYERS, "bench")
 
 # The one way up: the command line mounts the commands of bench.
-MOUNTED = {"app/fwdllm/cli.py": {"fwdllm.bench.cli.app"}}
+MOUNTED = {"app/fwdllm/cli/commands.py": {"fwdllm.bench.cli.app"}}
 
 # Optional or large: imported inside the functions that need them, if at all.
 HEAVY = {"torch", "triton", "fastapi", "uvicorn", "starlette", "pydantic", "flwr"}
@@ -31,15 +29,15 @@ IMPURE_CALLS = {"open", "print", "input"}
 # What opens a model or a context in llama.cpp, and where that may be.
 OPENING = {"Llama", "llama_model_load_from_file", "llama_load_model_from_file",
            "llama_init_from_model", "llama_new_context_with_model"}  # fmt: skip
-DOOR = ("engine/llama_native.py", "engine/llama_probe.py")
-# Types without the library's functions; fwdllm.server imports the door first.
+DOOR = ("engine/llamacpp/native.py", "engine/llamacpp/probe.py")
+# Types without the library's functions; fwdllm.http imports the door first.
 LLAMA_CPP_TYPES = {
     f"llama_cpp.server.types.Create{kind}Request" for kind in ("Completion", "ChatCompletion")
 }
 
 # The parts that are there to touch the world: the ledger's file, Flower's apps, the HTTP server and
 # the kernels of GPUs.
-WORLDLY = ("protocol/ledger.py", "protocol/flower/", "app/fwdllm/server/", "kernels/triton/")
+WORLDLY = ("protocol/ledger.py", "protocol/flower/", "app/fwdllm/http/", "kernels/triton/")
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
@@ -105,7 +103,7 @@ def faults(
 
 
 def opened_beside_the_door(tree: ast.AST) -> list[str]:
-    """Uses of llama.cpp that pass by ``engine.llama_native``, which knows what works here."""
+    """Uses of llama.cpp that pass by ``engine.llamacpp.native``, which knows what works here."""
     found = [
         f"imports {name}"
         for name in imported(tree)
@@ -129,7 +127,7 @@ def impurities(tree: ast.AST) -> list[str]:
 
 
 def test_modules() -> set[str]:
-    return {"tests"} | {path.stem for path in (ROOT / "tests").glob("*.py")}
+    return {"tests"} | {path.stem for path in (ROOT / "tests").rglob("*.py")}
 
 
 test_modules.__test__ = False  # a helper in spite of its name
@@ -164,7 +162,7 @@ def test_llama_cpp_has_one_door(folder: str) -> None:
         "import llama_cpp",
         "from llama_cpp import Llama",
         "def f():\n    import llama_cpp.llama_chat_format",
-        "from fwdllm.engine.llama_native import llama_cpp\nllama_cpp.Llama('x')",
+        "from fwdllm.engine.llamacpp.native import llama_cpp\nllama_cpp.Llama('x')",
         "call(llama_cpp.llama_init_from_model, model, params)",
         "llama_cpp.llama_cpp.llama_model_load_from_file",
     ],
@@ -182,7 +180,7 @@ TESTS = test_modules()
         ("engine", "from fwdllm.protocol.seeds import derive_seeds", "upward"),
         ("kernels", "import fwdllm.engine.errors", "upward"),
         ("kernels", "from fwdllm import engine", "upward"),
-        ("protocol", "import fwdllm.run", "upward"),
+        ("protocol", "import fwdllm.tuning.run_directory", "upward"),
         ("protocol", "from fwdllm import RunDirectory", "upward"),
         ("app", "from fwdllm.bench import models", "upward"),
         ("app", "def f():\n    import fwdllm.bench", "upward"),
@@ -208,12 +206,15 @@ def test_each_rule_is_seen_to_be_broken(folder: str, source: str, fault: str) ->
 @pytest.mark.parametrize(
     ("folder", "source"),
     [
-        ("app", "from fwdllm.protocol.local import train\nfrom fwdllm.run import RunDirectory"),
+        (
+            "app",
+            "from fwdllm.protocol.local import train\nfrom fwdllm.tuning.tune import tune",
+        ),
         ("protocol", "from fwdllm.engine.errors import ConfigError\nfrom fwdllm import kernels"),
         ("engine", "def f():\n    import torch"),
         ("engine", "if TYPE_CHECKING:\n    import torch"),
         ("engine", "import time, os"),
-        ("bench", "import torch\nfrom fwdllm.run import RunDirectory"),
+        ("bench", "import torch\nfrom fwdllm.tuning.run_directory import RunDirectory"),
     ],
 )
 def test_what_is_allowed_passes(folder: str, source: str) -> None:

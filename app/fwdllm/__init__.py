@@ -14,8 +14,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fwdllm.engine.adapter import LoRAConfig
-    from fwdllm.engine.data import Example, read_jsonl
+    from fwdllm.engine.adapters.adapter import LoRAConfig
+    from fwdllm.engine.data.jsonl import Example, read_jsonl
     from fwdllm.engine.directions import DirectionsConfig
     from fwdllm.engine.engine import Engine
     from fwdllm.engine.errors import (
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
         NumericsError,
     )
     from fwdllm.engine.evaluation import Evaluation
-    from fwdllm.fleet import Fleet
+    from fwdllm.federation.fleet import Fleet
+    from fwdllm.federation.simulation import Partition, SimulationResult, simulate
     from fwdllm.inference import evaluate, generate
     from fwdllm.protocol.config import TrainConfig
     from fwdllm.protocol.federation import FederationConfig
     from fwdllm.protocol.presets import preset
-    from fwdllm.recipes import Recipe, recipe
-    from fwdllm.simulation import Partition, SimulationResult, simulate
-    from fwdllm.tuning import TuneResult, tune
+    from fwdllm.tuning.recipes import Recipe, recipe
+    from fwdllm.tuning.tune import TuneResult, tune
 
 __all__ = [
     "AdapterError",
@@ -70,22 +70,22 @@ _MODULES = {
     "DirectionsConfig": "engine.directions",
     "Engine": "engine.engine",
     "Evaluation": "engine.evaluation",
-    "Example": "engine.data",
+    "Example": "engine.data.jsonl",
     "FederationConfig": "protocol.federation",
-    "Fleet": "fleet",
-    "LoRAConfig": "engine.adapter",
-    "Partition": "simulation",
-    "Recipe": "recipes",
-    "SimulationResult": "simulation",
+    "Fleet": "federation.fleet",
+    "LoRAConfig": "engine.adapters.adapter",
+    "Partition": "federation.simulation",
+    "Recipe": "tuning.recipes",
+    "SimulationResult": "federation.simulation",
     "TrainConfig": "protocol.config",
-    "TuneResult": "tuning",
+    "TuneResult": "tuning.tune",
     "evaluate": "inference",
     "generate": "inference",
     "preset": "protocol.presets",
-    "read_jsonl": "engine.data",
-    "recipe": "recipes",
-    "simulate": "simulation",
-    "tune": "tuning",
+    "read_jsonl": "engine.data.jsonl",
+    "recipe": "tuning.recipes",
+    "simulate": "federation.simulation",
+    "tune": "tuning.tune",
 }
 
 

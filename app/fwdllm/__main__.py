@@ -1,5 +1,5 @@
 """``python -m fwdllm`` is the ``fwdllm`` command."""
 
-from fwdllm.cli import main
+from fwdllm.cli.commands import main
 
 main()

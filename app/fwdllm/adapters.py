@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from fwdllm.engine.adapter_io import save_gguf, save_peft
+from fwdllm.engine.adapters.io import save_gguf, save_peft
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.files import check_destination

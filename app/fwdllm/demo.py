@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from fwdllm.engine.adapter import LoRAConfig
+from fwdllm.engine.adapters.adapter import LoRAConfig
 from fwdllm.inference import generate
 from fwdllm.protocol.config import TrainConfig
-from fwdllm.tuning import Progress, TuneResult, tune
+from fwdllm.tuning.tune import Progress, TuneResult, tune
 
 FOLDER = "demo-run"
 ANSWER_TOKENS = 24

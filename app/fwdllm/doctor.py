@@ -16,7 +16,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from fwdllm.engine import llama_probe
+from fwdllm.engine.llamacpp import probe
 
 # Of the processor's flags, those that kernels are written for, here and in llama.cpp.
 _INSTRUCTIONS = re.compile(
@@ -28,10 +28,10 @@ _FOR_DEVELOPERS = ("test", "lint")
 _SECONDS = 5.0  # a driver that hangs is a finding, too
 
 _LLAMA_CPP = {
-    llama_probe.FULL: "works",
-    llama_probe.PLAIN: "works without extra buffer types, more slowly",
-    llama_probe.VOCABULARY: "reads vocabularies only: no text, embeddings or models of its own",
-    llama_probe.BROKEN: "does not work",
+    probe.FULL: "works",
+    probe.PLAIN: "works without extra buffer types, more slowly",
+    probe.VOCABULARY: "reads vocabularies only: no text, embeddings or models of its own",
+    probe.BROKEN: "does not work",
 }
 
 
@@ -43,13 +43,13 @@ def examine() -> dict[str, Any]:
     isa (the instruction set in use), isas (those this machine could use), threads, compiler, and
     error, None if they work.  memory: total_bytes, available_bytes (None where the system is mute),
     limit_bytes (of a container; None for none).  compilers: first line of --version by command.
-    llama_cpp: state (of ``engine.llama_probe``), meaning, reason, library (its folder), system
+    llama_cpp: state (of ``engine.llamacpp.probe``), meaning, reason, library (its folder), system
     (what it says of itself).  libraries: versions, None for what is not installed.  gpus: as
     NVIDIA's driver names them.  extras: of each optional part, the packages missing for it.
     """
-    found, kernels = llama_probe.examine(), _kernels()
+    found, kernels = probe.examine(), _kernels()
     return {
-        "ok": found.state in (llama_probe.FULL, llama_probe.PLAIN) and kernels["error"] is None,
+        "ok": found.state in (probe.FULL, probe.PLAIN) and kernels["error"] is None,
         "versions": {
             "fwdllm": _version("fwdllm"),
             "python": platform.python_version(),
@@ -65,8 +65,8 @@ def examine() -> dict[str, Any]:
             "state": found.state,
             "meaning": _LLAMA_CPP[found.state],
             "reason": found.reason,
-            "library": str(llama_probe.library_folder() or ""),
-            "system": _llama_cpp_system() if found.state != llama_probe.BROKEN else "",
+            "library": str(probe.library_folder() or ""),
+            "system": _llama_cpp_system() if found.state != probe.BROKEN else "",
         },
         "libraries": {name: _version(name) for name in _LIBRARIES},
         "gpus": _gpus(),
@@ -102,10 +102,10 @@ def render(report: Mapping[str, Any]) -> RenderableType:
     ]
     table.add_row("memory", ", ".join(amounts))
     why = escape(f" ({llama['reason']})") if llama["reason"] else ""
-    color = {llama_probe.FULL: "green", llama_probe.PLAIN: "yellow"}.get(llama["state"], "red")
+    color = {probe.FULL: "green", probe.PLAIN: "yellow"}.get(llama["state"], "red")
     table.add_row("llama.cpp", f"[{color}]{llama['meaning']}[/{color}]{why}")
     if why:
-        table.add_row("", llama_probe.REBUILD)
+        table.add_row("", probe.REBUILD)
     table.add_row("", escape(llama["library"]))
     table.add_row("", escape(llama["system"]))
     for name, line in report["compilers"].items():
@@ -134,7 +134,7 @@ def _kernels() -> dict[str, Any]:
 
 
 def _processor() -> dict[str, Any]:
-    facts = llama_probe.processor()
+    facts = probe.processor()
     instructions = [flag for flag in facts["flags"].split() if _INSTRUCTIONS.fullmatch(flag)]
     return {"name": facts["name"], "cpus": os.cpu_count(), "instructions": instructions}
 
@@ -162,7 +162,7 @@ def _number(path: Path, pattern: str) -> int | None:
 
 
 def _llama_cpp_system() -> str:
-    from fwdllm.engine.llama_native import initialize, llama_cpp
+    from fwdllm.engine.llamacpp.native import initialize, llama_cpp
 
     initialize()
     text: bytes = llama_cpp.llama_print_system_info()

@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterator, Sequence
 
 from fwdllm.adapters import as_gguf
-from fwdllm.engine import generation
-from fwdllm.engine.data import read_jsonl
+from fwdllm.engine.data.jsonl import read_jsonl
+from fwdllm.engine.data.tokenizer import Message
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.evaluation import Evaluation
-from fwdllm.engine.tokenizer import Message
+from fwdllm.engine.llamacpp import generation
 from fwdllm.hub import local_path
 
 _Path = str | os.PathLike[str]

@@ -9,13 +9,13 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from fwdllm.engine.adapter import by_layer, layout
+from fwdllm.engine.adapters.adapter import by_layer, layout
 from fwdllm.engine.backends import choose
-from fwdllm.engine.gguf_file import GGUFFile
-from fwdllm.engine.memory import estimate_step
+from fwdllm.engine.gguf.file import GGUFFile
+from fwdllm.engine.memory.plan import estimate_step
 from fwdllm.hub import local_path
 from fwdllm.kernels.types import SUPPORTED_TYPES, QuantType
-from fwdllm.recipes import recipe_for
+from fwdllm.tuning.recipes import recipe_for
 
 # The step whose memory is shown: the defaults of ``fwdllm tune`` on examples of 64 tokens.
 TOKENS = 64

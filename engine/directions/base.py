@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fwdllm.engine.adapter import Adapter, Target
+from fwdllm.engine.adapters.adapter import Adapter, Target
 from fwdllm.engine.errors import ConfigError
 from fwdllm.kernels.types import DISTRIBUTIONS, LoRA
 

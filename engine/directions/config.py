@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fwdllm.engine.adapter import Adapter, Target
+from fwdllm.engine.adapters.adapter import Adapter, Target
 from fwdllm.engine.directions.base import Directions, Scope
 from fwdllm.engine.directions.dense import Dense
 from fwdllm.engine.directions.frozen_a import lora_fa

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fwdllm.engine.adapter import Adapter, Target
+from fwdllm.engine.adapters.adapter import Adapter, Target
 from fwdllm.engine.directions.base import Scope, check_distribution, combine, dot
 from fwdllm.kernels.types import LoRA
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fwdllm.engine.adapter import Adapter
+from fwdllm.engine.adapters.adapter import Adapter
 from fwdllm.engine.directions.base import Scope
 from fwdllm.engine.directions.subspace import Bases, Subspace
 

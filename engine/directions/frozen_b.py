@@ -1,10 +1,10 @@
-"""B stays as it is and A alone moves, as activation perturbation trains (``engine.activation``)."""
+"""B stays as it is and A alone moves, as ``engine.estimators.activation`` trains."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from fwdllm.engine.adapter import Adapter
+from fwdllm.engine.adapters.adapter import Adapter
 from fwdllm.engine.directions.base import Scope
 from fwdllm.engine.directions.subspace import Bases, Subspace
 

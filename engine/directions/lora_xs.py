@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fwdllm.engine.adapter import Adapter, Target
+from fwdllm.engine.adapters.adapter import Adapter, Target
 from fwdllm.engine.directions.base import Scope
 from fwdllm.engine.directions.subspace import Bases, Subspace
 from fwdllm.engine.errors import ConfigError

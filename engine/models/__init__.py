@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fwdllm.engine.errors import UnsupportedError
-from fwdllm.engine.forward import Pass
 from fwdllm.engine.models import bert, llama, qwen
-from fwdllm.engine.weights import Shapes
+from fwdllm.engine.models.forward import Pass
+from fwdllm.engine.models.weights import Shapes
 
 if TYPE_CHECKING:
-    from fwdllm.engine.gguf_file import GGUFFile
+    from fwdllm.engine.gguf.file import GGUFFile
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fwdllm.engine.errors import ModelError, UnsupportedError
-from fwdllm.engine.forward import Pass
-from fwdllm.engine.rotary import Rotary
-from fwdllm.engine.weights import Shapes
+from fwdllm.engine.models.forward import Pass
+from fwdllm.engine.models.rotary import Rotary
+from fwdllm.engine.models.weights import Shapes
 
 if TYPE_CHECKING:
-    from fwdllm.engine.gguf_file import GGUFFile
+    from fwdllm.engine.gguf.file import GGUFFile
 
 
 @dataclass(frozen=True)

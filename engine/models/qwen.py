@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from fwdllm.engine.models import llama
 
 if TYPE_CHECKING:
-    from fwdllm.engine.gguf_file import GGUFFile
+    from fwdllm.engine.gguf.file import GGUFFile
 
 
 def read_qwen2(file: GGUFFile) -> llama.Args:

@@ -14,7 +14,7 @@ from fwdllm.kernels.triton.lanes import contiguous, spread, take
 from fwdllm.kernels.triton.layer_norm import layer_norm
 from fwdllm.kernels.triton.matmul import matmul
 from fwdllm.kernels.triton.random import normal, philox, rademacher
-from fwdllm.kernels.triton.replay import repeated
+from fwdllm.kernels.triton.recording import repeated
 from fwdllm.kernels.triton.rms_norm import rms_norm
 from fwdllm.kernels.triton.rope import rope
 from fwdllm.kernels.triton.runtime import array, free_bytes, host, usable, weight

@@ -14,7 +14,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 
-from fwdllm.engine.data import check_labels, read_jsonl
+from fwdllm.engine.data.jsonl import check_labels, read_jsonl
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.files import fingerprint
 from fwdllm.protocol import wire

@@ -9,7 +9,7 @@ from typing import Any
 
 from flwr.app import ConfigRecord, RecordDict
 
-from fwdllm.engine.adapter import LoRAConfig
+from fwdllm.engine.adapters.adapter import LoRAConfig
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import ConfigError
 from fwdllm.protocol.federation import FederationConfig

@@ -8,7 +8,8 @@ from pathlib import Path
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
-from fwdllm.engine.data import check_labels, read_jsonl
+from fwdllm.engine.adapters.io import save_gguf
+from fwdllm.engine.data.jsonl import check_labels, read_jsonl
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.files import fingerprint
@@ -36,7 +37,7 @@ def main(grid: Grid, context: Context) -> None:
             timeout=settings.federation.deadline,
             evaluate_fn=_evaluation(settings, strategy, engine) if settings.eval_data else None,
         )
-        engine.adapter.save(folder / "adapter.gguf")
+        save_gguf(engine.adapter, folder / "adapter.gguf")
 
 
 def open_ledger(folder: Path, settings: Settings, engine: Engine) -> Ledger:

@@ -1,0 +1,359 @@
+"""The ``fwdllm`` command: options in, calls of the public API, results and exit codes out.
+
+Whatever is slow to import is imported inside the commands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fwdllm.bench.cli import app as bench
+from fwdllm.cli.console import (
+    Backend,
+    Device,
+    Model,
+    explain,
+    parse_layers,
+    print_json,
+    print_result,
+    show_warning,
+    tuning_progress,
+)
+from fwdllm.cli.federation import federate, ledger, simulate
+from fwdllm.cli.serve import serve
+
+app = typer.Typer(
+    help="Fine-tune quantized language models with forward passes only.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(bench, name="bench")
+app.add_typer(ledger, name="ledger")
+app.add_typer(federate, name="federate")
+
+Data = Annotated[Path, typer.Argument(metavar="DATA", help="JSONL file of examples.")]
+Adapter = Annotated[Path | None, typer.Option("--adapter", help="GGUF LoRA file or PEFT folder.")]
+MaxTokens = Annotated[
+    int | None, typer.Option("--max-tokens", help="Cut examples to this many tokens.")
+]
+Exact = Annotated[bool, typer.Option("--exact", help="fp32 arithmetic: slower, without rounding.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+RunDir = Annotated[
+    Path | None,
+    typer.Option("--run-dir", help="Folder for checkpoints, metrics and plot."),
+]
+
+
+@app.command()
+def tune(
+    model: Model,
+    data: Data,
+    output: Annotated[
+        str,
+        typer.Option("--output", "-o", help="NAME.gguf for a GGUF LoRA, NAME/ for a PEFT folder."),
+    ] = "adapter.gguf",
+    eval_data: Annotated[
+        Path | None, typer.Option("--eval", help="JSONL file to evaluate on.")
+    ] = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(
+            "--held-out",
+            metavar="FRACTION|COUNT",
+            help="Examples of DATA to evaluate on instead.",
+            show_default="a tenth, at most 200",
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Updates in all.")] = 200,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Examples of each step.", show_default="8, activation 32")
+    ] = None,
+    perturbations: Annotated[
+        int | None,
+        typer.Option(
+            "--perturbations",
+            "-k",
+            help="Random directions of each step.",
+            show_default="8, activation 62",
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="forward-ad, activation, central or forward-difference.",
+            show_default="activation for an encoder, else forward-ad; llama.cpp central",
+        ),
+    ] = None,
+    epsilon: Annotated[float, typer.Option(help="Step length of differences.")] = 1e-3,
+    directions: Annotated[
+        str, typer.Option(help="normal, rademacher, lora-fa, lora-xs, subzero or sparse.")
+    ] = "normal",
+    dimension: Annotated[int, typer.Option(help="Of subzero's subspaces.")] = 8,
+    keep: Annotated[float, typer.Option(help="Share of the parameters sparse trains.")] = 0.1,
+    per_example: Annotated[
+        bool, typer.Option("--per-example", help="Directions of its own for each example.")
+    ] = False,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate.", show_default="0.001, activation 0.01")
+    ] = None,
+    head_lr: Annotated[
+        float | None,
+        typer.Option(help="Learning rate of a classification head.", show_default="as --lr"),
+    ] = None,
+    optimizer: Annotated[str, typer.Option(help="adam, adamw, yogi, momentum or sgd.")] = "adam",
+    schedule: Annotated[str, typer.Option(help="linear (to zero) or constant.")] = "linear",
+    warmup: Annotated[int, typer.Option(help="Steps of linear warmup.")] = 0,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Rank of the LoRA factors.", show_default="8, activation one less than labels"
+        ),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="The adapter adds alpha / rank * B A.", show_default="16, activation rank"
+        ),
+    ] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(
+            help="Tensors to adapt; inspect lists them.",
+            show_default="attn_q,attn_v or what the model has in their place; "
+            "activation attn_v,attn_output,ffn_up,ffn_down",
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help='Layers to adapt, such as "4-5" or "0,2".', show_default="all"),
+    ] = None,
+    max_tokens: MaxTokens = None,
+    seed: Annotated[int, typer.Option(help="Fixes data order and directions.")] = 0,
+    eval_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps between evaluations; 0: only before and after.",
+            show_default="a tenth of the steps",
+        ),
+    ] = None,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
+    run_dir: RunDir = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run; repeat its other options.")
+    ] = False,
+    exact: Exact = False,
+    device: Device = "cpu",
+    backend: Backend = "auto",
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(help='Memory to stay within, such as "1GiB", weights included.'),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Tune a LoRA adapter. Ctrl-C saves the run and the adapter so far."""
+    from fwdllm import DirectionsConfig, recipe
+    from fwdllm import tune as tune_model
+    from fwdllm.resources import parse_bytes
+    from fwdllm.tuning.run_directory import stop_on_interrupt
+
+    lora, train = recipe(model, data, method, backend)
+    lora = dataclasses.replace(
+        lora,
+        layers=parse_layers(layers),
+        **_given(rank=rank, alpha=alpha, targets=tuple(targets.split(",")) if targets else None),
+    )
+    train = dataclasses.replace(
+        train,
+        steps=steps,
+        epsilon=epsilon,
+        per_example=per_example,
+        max_tokens=max_tokens,
+        optimizer=optimizer,
+        head_learning_rate=head_lr,
+        warmup=warmup,
+        schedule=schedule,
+        seed=seed,
+        eval_every=max(1, steps // 10) if eval_every is None else eval_every,
+        checkpoint_every=checkpoint_every,
+        **_given(batch_size=batch_size, perturbations=perturbations, learning_rate=lr),
+    )
+    with stop_on_interrupt() as should_stop, tuning_progress() as on_event:
+        result = tune_model(
+            model,
+            data,
+            output,
+            lora=lora,
+            train=train,
+            directions=DirectionsConfig(directions, dimension, keep),
+            eval_data=eval_data,
+            held_out=parse_held_out(held_out),
+            run_dir=run_dir,
+            resume=resume,
+            exact=exact,
+            device=device,
+            backend=backend,
+            memory_budget=parse_bytes(memory_budget) if memory_budget else None,
+            on_event=on_event,
+            should_stop=should_stop,
+        )
+    if json:
+        print_json(dataclasses.asdict(result))
+    else:
+        print_result(result)
+
+
+app.command()(simulate)
+app.command()(serve)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    data: Data,
+    adapter: Adapter = None,
+    max_tokens: MaxTokens = None,
+    exact: Exact = False,
+    device: Device = "cpu",
+    backend: Backend = "auto",
+    json: Json = False,
+) -> None:
+    """Print the loss of a model on examples, and its accuracy if they have labels."""
+    from fwdllm import evaluate as evaluate_model
+
+    result = evaluate_model(
+        model,
+        data,
+        adapter=adapter,
+        max_tokens=max_tokens,
+        exact=exact,
+        device=device,
+        backend=backend,
+    )
+    if json:
+        print_json(dataclasses.asdict(result))
+        return
+    print(f"loss {result.loss:.4f} on {result.n_tokens:,} tokens of {result.n_examples:,} examples")
+    if result.accuracy is not None:
+        print(f"accuracy {result.accuracy:.1%}")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
+    adapter: Adapter = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Repeats a sample.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a user's message.")] = False,
+    json: Json = False,
+) -> None:
+    """Continue a prompt with llama.cpp."""
+    from fwdllm import generate as generate_text
+
+    pieces = generate_text(
+        model,
+        prompt,
+        adapter=adapter,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=chat,
+    )
+    if json:
+        print_json({"prompt": prompt, "text": "".join(pieces)})
+        return
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+@app.command()
+def inspect(model: Model, json: Json = False) -> None:
+    """Print what is in a model file, what can be tuned, and the memory a step takes."""
+    from rich.console import Console
+
+    from fwdllm.inspect import inspect_model, render
+
+    report = inspect_model(model)
+    if json:
+        print_json(report)
+    else:
+        Console().print(render(report), soft_wrap=True, highlight=False)
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="GGUF LoRA or PEFT folder.")],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="NAME.gguf, or NAME/ for PEFT.")],
+    model: Annotated[str, typer.Option("--model", help="The model it was made for.")],
+) -> None:
+    """Convert an adapter between GGUF and PEFT."""
+    from fwdllm.adapters import export as export_adapter
+
+    print(export_adapter(adapter, output, model))
+
+
+@app.command()
+def demo(run_dir: RunDir = None) -> None:
+    """Teach the bundled model to talk like a pirate, in a few minutes."""
+    from fwdllm.demo import run_demo
+    from fwdllm.tuning.run_directory import stop_on_interrupt
+
+    with stop_on_interrupt() as should_stop, tuning_progress() as on_event:
+        result = run_demo(run_dir, on_event=on_event, should_stop=should_stop)
+    print_result(result.tuning)
+    print(f"plot: {result.plot}\n")
+    print(f"{result.question}\n  before: {result.base}\n  after:  {result.tuned}")
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Print what this machine has and whether all works on it; a bug report begins with this."""
+    from rich.console import Console
+
+    from fwdllm.doctor import examine, render
+
+    report = examine()
+    if json:
+        print_json(report)
+    else:
+        Console().print(render(report), soft_wrap=True, highlight=False)
+    if not report["ok"]:
+        raise typer.Exit(1)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given, by the name of the setting."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def parse_held_out(text: str | None) -> float | None:
+    """A count as int, a fraction as float."""
+    if text is None:
+        return None
+    try:
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"--held-out is a fraction or a count, not {text!r}") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command with the given arguments, or those of the process, and exit."""
+    warnings.showwarning = show_warning
+    try:
+        app(arguments, prog_name="fwdllm")
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        print(f"fwdllm: {sentence}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,189 @@
+"""What people see in a terminal: progress on stderr, results on stdout, errors as a sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from fwdllm.tuning.tune import Progress as Event
+    from fwdllm.tuning.tune import Started, TuneResult
+
+
+# The first argument of most commands.
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="GGUF file, or hf://owner/repo/file.gguf.")
+]
+Device = Annotated[str, typer.Option("--device", help="cpu, or cuda for an NVIDIA GPU.")]
+Backend = Annotated[
+    str,
+    typer.Option(
+        "--backend", help="auto, fwdllm (our own graphs) or llama.cpp (any model it knows)."
+    ),
+]
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """One JSON object on stdout; paths become strings."""
+    print(json.dumps(value, default=str, allow_nan=False, ensure_ascii=False))
+
+
+def explain(error: BaseException) -> str | None:
+    """One sentence for an error a user can do something about; None for a bug of ours."""
+    from fwdllm.engine.errors import FwdllmError  # slow to import, and errors are rare
+
+    if isinstance(error, FwdllmError):
+        return " ".join(str(error).split("\n"))
+    if isinstance(error, MemoryError):
+        return (
+            "there is not enough memory; use a smaller batch, fewer perturbations or --max-tokens"
+        )
+    if isinstance(error, OSError):
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror or error}{where}"
+    return None
+
+
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """In place of ``warnings.showwarning``: one of ours is a sentence, without its place."""
+    from fwdllm.engine.errors import FwdllmWarning
+
+    ours = issubclass(category, FwdllmWarning)
+    text = warnings.formatwarning(message, category, filename, lineno, line)
+    print(f"fwdllm: {message}" if ours else text.rstrip(), file=file or sys.stderr)
+
+
+@contextlib.contextmanager
+def tuning_progress() -> Iterator[Callable[[Event], None]]:
+    """Show a run on stderr: a live bar in a terminal, else a line at each evaluation.
+
+    Yields the function to call with every event.
+    """
+    console = Console(stderr=True)
+    with progress_bar(console) as bar:
+        yield _Follower(console, bar)
+
+
+def progress_bar(console: Console) -> Progress:
+    """A live bar whose tasks have a field ``status``; nothing where there is no terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+
+
+class _Follower:
+    """Turns events into what ``tuning_progress`` shows."""
+
+    def __init__(self, console: Console, bar: Progress) -> None:
+        self._console, self._bar = console, bar
+        self._task = bar.add_task("reading", total=None, status="")
+        self._clock = time.perf_counter()
+        self._steps = 0
+        self._durations: list[float] = []
+        self._loss: float | None = None
+        self._held_out: float | None = None
+        self._speed = 0.0
+
+    def __call__(self, event: Event) -> None:
+        from fwdllm.protocol.local import EvalResult, StepResult
+        from fwdllm.tuning.tune import Started
+
+        now = time.perf_counter()
+        if isinstance(event, Started):
+            self._start(event)
+        elif isinstance(event, StepResult):
+            seconds = now - self._clock
+            self._durations.append(seconds)
+            self._loss, self._speed = event.loss, event.n_tokens / seconds
+            self._show(event.step)
+        elif isinstance(event, EvalResult):
+            self._held_out = event.loss
+            self._show(event.step)
+            if not self._console.is_terminal:
+                self._print_line(event.step)
+        self._clock = now
+
+    def _start(self, event: Started) -> None:
+        self._steps = event.steps
+        self._bar.update(self._task, description="tuning", total=event.steps, completed=event.step)
+        for path in event.damaged:
+            self._say(f"passed over {path}, a damaged checkpoint")
+        begun = f"resuming after step {event.step}: " if event.step else ""
+        self._say(
+            f"{begun}{event.n_trainable:,} parameters, {event.n_examples:,} examples, "
+            f"{event.n_held_out:,} held out"
+        )
+
+    def _show(self, step: int) -> None:
+        self._bar.update(self._task, completed=step, status=self._status())
+
+    def _status(self) -> str:
+        parts = []
+        if self._loss is not None:
+            parts.append(f"loss {self._loss:.3f}")
+        if self._held_out is not None:
+            parts.append(f"held out {self._held_out:.3f}")
+        if self._speed:
+            parts.append(f"{self._speed:,.0f} tokens/s")
+        return "  ".join(parts)
+
+    def _print_line(self, step: int) -> None:
+        line = f"step {step}/{self._steps}  {self._status()}"
+        if self._durations and step < self._steps:
+            mean = sum(self._durations) / len(self._durations)
+            line += f"  {(self._steps - step) * mean:.0f} s left"
+        self._say(line)
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_result(result: TuneResult) -> None:
+    """The outcome of a run on stdout."""
+    change = result.loss_after / result.loss_before - 1
+    stopped = "stopped early after" if result.stopped_early else "tuned in"
+    print(f"{stopped} {result.steps} steps, {result.seconds:.0f} s, ", end="")
+    print(f"{result.tokens_per_s:,.0f} tokens/s, {result.peak_rss_bytes / 1e6:,.0f} MB")
+    print(f"held-out loss {result.loss_before:.4f} -> {result.loss_after:.4f} ({change:+.1%})")
+    if result.accuracy_before is not None and result.accuracy_after is not None:
+        print(f"held-out accuracy {result.accuracy_before:.1%} -> {result.accuracy_after:.1%}")
+    print(f"adapter: {result.adapter}")
+    print(f"run: {result.run_dir}")
+    if result.stopped_early:
+        print("the same command with --resume continues it", file=sys.stderr)
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """Layer numbers and ranges of them, separated by commas: "0,4-6" is (0, 4, 5, 6)."""
+    if text is None:
+        return None
+    layers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal():
+            raise typer.BadParameter(f'--layers is like "4-5" or "0,2", not {text!r}')
+        layers += range(int(first), int(last or first) + 1)
+    return tuple(layers)

@@ -1,0 +1,235 @@
+"""The commands of federations: ``simulate``, ``ledger`` and ``federate``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as json_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fwdllm.cli.console import Device, Model, parse_layers, print_json
+from fwdllm.engine.adapters.io import save_gguf
+
+ledger = typer.Typer(help="Look at, check and replay the record of a run.", no_args_is_help=True)
+federate = typer.Typer(help="Federations of many machines, with Flower.", no_args_is_help=True)
+
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of the run.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Preset = Annotated[
+    str,
+    typer.Option(help="fwdllm, spry, spry-epoch, p-rge, mezo, fedkseed, fedavg or dpzero."),
+]
+Rounds = Annotated[int, typer.Option(help="Updates in all.")]
+PerRound = Annotated[
+    int | None, typer.Option(help="Clients asked at a time.", show_default="the preset's")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Any setting; docs/federated.md lists them."),
+]
+Rank = Annotated[int, typer.Option(help="Rank of the LoRA factors.")]
+Alpha = Annotated[float, typer.Option(help="The adapter adds alpha / rank * B A.")]
+Targets = Annotated[str, typer.Option(help="Tensors to adapt; inspect lists them.")]
+Layers = Annotated[
+    str | None, typer.Option(help='Layers to adapt, such as "4-5".', show_default="all")
+]
+
+
+def simulate(
+    model: Model,
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="JSONL file of examples.")],
+    run_dir: Annotated[Path, typer.Option("--run-dir", help="Folder for ledger and adapter.")],
+    preset: Preset = "fwdllm",
+    rounds: Rounds = 50,
+    clients: Annotated[int, typer.Option(help="Clients the data is spread over.")] = 100,
+    per_round: PerRound = None,
+    dirichlet: Annotated[
+        float | None,
+        typer.Option(help="Spread labels by Dirichlet of this alpha.", show_default="iid"),
+    ] = None,
+    user_field: Annotated[
+        str | None, typer.Option(help="A client for each value of this field instead.")
+    ] = None,
+    eval_data: Annotated[
+        Path | None, typer.Option("--eval", help="JSONL file to evaluate on.")
+    ] = None,
+    dropout: Annotated[float, typer.Option(help="Share of requests never answered.")] = 0.0,
+    stragglers: Annotated[float, typer.Option(help="Share of clients 20 times as slow.")] = 0.0,
+    hostile: Annotated[float, typer.Option(help="Share of clients that attack.")] = 0.0,
+    client_speed: Annotated[
+        float, typer.Option(help="Lane-tokens a second of the median client.")
+    ] = 1000.0,
+    rank: Rank = 8,
+    alpha: Alpha = 16.0,
+    targets: Targets = "attn_q,attn_v",
+    layers: Layers = None,
+    seed: Annotated[int, typer.Option(help="Fixes clients, batches and directions.")] = 0,
+    setting: Set = None,
+    device: Device = "cpu",
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(help='Memory to stay within, such as "1GiB", weights included.'),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run; repeat its other options.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Simulate a federation in this process. Ctrl-C stops it after the round."""
+    from fwdllm.cli.federation_console import print_simulation, simulation_progress
+    from fwdllm.engine.adapters.adapter import LoRAConfig
+    from fwdllm.federation.fleet import Fleet
+    from fwdllm.federation.simulation import Partition
+    from fwdllm.federation.simulation import simulate as run_simulation
+    from fwdllm.protocol.presets import preset as settings_of
+    from fwdllm.resources import parse_bytes
+    from fwdllm.tuning.run_directory import stop_on_interrupt
+
+    changes = {"seed": seed, **({} if per_round is None else {"per_round": per_round})}
+    config = settings_of(preset, rounds=rounds, **{**changes, **parse_settings(setting)})
+    with stop_on_interrupt() as should_stop, simulation_progress(config.rounds) as on_event:
+        result = run_simulation(
+            model,
+            data,
+            run_dir,
+            config,
+            lora=LoRAConfig(rank, alpha, tuple(targets.split(",")), parse_layers(layers)),
+            partition=Partition(clients, dirichlet, user_field),
+            fleet=Fleet(
+                tokens_per_s=client_speed, dropout=dropout, stragglers=stragglers, hostile=hostile
+            ),
+            eval_data=eval_data,
+            resume=resume,
+            device=device,
+            memory_budget=parse_bytes(memory_budget) if memory_budget else None,
+            on_event=on_event,
+            should_stop=should_stop,
+        )
+    if json:
+        print_json(dataclasses.asdict(result))
+    else:
+        print_simulation(result)
+
+
+@ledger.command()
+def show(run_dir: RunDir, json: Json = False) -> None:
+    """Print a run round by round, and what each client sent and received."""
+    from fwdllm.cli.federation_console import print_ledger
+    from fwdllm.federation.summary import epsilons, summarize
+    from fwdllm.protocol.ledger import NAME, Ledger
+
+    with Ledger(run_dir / NAME) as record:
+        if not json:
+            print_ledger(record)
+            return
+        names = ("client", "asked", "accepted", "bytes_down", "bytes_up")
+        rejected = ("round", "part", "client", "reason")
+        print_json(
+            {
+                "settings": dataclasses.asdict(record.meta.config),
+                "rounds": [
+                    {**dataclasses.asdict(r), "epsilon": spent}
+                    for r, spent in zip(summarize(record), epsilons(record), strict=True)
+                ],
+                "clients": [dict(zip(names, r, strict=True)) for r in record.traffic_by_client()],
+                "rejections": [dict(zip(rejected, r, strict=True)) for r in record.rejections()],
+            }
+        )
+
+
+@ledger.command()
+def verify(run_dir: RunDir, json: Json = False) -> None:
+    """Check that nothing in a ledger is damaged or was changed."""
+    from fwdllm.protocol import replay as replay_module
+    from fwdllm.protocol.ledger import NAME, Ledger
+
+    with Ledger(run_dir / NAME) as record:
+        replay_module.verify(record)
+        last = record.rounds()[-1:]
+        digest = last[0].hash.hex() if last else None
+    if json:
+        print_json({"rounds": record_rounds(last), "hash": digest})
+    else:
+        print(f"{record_rounds(last)} rounds, nothing changed; hash {digest}")
+
+
+@ledger.command()
+def replay(
+    run_dir: RunDir,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Write the adapter to this GGUF file."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Make the adapter again from an empty one and the clients' contributions alone."""
+    from fwdllm.protocol import replay as replay_module
+    from fwdllm.protocol.ledger import NAME, Ledger, theta_hash
+
+    with Ledger(run_dir / NAME) as record:
+        replica = replay_module.replay(record)
+    if output is not None:
+        save_gguf(replica.space.adapter, output)
+    digest = theta_hash(replica.theta).hex()
+    if json:
+        print_json({"rounds": replica.round, "theta_sha256": digest, "output": output})
+    else:
+        print(f"{replica.round} rounds replayed to the same adapter, SHA-256 {digest}")
+
+
+@federate.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
+    model: Annotated[str, typer.Option("--model", help="GGUF file.")],
+    data: Annotated[Path, typer.Option("--data", help="JSONL like the nodes', for its labels.")],
+    preset: Preset = "spry",
+    rounds: Rounds = 100,
+    per_round: PerRound = None,
+    eval_data: Annotated[
+        Path | None, typer.Option("--eval", help="JSONL file the server evaluates on.")
+    ] = None,
+    min_nodes: Annotated[int, typer.Option(help="Nodes the server waits for.")] = 2,
+    rank: Rank = 8,
+    alpha: Alpha = 16.0,
+    targets: Targets = "attn_q,attn_v",
+    layers: Layers = None,
+    setting: Set = None,
+) -> None:
+    """Write a Flower app directory that tunes a model on the nodes' data."""
+    from fwdllm.engine.adapters.adapter import LoRAConfig
+    from fwdllm.federation.app_directory import init as write_app
+
+    changes = {} if per_round is None else {"per_round": per_round}
+    path = write_app(
+        folder,
+        model,
+        data,
+        preset,
+        rounds=rounds,
+        lora=LoRAConfig(rank, alpha, tuple(targets.split(",")), parse_layers(layers)),
+        eval_data=eval_data,
+        min_nodes=min_nodes,
+        changes={**changes, **parse_settings(setting)},
+    )
+    print(f"wrote {path}; start it with: flwr run {path} YOUR-SUPERLINK")
+
+
+def parse_settings(settings: list[str] | None) -> dict[str, Any]:
+    """NAME=VALUE pairs; a value that is JSON is that, any other a string."""
+    found: dict[str, Any] = {}
+    for text in settings or []:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise typer.BadParameter(f"--set wants NAME=VALUE, not {text!r}")
+        try:
+            found[name] = json_module.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def record_rounds(last: list[Any]) -> int:
+    """How many rounds there are, of the last one alone."""
+    return last[0].round + 1 if last else 0

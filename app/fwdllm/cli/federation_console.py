@@ -1,0 +1,134 @@
+"""Federated runs in a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from fwdllm.cli.console import progress_bar
+
+if TYPE_CHECKING:
+    from fwdllm.federation.simulation import Event, SimulationResult
+    from fwdllm.protocol.ledger import Ledger
+
+# Clients and rejections that are listed by name.
+_LISTED = 10
+
+
+@contextlib.contextmanager
+def simulation_progress(rounds: int) -> Iterator[Callable[[Event], None]]:
+    """Show a simulation on stderr: a live bar in a terminal, else a line at each evaluation."""
+    from fwdllm.federation.simulation import Evaluated
+
+    console = Console(stderr=True)
+    with progress_bar(console) as bar:
+        task = bar.add_task("rounds", total=rounds, status="")
+        status = {"loss": "", "held out": ""}
+
+        def follow(event: Event) -> None:
+            if isinstance(event, Evaluated):
+                status["held out"] = f"held out {event.loss:.3f}"
+                if event.accuracy is not None:
+                    status["held out"] += f" ({event.accuracy:.1%})"
+                if not console.is_terminal:
+                    console.print(f"round {event.round}/{rounds}  {_joined(status)}")
+            else:
+                if event.loss is not None:
+                    status["loss"] = f"loss {event.loss:.3f}"
+                bar.update(task, completed=event.round)
+            bar.update(task, status=_joined(status))
+
+        yield follow
+
+
+def print_simulation(result: SimulationResult) -> None:
+    """The outcome of a simulation on stdout."""
+    r = result
+    table = Table(show_header=False, box=None, pad_edge=False)
+    rows = [
+        ("rounds", f"{r.rounds}" + (", stopped early" if r.stopped_early else "")),
+        ("clients", f"{r.n_clients:,}"),
+        ("contributions", f"{r.n_contributions:,} accepted, {r.n_rejected:,} rejected"),
+        ("perturbations", f"{r.n_perturbations:,}"),
+        ("client-seconds", f"{r.client_seconds:,.0f} (simulated)"),
+        ("bytes up", f"{r.bytes_up:,}, {_per(r.bytes_up, r.n_contributions)} a contribution"),
+        ("bytes down", f"{r.bytes_down:,}, {_per(r.bytes_down, r.n_contributions)} a contribution"),
+        ("held-out loss", f"{r.loss_before:.4f} -> {r.loss_after:.4f}"),
+    ]
+    if r.accuracy_before is not None and r.accuracy_after is not None:
+        rows.append(("held-out accuracy", f"{r.accuracy_before:.1%} -> {r.accuracy_after:.1%}"))
+    if r.epsilon is not None:
+        rows.append(("epsilon", f"{r.epsilon:.3g}"))
+    rows += [("adapter", str(r.adapter)), ("run", f"{r.run_dir}, in {r.seconds:.0f} s")]
+    for name, value in rows:
+        table.add_row(name, value)
+    Console().print(table, soft_wrap=True, highlight=False)
+
+
+def print_ledger(ledger: Ledger) -> None:
+    """Rounds, clients and rejections of a run on stdout."""
+    from fwdllm.federation.summary import epsilons, summarize
+
+    console, config = Console(), ledger.meta.config
+    rounds = summarize(ledger)
+    table = Table(box=None, pad_edge=False)
+    for name in ("round", "parts", "answers", "rejected", "perturbations", "loss", "variance"):
+        table.add_column(name, justify="right", no_wrap=True)
+    optional = {"KB up": True, "KB down": True, "epsilon": config.sigma > 0, "held out": True}
+    optional["accuracy"] = any(r.accuracy is not None for r in rounds)
+    for name, is_shown in optional.items():
+        if is_shown:
+            table.add_column(name, justify="right", no_wrap=True)
+    for r, spent in zip(rounds, epsilons(ledger), strict=True):
+        last = (
+            f"{r.bytes_up / 1e3:,.1f}",
+            f"{r.bytes_down / 1e3:,.1f}",
+            _number(spent, ".3g"),
+            _number(r.held_out_loss, ".4f"),
+            _number(r.accuracy, ".1%"),
+        )
+        table.add_row(
+            str(r.round),
+            str(r.parts),
+            f"{r.n_accepted} of {r.n_asked}",
+            str(r.n_rejected),
+            f"{r.n_perturbations:,}",
+            _number(r.loss, ".4f"),
+            _number(r.variance, ".3g"),
+            *(cell for cell, shown in zip(last, optional.values(), strict=True) if shown),
+        )
+    console.print(f"{len(rounds)} of {config.rounds} rounds", highlight=False)
+    # Wider than the terminal is better than cut off.
+    Console(width=max(console.width, 100)).print(table, highlight=False)
+    clients = ledger.traffic_by_client()
+    console.print(f"\n{len(clients)} clients were asked; those that received most:")
+    busiest = sorted(clients, key=lambda row: -row[3])[:_LISTED]
+    for client, asked, accepted, down, up in busiest:
+        console.print(
+            f"  client {client}: asked {asked} times, {accepted} answers accepted, "
+            f"{up:,} bytes up, {down:,} bytes down",
+            highlight=False,
+        )
+    rejections = ledger.rejections()
+    if rejections:
+        console.print(f"\n{len(rejections)} contributions were rejected, the last of them:")
+    for round, part, client, reason in rejections[-_LISTED:]:
+        console.print(
+            f"  round {round + 1}, part {part + 1}, client {client}: {reason}", highlight=False
+        )
+
+
+def _number(value: float | None, format: str) -> str:
+    return "" if value is None else f"{value:{format}}"
+
+
+def _per(total: int, count: int) -> str:
+    return f"{total / count:,.0f}" if count else "0"
+
+
+def _joined(status: dict[str, str]) -> str:
+    return "  ".join(part for part in status.values() if part)

@@ -1,0 +1,1 @@
+"""Federations: in one process, and as apps for Flower."""

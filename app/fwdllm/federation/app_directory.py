@@ -1,0 +1,130 @@
+"""``federate init``: a Flower app directory for a model and data."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from fwdllm.engine.adapters.adapter import LoRAConfig
+from fwdllm.engine.data.jsonl import labels_of, read_jsonl
+from fwdllm.engine.engine import Engine
+from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.files import atomic_write
+from fwdllm.protocol.presets import PRESETS, preset
+
+_Path = str | os.PathLike[str]
+
+_PYPROJECT = """\
+# A Flower app that fine-tunes {model_name} by forward passes. Start it with
+#     flwr run {folder} YOUR-SUPERLINK
+# docs/federated.md of fwdllm has the whole way, with TLS and authenticated nodes.
+[project]
+name = "fwdllm-federation"
+version = "1.0.0"
+description = "Federated fine-tuning with forward passes only"
+license = "Apache-2.0"
+dependencies = ["fwdllm[federation]"]
+
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[tool.hatch.build.targets.wheel]
+packages = ["."]
+
+[tool.flwr.app]
+publisher = "fwdllm"
+
+[tool.flwr.app.components]
+serverapp = "federation.server:app"
+clientapp = "federation.client:app"
+
+# Nodes name their data, and their model if it lies elsewhere, in their own configuration:
+#     flower-supernode ... --node-config 'data="/path/of/data.jsonl"'
+[tool.flwr.app.config]
+{config}
+# Settings of fwdllm.protocol.federation.FederationConfig.
+[tool.flwr.app.config.federation]
+{federation}
+[tool.flwr.app.config.lora]
+{lora}"""
+
+_SHIM = '''"""The {what} of fwdllm; one of your own can use fwdllm.protocol.flower instead."""
+
+from fwdllm.protocol.flower import {what_module} as app
+
+__all__ = ["app"]
+'''
+
+
+def init(
+    folder: _Path,
+    model: _Path,
+    data: _Path,
+    name: str = "spry",
+    *,
+    rounds: int = 100,
+    lora: LoRAConfig | None = None,
+    eval_data: _Path | None = None,
+    min_nodes: int = 2,
+    changes: dict[str, Any] | None = None,
+) -> Path:
+    """Write a Flower app directory; gives its path.
+
+    folder: new or empty.  model: a GGUF file.  data: JSONL like the nodes', for its labels.
+    name: a preset.  changes: settings that differ from it.  eval_data: JSONL that the server
+    evaluates on.  Errors: ConfigError, ModelError, DataError.
+    """
+    path, lora = Path(folder), lora or LoRAConfig()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"{path} is not an empty folder; name a new one")
+    labels = labels_of(read_jsonl(data))
+    if eval_data is not None:
+        read_jsonl(eval_data)
+    config = preset(name, rounds=rounds, **(changes or {}))
+    engine = Engine.load(model, lora, labels=labels, seed=config.seed)
+    engine.backend.check_method(config.method)  # what would fail later
+    settings = {
+        "model": str(Path(model).resolve()),
+        "run-dir": str(path.resolve() / "run"),
+        "eval-data": "" if eval_data is None else str(Path(eval_data).resolve()),
+        "labels": json.dumps(labels, ensure_ascii=False),
+        "min-nodes": min_nodes,
+    }
+    # What people change stands there by name even where the preset has it.
+    shown = {**PRESETS[name], "rounds": rounds, "per_round": config.per_round, "seed": config.seed}
+    federation = {"preset": name, **shown, **(changes or {})}
+    shape: dict[str, Any] = {
+        "rank": lora.rank,
+        "alpha": lora.alpha,
+        "targets": json.dumps(lora.targets),
+    }
+    if lora.layers is not None:
+        shape["layers"] = json.dumps(lora.layers)
+    text = _PYPROJECT.format(
+        model_name=Path(model).name,
+        folder=path.name,
+        config=_toml(settings),
+        federation=_toml(federation),
+        lora=_toml(shape),
+    )
+    package = path / "federation"
+    package.mkdir(parents=True)
+    _write(package / "__init__.py", "")
+    _write(package / "server.py", _SHIM.format(what="ServerApp", what_module="server_app"))
+    _write(package / "client.py", _SHIM.format(what="ClientApp", what_module="client_app"))
+    _write(path / "pyproject.toml", text)
+    return path
+
+
+def _toml(values: dict[str, Any]) -> str:
+    """Lines of a TOML table; JSON's strings, numbers and booleans are TOML's too."""
+    known = {key: value for key, value in values.items() if value is not None}
+    return "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in known.items())
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,325 @@
+"""``simulate``: a federation of many clients in one process over one engine.
+
+Clients' lanes share passes through the model; time is simulated, from lane-tokens and the speed of
+devices. Everything a run does is in its ledger, and a run that was stopped or killed goes on to
+the same adapter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from fwdllm.engine.adapters.adapter import LoRAConfig
+from fwdllm.engine.adapters.io import save_gguf
+from fwdllm.engine.data.jsonl import Example, check_labels, labels_of, read_jsonl, split
+from fwdllm.engine.engine import Engine
+from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.evaluation import Evaluation
+from fwdllm.engine.files import atomic_write, fingerprint, sha256
+from fwdllm.federation.fleet import Fleet, attacked
+from fwdllm.federation.partition import by_user, dirichlet, iid
+from fwdllm.hub import local_path
+from fwdllm.protocol import wire
+from fwdllm.protocol.client import answer_all
+from fwdllm.protocol.federation import FederationConfig
+from fwdllm.protocol.ledger import NAME, Ledger
+from fwdllm.protocol.plan import Assignment
+from fwdllm.protocol.privacy import epsilon
+from fwdllm.protocol.records import Meta
+from fwdllm.protocol.report import Report
+from fwdllm.protocol.server import Closed, Server
+from fwdllm.tuning.run_directory import difference
+
+DEFAULT_HELD_OUT, MAX_DEFAULT_HELD_OUT = 0.1, 1000
+
+_Path = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How data is spread: over n_clients evenly and iid, by Dirichlet's alpha, or by a field."""
+
+    n_clients: int = 100
+    alpha: float | None = None
+    user_field: str | None = None
+
+    def of(self, path: Path, examples: Sequence[Example], seed: int) -> list[np.ndarray]:
+        """Indices of each client's examples. Errors: ConfigError, DataError."""
+        if self.user_field is not None:
+            return by_user(path, examples, self.user_field)
+        if self.alpha is not None:
+            return dirichlet(examples, self.n_clients, self.alpha, seed)
+        return iid(len(examples), self.n_clients, seed)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The held-out evaluation after so many rounds."""
+
+    round: int
+    loss: float
+    accuracy: float | None
+
+
+Event: TypeAlias = "Closed | Evaluated"
+
+
+@dataclass(frozen=True)
+class SimulationResult:
+    """What a run came to. seconds: of this process; client_seconds: simulated, of all clients.
+
+    bytes_up, bytes_down: of all clients.  epsilon: of differential privacy, None without.
+    n_perturbations: scalars of the adapter used.  loss and accuracy are held out.
+    """
+
+    rounds: int
+    loss_before: float
+    loss_after: float
+    accuracy_before: float | None
+    accuracy_after: float | None
+    n_clients: int
+    n_contributions: int
+    n_rejected: int
+    n_perturbations: int
+    client_seconds: float
+    bytes_up: int
+    bytes_down: int
+    epsilon: float | None
+    adapter: Path
+    run_dir: Path
+    seconds: float
+    stopped_early: bool
+
+
+def simulate(
+    model: _Path,
+    data: _Path,
+    run_dir: _Path,
+    config: FederationConfig,
+    *,
+    lora: LoRAConfig | None = None,
+    partition: Partition | None = None,
+    fleet: Fleet | None = None,
+    eval_data: _Path | None = None,
+    resume: bool = False,
+    device: str = "cpu",
+    memory_budget: int | None = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> SimulationResult:
+    """Run a federation in this process and write its ledger, adapter and plot to ``run_dir``.
+
+    model: a GGUF file, or hf://owner/repo/file.gguf.  data: JSONL, see ``engine.data.jsonl``.
+    config: see ``protocol.federation``; ``protocol.presets.preset`` has those of papers.
+    lora: shape of the adapter.  partition, fleet: clients' data and devices.
+    eval_data: JSONL to evaluate on; without it a tenth of ``data`` is kept, at most 1,000.
+    resume: continue the run in run_dir; all else must be as it was.
+    device: what the clients compute on, "cpu" or "cuda" for an NVIDIA GPU; the server is on the
+    CPU.  memory_budget: bytes to stay within on the CPU, see ``Engine.load``.
+    on_event: called after each round and each evaluation.  should_stop: asked after each round.
+
+    Errors: any FwdllmError; OSError.
+    """
+    began = time.perf_counter()
+    partition, fleet = partition or Partition(), fleet or Fleet()
+    everything = read_jsonl(data)
+    labels = labels_of(everything)
+    if eval_data is None:
+        n_held_out = min(max(1, round(DEFAULT_HELD_OUT * len(everything))), MAX_DEFAULT_HELD_OUT)
+        examples, held_out = split(everything, n_held_out, config.seed)
+    else:
+        examples, held_out = everything, read_jsonl(eval_data)
+    if labels:
+        check_labels(held_out, labels)
+    shares = partition.of(Path(data), examples, config.seed)
+    path = local_path(model)
+    engine = Engine.load(
+        path,
+        lora or LoRAConfig(),
+        labels=labels,
+        seed=config.seed,
+        memory_budget=memory_budget,
+        device=device,
+    )
+    engine.backend.check_method(config.method)
+    settings = {
+        "partition": dataclasses.asdict(partition),
+        "fleet": dataclasses.asdict(fleet),
+        "n_examples": len(examples),
+        "n_held_out": len(held_out),
+        "data": sha256(Path(data)),
+        "device": device,
+    }
+    ledger = _open(Path(run_dir), config, engine, settings, resume)
+    with ledger:
+        clients = [[examples[i] for i in share] for share in shares]
+        run = _Simulation(engine, Server(ledger), clients, held_out, fleet)
+        run.until_done(on_event, should_stop)
+        return run.result(Path(run_dir), time.perf_counter() - began)
+
+
+def _open(
+    folder: Path, config: FederationConfig, engine: Engine, settings: dict[str, Any], resume: bool
+) -> Ledger:
+    """The ledger of a new run, or of the one to resume, which must have equal settings."""
+    assert engine.adapter is not None
+    path = folder / NAME
+    if resume and not path.is_file():
+        raise ConfigError(f"there is no run in {folder} to resume")
+    if not resume and folder.exists() and any(not _is_leftover(p) for p in folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty; resume the run or name a new folder")
+    model = fingerprint(engine.file.path)
+    secret = secrets.randbits(64)
+    meta = Meta.of(config, engine.adapter, config.seed, {**model, **settings}, secret)
+    if resume:
+        ledger = Ledger(path, writable=True)
+        found = dataclasses.replace(ledger.meta, noise_seed=secret)
+        changed = difference(json.loads(found.to_json()), json.loads(meta.to_json()))
+        if changed is not None:
+            ledger.close()
+            raise ConfigError(f"{changed} in the run in {folder}; resume with the same value")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        ledger = Ledger.create(path, meta)
+    return ledger
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a process that died while starting a run may have left this."""
+    return path.name == f"{NAME}.lock" or path.name.startswith(f".{NAME}.tmp")
+
+
+class _Simulation:
+    """Drives a server by simulated devices. now: simulated seconds since the run began."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        server: Server,
+        clients: Sequence[Sequence[Example]],
+        held_out: Sequence[Example],
+        fleet: Fleet,
+    ) -> None:
+        engine.adapter = server.replica.space.adapter
+        self.engine, self.server, self.clients = engine, server, clients
+        self.held_out, self.fleet = held_out, fleet
+        self.config = server.config
+        closed = server.ledger.rounds(server.round - 1) if server.round else []
+        self.now = server.opened if server.part >= 0 else closed[-1].closed if closed else 0.0
+
+    def until_done(
+        self, on_event: Callable[[Event], None], should_stop: Callable[[], bool]
+    ) -> None:
+        """Run rounds until all are done or somebody wants to stop."""
+        self._evaluate(on_event)
+        while not self.server.done and not should_stop():
+            on_event(self._round())
+            self._evaluate(on_event)
+
+    def result(self, folder: Path, seconds: float) -> SimulationResult:
+        """Write the adapter and the plot, and sum up."""
+        from fwdllm.federation.plot import draw  # matplotlib is slow to import
+
+        server, ledger = self.server, self.server.ledger
+        adapter = folder / "adapter.gguf"
+        assert self.engine.adapter is not None
+        save_gguf(self.engine.adapter, adapter)
+        with atomic_write(folder / "plot.png") as temporary:
+            draw(ledger, temporary)
+        evaluations = ledger.evaluations()
+        if not evaluations or evaluations[-1][0] != server.round:
+            found = self._evaluation()
+            evaluations.append((server.round, found.loss, found.accuracy, found.n_examples))
+        traffic = ledger.traffic_by_client()
+        return SimulationResult(
+            rounds=server.round,
+            loss_before=evaluations[0][1],
+            loss_after=evaluations[-1][1],
+            accuracy_before=evaluations[0][2],
+            accuracy_after=evaluations[-1][2],
+            n_clients=len(self.clients),
+            n_contributions=sum(row[2] for row in traffic),
+            n_rejected=len(ledger.rejections()),
+            n_perturbations=sum(r.n_perturbations for r in ledger.rounds()),
+            client_seconds=client_seconds(ledger),
+            bytes_up=sum(row[4] for row in traffic),
+            bytes_down=sum(row[3] for row in traffic),
+            epsilon=epsilon(self.config, ledger.available()),
+            adapter=adapter,
+            run_dir=folder,
+            seconds=seconds,
+            stopped_early=not server.done,
+        )
+
+    def _round(self) -> Closed:
+        while True:
+            assignments = self.server.open_part(range(len(self.clients)), self.now)
+            late = self._answer(assignments)
+            closed = self.server.close_part(self.now)
+            for client, message in late:
+                self.server.receive(client, message, self.now)
+            if closed is not None:
+                return closed
+
+    def _answer(self, assignments: Sequence[Assignment]) -> list[tuple[int, bytes]]:
+        """Let clients answer; gives what comes too late, and moves the time on."""
+        seed, opened = self.config.seed, self.server.opened
+        deadline = opened + self.config.deadline
+        willing = [a for a in assignments if self.fleet.answers(seed, a)]
+        arrivals: list[tuple[float, int, bytes]] = []
+        reports = answer_all(self.engine, self.server.replica.space, willing, self._examples)
+        for assignment, report in zip(willing, reports, strict=True):
+            client = assignment.client
+            seconds = self.fleet.seconds(seed, client, report.n_tokens)
+            message = self._message(client, dataclasses.replace(report, seconds=seconds))
+            arrivals.append((opened + seconds, client, message))
+        in_time = sorted(a for a in arrivals if a[0] <= deadline)
+        with self.server.ledger.batch():
+            for at, client, message in in_time:
+                self.server.receive(client, message, at)
+        # A resumed part may have had its last answer before.
+        self.now = max([opened, *self.server.arrivals()])
+        if self.server.outstanding():
+            self.now = deadline
+        return [(client, message) for at, client, message in sorted(arrivals) if at > deadline]
+
+    def _message(self, client: int, report: Report) -> bytes:
+        kind = self.fleet.attack(self.config.seed, client)
+        if kind is None:
+            return wire.encode_report(report)
+        return attacked(kind, report, self.server.ledger.first_message_of(client))
+
+    def _examples(self, client: int) -> Sequence[Example]:
+        return self.clients[client]
+
+    def _evaluate(self, on_event: Callable[[Event], None]) -> None:
+        every, round = self.config.eval_every, self.server.round
+        due = self.server.done or (every > 0 and round % every == 0) or round == 0
+        if not due or any(row[0] == round for row in self.server.ledger.evaluations()):
+            return
+        found = self._evaluation()
+        self.server.ledger.evaluated(round, found.loss, found.accuracy, found.n_examples)
+        on_event(Evaluated(round, found.loss, found.accuracy))
+
+    def _evaluation(self) -> Evaluation:
+        return self.engine.evaluate(self.held_out, self.config.max_tokens)
+
+
+def client_seconds(ledger: Ledger) -> float:
+    """Seconds of all clients whose contributions were accepted."""
+    return sum(
+        wire.decode_report(message).seconds
+        for round in range(ledger.n_rounds)
+        for part, _, _ in ledger.parts(round)
+        for _, message in ledger.contributions(round, part)
+    )

@@ -1,0 +1,213 @@
+"""An engine for the adapters of a store: it evaluates perturbations of one and moves it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from fwdllm.engine.adapters.adapter import Adapter, LoRAConfig
+from fwdllm.engine.backends import choose
+from fwdllm.engine.data.jsonl import check_labels, parse_jsonl
+from fwdllm.engine.directions import Dense, Scope
+from fwdllm.engine.engine import Engine
+from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.estimators.plan import DEFAULT_EPSILON
+from fwdllm.engine.gguf.file import GGUFFile
+from fwdllm.engine.memory.residency import resident_bytes
+from fwdllm.http import limits
+from fwdllm.http.adapter_bytes import as_file, to_bytes
+from fwdllm.http.api_error import ApiError
+from fwdllm.http.queue import Queue
+from fwdllm.http.schemas import Suffix
+from fwdllm.http.store import Store, StoredAdapter
+
+Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**64)]], Field(min_length=1, max_length=4096)]
+Number = Annotated[float, Field(allow_inf_nan=False, ge=-3e38, le=3e38)]
+Name = Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class AdapterRequest(_Strict):
+    """A new adapter, which changes nothing yet. labels: classes of an encoder's head."""
+
+    rank: Annotated[int, Field(ge=1, le=limits.MAX_RANK)] = 8
+    alpha: Annotated[float, Field(gt=0, le=1e6)] = 16.0
+    targets: Annotated[list[Name], Field(min_length=1, max_length=16)] = ["attn_q", "attn_v"]
+    layers: Annotated[list[int], Field(min_length=1, max_length=512)] | None = None
+    labels: Annotated[list[Name], Field(max_length=1000)] = []
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    suffix: Suffix = ""
+
+
+class ScopeRequest(_Strict):
+    """The part of an adapter that seeds touch. None is all."""
+
+    layers: Annotated[list[int], Field(min_length=1, max_length=512)] | None = None
+    targets: Annotated[list[Name], Field(min_length=1, max_length=16)] | None = None
+
+    def scope(self) -> Scope:
+        """As the engine has it."""
+        layers = None if self.layers is None else tuple(self.layers)
+        return Scope(layers, None if self.targets is None else tuple(self.targets))
+
+
+class EvaluateRequest(_Strict):
+    """examples: objects as lines of a data file.  seeds, scope, distribution: of directions.
+
+    per_example: every example has a direction of its own.  method: None is what suits the model,
+    forward-ad, or central with llama.cpp.
+    """
+
+    adapter: str
+    examples: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=256)]
+    seeds: Seeds
+    scope: ScopeRequest = ScopeRequest()
+    distribution: Literal["normal", "rademacher"] = "normal"
+    method: Literal["forward-ad", "central", "forward-difference"] | None = None
+    epsilon: Annotated[float, Field(gt=0, le=1)] = DEFAULT_EPSILON
+    per_example: bool = False
+    max_tokens: Annotated[int, Field(ge=2, le=2**20)] | None = None
+
+
+class UpdateRequest(_Strict):
+    """theta += sum of coefficient * v(seed); head is added to a classification head.
+
+    version: of the adapter this is meant for; a repeated request is then refused.
+    """
+
+    seeds: Seeds
+    coefficients: Annotated[list[Number], Field(min_length=1, max_length=4096)]
+    scope: ScopeRequest = ScopeRequest()
+    distribution: Literal["normal", "rademacher"] = "normal"
+    head: Annotated[list[Number], Field(max_length=10_000_000)] | None = None
+    version: Annotated[int, Field(ge=0, lt=2**62)] | None = None
+
+
+class AdapterEngine:
+    """An engine with one adapter of a store at a time. Any thread may use it; they take turns.
+
+    memory_budget: bytes for its work, where that is our own graph's.
+    Errors: those of ``Engine.load``; ApiError 429.
+    """
+
+    def __init__(self, model: Path, store: Store, memory_budget: int) -> None:
+        self._model, self._store = model, store
+        # llama.cpp's weights are resident already, and a job has a process of its own.
+        ours = choose(GGUFFile.open(model)).family is not None
+        self._memory_budget = resident_bytes() + memory_budget if ours else None
+        self._lock = threading.Lock()
+        self._queue = Queue(limits.MAX_WAITING_FOR_ENGINE)
+        self._engine: Engine | None = None
+        self._holds: tuple[int, int] | None = None
+
+    def create(self, name: str, config: LoRAConfig, labels: Sequence[str], seed: int) -> Any:
+        """A new adapter in the store."""
+        with self._turn():
+            engine = self._load(lora=config, labels=labels, seed=seed)
+            assert engine.adapter is not None
+            content = to_bytes(engine.adapter)
+            return self._store.add_adapter(name, content, engine.adapter.theta.size)
+
+    def evaluate(self, id: str, body: EvaluateRequest) -> dict[str, Any]:
+        """Losses and slopes at an adapter."""
+        with self._turn():
+            engine = self._at(id)
+            assert engine.adapter is not None
+            examples = parse_jsonl((json.dumps(e).encode() for e in body.examples), "examples")
+            if engine.encoder:
+                check_labels(examples, engine.labels)
+            batch = engine.encode(examples, body.max_tokens)
+            probe = engine.directional_derivatives(
+                batch,
+                np.array(body.seeds, np.uint64),
+                body.method or engine.backend.method,
+                body.epsilon,
+                directions=Dense(engine.adapter, body.distribution, body.scope.scope()),
+                per_example=body.per_example,
+            )
+            losses = engine.loss(batch)
+        gradient = probe.head_gradient
+        return {
+            "object": "perturbations",
+            "adapter": id,
+            "loss": probe.loss,
+            "losses": _numbers(losses),
+            "seeds": probe.seeds.tolist(),
+            "derivatives": _numbers(probe.derivative),
+            "head_gradient": None if gradient is None else _numbers(gradient),
+            "n_tokens": probe.n_tokens,
+        }
+
+    def update(self, id: str, body: UpdateRequest) -> StoredAdapter:
+        """Move an adapter along directions."""
+        if len(body.seeds) != len(body.coefficients):
+            raise ApiError(400, "there must be a coefficient for every seed", "coefficients")
+        with self._turn():
+            before = find_adapter(self._store, id)
+            if body.version not in (None, before.version):
+                text = f"the adapter is at version {before.version}, not {body.version}"
+                raise ApiError(409, text, "version", "version_conflict")
+            engine = self._at(id)
+            self._holds = None  # until what is in memory is on disk
+            assert engine.adapter is not None
+            _move(engine.adapter, body)
+            after = self._store.update_adapter(before, to_bytes(engine.adapter))
+            if after is None:
+                raise ApiError(409, "the adapter has changed meanwhile", code="version_conflict")
+            self._holds = (after.number, after.version)
+            return after
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        with self._queue.place(), self._lock:
+            yield
+
+    def _at(self, id: str) -> Engine:
+        adapter = find_adapter(self._store, id)
+        key = (adapter.number, adapter.version)
+        if self._holds != key or self._engine is None:
+            with as_file(self._store.adapter_content(adapter.number)) as path:
+                self._engine = self._load(adapter=path)
+            self._holds = key
+        return self._engine
+
+    def _load(self, **options: Any) -> Engine:
+        return Engine.load(self._model, memory_budget=self._memory_budget, **options)
+
+
+def find_adapter(store: Store, id: str) -> StoredAdapter:
+    """The adapter of an id. Errors: ApiError 404."""
+    found = store.adapter(id)
+    if found is None:
+        raise ApiError(404, f"there is no adapter {id!r}", "adapter", "adapter_not_found")
+    return found
+
+
+def _move(adapter: Adapter, body: UpdateRequest) -> None:
+    seeds = np.array(body.seeds, np.uint64)
+    directions = Dense(adapter, body.distribution, body.scope.scope())
+    step = directions.combine(seeds, np.array(body.coefficients, np.float32))
+    head = np.array(body.head or [], np.float32)
+    if body.head is not None and head.size != adapter.n_head:
+        raise ConfigError(f"head has {head.size} numbers, but the adapter's {adapter.n_head}")
+    with np.errstate(over="ignore"):  # what is not finite is not saved
+        adapter.theta[: adapter.n_lora] += step
+        adapter.theta[adapter.n_lora :] += head if body.head is not None else 0
+
+
+def _numbers(values: np.ndarray) -> Any:
+    """As JSON, in which numbers that are not finite are null."""
+    if values.ndim > 1:
+        return [_numbers(row) for row in values]
+    return [x if math.isfinite(x) else None for x in values.tolist()]

@@ -1,0 +1,119 @@
+"""Errors as OpenAI's API has them: a status and {"error": {message, type, param, code}}."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from fwdllm.cli.console import explain
+from fwdllm.engine.errors import ConfigError, DataError, FwdllmError, NumericsError
+from fwdllm.http.store import GoneError
+
+log = logging.getLogger(__name__)
+
+# Of pydantic's descriptions of a bad request; a body of thousands of faults has that many.
+_MAX_FAULTS = 3
+_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+class Fault(BaseModel):
+    """What is wrong. param: the field at fault.  code: for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: Fault
+
+
+class ApiError(Exception):
+    """A request that gets an error; see ``Fault``. headers: of the answer."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = headers
+
+
+def response(
+    status: int,
+    message: str,
+    param: str | None = None,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    """An error in OpenAI's shape."""
+    kind = "server_error" if status >= 500 else _KINDS.get(status, "invalid_request_error")
+    body = ErrorBody(error=Fault(message=message, type=kind, param=param, code=code))
+    return JSONResponse(body.model_dump(), status, dict(headers or {}))
+
+
+def install(app: FastAPI) -> None:
+    """Let every error of an application have the shape."""
+
+    @app.exception_handler(ApiError)
+    async def _api(request: Request, error: ApiError) -> JSONResponse:
+        return response(error.status, error.message, error.param, error.code, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        faults = error.errors()
+        message = "; ".join(map(_describe, faults[:_MAX_FAULTS]))
+        return response(400, message, _param(faults[0]))
+
+    @app.exception_handler(UnicodeEncodeError)
+    async def _half(request: Request, error: UnicodeEncodeError) -> JSONResponse:
+        # JSON can spell half of a surrogate pair, which is no text for anything behind it.
+        return response(400, "the request has half of a surrogate pair in a text")
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        return response(error.status_code, str(error.detail), headers=error.headers)
+
+    @app.exception_handler(GoneError)
+    async def _gone(request: Request, error: GoneError) -> JSONResponse:
+        return response(404, str(error))
+
+    @app.exception_handler(FwdllmError)
+    async def _ours(request: Request, error: FwdllmError) -> JSONResponse:
+        if isinstance(error, (ConfigError, DataError, NumericsError)):  # of what was asked for
+            return response(400, str(error))
+        log.error("%s %s: %s", request.method, request.url.path, error)
+        return response(500, str(error))
+
+    @app.exception_handler(Exception)
+    async def _bug(request: Request, error: Exception) -> JSONResponse:
+        return response(500, explain(error) or "the server has made a mistake; its log says more")
+
+
+def _describe(fault: Mapping[str, Any]) -> str:
+    if fault["type"] == "json_invalid":
+        return f"the body is not JSON: {fault['ctx']['error']} at character {fault['loc'][-1]}"
+    param, message = _param(fault), str(fault["msg"]).removeprefix("Value error, ")
+    return f"{param}: {message}" if param else message
+
+
+def _param(fault: Mapping[str, Any]) -> str | None:
+    """Where a fault is, as "messages.0.role"; without "body", which is where all is."""
+    if fault["type"] == "json_invalid":
+        return None
+    return ".".join(map(str, fault["loc"][1:])) or None

@@ -1,0 +1,122 @@
+"""The application: all routes around one model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+
+from fwdllm.adapters import as_gguf
+from fwdllm.engine.engine import Engine
+from fwdllm.engine.files import fingerprint, lock
+from fwdllm.http import (
+    api_error,
+    completions,
+    files,
+    fine_tuning,
+    metrics,
+    perturbations,
+    stream,
+)
+from fwdllm.http.adapter_engine import AdapterEngine
+from fwdllm.http.context import Context
+from fwdllm.http.jobs import Jobs
+from fwdllm.http.models import Models
+from fwdllm.http.runs import Runs
+from fwdllm.http.security import Guard
+from fwdllm.http.store import Store, open_folder
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """model: a GGUF file.  state: the server's folder.  adapter: GGUF or PEFT, or None; where a
+    request names no model, it answers.
+
+    host: that the server is bound to.  api_key: None asks for none.  runs: a folder whose runs are
+    shown.  memory_budget: bytes for a job, and for the engine.  context: tokens of a
+    conversation, None for ``models.DEFAULT_CONTEXT``.  allow_origins: sites whose pages may ask.
+    """
+
+    model: Path
+    state: Path
+    memory_budget: int
+    adapter: Path | None = None
+    host: str = "127.0.0.1"
+    api_key: str | None = None
+    runs: Path | None = None
+    context: int | None = None
+    allow_origins: tuple[str, ...] = ()
+
+
+@contextlib.contextmanager
+def application(config: ServerConfig) -> Iterator[FastAPI]:
+    """The application, its jobs running until the end of the block.
+
+    Errors: ModelError, AdapterError, ConfigError if another server uses the folder, StoreError.
+    """
+    folder = open_folder(config.state)
+    with contextlib.ExitStack() as stack:
+        stack.callback(lock(folder / "lock").close)
+        store = Store(folder)
+        stack.callback(store.close)
+        base = config.model.stem
+        store.claim(base, fingerprint(config.model))
+        default = base
+        if config.adapter is not None:
+            default = _keep_adapter(store, base, config)
+        models = Models(config.model, base, default, store, config.context)
+        stack.callback(models.close)
+        jobs = Jobs(store, folder, config.model, config.memory_budget)
+        stack.callback(jobs.close)
+        engine = AdapterEngine(config.model, store, config.memory_budget)
+        runs = Runs(store, folder, config.runs)
+        served = Context(folder, store, models, jobs, engine, runs)
+        yield _routes(served, config)
+
+
+def _routes(served: Context, config: ServerConfig) -> FastAPI:
+    # The pages of docs_url and redoc_url would load scripts from the network.
+    app = FastAPI(
+        title="fwdllm",
+        version=version("fwdllm"),
+        docs_url=None,
+        redoc_url=None,
+        responses={"4XX": {"model": api_error.ErrorBody, "description": "An error of the request"}},
+    )
+    app.state.context = served
+    for part in (completions, files, fine_tuning, perturbations, stream):
+        app.include_router(part.router)
+    api_error.install(app)
+    metrics.install(app, served)
+    app.add_middleware(
+        Guard, host=config.host, api_key=config.api_key, origins=config.allow_origins
+    )
+    if config.allow_origins:  # outside of the guard, as browsers ask first without a key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allow_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["Content-Disposition", "Retry-After"],
+        )
+    return app
+
+
+def _keep_adapter(store: Store, base: str, config: ServerConfig) -> str:
+    """Take the adapter that was given into the store; gives the name it answers under."""
+    assert config.adapter is not None
+    with as_gguf(config.adapter, config.model) as path:
+        engine = Engine.load(config.model, adapter=path)  # that it fits
+        content = path.read_bytes()
+    assert engine.adapter is not None
+    name = f"{base}:{config.adapter.stem}"
+    known = store.adapter_of_model(name)
+    if known is not None and store.adapter_content(known.number) != content:
+        store.delete_adapter(known.number)
+    store.add_adapter(name, content, engine.adapter.theta.size)
+    return name

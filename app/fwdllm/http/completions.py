@@ -1,0 +1,214 @@
+"""/v1/models, /v1/completions, /v1/chat/completions and /v1/embeddings.
+
+llama-cpp-python's ``Llama`` answers, in OpenAI's words; docs/decisions.md says why not its server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request
+from jinja2 import TemplateError
+from sse_starlette.sse import EventSourceResponse
+from starlette.concurrency import run_in_threadpool
+
+from fwdllm.engine.llamacpp.native import llama_cpp
+from fwdllm.http.api_error import ApiError
+from fwdllm.http.context import Context, Served
+from fwdllm.http.models import ServedLlama
+from fwdllm.http.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
+
+# How soon an answer is broken off that nobody waits for.
+_WATCH_SECONDS = 0.5
+
+router = APIRouter(tags=["inference"])
+
+
+@router.get("/v1/models")
+def list_models(served: Served) -> dict[str, Any]:
+    """The base model and those tuned from it; checkpoints answer too, but are not listed."""
+    tuned = [a for a in served.store.adapters() if a.step is None]
+    base = _model(served.models.base, served.started)
+    return {"object": "list", "data": [base, *(_model(a.model, a.created) for a in tuned)]}
+
+
+@router.get("/v1/models/{model}")
+def get_model(model: str, served: Served) -> dict[str, Any]:
+    """One model."""
+    adapter = served.models.adapter_of(model)
+    return _model(model, served.started if adapter is None else adapter.created)
+
+
+@router.delete("/v1/models/{model}")
+def delete_model(model: str, served: Served) -> dict[str, Any]:
+    """Delete a tuned model with its adapter."""
+    adapter = served.models.adapter_of(model)
+    if adapter is None or model == served.models.default:
+        raise ApiError(403, "The model that is served cannot be deleted", "model")
+    served.store.delete_adapter(adapter.number)
+    return {"id": model, "object": "model", "deleted": True}
+
+
+@router.post("/v1/completions")
+async def create_completion(request: Request, body: CompletionRequest, served: Served) -> Any:
+    """Continue a text."""
+    return await _generate(request, body, served, ServedLlama.create_completion)
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(request: Request, body: ChatRequest, served: Served) -> Any:
+    """Continue a conversation."""
+    return await _generate(request, body, served, ServedLlama.create_chat_completion)
+
+
+@router.post("/v1/embeddings")
+async def create_embedding(
+    request: Request, body: EmbeddingRequest, served: Served
+) -> dict[str, Any]:
+    """Embed texts, each as a vector of length 1."""
+    texts = [body.input] if isinstance(body.input, str) else body.input
+    await run_in_threadpool(served.models.adapter_of, body.model)
+    cancelled = threading.Event()
+
+    def work(llama: ServedLlama) -> tuple[list[list[float]], int]:
+        vectors, n_tokens = [], 0
+        with _refusals():
+            for text in texts:  # each alone, so that its vector does not depend on the others
+                if cancelled.is_set():
+                    break
+                vector, n = llama.embed(text, normalize=True, truncate=False, return_count=True)
+                vectors.append(vector)
+                n_tokens += n
+        return vectors, n_tokens
+
+    served.queue.enter()
+    future = served.models.run(work, body.model, cancelled, embedding=True)
+    future.add_done_callback(lambda _: served.queue.leave())
+    vectors, n_tokens = await _unless_disconnected(request, future, cancelled)
+    encode = _base64 if body.encoding_format == "base64" else list
+    data = [
+        {"object": "embedding", "index": i, "embedding": encode(vector)}
+        for i, vector in enumerate(vectors)
+    ]
+    usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+    model = body.model or served.models.default
+    return {"object": "list", "data": data, "model": model, "usage": usage}
+
+
+def _model(name: str, created: float) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": int(created), "owned_by": "fwdllm"}
+
+
+async def _generate(
+    request: Request,
+    body: CompletionRequest | ChatRequest,
+    served: Context,
+    create: Callable[..., Any],
+) -> Any:
+    if not served.models.is_causal:
+        text = f"{served.models.base} is an encoder, which cannot generate text"
+        raise ApiError(400, text, "model", "model_not_supported")
+    await run_in_threadpool(served.models.adapter_of, body.model)
+    cancelled = threading.Event()
+    chunks: asyncio.Queue[Any] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def work(llama: ServedLlama) -> Any:
+        try:
+            with _refusals():
+                options = {**body.options(), **_constraints(body, llama)}
+                found = create(llama, model=body.model or served.models.default, **options)
+                if not body.stream:
+                    return found
+                last: dict[str, Any] = {}
+                for last in found:
+                    loop.call_soon_threadsafe(chunks.put_nowait, last)
+                if body.stream_options.include_usage:
+                    usage = {**last, "choices": [], "usage": _usage(llama)}
+                    loop.call_soon_threadsafe(chunks.put_nowait, usage)
+        finally:
+            served.n_tokens += llama.n_generated
+
+    served.queue.enter()
+    future = served.models.run(work, body.model, cancelled)
+    future.add_done_callback(lambda _: served.queue.leave())
+    if not body.stream:
+        return await _unless_disconnected(request, future, cancelled)
+    future.add_done_callback(lambda _: chunks.put_nowait(None))
+    first = await chunks.get()
+    if first is None:
+        future.result()  # raises what kept the model from its first token
+    return EventSourceResponse(_events(first, chunks, future, cancelled), sep="\n")
+
+
+async def _events(
+    chunk: Any, chunks: asyncio.Queue[Any], future: asyncio.Future[Any], cancelled: threading.Event
+) -> AsyncIterator[dict[str, str]]:
+    """The chunks of a stream, up to None, and how it ended."""
+    try:
+        while chunk is not None:
+            yield {"data": json.dumps(chunk)}
+            chunk = await chunks.get()
+        error = future.exception()
+        if error is not None:
+            fault = {"message": str(error), "type": "server_error", "param": None, "code": None}
+            yield {"data": json.dumps({"error": fault})}
+        else:
+            yield {"data": "[DONE]"}
+    finally:
+        cancelled.set()
+
+
+async def _unless_disconnected(
+    request: Request, future: asyncio.Future[Any], cancelled: threading.Event
+) -> Any:
+    """The result; if the client does not wait for it, it is made short."""
+    while not future.done():
+        await asyncio.wait({future}, timeout=_WATCH_SECONDS)
+        if not future.done() and await request.is_disconnected():
+            cancelled.set()
+    return future.result()
+
+
+def _constraints(body: CompletionRequest | ChatRequest, llama: ServedLlama) -> dict[str, Any]:
+    """Options that the model has to be asked about."""
+    options: dict[str, Any] = {}
+    if body.grammar is not None:
+        options["grammar"] = llama_cpp.LlamaGrammar.from_string(body.grammar, verbose=False)
+    if body.min_tokens > 0:
+        least = llama_cpp.MinTokensLogitsProcessor(body.min_tokens, llama.token_eos())
+        options["logits_processor"] = llama_cpp.LogitsProcessorList([least])
+    if not all(0 <= token < llama.n_vocab() for token in body.logit_bias):
+        raise ApiError(400, f"tokens are numbers from 0 to {llama.n_vocab() - 1}", "logit_bias")
+    return options
+
+
+def _usage(llama: ServedLlama) -> dict[str, int]:
+    prompt, completion = llama.n_prompt, llama.n_generated
+    total = prompt + completion
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """What llama-cpp-python raises about values it was given, as errors of the request."""
+    try:
+        yield
+    except UnicodeEncodeError:  # a ValueError, too
+        raise
+    except (
+        AssertionError, IndexError, KeyError, TemplateError, TypeError, ValueError
+    ) as error:  # fmt: skip
+        code = "context_length_exceeded" if "context window" in str(error) else None
+        raise ApiError(400, f"llama.cpp cannot do this: {error}", code=code) from error
+
+
+def _base64(vector: list[float]) -> str:
+    return base64.b64encode(np.array(vector, "<f4").tobytes()).decode()

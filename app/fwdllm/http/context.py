@@ -1,0 +1,53 @@
+"""What the routes share: one ``Context`` for an application."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from fwdllm.http import limits
+from fwdllm.http.adapter_engine import AdapterEngine
+from fwdllm.http.api_error import ApiError
+from fwdllm.http.jobs import Jobs
+from fwdllm.http.models import Models
+from fwdllm.http.queue import Queue
+from fwdllm.http.runs import Runs
+from fwdllm.http.store import Store
+
+
+@dataclass
+class Context:
+    """folder: the server's.  queue: for the models.
+
+    started: Unix seconds.  n_tokens, n_requests: generated and answered since.  streams: open now.
+    """
+
+    folder: Path
+    store: Store
+    models: Models
+    jobs: Jobs
+    engine: AdapterEngine
+    runs: Runs
+    queue: Queue = field(default_factory=lambda: Queue(limits.MAX_WAITING))
+    started: float = field(default_factory=time.time)
+    n_tokens: int = 0
+    n_requests: int = 0
+    streams: int = 0
+
+    def check_room(self) -> None:
+        """ApiError 413 if the store has as many bytes of adapters as it may."""
+        if self.store.adapters_bytes() > limits.MAX_ADAPTERS_BYTES:
+            raise ApiError(413, "the server keeps no more adapters; delete some")
+
+
+def _context(request: Request) -> Context:
+    found: Context = request.app.state.context
+    return found
+
+
+# What a route takes to get at the context of its application.
+Served = Annotated[Context, Depends(_context)]

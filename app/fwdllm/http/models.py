@@ -1,0 +1,219 @@
+"""The models that answer: one set of weights in llama.cpp, and an adapter for each name."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import dataclasses
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fwdllm.engine.adapters.io import open_gguf_adapter
+from fwdllm.engine.backends import choose
+from fwdllm.engine.data.tokenizer import Tokenizer
+from fwdllm.engine.errors import AdapterError, ModelError
+from fwdllm.engine.llamacpp.native import Llama, call, llama_cpp, open_model, reason
+from fwdllm.http import limits
+from fwdllm.http.adapter_bytes import as_file
+from fwdllm.http.api_error import ApiError
+from fwdllm.http.store import Store, StoredAdapter
+from fwdllm.kernels.cpu import num_threads
+
+T = TypeVar("T")
+
+# Enough for most chats; a context of 128 k would take gigabytes for keys and values.
+DEFAULT_CONTEXT = 4096
+
+# Adapters kept in llama.cpp's memory.
+_MAX_LOADED = 4
+
+
+class Models:
+    """The base model and every adapter of a store, used by one thread, which is theirs.
+
+    One, as a llama.cpp context has one user at a time. A thread and no lock, as a coroutine that is
+    cancelled would release a lock while its call into llama.cpp still runs.
+
+    path: the GGUF file.  base: its name.  default: that of requests without one.  context: tokens
+    of a conversation.  is_causal: whether it generates; an encoder only embeds.
+    backend: what tunes it.
+    Errors of the constructor: ModelError.
+    """
+
+    def __init__(
+        self, path: Path, base: str, default: str, store: Store, context: int | None
+    ) -> None:
+        native = open_model(path, vocab_only=True)
+        self.backend = choose(native.file)
+        self.path, self.base, self.default, self._store = path, base, default, store
+        self.architecture, self.is_causal = native.architecture, native.is_causal
+        self.context = min(context or DEFAULT_CONTEXT, native.context_length)
+        self._pooling = native.pooling
+        self._chat_handler = _chat_handler(Tokenizer(native))
+        self._closing = threading.Event()
+        self._sessions: dict[bool, _Session] = {}
+        self._session(embedding=not self.is_causal)
+        self._thread = ThreadPoolExecutor(1, "models")
+
+    def close(self) -> None:
+        """Break off what is being answered and let go of the weights."""
+        self._closing.set()
+        self._thread.shutdown(cancel_futures=True)
+        for session in self._sessions.values():
+            session.llama.close()
+
+    def run(
+        self,
+        work: Callable[[ServedLlama], T],
+        model: str | None,
+        cancelled: threading.Event,
+        *,
+        embedding: bool = False,
+    ) -> asyncio.Future[T]:
+        """Let the thread do some work with a model, after what it has been asked before.
+
+        cancelled: once it is set, text ends with the next token.
+        """
+
+        def task() -> T:
+            if cancelled.is_set():
+                raise ApiError(400, "the client has closed the request")
+            llama = self._session(embedding=embedding).use(self.adapter_of(model))
+            llama.stops = (cancelled, self._closing)
+            return work(llama)
+
+        return asyncio.wrap_future(self._thread.submit(task))
+
+    def adapter_of(self, model: str | None) -> StoredAdapter | None:
+        """The adapter of a model, None for the base. Errors: ApiError 404."""
+        model = self.default if model is None else model
+        if model == self.base:
+            return None
+        found = self._store.adapter_of_model(model)
+        if found is None:
+            raise ApiError(404, f"The model {model!r} does not exist", "model", "model_not_found")
+        return found
+
+    def _session(self, *, embedding: bool) -> _Session:
+        if embedding not in self._sessions:
+            llama = self._open(embedding)
+            self._sessions[embedding] = _Session(llama, self.architecture, self._store)
+        return self._sessions[embedding]
+
+    def _open(self, embedding: bool) -> ServedLlama:
+        n_threads = num_threads()  # llama-cpp-python takes half: 25 tokens/s instead of 40
+        try:
+            return ServedLlama(
+                str(self.path),
+                n_ctx=self.context,
+                # Texts to embed are read in one piece.
+                n_batch=self.context if embedding else min(self.context, 512),
+                n_ubatch=self.context if embedding else 512,
+                n_threads=n_threads,
+                n_threads_batch=n_threads,
+                embedding=embedding,
+                pooling_type=self._pooling if embedding else -1,
+                chat_handler=self._chat_handler,
+                verbose=False,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise ModelError(f"llama.cpp cannot run {self.path}: {error}") from error
+
+
+class ServedLlama(Llama):
+    """A ``Llama`` that can be stopped, counts, and refuses what would end the process.
+
+    stops: events that end a text.  n_prompt, n_generated: tokens of the last text.
+    """
+
+    stops: tuple[threading.Event, ...] = ()
+    n_prompt = n_generated = 0
+
+    def generate(self, tokens: Any, *values: Any, **options: Any) -> Iterator[int]:
+        """Tokens that follow, until a stop."""
+        self.n_prompt, self.n_generated = len(tokens), 0
+        for token in super().generate(tokens, *values, **options):
+            if any(stop.is_set() for stop in self.stops):
+                return
+            self.n_generated += 1
+            yield token
+
+    def _init_sampler(self, *values: Any, grammar: Any = None, **options: Any) -> Any:
+        if grammar is not None:
+            _check_grammar(self._model.vocab, grammar)
+        return super()._init_sampler(*values, grammar=grammar, **options)
+
+
+def _check_grammar(vocab: Any, grammar: llama_cpp.LlamaGrammar) -> None:
+    """ValueError for one that llama.cpp cannot read; llama-cpp-python would use it nevertheless."""
+    text = grammar._grammar
+    if "\0" in text or not text.strip():
+        raise ValueError("the grammar is empty")
+    depth = max(itertools.accumulate((c == "(") - (c == ")") for c in text))
+    if len(text) > limits.MAX_GRAMMAR_CHARACTERS or depth > limits.MAX_GRAMMAR_DEPTH:
+        raise ValueError("the grammar is too long or too deep")
+    root = grammar._root.encode()
+    sampler = call(llama_cpp.llama_sampler_init_grammar, vocab, text.encode(), root)
+    if not sampler:
+        raise ValueError(f"the grammar is not one in GBNF: {reason()}")
+    llama_cpp.llama_sampler_free(sampler)
+
+
+def _chat_handler(tokenizer: Tokenizer) -> Any:
+    """Conversations as ``Tokenizer.encode_chat`` has them, as a tuned model has learned them.
+
+    llama-cpp-python's own handler has no BOS where the template has none, and guesses a template
+    where the file has none.
+    """
+    formatter = tokenizer.formatter(add_generation_prompt=True)
+
+    def render(**options: Any) -> Any:
+        found = formatter(**options)
+        return dataclasses.replace(found, added_special=tokenizer.has_bos(found.prompt))
+
+    return llama_cpp.llama_chat_format.chat_formatter_to_chat_completion_handler(render)
+
+
+class _Session:
+    """A ``Llama`` and the adapters it has loaded, by number and version, least used first."""
+
+    def __init__(self, llama: ServedLlama, architecture: str, store: Store) -> None:
+        self.llama, self._architecture, self._store = llama, architecture, store
+        self._loaded: dict[tuple[int, int], Any] = {}
+        self._used: tuple[int, int] | None = None
+
+    def use(self, adapter: StoredAdapter | None) -> ServedLlama:
+        key = None if adapter is None else (adapter.number, adapter.version)
+        if key != self._used:
+            self._set(None if adapter is None else self._load(adapter))
+            self._used = key
+            self.llama.reset()  # keys and values are of the adapter before
+        return self.llama
+
+    def _load(self, adapter: StoredAdapter) -> Any:
+        key = (adapter.number, adapter.version)
+        handle = self._loaded.pop(key, None) or self._read(adapter)
+        self._loaded[key] = handle
+        while len(self._loaded) > _MAX_LOADED:
+            llama_cpp.llama_adapter_lora_free(self._loaded.pop(next(iter(self._loaded))))
+        return handle
+
+    def _read(self, adapter: StoredAdapter) -> Any:
+        with as_file(self._store.adapter_content(adapter.number)) as path:
+            open_gguf_adapter(path, self._architecture)
+            handle = call(llama_cpp.llama_adapter_lora_init, self.llama.model, os.fsencode(path))
+        if not handle:
+            raise AdapterError(f"llama.cpp cannot use {adapter.model}: {reason()}")
+        return handle
+
+    def _set(self, handle: Any) -> None:
+        handles = [] if handle is None else [handle]
+        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * len(handles))(*handles)
+        scales = (ctypes.c_float * len(handles))(*[1.0] * len(handles))
+        if call(llama_cpp.llama_set_adapters_lora, self.llama.ctx, adapters, len(handles), scales):
+            raise AdapterError(f"llama.cpp cannot apply the adapter: {reason()}")

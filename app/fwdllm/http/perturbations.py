@@ -1,0 +1,100 @@
+"""The engine's own verbs, for apps that run their own protocol: evaluate perturbations of an
+adapter, and move it along them.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+
+from fwdllm.engine.adapters.adapter import LoRAConfig
+from fwdllm.http.adapter_engine import (
+    AdapterRequest,
+    EvaluateRequest,
+    UpdateRequest,
+    find_adapter,
+)
+from fwdllm.http.api_error import ApiError
+from fwdllm.http.context import Context, Served
+from fwdllm.http.store import StoredAdapter
+
+router = APIRouter(prefix="/v1", tags=["perturbations"])
+
+
+@router.post("/adapters")
+def create_adapter(body: AdapterRequest, served: Served) -> dict[str, Any]:
+    """Make an adapter, to be moved by updates."""
+    served.check_room()
+    if body.labels and served.models.is_causal:
+        raise ApiError(400, "only an encoder has a head for labels", "labels")
+    layers = None if body.layers is None else tuple(body.layers)
+    config = LoRAConfig(body.rank, body.alpha, tuple(body.targets), layers)
+    name = f"ft:{served.models.base}:{body.suffix}:{secrets.token_hex(4)}"
+    made = served.engine.create(name, config, body.labels, body.seed)
+    return adapter_object(served, made)
+
+
+@router.get("/adapters")
+def list_adapters(served: Served) -> dict[str, Any]:
+    """All adapters, newest first, without those of checkpoints."""
+    found = [a for a in served.store.adapters() if a.step is None]
+    return {"object": "list", "data": [adapter_object(served, a) for a in found]}
+
+
+@router.get("/adapters/{adapter_id}")
+def get_adapter(adapter_id: str, served: Served) -> dict[str, Any]:
+    """One adapter."""
+    return adapter_object(served, find_adapter(served.store, adapter_id))
+
+
+@router.delete("/adapters/{adapter_id}")
+def delete_adapter(adapter_id: str, served: Served) -> dict[str, Any]:
+    """Delete an adapter, and the model that it is."""
+    adapter = find_adapter(served.store, adapter_id)
+    if adapter.model == served.models.default:
+        raise ApiError(403, "The model that is served cannot be deleted", "adapter")
+    served.store.delete_adapter(adapter.number)
+    return {"id": adapter_id, "object": "adapter", "deleted": True}
+
+
+@router.get("/adapters/{adapter_id}/content")
+def adapter_content(adapter_id: str, served: Served) -> Response:
+    """A GGUF LoRA file, as llama.cpp, Ollama and LM Studio load it."""
+    found = find_adapter(served.store, adapter_id)
+    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in found.model)
+    return Response(
+        served.store.adapter_content(found.number),
+        media_type="application/octet-stream",
+        headers={"Content-Disposition": f'attachment; filename="{name}.gguf"'},
+    )
+
+
+@router.post("/adapters/{adapter_id}/updates")
+def update_adapter(adapter_id: str, body: UpdateRequest, served: Served) -> dict[str, Any]:
+    """Move an adapter along directions that seeds name."""
+    return adapter_object(served, served.engine.update(adapter_id, body))
+
+
+@router.post("/perturbations/evaluate")
+def evaluate(body: EvaluateRequest, served: Served) -> dict[str, Any]:
+    """Losses of examples, and slopes of their mean along directions that seeds name."""
+    return served.engine.evaluate(body.adapter, body)
+
+
+def adapter_object(served: Context, adapter: StoredAdapter) -> dict[str, Any]:
+    """What is told of an adapter."""
+    job = None if adapter.job is None else served.store.job_of_number(adapter.job).id
+    return {
+        "id": adapter.id,
+        "object": "adapter",
+        "created_at": int(adapter.created),
+        "model": adapter.model,
+        "base_model": served.models.base,
+        "job": job,
+        "version": adapter.version,
+        "n_parameters": adapter.n_parameters,
+        "bytes": adapter.n_bytes,
+    }

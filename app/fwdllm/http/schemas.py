@@ -1,0 +1,140 @@
+"""What clients send to the models: OpenAI's requests, with llama-cpp-python's parameters."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from llama_cpp.server.types import CreateChatCompletionRequest, CreateCompletionRequest
+from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic.types import StringConstraints
+
+MAX_INPUTS = 2048  # OpenAI's limit of texts in one request
+
+Temperature = Annotated[float, Field(ge=0, le=100)]
+Penalty = Annotated[float, Field(ge=0, le=10)]
+Bias = dict[int, Annotated[float, Field(ge=-100, le=100)]]
+Count = Annotated[int, Field(ge=1)]
+Suffix = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]*$", max_length=64)]
+
+
+class NullIsDefault(BaseModel):
+    """A request in which null is as good as nothing, as in OpenAI's API."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class StreamOptions(NullIsDefault):
+    """include_usage: whether a last chunk counts the tokens."""
+
+    include_usage: bool = False
+
+
+class ResponseFormat(NullIsDefault):
+    """type: "json_schema" has its schema in json_schema, "json_object" may have it in schema."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: dict[str, Any] = {}
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+
+    def plain(self) -> dict[str, Any] | None:
+        """As llama-cpp-python knows it."""
+        if self.type == "text":
+            return None
+        schema = self.json_schema.get("schema", self.schema_)
+        return {"type": "json_object", **({"schema": schema} if schema else {})}
+
+
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+# Fields that are not for ``Llama``, or not as they are.
+_OURS = {
+    "best_of", "logit_bias_type", "max_completion_tokens", "messages", "min_tokens", "model", "n",
+    "grammar", "response_format", "stream_options", "user",
+}  # fmt: skip
+
+
+class CompletionRequest(NullIsDefault, CreateCompletionRequest):
+    """A text to continue.
+
+    repeat_penalty: llama-cpp-python's is 1.1, which OpenAI does not know and which spoils a greedy
+    answer.
+    """
+
+    n: Literal[1] = 1
+    best_of: Literal[1] = 1
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)] = ""
+    max_tokens: Count = 16
+    temperature: Temperature = 0.8
+    repeat_penalty: Penalty = 1.0
+    logit_bias: Bias = {}
+    stream_options: StreamOptions = StreamOptions()
+
+    def options(self) -> dict[str, Any]:
+        """For ``Llama.create_completion``."""
+        options = self.model_dump(exclude=_OURS, exclude_none=True)
+        prompt = self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+        return {**options, "prompt": prompt}
+
+
+class ChatRequest(NullIsDefault, CreateChatCompletionRequest):
+    """A conversation to continue; see ``CompletionRequest``."""
+
+    n: Literal[1] = 1
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    temperature: Temperature = 0.8
+    repeat_penalty: Penalty = 1.0
+    logit_bias: Bias = {}
+    response_format: ResponseFormat = ResponseFormat()
+    stream_options: StreamOptions = StreamOptions()
+
+    @field_validator("messages")
+    @classmethod
+    def _as_templates_expect(cls, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [_message(i, message) for i, message in enumerate(messages)]
+
+    def options(self) -> dict[str, Any]:
+        """For ``Llama.create_chat_completion``."""
+        options = self.model_dump(exclude=_OURS, exclude_none=True)
+        options |= {"messages": self.messages, "response_format": self.response_format.plain()}
+        if self.max_completion_tokens is not None:
+            options["max_tokens"] = self.max_completion_tokens
+        return options
+
+
+class EmbeddingRequest(NullIsDefault):
+    """Texts to embed, each as a vector of the model's own size."""
+
+    model: str | None = None
+    input: (
+        Annotated[str, Field(min_length=1)]
+        | Annotated[
+            list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MAX_INPUTS)
+        ]
+    )
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: None = None
+    user: str | None = None
+
+
+def _message(index: int, message: dict[str, Any]) -> dict[str, Any]:
+    """With parts of text in one piece, without nulls, and with the old name of a new role."""
+    message = {name: value for name, value in message.items() if value is not None}
+    if message.get("role") not in _ROLES:
+        raise ValueError(f"the role of message {index} is not one of {', '.join(_ROLES)}")
+    if message["role"] == "developer":
+        message["role"] = "system"
+    content = message.get("content", "")
+    if isinstance(content, list):
+        if not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+            raise ValueError(f"message {index} has parts other than text")
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise ValueError(f"the content of message {index} is not a text")
+    return {**message, "content": content}

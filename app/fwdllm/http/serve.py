@@ -1,0 +1,124 @@
+"""Starting the server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import os
+import signal
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import uvicorn
+
+from fwdllm.engine.errors import ConfigError
+from fwdllm.http.application import ServerConfig, application
+from fwdllm.hub import local_path
+from fwdllm.resources import parse_bytes
+
+# For answers under way when the server is stopped.
+_GRACE_SECONDS = 5
+# Longer than clients keep an idle connection (httpx: 5), so that none is closed under a request.
+_KEEP_ALIVE_SECONDS = 75
+
+
+def run(
+    model: str,
+    adapter: Path | None,
+    host: str,
+    port: int,
+    api_key: str | None,
+    state: Path,
+    runs: Path | None,
+    memory_budget: str | None,
+    context: int | None,
+    allow_origins: Sequence[str],
+) -> None:
+    """Serve until interrupted; see ``fwdllm serve --help``.
+
+    Errors: ConfigError for a host that is not local without a key, and for one that cannot be
+    bound; as ``application``.
+    """
+    if api_key is None and not is_local(host):
+        raise ConfigError(f"others can reach {host}: choose a key with --api-key or FWDLLM_API_KEY")
+    api_key = None if api_key is None else api_key.strip()
+    if api_key == "":
+        raise ConfigError("the API key is empty")
+    if "*" in allow_origins:
+        raise ConfigError("--allow-origin takes sites, not *: any page could use the server")
+    os.umask(0o077)  # what people upload is theirs
+    bound = _bind(host, port)
+    config = ServerConfig(
+        model=local_path(model),
+        state=state,
+        memory_budget=parse_bytes(memory_budget) if memory_budget else _half_of_memory(),
+        adapter=adapter,
+        host=host,
+        api_key=api_key,
+        runs=runs,
+        context=context,
+        allow_origins=tuple(allow_origins),
+    )
+    with bound, application(config) as app:
+        address = f"[{host}]" if ":" in host else host
+        bound.listen()  # who reads the line below may connect at once
+        print(f"http://{address}:{bound.getsockname()[1]}", flush=True)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                log_level="warning",
+                server_header=False,
+                timeout_graceful_shutdown=_GRACE_SECONDS,
+                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            )
+        )
+        with _stop_quietly():
+            asyncio.run(server.serve([bound]))
+
+
+@contextlib.contextmanager
+def _stop_quietly() -> Iterator[None]:
+    """Within, a signal to stop ends the server and not the process, which has jobs to save.
+
+    uvicorn raises the signals it has obeyed once more when it is done.
+    """
+    stops = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: None) for number in stops}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine can reach what is bound to a host."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # With the protocol said, asyncio turns off Nagle's delay; 40 ms of every answer otherwise.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        if os.name == "posix":  # elsewhere it would share the port with another server
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise ConfigError(f"cannot bind {host}:{port}: {error.strerror or error}") from error
+    return bound
+
+
+def _half_of_memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, OSError, ValueError):
+        return parse_bytes("4GiB")

@@ -1,0 +1,224 @@
+"""The process that does one tuning job.
+
+    python -m fwdllm.http.worker FOLDER NUMBER MEMORY_BUDGET MODEL
+
+It reads the job from the store and writes events, checkpoints and the result there. The run's
+state is on disk as with ``fwdllm tune``, so it may be killed at any moment and started again. On
+its standard input the server says "stop" to have it save and leave; the end of the input means
+that the server has died, and the worker leaves at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fwdllm.cli.console import explain
+from fwdllm.engine.adapters.adapter import LoRAConfig
+from fwdllm.engine.backends import choose
+from fwdllm.engine.directions import DirectionsConfig
+from fwdllm.engine.engine import Engine
+from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.files import atomic_write, lock
+from fwdllm.engine.gguf.file import GGUFFile
+from fwdllm.http.adapter_bytes import to_bytes
+from fwdllm.http.store import Job, Store
+from fwdllm.protocol.config import TrainConfig
+from fwdllm.protocol.local import CheckpointDue, EvalResult, StepResult
+from fwdllm.tuning.tune import Progress, Started, tune
+
+# As many as OpenAI keeps.
+MAX_CHECKPOINTS = 3
+
+# For the worker of a server that died to let go: milliseconds, or a step of a large model.
+_LOCK_SECONDS = 600.0
+
+
+def work_folder(folder: Path, number: int) -> Path:
+    """Where a job's data and run are."""
+    return folder / "jobs" / str(number)
+
+
+def run_folder(folder: Path, number: int) -> Path:
+    """The run directory of a job, see ``fwdllm.tuning.run_directory``."""
+    return work_folder(folder, number) / "run"
+
+
+def tidy(folder: Path, number: int) -> None:
+    """Delete what a job that has ended needs no more; its configuration and metrics stay."""
+    work = work_folder(folder, number)
+    if not (work / "training.jsonl").exists():
+        return
+    shutil.rmtree(run_folder(folder, number) / "checkpoints", ignore_errors=True)
+    for path in (work / "adapter.gguf", work / "validation.jsonl", work / "training.jsonl"):
+        path.unlink(missing_ok=True)
+
+
+def model_name(job: Job) -> str:
+    """What the result of a job is called, in OpenAI's manner."""
+    return f"ft:{job.request['model']}:{job.request['suffix']}:{job.id[-8:]}"
+
+
+def settings(request: Mapping[str, Any]) -> tuple[LoRAConfig, TrainConfig, DirectionsConfig]:
+    """The settings of a job from its request, in which they are JSON."""
+    lora = {**request["lora"], "targets": tuple(request["lora"]["targets"])}
+    if lora["layers"] is not None:
+        lora["layers"] = tuple(lora["layers"])
+    return LoRAConfig(**lora), TrainConfig(**request["train"]), DirectionsConfig(request["kind"])
+
+
+def main(arguments: list[str]) -> None:
+    """Do the job; how it ended is in the store."""
+    folder, number = Path(arguments[0]), int(arguments[1])
+    budget, model = int(arguments[2]), Path(arguments[3])
+    # Ctrl-C is for the server, which then stops its worker. A session of its own would do as well,
+    # but Linux gives sessions equal shares of the processors, whatever their priority.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    lower_priority()
+    stop = _obey(sys.stdin)
+    with contextlib.closing(Store(folder)) as store, _only_worker(folder):
+        job = store.job_of_number(number)
+        try:
+            _work(store, folder, job, model, budget, stop)
+        except Exception as error:
+            store.fail_job(number, explain(error) or f"{type(error).__name__}: {error}")
+            if explain(error) is None:
+                raise
+
+
+def lower_priority() -> None:
+    """Give way to whatever else wants the processors, the server's answers above all."""
+    with contextlib.suppress(AttributeError, OSError):
+        os.nice(19)
+
+
+def _obey(lines: Any) -> threading.Event:
+    stop = threading.Event()
+
+    def follow() -> None:
+        for line in lines:
+            if line.strip() == "stop":
+                stop.set()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    return stop
+
+
+@contextlib.contextmanager
+def _only_worker(folder: Path) -> Iterator[None]:
+    """Wait until the worker of a server before is gone."""
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            held = lock(folder / "worker.lock")
+            break
+        except ConfigError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+    with contextlib.closing(held):
+        yield
+
+
+def _work(
+    store: Store, folder: Path, job: Job, model: Path, budget: int, stop: threading.Event
+) -> None:
+    work = work_folder(folder, job.number)
+    work.mkdir(parents=True, exist_ok=True)
+    run = run_folder(folder, job.number)
+    lora, train, directions = settings(job.request)
+    validation = None
+    if job.validation is not None:
+        validation = _data(store, job.validation, work / "validation.jsonl")
+    result = tune(
+        model,
+        _data(store, job.training, work / "training.jsonl"),
+        work / "adapter.gguf",
+        lora=lora,
+        train=train,
+        directions=directions,
+        eval_data=validation,
+        run_dir=run,
+        resume=(run / "config.json").exists(),
+        memory_budget=budget if choose(GGUFFile.open(model)).family else None,
+        on_event=_Follower(store, job, train.steps),
+        should_stop=stop.is_set,
+    )
+    if result.stopped_early:
+        return
+    adapter = store.add_adapter(
+        model_name(job), result.adapter.read_bytes(), result.n_trainable, job=job.number
+    )
+    if not store.finish_job(job.number, adapter):
+        store.delete_adapter(adapter.number)  # cancelled at the last moment
+
+
+def _data(store: Store, number: int, path: Path) -> Path:
+    if not path.exists():
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(store.file_content(number))
+    return path
+
+
+class _Follower:
+    """Writes what happens to the store."""
+
+    def __init__(self, store: Store, job: Job, steps: int) -> None:
+        self.store, self.job, self.steps = store, job, steps
+        self._engine: Engine | None = None
+
+    def __call__(self, event: Progress) -> None:
+        if isinstance(event, Started):
+            self._engine = event.engine
+            self._started(event)
+        elif isinstance(event, StepResult):
+            message = f"Step {event.step}/{self.steps}: training loss={event.loss:.4f}"
+            loss = event.loss if math.isfinite(event.loss) else None
+            data = {"train_loss": loss, "n_tokens": event.n_tokens}
+            self._metric(event.step, "step", message, data)
+        elif isinstance(event, EvalResult):
+            message = f"Step {event.step}/{self.steps}: held-out loss={event.loss:.4f}"
+            data = {"valid_loss": event.loss, "full_valid_loss": event.loss}
+            if event.accuracy is not None:
+                message += f", accuracy={event.accuracy:.1%}"
+                data["valid_accuracy"] = event.accuracy
+            self._metric(event.step, "eval", message, data)
+        else:
+            self._checkpoint(event)
+
+    def _started(self, event: Started) -> None:
+        if event.step:
+            self._say(f"Going on after step {event.step} of {event.steps}")
+        else:
+            text = f"Training on {event.n_examples} examples, {event.n_held_out} held out"
+            self._say(text, key="started")
+
+    def _checkpoint(self, event: CheckpointDue) -> None:
+        assert self._engine is not None and self._engine.adapter is not None
+        adapter = self._engine.adapter
+        name = f"{model_name(self.job)}:ckpt-step-{event.step}"
+        content, n = to_bytes(adapter), adapter.theta.size
+        self.store.add_adapter(name, content, n, job=self.job.number, step=event.step)
+        for old in self.store.checkpoints(self.job.number)[MAX_CHECKPOINTS:]:
+            self.store.delete_adapter(old.number)
+
+    def _metric(self, step: int, kind: str, message: str, data: dict[str, Any]) -> None:
+        data = {"step": step, "total_steps": self.steps, **data}
+        self.store.add_event(self.job.number, message, key=f"{kind} {step}", data=data)
+
+    def _say(self, message: str, key: str | None = None) -> None:
+        self.store.add_event(self.job.number, message, key=key)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

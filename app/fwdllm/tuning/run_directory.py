@@ -1,0 +1,294 @@
+"""A run on disk: its configuration, metrics, checkpoints and plot, safe against kill -9.
+
+- config.json: what the run's numbers depend on
+- metrics.jsonl: one line per update and per evaluation
+- checkpoints/step-N.npz: the last two states
+- plot.png: loss and held-out loss over steps
+- lock: held while a process uses the directory
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import numpy as np
+
+from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.files import atomic_write, lock
+from fwdllm.protocol.config import TrainConfig
+from fwdllm.protocol.local import (
+    CheckpointDue,
+    Event,
+    ForwardEngine,
+    StepResult,
+    TrainState,
+    n_trainable,
+    train,
+)
+from fwdllm.protocol.optimizers import OptimizerState
+from fwdllm.resources import rss_bytes
+from fwdllm.tuning import checkpoints
+
+# What a run depends on that earlier versions had no choice of and did not record.
+_UNRECORDED = {"device": "cpu", "backend": "fwdllm"}
+
+
+class RunDirectory:
+    """An open run directory, held exclusively until ``close``. Use as a context manager.
+
+    path: the directory.  checkpoint: the state to resume from, or None to start afresh.
+    damaged: checkpoint files passed over because they are damaged, renamed to *.damaged.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], config: dict[str, Any], *, resume: bool):
+        """Start a run in a new or empty directory, or resume the one that is there.
+
+        config: whatever the run's numbers depend on, as JSON values; a run is resumed only
+        with an equal one. Resuming drops the metrics of steps after the checkpoint.
+
+        Raises ConfigError if there is a run and ``resume`` is false, if there is none and it
+        is true, if the configuration differs, or if another process uses the directory.
+        """
+        self.path = Path(path)
+        self.checkpoint: checkpoints.Checkpoint | None = None
+        self.damaged: list[Path] = []
+        self._check_presence(resume)
+        with contextlib.ExitStack() as stack:
+            self.path.mkdir(parents=True, exist_ok=True)
+            stack.callback(lock(self.path / "lock").close)
+            self._check_presence(resume)  # again, as another process may just have started a run
+            self._delete_leftovers()
+            self._checkpoints.mkdir(exist_ok=True)
+            if resume:
+                self._check_config(config)
+                self._load()
+            else:
+                _write_text(self._config, json.dumps(config, indent=2) + "\n")
+            self._metrics_file = stack.enter_context(open(self._metrics, "a", encoding="utf-8"))
+            self._resources = stack.pop_all()
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the directory; nothing can be written after."""
+        self._resources.close()
+
+    def restore(self, engine: ForwardEngine, config: TrainConfig) -> TrainState:
+        """Load the checkpoint, if any, into the adapter; gives the state to train from.
+
+        ConfigError if the checkpoint is of another shape or optimizer.
+        """
+        theta = engine.adapter.theta
+        if self.checkpoint is None:
+            return TrainState.initial(config, engine)
+        saved = self.checkpoint
+        if saved.theta.shape != theta.shape or saved.theta.dtype != theta.dtype:
+            raise ConfigError(
+                f"the checkpoint in {self.path} has {saved.theta.size} adapter weights, the "
+                f"adapter {theta.size}; resume with the model and adapter of the run"
+            )
+        try:
+            optimizer = OptimizerState.from_arrays(
+                config.optimizer_config(), n_trainable(engine), saved.optimizer
+            )
+        except ValueError as error:
+            raise ConfigError(f"the checkpoint in {self.path} does not fit: {error}") from error
+        theta[:] = saved.theta
+        return TrainState(saved.step, optimizer)
+
+    def log(self, event: Event) -> None:
+        """Append an update or an evaluation to the metrics, with the time in Unix seconds."""
+        self._metrics_file.write(json.dumps(_record(event, time.time()), allow_nan=False) + "\n")
+        self._metrics_file.flush()
+
+    def save(self, theta: np.ndarray, state: TrainState) -> Path:
+        """Write a checkpoint of the state, durably, after the metrics that lead to it."""
+        os.fsync(self._metrics_file.fileno())
+        checkpoint = checkpoints.Checkpoint(state.step, theta, state.optimizer.to_arrays())
+        return checkpoints.save(self._checkpoints, checkpoint)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The metrics so far, oldest first; a torn line is left out."""
+        return [record for _, record in _read_metrics(self._metrics)]
+
+    def plot(self) -> Path:
+        """Draw the metrics so far into plot.png."""
+        from fwdllm.tuning.plot import draw  # matplotlib takes longer to import than all the rest
+
+        path = self.path / "plot.png"
+        with atomic_write(path) as temporary:
+            draw(self.metrics(), temporary)
+        return path
+
+    @property
+    def _config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def _metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def _check_presence(self, resume: bool) -> None:
+        if resume and not self._config.is_file():
+            raise ConfigError(f"there is no run in {self.path} to resume")
+        if resume or not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise ConfigError(f"{self.path} is a file; name a new directory for the run")
+        if self._config.exists():
+            raise ConfigError(f"{self.path} already holds a run; resume it or name another one")
+        if any(not _is_leftover(entry) for entry in self.path.iterdir()):
+            raise ConfigError(f"{self.path} is not empty; name a new directory for the run")
+
+    def _check_config(self, config: dict[str, Any]) -> None:
+        try:
+            saved = json.loads(self._config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{self._config} is damaged: {error}") from error
+        changed = difference(saved, json.loads(json.dumps(config)))
+        if changed is not None:
+            raise ConfigError(
+                f"{changed} in the run in {self.path}; resume with the same value or start "
+                "a new run"
+            )
+
+    def _load(self) -> None:
+        self.checkpoint, damaged = checkpoints.newest_intact(self._checkpoints)
+        # Left there, a damaged file would count as one of the last two.
+        self.damaged = [checkpoints.set_aside(path) for path in damaged]
+        step = 0 if self.checkpoint is None else self.checkpoint.step
+        kept = [line for line, record in _read_metrics(self._metrics) if _precedes(record, step)]
+        _write_text(self._metrics, "".join(line + "\n" for line in kept))
+
+    def _delete_leftovers(self) -> None:
+        for folder in (self.path, self._checkpoints):
+            for path in folder.glob(".*.tmp*"):
+                path.unlink()
+
+
+def train_recorded(
+    run: RunDirectory,
+    engine: ForwardEngine,
+    config: TrainConfig,
+    examples: Sequence[Any],
+    held_out: Sequence[Any],
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Event]:
+    """Train from where the run is to its end, recording each event before yielding it.
+
+    Once ``should_stop()`` is true the run is saved after the current event and left, to be
+    resumed later. Draws the plot at the end. Raises as ``restore`` and ``train``; what was
+    saved before an error stays resumable.
+    """
+    state = run.restore(engine, config)
+    saved = state.step
+    for event in train(engine, config, examples, held_out, state):
+        if isinstance(event, CheckpointDue):
+            run.save(engine.adapter.theta, state)
+            saved = state.step
+        else:
+            run.log(event)
+        yield event
+        if should_stop():
+            break
+    if state.step != saved and config.checkpoint_every:
+        run.save(engine.adapter.theta, state)
+    run.plot()
+
+
+@contextlib.contextmanager
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Within, the first Ctrl-C only makes the yielded function true; a second one interrupts.
+
+    Main thread only, as Python delivers signals there.
+    """
+    requested = False
+
+    def request(number: int, frame: FrameType | None) -> None:
+        nonlocal requested
+        requested = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, request)
+    try:
+        yield lambda: requested
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a process that died while starting a run may have left this."""
+    empty_folder = path.name == "checkpoints" and path.is_dir() and not any(path.iterdir())
+    return path.name == "lock" or path.name.startswith(".config.json.tmp") or empty_folder
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _record(event: Event, now: float) -> dict[str, Any]:
+    """A metrics line. Rejections are cut to seed and reason; a loss that is not finite is null."""
+    kind = "step" if isinstance(event, StepResult) else "eval"
+    record = {"event": kind, **dataclasses.asdict(event), "time": round(now, 3)}
+    if isinstance(event, StepResult):
+        record["resident_bytes"] = rss_bytes()
+        record["rejected"] = [
+            {"seed": r.contribution.seed, "reason": r.reason} for r in event.rejected
+        ]
+    if not math.isfinite(record["loss"]):
+        record["loss"] = None
+    return record
+
+
+def _read_metrics(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The whole lines of a metrics file with their records; torn ones do not parse."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    if not path.exists():
+        return found
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                found.append((line, record))
+    return found
+
+
+def _precedes(record: dict[str, Any], step: int) -> bool:
+    """Whether a resumed run will not write this record itself; it repeats evaluations at step."""
+    return record["step"] < step or (record["step"] == step and record["event"] == "step")
+
+
+def difference(saved: Any, given: Any, key: str = "") -> str | None:
+    """The first place where two JSON values differ, as "key is x here but y"."""
+    if isinstance(saved, dict) and isinstance(given, dict):
+        for name in sorted({*saved, *given}):
+            inner = f"{key}.{name}" if key else name
+            found = difference(saved.get(name, _UNRECORDED.get(name)), given.get(name), inner)
+            if found is not None:
+                return found
+        return None
+    return None if saved == given else f"{key} is {given!r}, but {saved!r}"

@@ -1,0 +1,319 @@
+"""``tune``: a model and a data set in, an adapter out."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from fwdllm.adapters import check_output, is_peft, write_adapter
+from fwdllm.engine.adapters.adapter import LoRAConfig
+from fwdllm.engine.backends import choose
+from fwdllm.engine.data.jsonl import Example, check_labels, labels_of, read_jsonl, split
+from fwdllm.engine.directions import DirectionsConfig
+from fwdllm.engine.engine import Engine
+from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.evaluation import Evaluation
+from fwdllm.engine.files import fingerprint, sha256
+from fwdllm.engine.gguf.file import GGUFFile
+from fwdllm.hub import local_path
+from fwdllm.protocol.config import TrainConfig
+from fwdllm.protocol.local import Event, StepResult, n_trainable
+from fwdllm.resources import peak_rss_bytes
+from fwdllm.tuning.recipes import recipe
+from fwdllm.tuning.run_directory import RunDirectory, train_recorded
+
+DEFAULT_HELD_OUT, MAX_DEFAULT_HELD_OUT = 0.1, 200
+
+# Examples tokenized together when the data is checked: bounds memory, costs nothing.
+_CHECK_AT_ONCE = 1000
+# Examples that a mask of parameters is chosen by: means over their tokens settle long before.
+_MASK_EXAMPLES = 32
+
+_Path = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Started:
+    """Everything is read and checked, and training begins after ``step`` of ``steps`` updates.
+
+    damaged: checkpoints that a resumed run passed over.  engine: at work; its adapter may be read
+    at every event.
+    """
+
+    step: int
+    steps: int
+    n_trainable: int
+    n_examples: int
+    n_held_out: int
+    damaged: tuple[Path, ...]
+    engine: Engine = field(repr=False)
+
+
+Progress: TypeAlias = Started | Event
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What a run has done.
+
+    loss_before, loss_after: held-out loss in nats; accuracy_before, accuracy_after: None
+    without labels.  steps: updates in all.  seconds, tokens_per_s: of this process, without
+    what a resumed run did before; tokens are lane-tokens.  adapter: the file or folder
+    written.  stopped_early: whether ``should_stop`` ended it.  n_trainable: parameters.
+    """
+
+    loss_before: float
+    loss_after: float
+    steps: int
+    seconds: float
+    adapter: Path
+    peak_rss_bytes: int
+    accuracy_before: float | None
+    accuracy_after: float | None
+    run_dir: Path
+    tokens_per_s: float
+    stopped_early: bool
+    n_trainable: int
+
+
+def tune(
+    model: _Path,
+    data: _Path,
+    output: _Path = "adapter.gguf",
+    *,
+    lora: LoRAConfig | None = None,
+    train: TrainConfig | None = None,
+    directions: DirectionsConfig | None = None,
+    eval_data: _Path | None = None,
+    held_out: float | None = None,
+    run_dir: _Path | None = None,
+    resume: bool = False,
+    exact: bool = False,
+    device: str = "cpu",
+    backend: str = "auto",
+    memory_budget: int | None = None,
+    on_event: Callable[[Progress], None] = lambda event: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> TuneResult:
+    """Tune a LoRA adapter with forward passes only.
+
+    model: a GGUF file, or hf://owner/repo/file.gguf.  data: JSONL, see ``engine.data.jsonl``.
+    output: NAME.gguf for a GGUF LoRA file, NAME or NAME/ for a PEFT folder.
+    lora, train, directions: shape of the adapter, settings of the run and what perturbs the
+    adapter; None is what ``recipe`` has for the model, the data and train's method. An eval_every
+    of 0 evaluates before the first step and after the last.
+    eval_data: JSONL to evaluate on.  held_out: without it, this share (float) or number (int)
+    of ``data`` is kept for that; None is a tenth, at most 200.
+    run_dir: for checkpoints, metrics and plot; None is NAME.run beside ``output``.
+    resume: continue the run in run_dir to the adapter an uninterrupted run would give; all
+    else must be as it was.  exact: fp32 arithmetic.  device: "cpu", or "cuda" for an NVIDIA GPU,
+    which rounds differently.  backend: "auto", "fwdllm" or "llama.cpp", see ``Engine.load``.
+    memory_budget: bytes to stay within on the CPU, see
+    ``Engine.load``; it changes no bit of the adapter, so a resumed run may have another.
+    on_event: called with ``Started`` and then every event of ``protocol.local.train``.
+    should_stop: asked after each event; once true, the state is saved and the adapter so far
+    written.
+
+    Errors: any FwdllmError; OSError. A run that fails before its first step leaves nothing,
+    a later failure leaves the run to be resumed and no adapter.
+    """
+    began = time.perf_counter()
+    check_output(output)
+    if lora is None or train is None:
+        defaults = recipe(model, data, train.method if train else None, backend)
+        lora, train = lora or defaults.lora, train or defaults.train
+    train = dataclasses.replace(train, eval_every=train.eval_every or train.steps)
+    task = _prepare(
+        model,
+        data,
+        lora,
+        train,
+        directions or DirectionsConfig(),
+        eval_data,
+        held_out,
+        exact,
+        device,
+        backend,
+        memory_budget,
+    )
+    if should_stop():  # nothing is worth saving yet
+        raise KeyboardInterrupt
+    folder = default_run_dir(output) if run_dir is None else Path(run_dir)
+    with RunDirectory(folder, task.settings, resume=resume) as run:
+        work = _follow(run, task, on_event, should_stop)
+        # Before any further evaluation, so that a second interrupt does not lose it.
+        adapter = write_adapter(task.engine, output)
+        after = _evaluation(run, task, work.step) or task.evaluate(task.engine)
+        before = _evaluation(run, task, 0) or task.evaluate(task.new_engine())
+    return TuneResult(
+        loss_before=before.loss,
+        loss_after=after.loss,
+        steps=work.step,
+        seconds=time.perf_counter() - began,
+        adapter=adapter,
+        peak_rss_bytes=peak_rss_bytes(),
+        accuracy_before=before.accuracy,
+        accuracy_after=after.accuracy,
+        run_dir=folder,
+        tokens_per_s=work.n_tokens / work.seconds if work.seconds else 0.0,
+        stopped_early=work.step < train.steps,
+        n_trainable=n_trainable(task.engine),
+    )
+
+
+def default_run_dir(output: _Path) -> Path:
+    """NAME.run beside the adapter NAME.gguf or NAME/."""
+    path = Path(output)
+    return path.with_name((path.name if is_peft(output) else path.stem) + ".run")
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a run works on. settings: whatever its numbers depend on, as JSON values."""
+
+    new_engine: Callable[[], Engine]
+    engine: Engine
+    train: TrainConfig
+    examples: Sequence[Example]
+    held_out: Sequence[Example]
+    settings: dict[str, Any]
+
+    def evaluate(self, engine: Engine) -> Evaluation:
+        return engine.evaluate(self.held_out, self.train.max_tokens)
+
+
+def _prepare(
+    model: _Path,
+    data: _Path,
+    lora: LoRAConfig,
+    train: TrainConfig,
+    directions: DirectionsConfig,
+    eval_data: _Path | None,
+    held_out: float | None,
+    exact: bool,
+    device: str,
+    backend: str,
+    memory_budget: int | None,
+) -> _Task:
+    """Read and check everything, so that a bad example does not end a run of hours."""
+    if eval_data is not None and held_out is not None:
+        raise ConfigError("give either a file to evaluate on or a share to hold out, not both")
+    everything = read_jsonl(data)
+    labels = labels_of(everything)
+    if eval_data is None:
+        examples, kept = _split(everything, held_out, train.seed)
+    else:
+        examples, kept = everything, read_jsonl(eval_data)
+    if labels:
+        check_labels(kept, labels)
+    path = local_path(model)
+    chosen = choose(GGUFFile.open(path), backend)
+    chosen.check_method(train.method)
+
+    def new_engine() -> Engine:
+        return Engine.load(
+            path,
+            lora,
+            labels=labels,
+            seed=train.seed,
+            exact=exact,
+            memory_budget=memory_budget,
+            device=device,
+            backend=chosen.name,
+        )
+
+    engine = new_engine()
+    for part in (examples, kept):
+        for start in range(0, len(part), _CHECK_AT_ONCE):
+            engine.encode(part[start : start + _CHECK_AT_ONCE], train.max_tokens)
+    if train.method == "activation":
+        if directions.kind != DirectionsConfig.kind:
+            raise ConfigError(
+                f"activation perturbs no weights, so {directions.kind} has no meaning"
+            )
+        engine.use_activations(directions.scope)
+    else:
+        engine.use_directions(directions, train.seed, examples[:_MASK_EXAMPLES])
+    settings = {
+        "model": {"name": engine.file.metadata.get("general.name"), **fingerprint(path)},
+        "data": sha256(Path(data)),
+        "held_out": held_out if eval_data is None else sha256(Path(eval_data)),
+        "lora": dataclasses.asdict(lora),
+        "train": dataclasses.asdict(train),
+        "directions": dataclasses.asdict(directions),
+        "exact": exact,
+        "device": device,
+        "backend": chosen.name,
+    }
+    return _Task(new_engine, engine, train, examples, kept, settings)
+
+
+def _split(
+    examples: Sequence[Example], held_out: float | None, seed: int
+) -> tuple[list[Example], list[Example]]:
+    if held_out is None:
+        tenth = max(1, round(DEFAULT_HELD_OUT * len(examples)))
+        held_out = min(tenth, MAX_DEFAULT_HELD_OUT)
+    return split(examples, held_out, seed)
+
+
+@dataclass
+class _Work:
+    """step: updates in all.  n_tokens, seconds: lane-tokens of the updates made here."""
+
+    step: int
+    n_tokens: int = 0
+    seconds: float = 0.0
+
+
+def _follow(
+    run: RunDirectory,
+    task: _Task,
+    on_event: Callable[[Progress], None],
+    should_stop: Callable[[], bool],
+) -> _Work:
+    """Train to the end, or until asked to stop."""
+    train = task.train
+    step = 0 if run.checkpoint is None else run.checkpoint.step
+    started = Started(
+        step,
+        train.steps,
+        n_trainable(task.engine),
+        len(task.examples),
+        len(task.held_out),
+        tuple(run.damaged),
+        task.engine,
+    )
+    work = _Work(step)
+    try:
+        on_event(started)
+        clock = time.perf_counter()
+        for event in train_recorded(
+            run, task.engine, train, task.examples, task.held_out, should_stop
+        ):
+            if isinstance(event, StepResult):
+                work.step = event.step
+                work.n_tokens += event.n_tokens
+                work.seconds += time.perf_counter() - clock
+            on_event(event)
+            clock = time.perf_counter()
+    except BaseException:
+        if work.step == 0 and not run.damaged:  # there is nothing to resume
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
+    return work
+
+
+def _evaluation(run: RunDirectory, task: _Task, step: int) -> Evaluation | None:
+    """The evaluation after ``step`` updates, if the run has recorded it."""
+    for record in reversed(run.metrics()):
+        if record["event"] == "eval" and record["step"] == step:
+            fields = dataclasses.fields(Evaluation)
+            return Evaluation(**{field.name: record[field.name] for field in fields})
+    return None

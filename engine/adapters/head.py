@@ -1,0 +1,46 @@
+"""A linear classification head on an encoder's features, with its gradient in closed form."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fwdllm.engine.adapters.adapter import Adapter
+
+
+def log_probabilities(adapter: Adapter, features: np.ndarray) -> np.ndarray:
+    """log softmax(W h + b) of features h float32 [n, width]: float64 [n, n_labels]."""
+    assert adapter.head_weight is not None and adapter.head_bias is not None
+    scores = features.astype(np.float64) @ adapter.head_weight.T + adapter.head_bias
+    scores -= scores.max(axis=1, keepdims=True)
+    return scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
+
+
+def class_losses(
+    adapter: Adapter, features: np.ndarray, classes: np.ndarray, n_lanes: int, tangents: int = 0
+) -> np.ndarray:
+    """-log p of the classes: float64 [n_lanes, n].
+
+    features: float32 [n_lanes * n, width].  classes: int32 [n].  tangents: the last lanes that are
+    derivatives of the first; their slopes are (p - y) . W dh.
+    """
+    assert adapter.head_weight is not None
+    n, at = len(classes), np.arange(len(classes))
+    scores = log_probabilities(adapter, features[: (n_lanes - tangents) * n])
+    losses = -scores.reshape(-1, n, scores.shape[1])[:, at, classes]
+    error = np.exp(scores[:n])
+    error[at, classes] -= 1
+    slopes = features[len(scores) :].astype(np.float64) @ adapter.head_weight.T
+    slopes = slopes.reshape(tangents, n, scores.shape[1])
+    return np.concatenate([losses, (error * slopes).sum(axis=2)])
+
+
+def head_gradient(adapter: Adapter, features: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Gradient of the mean loss by the head: dW = mean (p - y) h^T, db = mean (p - y).
+
+    features: float32 [n, width].  classes: int32 [n].  Returns float32 [n_head], as theta ends.
+    """
+    error = np.exp(log_probabilities(adapter, features))
+    error[np.arange(len(classes)), classes] -= 1
+    error /= len(classes)
+    weight = error.T @ features.astype(np.float64)
+    return np.concatenate([weight.ravel(), error.sum(axis=0)]).astype(np.float32)

@@ -1,0 +1,180 @@
+"""Adapter files: GGUF LoRA as llama.cpp reads it, and PEFT safetensors.
+
+GGUF: tensors "<name>.weight.lora_a" [rank, n_in] and ".lora_b" [n_out, rank], as made by
+llama.cpp's convert_lora_to_gguf.py and read by src/llama-adapter.cpp. A classification head
+is metadata, because llama.cpp refuses a file with tensors it does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFType, GGUFWriter, Keys
+
+from fwdllm.engine.adapters.adapter import LAYOUT_VERSION, Adapter, Head
+from fwdllm.engine.adapters.peft import read_peft, save_peft
+from fwdllm.engine.adapters.stored import StoredAdapter, assemble
+from fwdllm.engine.errors import AdapterError, ConfigError, ModelError, NumericsError
+from fwdllm.engine.files import atomic_write
+from fwdllm.engine.gguf.file import GGUFFile
+from fwdllm.kernels.types import Weight
+
+__all__ = ["load_adapter", "open_gguf_adapter", "save_gguf", "save_peft"]
+
+KEY_LAYOUT_VERSION = "fwdllm.layout_version"
+KEY_HEAD_LABELS = "fwdllm.head.labels"
+KEY_HEAD_WEIGHT = "fwdllm.head.weight"
+KEY_HEAD_BIAS = "fwdllm.head.bias"
+
+SUFFIX_A = ".weight.lora_a"
+SUFFIX_B = ".weight.lora_b"
+
+
+def save_gguf(adapter: Adapter, path: str | Path) -> None:
+    """Write a GGUF LoRA file, in one step; equal adapters give equal bytes.
+
+    Errors: NumericsError if the adapter holds values that are not finite, ConfigError if the
+    folder does not exist.
+    """
+    if not np.isfinite(adapter.theta).all():
+        raise NumericsError("the adapter holds values that are not finite, so it is not saved")
+    with atomic_write(path) as temporary:
+        writer = GGUFWriter(temporary, adapter.architecture)
+        _add_metadata(writer, adapter)
+        halves: list[np.ndarray] = []
+        for target in adapter.targets:
+            factors = adapter.factors(target)
+            for suffix, half in ((SUFFIX_A, factors.a), (SUFFIX_B, factors.b)):
+                writer.add_tensor_info(target.name + suffix, half.shape, half.dtype, half.nbytes)
+                halves.append(half)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        _append(temporary, halves)
+
+
+def _append(path: Path, tensors: Sequence[np.ndarray]) -> None:
+    """Write the data of tensors behind a GGUF header, each from and to an aligned position.
+
+    GGUFWriter would call ndarray.tofile, which does not notice that the disk is full.
+    """
+    with open(path, "ab") as file:
+        for tensor in tensors:
+            file.write(bytes(-file.tell() % GGUF_DEFAULT_ALIGNMENT))
+            file.write(tensor.tobytes())
+        file.write(bytes(-file.tell() % GGUF_DEFAULT_ALIGNMENT))
+
+
+def load_adapter(
+    path: str | Path,
+    architecture: str,
+    shapes: Mapping[str, tuple[int, int]],
+    n_heads: int,
+    n_kv_heads: int,
+    ops: ModuleType,
+) -> Adapter:
+    """Load a GGUF LoRA file, a PEFT folder, or the .safetensors file in a PEFT folder.
+
+    architecture: the model's general.architecture.  shapes: as ``adapter.layout``.  n_heads,
+    n_kv_heads: of the model, because the rows of q and k are ordered differently in PEFT.
+    ops: the kernel backend the adapter will use.
+    Errors: AdapterError if the file is missing, damaged or made for another model.
+    """
+    path = Path(path)
+    if path.is_dir() or path.suffix == ".safetensors":
+        stored = read_peft(path, architecture, n_heads, n_kv_heads)
+    else:
+        stored = _read_gguf(path, architecture)
+    return assemble(stored, architecture, shapes, ops)
+
+
+def open_gguf_adapter(path: str | Path, architecture: str) -> GGUFFile:
+    """Open a GGUF file and check that it is a LoRA adapter for this architecture.
+
+    Errors: AdapterError if not, or if the file is damaged.
+    """
+    try:
+        file = GGUFFile.open(path)
+    except ModelError as error:
+        raise AdapterError(str(error)) from error
+    if file.metadata.get(Keys.General.TYPE) != GGUFType.ADAPTER:
+        raise AdapterError(f"{path} is not an adapter; it is a model or another GGUF file")
+    if file.metadata.get(Keys.Adapter.TYPE) != "lora":
+        raise AdapterError(f"{path} is not a LoRA adapter; other kinds are not supported")
+    found = file.metadata.get(Keys.General.ARCHITECTURE)
+    if found != architecture:
+        raise AdapterError(f"{path} is for {found!r} models, but this model is {architecture!r}")
+    if Keys.Adapter.ALORA_INVOCATION_TOKENS in file.metadata:
+        raise AdapterError(f"{path} is an activated LoRA (aLoRA), which is not supported")
+    return file
+
+
+def _add_metadata(writer: GGUFWriter, adapter: Adapter) -> None:
+    writer.add_type(GGUFType.ADAPTER)
+    writer.add_string(Keys.Adapter.TYPE, "lora")
+    writer.add_float32(Keys.Adapter.LORA_ALPHA, adapter.config.alpha)
+    writer.add_uint32(KEY_LAYOUT_VERSION, LAYOUT_VERSION)
+    if adapter.head is None:
+        return
+    weight, bias = np.split(adapter.theta[adapter.n_lora :], [adapter.head.n_weight])
+    writer.add_array(KEY_HEAD_LABELS, list(adapter.head.labels))
+    writer.add_array(KEY_HEAD_WEIGHT, weight.tolist())
+    writer.add_array(KEY_HEAD_BIAS, bias.tolist())
+
+
+def _read_gguf(path: Path, architecture: str) -> StoredAdapter:
+    file = open_gguf_adapter(path, architecture)
+    try:
+        head, values = _read_head(file)
+        return StoredAdapter(path, _read_pairs(file), _read_alpha(file), head, values)
+    except ModelError as error:
+        raise AdapterError(str(error)) from error
+
+
+def _read_alpha(file: GGUFFile) -> float | None:
+    # llama.cpp takes a missing alpha and an alpha of 0 as "no scale".
+    return file.number(Keys.Adapter.LORA_ALPHA, 0.0) or None
+
+
+def _read_pairs(file: GGUFFile) -> dict[str, tuple[Weight, Weight]]:
+    if sum(tensor.nbytes for tensor in file.tensors.values()) > len(file.mapping):
+        raise AdapterError(f"{file.path} is damaged: its tensors overlap")
+    names = []
+    for name in file.tensors:
+        if name.endswith((SUFFIX_A, SUFFIX_B)):
+            names.append(name[: -len(SUFFIX_A)])
+        elif not name.endswith("_norm.weight"):  # mergekit adds norms; llama.cpp skips them too
+            raise AdapterError(f"{file.path} holds {name!r}, which is not a LoRA tensor")
+    return {name: (_half(file, name, SUFFIX_A), _half(file, name, SUFFIX_B)) for name in names}
+
+
+def _half(file: GGUFFile, name: str, suffix: str) -> Weight:
+    if name + suffix not in file.tensors:
+        raise AdapterError(f"{file.path} is incomplete: it lacks {name + suffix!r}")
+    return file.weight(name + suffix)
+
+
+def _read_head(file: GGUFFile) -> tuple[Head | None, np.ndarray | None]:
+    if KEY_HEAD_LABELS not in file.metadata:
+        return None, None
+    labels = file.strings(KEY_HEAD_LABELS)
+    weight = _floats(file, KEY_HEAD_WEIGHT)
+    bias = _floats(file, KEY_HEAD_BIAS)
+    try:
+        head = Head(labels, len(weight) // max(1, len(labels)))
+    except ConfigError as error:
+        raise AdapterError(f"{file.path} is damaged: {error}") from error
+    if len(weight) != head.n_weight or len(bias) != len(labels):
+        raise AdapterError(f"{file.path} is damaged: its classification head is incomplete")
+    return head, np.concatenate([weight, bias])
+
+
+def _floats(file: GGUFFile, key: str) -> np.ndarray:
+    values = file.numbers(key)
+    if values.dtype != np.float32:
+        raise AdapterError(f"{file.path} is damaged: {key} is {values.dtype}, not float32")
+    return values

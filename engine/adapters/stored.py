@@ -1,0 +1,123 @@
+"""An adapter as a file holds it, named factor pairs, and its assembly into an ``Adapter``.
+
+Both file formats meet here, so that "does it fit this model" is decided once. What a file
+claims is not trusted: whatever does not fit is an AdapterError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from fwdllm.engine.adapters.adapter import Adapter, Head, LoRAConfig, by_layer, layout
+from fwdllm.engine.errors import AdapterError, ConfigError
+from fwdllm.kernels.types import Weight
+
+
+@dataclass(frozen=True, eq=False)
+class StoredAdapter:
+    """Factors by the GGUF name of the tensor they adapt, without ".weight".
+
+    path: the file, for messages.  pairs: name -> (A [rank, n_in], B [n_out, rank]).  alpha:
+    None where the file leaves the scale at 1.  head: with its values, the weight and then the
+    bias, float32 [head.size].
+    """
+
+    path: Path
+    pairs: Mapping[str, tuple[Weight, Weight]]
+    alpha: float | None
+    head: Head | None = None
+    head_values: np.ndarray | None = None
+
+
+def assemble(
+    stored: StoredAdapter,
+    architecture: str,
+    shapes: Mapping[str, tuple[int, int]],
+    ops: ModuleType,
+) -> Adapter:
+    """Lay the factors out for the model with these ``shapes`` (see ``adapter.layout``).
+
+    Errors: AdapterError if the adapter is for another model, has a different rank in different
+    tensors or different targets in different layers, or holds values that are not finite.
+    """
+    rank = _common_rank(stored)
+    for name, (a, b) in stored.pairs.items():
+        _check_fit(stored.path, name, a, b, shapes)
+    _check_head(stored, shapes)
+    config = _config(stored, rank, shapes)
+    targets = layout(shapes, config)
+    missing = [target.name for target in targets if target.name not in stored.pairs]
+    if missing:
+        raise AdapterError(
+            f"{stored.path} adapts {_suffix(missing[0])} in some layers but not in "
+            f"{missing[0]}; only the same targets in every adapted layer are supported"
+        )
+    parts = [ops.dequantize(half).ravel() for t in targets for half in stored.pairs[t.name]]
+    if stored.head_values is not None:
+        parts.append(stored.head_values)
+    theta = np.concatenate(parts).astype(np.float32, copy=False)
+    if not np.isfinite(theta).all():
+        raise AdapterError(f"{stored.path} is damaged: it holds values that are not finite")
+    return Adapter(architecture, config, targets, theta, ops, stored.head)
+
+
+def _common_rank(stored: StoredAdapter) -> int:
+    if not stored.pairs:
+        raise AdapterError(f"{stored.path} holds no LoRA tensors")
+    ranks = {a.n_out for a, _ in stored.pairs.values()}
+    if len(ranks) > 1:
+        found = ", ".join(str(rank) for rank in sorted(ranks))
+        raise AdapterError(
+            f"{stored.path} mixes ranks ({found}); only one rank per adapter is supported"
+        )
+    return ranks.pop()
+
+
+def _check_fit(
+    path: Path, name: str, a: Weight, b: Weight, shapes: Mapping[str, tuple[int, int]]
+) -> None:
+    if name not in shapes:
+        raise AdapterError(
+            f"{path} adapts {name!r}, which is not a tunable layer of this model; it was "
+            "made for another model"
+        )
+    n_out, n_in = shapes[name]
+    if b.n_in != a.n_out:
+        raise AdapterError(f"{path}: the factors of {name!r} have ranks {a.n_out} and {b.n_in}")
+    if (b.n_out, a.n_in) != (n_out, n_in):
+        raise AdapterError(
+            f"{path} adapts {name!r} as {b.n_out} x {a.n_in}, but it is {n_out} x {n_in} in "
+            "this model; it was made for another model"
+        )
+
+
+def _check_head(stored: StoredAdapter, shapes: Mapping[str, tuple[int, int]]) -> None:
+    # Every block reads the model's own width, and that is what a head reads.
+    if stored.head and all(stored.head.n_in != n_in for _, n_in in shapes.values()):
+        raise AdapterError(
+            f"{stored.path} has a classification head on {stored.head.n_in} features, which "
+            "this model does not have; it was made for another model"
+        )
+
+
+def _config(stored: StoredAdapter, rank: int, shapes: Mapping[str, tuple[int, int]]) -> LoRAConfig:
+    blocks = by_layer(dict.fromkeys(stored.pairs, (0, 0)))
+    outside = len(stored.pairs) - sum(len(block) for block in blocks.values())
+    if outside:
+        raise AdapterError(f"{stored.path} adapts tensors outside the model's layers")
+    targets = tuple({suffix for block in blocks.values() for suffix in block})
+    layers = None if set(blocks) == set(by_layer(shapes)) else tuple(blocks)
+    alpha = float(rank) if stored.alpha is None else stored.alpha
+    try:
+        return LoRAConfig(rank, alpha, targets, layers)
+    except ConfigError as error:
+        raise AdapterError(f"{stored.path} is not a usable adapter: {error}") from error
+
+
+def _suffix(name: str) -> str:
+    return name.split(".", 2)[2]

@@ -1,0 +1,1 @@
+"""From lines of JSONL to batches of tokens."""

@@ -1,0 +1,142 @@
+"""Examples to tokens, with the tokens that count in the loss marked.
+
+A prompt is tokenized on its own and a completion as what follows it, so that training sees
+the tokens that inference would: no token merges across the border.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from fwdllm.engine.data.batch import Tokens
+from fwdllm.engine.data.jsonl import Example
+from fwdllm.engine.data.tokenizer import Tokenizer
+from fwdllm.engine.errors import DataError
+
+
+def classification_prompt(label: str) -> tuple[str, str]:
+    """What a decoder reads after the text, and how it names a label."""
+    return "\nLabel:", f" {label}"
+
+
+def encode_decoder(
+    tokenizer: Tokenizer, example: Example, context: int, max_tokens: int | None
+) -> Tokens:
+    """Tokens of one example for a decoder, cut to max_tokens.
+
+    DataError for an example longer than the context without max_tokens, or with one token.
+    """
+    if example.kind == "label":
+        assert example.label is not None
+        return encode_label(tokenizer, example, example.label, context, max_tokens)
+    if example.kind == "messages":
+        tokens = _join(_chat_spans(tokenizer, example))
+    elif example.kind == "completion":
+        assert example.prompt is not None and example.completion is not None
+        spans = _encode_spans(tokenizer, [example.prompt, example.completion])
+        if tokenizer.eos is not None:
+            spans[1].append(tokenizer.eos)
+        tokens = _join(zip(spans, [False, True], strict=True))
+    else:
+        assert example.text is not None
+        tokens = _join([(_encode_spans(tokenizer, [example.text])[0], True)])
+    if not any(tokens.labels[1:]):
+        raise DataError(f"{example.where}: it has no token to predict")
+    return _fit(tokens, example, context, max_tokens)
+
+
+def encode_label(
+    tokenizer: Tokenizer, example: Example, label: str, context: int, max_tokens: int | None
+) -> Tokens:
+    """Text, prompt and one candidate label; the text is cut if they exceed max_tokens."""
+    assert example.text is not None
+    text, tail, labels = _encode_spans(tokenizer, [example.text, *classification_prompt(label)])
+    room = min(max_tokens or context, context) - len(tail) - len(labels)
+    if room < 1 or (max_tokens is None and len(text) > room):
+        raise _too_long(example, len(text) + len(tail) + len(labels), context)
+    return _join([(text[:room], False), (tail, False), (labels, True)])
+
+
+def encode_text(
+    tokenizer: Tokenizer, example: Example, context: int, max_tokens: int | None
+) -> list[int]:
+    """Tokens of a text for an encoder, between its special tokens."""
+    if example.text is None:
+        raise DataError(f"{example.where}: an encoder reads examples with a text")
+    ids = tokenizer.encode(example.text, bos=True)
+    limit = min(max_tokens or context, context)
+    if len(ids) > limit:
+        if max_tokens is None:
+            raise _too_long(example, len(ids), context)
+        ids = [*ids[: limit - 1], ids[-1]]  # the closing special token stays
+    return ids
+
+
+def _chat_spans(tokenizer: Tokenizer, example: Example) -> list[tuple[list[int], bool]]:
+    """The conversation as its template renders it; what the assistant says is labelled."""
+    assert example.messages is not None
+    spans: list[tuple[str, bool]] = []
+    done = ""
+    for i, message in enumerate(example.messages):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.render_chat(example.messages[:i], add_generation_prompt=True)
+        after = tokenizer.render_chat(example.messages[: i + 1], add_generation_prompt=False)
+        if not before.startswith(done) or not after.startswith(before):
+            raise DataError(
+                f"{example.where}: the model's chat template renders earlier turns differently "
+                "once later ones follow; give single turns as prompt and completion"
+            )
+        spans += [(before[len(done) :], False), (after[len(before) :], True)]
+        done = after
+    ids = _encode_spans(tokenizer, [text for text, _ in spans], special=True)
+    return list(zip(ids, [labelled for _, labelled in spans], strict=True))
+
+
+def _encode_spans(
+    tokenizer: Tokenizer, texts: Sequence[str], special: bool = False
+) -> list[list[int]]:
+    """Tokens of consecutive texts, BOS first if the model wants it.
+
+    Each text is tokenized behind those before it (SentencePiece would put a space in front of
+    it otherwise), or alone where its first token would swallow the end of the one before.
+    """
+    before, before_ids = "", list[int]()
+    spans = []
+    for text in texts:
+        joint = tokenizer.encode(before + text, bos=False, special=special)
+        if joint[: len(before_ids)] == before_ids:
+            spans.append(joint[len(before_ids) :])
+        else:
+            spans.append(tokenizer.encode(text, bos=False, special=special))
+        before, before_ids = before + text, before_ids + spans[-1]
+    if tokenizer.add_bos and tokenizer.bos is not None and spans[0][:1] != [tokenizer.bos]:
+        spans[0].insert(0, tokenizer.bos)
+    return spans
+
+
+def _join(spans: Iterable[tuple[list[int], bool]]) -> Tokens:
+    spans = list(spans)
+    return Tokens(
+        ids=[token for ids, _ in spans for token in ids],
+        labels=[labelled for ids, labelled in spans for _ in ids],
+    )
+
+
+def _fit(tokens: Tokens, example: Example, context: int, max_tokens: int | None) -> Tokens:
+    """Cut to the limit; a long prompt loses its beginning, so that half is left to predict."""
+    n = len(tokens.ids)
+    if max_tokens is None and n > context:
+        raise _too_long(example, n, context)
+    limit = min(max_tokens or context, context)
+    first = tokens.labels.index(True)
+    predicted = min(n - first, limit - limit // 2)
+    start = max(0, first + predicted - limit)
+    return Tokens(tokens.ids[start : start + limit], tokens.labels[start : start + limit])
+
+
+def _too_long(example: Example, n_tokens: int, context: int) -> DataError:
+    return DataError(
+        f"{example.where}: the example has {n_tokens} tokens, but the model's context is "
+        f"{context}; shorten it or set a maximum number of tokens to cut it"
+    )

@@ -1,0 +1,282 @@
+"""Activation perturbation: gradients from few numbers per token instead of many per weight.
+
+An adapted layer computes y = x W^T + scale (x A^T) B^T. Its rank numbers per token, u = x A^T,
+stand between A and everything after, so dL/dA = sum over tokens of (dL/du) x^T: with x known from
+the forward pass only dL/du has to be estimated. Tokens of different examples do not meet, so one
+tangent perturbs u of every example by itself; an example of 12 tokens and 24 layers of rank 1 has
+288 unknowns where their A have ten thousand.
+
+B stays as it is, so it has to say which way the outputs should move at all: ``sensitivity`` finds
+that, by biases at the outputs that are perturbed in the same manner.
+
+Every number of an example is perturbed in one of the K tangents, by +1 or -1 at random. The
+example's slope there times that sign is the number's derivative plus those of its companions with
+random signs: unbiased, and K directions that are orthogonal. With K numbers or fewer it is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fwdllm.engine.adapters.adapter import Adapter, Target
+from fwdllm.engine.data.batch import Batch
+from fwdllm.engine.errors import ConfigError, finite
+from fwdllm.engine.estimators.plan import plan
+from fwdllm.engine.models.forward import Tap, Variants
+
+if TYPE_CHECKING:
+    from fwdllm.engine.engine import Engine
+
+# Seeds the choice of contrasts where there are more than the rank; any number would do.
+_CONTRASTS = 1
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What one step learned. loss: of the batch, in nats per label.
+
+    values: float32 [n_lora], by ``gradient`` of A with B's part zero, by ``sensitivity`` of B with
+    A's part zero.  head_gradient: float32 [n_head], or None without a head.  n_tokens: lane-tokens
+    forwarded.
+    """
+
+    loss: float
+    values: np.ndarray
+    head_gradient: np.ndarray | None
+    n_tokens: int
+
+
+def head_alone(engine: Engine, batch: Batch) -> Gradient:
+    """The gradient by the head, exact. Errors: ConfigError, NumericsError."""
+    nll, features = engine.lane_losses(batch)
+    head = engine.head_gradient(batch, features)
+    zero = np.zeros(_adapter(engine).n_lora, np.float32)
+    return Gradient(finite(float(nll.mean())), zero, head, batch.n_rows)
+
+
+def gradient(engine: Engine, batch: Batch, seed: int, n_tangents: int) -> Gradient:
+    """An unbiased estimate of the gradient by A: of the targets in ``engine.directions``.
+
+    Costs 2 + n_tangents lanes: the last one is for the x of the outer products.
+    Errors: ConfigError, NumericsError.
+    """
+    adapter, targets = _adapter(engine), engine.directions.targets
+    rank = adapter.config.rank
+    width = rank * len(targets)
+    number = batch.positions[:, None] * width + np.arange(width)
+    tangent = number % n_tangents
+    sign = _signs(adapter, seed, number.shape)
+    columns = {t.name: slice(i * rank, (i + 1) * rank) for i, t in enumerate(targets)}
+
+    def inject(first: int, end: int) -> Tap:
+        return _Bottlenecks(adapter, targets[0].layer, columns, tangent, sign, first, end)
+
+    found = _slopes(engine, batch, n_tangents, inject)
+    du = sign * found.slopes[tangent, _sequence(batch)[:, None]]
+    outer = _OuterProducts(columns, du)
+    engine.graph.watch(batch, outer)
+    values = np.zeros(adapter.n_lora, np.float32)
+    for t in targets:
+        values[t.offset : t.offset + rank * t.n_in] = outer.sums[t.name].ravel()
+    n_tokens = (2 + n_tangents) * batch.n_rows
+    return Gradient(found.loss, values, found.head_gradient, n_tokens)
+
+
+def sensitivity(engine: Engine, batch: Batch, seed: int, n_tangents: int) -> Gradient:
+    """What biases at the outputs of the targets would do, as columns of B.
+
+    With a head: to contrasts of its scores, mean over examples, one for each column; two classes
+    have one, the difference of their scores. Without: to the loss.
+    Errors: ConfigError if the rank is above that, NumericsError.
+    """
+    adapter, targets = _adapter(engine), engine.directions.targets
+    rank = adapter.config.rank
+    check_rank(engine)
+    ends = np.cumsum([t.n_out for t in targets])
+    columns = {t.name: slice(e - t.n_out, e) for t, e in zip(targets, ends, strict=True)}
+    tangent = np.arange(ends[-1]) % n_tangents
+    sign = _signs(adapter, seed, (batch.n_sequences, int(ends[-1])))
+    sequence = _sequence(batch)
+
+    def inject(first: int, end: int) -> Tap:
+        return _Biases(targets[0].layer, columns, tangent, sign, sequence, first, end)
+
+    found = _slopes(engine, batch, n_tangents, inject)
+    signals = found.slopes[:, :, None]
+    if found.features is not None:
+        assert adapter.head_weight is not None
+        scores = found.features @ adapter.head_weight.T.astype(np.float64)
+        signals = scores @ _contrasts(scores.shape[2], rank).T / batch.n_sequences
+    values = np.zeros(adapter.n_lora, np.float32)
+    for t in targets:
+        at = columns[t.name]
+        b = np.einsum("eo,oer->or", sign[:, at], signals[tangent[at]])
+        offset = t.offset + rank * t.n_in
+        values[offset : offset + b.size] = b.ravel()
+    return Gradient(found.loss, values, found.head_gradient, (1 + n_tangents) * batch.n_rows)
+
+
+def scaled(adapter: Adapter, sensitivities: np.ndarray) -> np.ndarray:
+    """Columns of B that move what the sensitivities m are of by about one: m / |m|^2 / scale.
+
+    |m|^2 is the mean over a target's columns. Both float32 [n_lora].
+    """
+    values = np.zeros_like(sensitivities)
+    rank = adapter.config.rank
+    for t in adapter.targets:
+        at = slice(t.offset + rank * t.n_in, t.offset + t.size(rank))
+        square = float(np.square(sensitivities[at], dtype=np.float64).sum()) / rank
+        if square > 0:
+            values[at] = sensitivities[at] / np.float32(square * adapter.config.scale)
+    return values
+
+
+def max_rank(engine: Engine) -> int:
+    """Columns of B that ``sensitivity`` can find."""
+    return max(1, len(engine.labels) - 1) if engine.encoder else 1
+
+
+def check_rank(engine: Engine) -> None:
+    """ConfigError if the adapter's rank is above ``max_rank``."""
+    rank, most = _adapter(engine).config.rank, max_rank(engine)
+    if rank > most:
+        raise ConfigError(
+            f"activation perturbation has a use for rank {most} here, not {rank}: "
+            + ("one less than there are labels" if engine.encoder else "the loss is one number")
+        )
+
+
+@dataclass(frozen=True)
+class _Slopes:
+    """slopes: float64 [n_tangents, n_sequences], of each example's share of the loss.
+
+    features: slopes of what a head reads, float32 [n_tangents, n_sequences, width], or None.
+    """
+
+    loss: float
+    slopes: np.ndarray
+    features: np.ndarray | None
+    head_gradient: np.ndarray | None
+
+
+def _slopes(
+    engine: Engine, batch: Batch, n_tangents: int, inject: Callable[[int, int], Tap]
+) -> _Slopes:
+    """Slopes along tangents that begin where ``inject(first, end)`` puts those of that range."""
+    p = plan(np.arange(n_tangents, dtype=np.uint64), "forward-ad")
+    loss, head = np.nan, None
+    slopes: list[np.ndarray] = []
+    features: list[np.ndarray] = []
+    for lanes in p.parts(engine.max_lanes(batch, len(p.lanes))):
+        first, end = int(lanes.seeds[1]), int(lanes.seeds[-1]) + 1
+        nll, found = engine.lane_losses(batch, Variants(lanes, tap=inject(first, end)))
+        if not slopes:
+            loss, head = float(nll[0].mean()), engine.head_gradient(batch, found)
+        slopes.append(batch.sums_by_sequence(nll[1:]) / nll.shape[1])
+        if found is not None:
+            features.append(found.reshape(len(lanes), batch.n_sequences, -1)[1:])
+    seen = np.concatenate(features) if features else None
+    return _Slopes(finite(loss), np.concatenate(slopes), seen, head)
+
+
+@dataclass(frozen=True)
+class _Bottlenecks:
+    """Adds scale B of each row's sign to the outputs in that row's tangent."""
+
+    adapter: Adapter
+    layer: int
+    columns: dict[str, slice]
+    tangent: np.ndarray  # [n_rows, width]
+    sign: np.ndarray
+    first: int
+    end: int
+
+    def __call__(self, target: Target, rows: slice, x: np.ndarray, y: np.ndarray) -> None:
+        if target.name not in self.columns:
+            return
+        factors = self.adapter.factors(target)
+        n = rows.stop - rows.start
+        tangents = y.reshape(-1, n, y.shape[1])[1:]
+        at = self.columns[target.name]
+        columns = zip(self.tangent[rows, at].T, self.sign[rows, at].T, factors.b.T, strict=True)
+        for tangent, sign, b in columns:
+            here = np.flatnonzero((self.first <= tangent) & (tangent < self.end))
+            step = np.float32(factors.scale) * sign[here, None] * b
+            tangents[tangent[here] - self.first, here] += step
+
+
+@dataclass(frozen=True)
+class _Biases:
+    """Adds each output's sign in its example, the same for all rows, in that output's tangent."""
+
+    layer: int
+    columns: dict[str, slice]
+    tangent: np.ndarray  # [width]
+    sign: np.ndarray  # [n_sequences, width]
+    sequence: np.ndarray  # [n_rows]
+    first: int
+    end: int
+
+    def __call__(self, target: Target, rows: slice, x: np.ndarray, y: np.ndarray) -> None:
+        if target.name not in self.columns:
+            return
+        at = self.columns[target.name]
+        n = rows.stop - rows.start
+        tangents = y.reshape(-1, n, y.shape[1])[1:]
+        here = np.flatnonzero((self.first <= self.tangent[at]) & (self.tangent[at] < self.end))
+        signs = self.sign[self.sequence[rows]][:, at]
+        tangents[self.tangent[at][here] - self.first, :, here] += signs[:, here].T
+
+
+class _OuterProducts:
+    """Adds up du^T x of the targets: sums float64 [rank, n_in]."""
+
+    layer = None
+
+    def __init__(self, columns: dict[str, slice], du: np.ndarray) -> None:
+        self.columns = columns
+        self.du = du
+        self.sums: dict[str, np.ndarray] = {}
+
+    def __call__(self, target: Target, rows: slice, x: np.ndarray, y: np.ndarray) -> None:
+        at = self.columns.get(target.name)
+        if at is None:
+            return
+        du = self.du[rows, at]
+        total = self.sums.get(target.name, np.zeros((du.shape[1], x.shape[1])))
+        # One row after the other, so that blocks of a memory budget change no bit; products of
+        # a few rows at a time stay in the cache.
+        for i in range(0, len(x), 16):
+            products = du[i : i + 16, :, None] * x[i : i + 16, None, :].astype(np.float64)
+            total = np.add.reduce(np.concatenate([total[None], products]), axis=0)
+        self.sums[target.name] = total
+
+
+def _adapter(engine: Engine) -> Adapter:
+    if engine.adapter is None:
+        raise ConfigError("activations are perturbed where an adapter reads them")
+    return engine.adapter
+
+
+def _sequence(batch: Batch) -> np.ndarray:
+    """The sequence of each row: int64 [n_rows]."""
+    return np.repeat(np.arange(batch.n_sequences), np.diff(batch.starts))
+
+
+def _signs(adapter: Adapter, seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Random signs of a seed's stream: float32."""
+    signs = np.zeros(int(np.prod(shape)), np.float32)
+    one = np.ones(1, np.float32)
+    adapter.ops.seeded_axpy(signs, np.array([seed], np.uint64), one, distribution="rademacher")
+    return signs.reshape(shape)
+
+
+def _contrasts(n_classes: int, rank: int) -> np.ndarray:
+    """Orthonormal combinations of scores that ignore their sum: float64 [rank, n_classes]."""
+    random = np.random.default_rng(_CONTRASTS).normal(size=(n_classes, n_classes - 1))
+    q = np.linalg.qr(np.concatenate([np.ones((n_classes, 1)), random], axis=1))[0]
+    return q[:, 1 : rank + 1].T

@@ -1,0 +1,129 @@
+"""Directional derivatives by forward passes: which lanes to run, and what their losses say.
+
+All lanes of a step go through the model in one forward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fwdllm.engine.errors import ConfigError
+from fwdllm.kernels.reference import philox
+from fwdllm.kernels.types import Lanes
+
+METHODS = ("forward-ad", "central", "forward-difference")
+# Of these and of ``engine.estimators.activation``, those that need a graph with tangents.
+TANGENT_METHODS = ("forward-ad", "activation")
+
+# Step along a direction of unit variance per parameter; docs/decisions.md has the sweep.
+DEFAULT_EPSILON = 1e-3
+
+# Examples' seeds come from the stream of a seed far behind its direction.
+_EXAMPLES_AT = 1 << 62
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one step learned about the loss around the adapter.
+
+    loss: mean negative log-likelihood in nats per label.  seeds: uint64 and derivative: float64,
+    both [n_seeds]: the slope of that loss along each v(seed). With a direction for every example
+    both are [n_seeds, n_examples]: slopes of each example's share of it, along its own v(seed).
+    head_gradient: float32 [n_head], or None without a head.  n_tokens: lane-tokens forwarded, those
+    of layers before the first perturbed one once.
+    """
+
+    loss: float
+    seeds: np.ndarray
+    derivative: np.ndarray
+    head_gradient: np.ndarray | None
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The lanes of one step.
+
+    method, epsilon: how slopes come of their losses.  plain: whether lane 0 is unperturbed.
+    """
+
+    lanes: Lanes
+    method: str
+    epsilon: float
+    plain: bool
+
+    def loss(self, losses: np.ndarray) -> float:
+        """The unperturbed loss of losses [n_lanes], or without a plain lane the mean of all."""
+        finite = losses[np.isfinite(losses)]
+        return float(losses[0] if self.plain or not finite.size else finite.mean())
+
+    def derivative(self, losses: np.ndarray) -> np.ndarray:
+        """Slopes of the seeds: float64 [n_lanes, ...] to [n_seeds, ...].
+
+        losses: of tangent lanes they are derivatives already.
+        """
+        first = int(self.plain)
+        if self.method == "forward-ad":
+            return losses[1:]
+        if self.method == "forward-difference":
+            return (losses[1:] - losses[0]) / self.epsilon
+        return (losses[first::2] - losses[first + 1 :: 2]) / (2 * self.epsilon)
+
+    def parts(self, max_lanes: int) -> list[Lanes]:
+        """The lanes in groups of about ``max_lanes``, each with whole seeds and the plain lane.
+
+        A seed's lanes give the same bits in any group.
+        """
+        first, n = int(self.plain), len(self.lanes)
+        per_seed = 2 if self.method == "central" else 1
+        step = max(1, (max_lanes - first) // per_seed) * per_seed
+        chosen = [[*range(first), *range(i, min(i + step, n))] for i in range(first, n, step)]
+        seeds, coefficients = self.lanes.seeds, self.lanes.coefficients
+        return [replace(self.lanes, seeds=seeds[c], coefficients=coefficients[c]) for c in chosen]
+
+
+def plan(
+    seeds: np.ndarray,
+    method: str,
+    epsilon: float = DEFAULT_EPSILON,
+    distribution: str = "normal",
+    plain: bool = False,
+) -> Plan:
+    """Lanes for ``method``; ``plain`` adds an unperturbed lane if the method has none.
+
+    seeds: uint64 [n_seeds], or [n_seeds, n_examples] for directions of the examples' own.
+    forward-ad: grad(L) . v, exact, by a tangent lane for each seed beside a plain one (Spry,
+    arXiv 2405.15551, section 3).
+    central: (L(theta + eps v) - L(theta - eps v)) / 2 eps, FwdLLM's estimator
+    (arXiv 2308.13894, section 3.1).  forward-difference: (L(theta + eps v) - L(theta)) / eps.
+    """
+    seeds = np.asarray(seeds, np.uint64)
+    if seeds.ndim not in (1, 2) or len(seeds) == 0:
+        raise ConfigError("directional derivatives need at least one seed")
+    if method not in METHODS:
+        raise ConfigError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    if not (np.isfinite(epsilon) and epsilon > 0):
+        raise ConfigError(f"epsilon must be a positive number, not {epsilon!r}")
+    if method == "central":
+        seeds = np.repeat(seeds, 2, axis=0)
+        coefficients = epsilon * np.tile([1.0, -1.0], len(seeds) // 2)
+    else:
+        plain = True
+        coefficients = np.full(len(seeds), 1.0 if method == "forward-ad" else epsilon)
+    if plain:
+        seeds = np.concatenate([np.zeros_like(seeds[:1]), seeds])
+        coefficients = np.concatenate([np.zeros(1), coefficients])
+    tangents = method == "forward-ad"
+    lanes = Lanes(seeds, coefficients.astype(np.float32), distribution, tangents)
+    return Plan(lanes, method, epsilon, plain)
+
+
+def example_seeds(seeds: np.ndarray, n_examples: int) -> np.ndarray:
+    """A seed for every example of a batch from each seed: uint64 [n_seeds, n_examples].
+
+    seeds: uint64 [n_seeds]. Example i gets the first 64 bits of block 2^62 + i of their streams.
+    """
+    words = np.stack([philox(int(s), _EXAMPLES_AT, n_examples) for s in seeds]).astype(np.uint64)
+    return words[..., 0] | words[..., 1] << np.uint64(32)

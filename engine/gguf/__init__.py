@@ -1,0 +1,1 @@
+"""GGUF files: the header, checked before anything is believed, and the mapped tensors."""

@@ -1,0 +1,186 @@
+"""A GGUF file as read-only mapped memory: metadata, tensors, and weights without copies."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fwdllm.engine.errors import ModelError, UnsupportedError
+from fwdllm.engine.gguf.header import TensorInfo, read_header
+from fwdllm.kernels.types import SUPPORTED_TYPES, QuantType, Weight
+
+VECTOR_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
+MAX_INTEGER = 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class GGUFFile:
+    """An open GGUF file; see ``open``.
+
+    path: the file.  version: 2 or 3.
+    metadata: str -> int, float, bool, str, tuple[str, ...] or read-only ndarray.
+    tensors: by name, in file order, whatever their type.
+    mapping: the whole file, read-only. It stays mapped while this object or an array made
+    by ``weight`` lives. The file must not be shortened meanwhile: the system then ends the
+    process at the next access.
+    """
+
+    path: Path
+    version: int
+    metadata: Mapping[str, Any]
+    tensors: dict[str, TensorInfo]
+    mapping: mmap.mmap
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> GGUFFile:
+        """Map the file and check its header; tensor data is not read.
+
+        Raises ModelError if the file is missing, not a GGUF file of version 2 or 3 in
+        little-endian order, truncated, or inconsistent.
+        """
+        path = Path(path)
+        mapping = _map(path)
+        version, metadata, tensors = read_header(path, mapping)
+        return cls(path, version, metadata, tensors, mapping)
+
+    def weight(self, name: str) -> Weight:
+        """The matrix ``name`` [n_out, n_in] in its block format, a view of the mapping.
+
+        Raises ModelError if it is missing or not a matrix, UnsupportedError for its type.
+        """
+        tensor = self._tensor(name, 2)
+        self.check_type(name)
+        n_out, n_in = tensor.shape
+        data = self._bytes(tensor).reshape(n_out, -1)
+        return Weight(data, QuantType(tensor.type), n_out, n_in)
+
+    def vector(self, name: str) -> np.ndarray:
+        """The one-dimensional tensor ``name`` as float32 [n], a copy.
+
+        Raises ModelError if it is missing, not one-dimensional or has a value that is not
+        finite, UnsupportedError for a type other than F32, F16 and BF16.
+        """
+        tensor = self._tensor(name, 1)
+        self.check_type(name)
+        raw = self._bytes(tensor)
+        if tensor.type == QuantType.F32:
+            values = raw.view("<f4").astype(np.float32)
+        elif tensor.type == QuantType.F16:
+            values = raw.view("<f2").astype(np.float32)
+        else:
+            values = (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+        if not np.isfinite(values).all():
+            raise ModelError(f"{self.path} is damaged: tensor {name!r} has non-finite values")
+        return values
+
+    def check_type(self, name: str) -> None:
+        """UnsupportedError if there are no kernels for the type of a tensor of the file."""
+        tensor = self.tensors[name]
+        types = VECTOR_TYPES if len(tensor.shape) == 1 else SUPPORTED_TYPES
+        if tensor.type not in types:
+            names = ", ".join(type.name for type in types)
+            raise UnsupportedError(
+                self.path,
+                f"tensor {name!r} has the unsupported type {tensor.type.name}; use a file with "
+                f"one of {names}",
+            )
+
+    def integer(self, key: str, default: int | None = None, maximum: int = MAX_INTEGER) -> int:
+        """Metadata ``key``, an integer from 0 to ``maximum``; no default means required.
+
+        This and the other getters raise ModelError, naming the key, if it is missing and
+        there is no default, or if it is of the wrong type or out of range.
+        """
+        value: int = self._value(key, default, (int,), "an integer")
+        if not 0 <= value <= maximum:
+            raise ModelError(f"{self.path}: metadata {key!r} is {value}, not 0 to {maximum}")
+        return value
+
+    def positive(self, key: str, default: int | None = None) -> int:
+        """Metadata ``key``, an integer of at least 1."""
+        value = self.integer(key, default)
+        if value == 0:
+            raise ModelError(f"{self.path}: metadata {key!r} is 0")
+        return value
+
+    def matrix_rows(self, name: str) -> int:
+        """The first dimension of the matrix ``name``; ModelError if it is missing or no matrix."""
+        return self._tensor(name, 2).shape[0]
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Metadata ``key``, a finite float or an integer."""
+        value = float(self._value(key, default, (int, float), "a number"))
+        if not math.isfinite(value):
+            raise ModelError(f"{self.path}: metadata {key!r} is {value}, not finite")
+        return value
+
+    def boolean(self, key: str, default: bool | None = None) -> bool:
+        """Metadata ``key``, a bool."""
+        value: bool = self._value(key, default, (bool,), "a bool")
+        return value
+
+    def string(self, key: str, default: str | None = None) -> str:
+        """Metadata ``key``, a string."""
+        value: str = self._value(key, default, (str,), "a string")
+        return value
+
+    def strings(self, key: str, default: tuple[str, ...] | None = None) -> tuple[str, ...]:
+        """Metadata ``key``, an array of strings."""
+        value: tuple[str, ...] = self._value(key, default, (tuple,), "an array of strings")
+        return value
+
+    def numbers(self, key: str, default: np.ndarray | None = None) -> np.ndarray:
+        """Metadata ``key``, an array of numbers or bools [n] of the stored type."""
+        value: np.ndarray = self._value(key, default, (np.ndarray,), "an array of numbers")
+        return value
+
+    def _value(self, key: str, default: Any, types: tuple[type, ...], wanted: str) -> Any:
+        value = self.metadata.get(key, default)
+        if value is None:
+            raise ModelError(f"{self.path} has no metadata {key!r}; it is not a complete model")
+        is_bool = isinstance(value, bool)  # which Python takes for an int
+        if not isinstance(value, types) or (is_bool and bool not in types):
+            found = type(value).__name__
+            raise ModelError(f"{self.path}: metadata {key!r} is of type {found}, not {wanted}")
+        return value
+
+    def _tensor(self, name: str, n_dims: int) -> TensorInfo:
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            raise ModelError(f"{self.path} has no tensor {name!r}; it is not a complete model")
+        if len(tensor.shape) != n_dims:
+            raise ModelError(
+                f"{self.path}: tensor {name!r} has shape {tensor.shape}, "
+                f"but {n_dims} dimensions are expected"
+            )
+        return tensor
+
+    def _bytes(self, tensor: TensorInfo) -> np.ndarray:
+        return np.frombuffer(self.mapping, np.uint8, tensor.nbytes, tensor.offset)
+
+
+def _map(path: Path) -> mmap.mmap:
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise ModelError(f"{path} is a folder; name the GGUF file in it")
+        if not stat.S_ISREG(mode):
+            raise ModelError(f"{path} is not a regular file, so it cannot be mapped")
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise ModelError(f"{path} is empty; download or copy it again")
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise ModelError(f"{path} does not exist") from None
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, OverflowError) as error:  # a NUL in the path; a 32-bit address space
+        raise ModelError(f"cannot read {str(path)!r}: {error}") from error

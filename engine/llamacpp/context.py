@@ -1,0 +1,441 @@
+"""A llama.cpp context that lets us add to products while it computes.
+
+llama.cpp's scheduler asks a callback about every operation, in their order. After one that it wants
+the callback may read and change the result, and the next operation goes on with that.
+
+What a graph is like is found out by two rehearsals of a call, which end as soon as they can. One
+has the number of its sequence in place of every token, because llama.cpp may take a call's rows in
+several micro-batches and in another order than they were given; a sequence's own tokens stay in
+order. The other lists the operations.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+
+from fwdllm.engine.errors import ModelError
+from fwdllm.engine.llamacpp.ggml import F32, Layout, layout
+from fwdllm.engine.llamacpp.native import (
+    NativeModel,
+    apply_adapter,
+    call,
+    llama_cpp,
+    open_context,
+    reason,
+)
+from fwdllm.engine.llamacpp.products import Operation, Relative, relative_products
+
+# Where a graph begins: the rows of a table that tokens stand for (src/llama-graph.cpp).
+_TABLE, _TOKENS = b"token_embd.weight", b"inp_tokens"
+_ABORTED = 2  # llama_decode in llama.h
+
+
+class Hook(Protocol):
+    """What happens at products."""
+
+    def wants(self, name: str) -> bool:
+        """Whether the product with the weight ``name`` (without ".weight") is of interest."""
+        ...
+
+    def __call__(self, name: str, rows: np.ndarray, x: np.ndarray, y: np.ndarray) -> None:
+        """y = x W^T was computed, of these rows of the call; y may be changed.
+
+        rows: int64 [n].  x: float32 [n, n_in].  y: float32 [n, n_out].
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Call:
+    """Tokens to evaluate together, sequence after sequence.
+
+    ids, positions, sequences: int32 [n_rows]; sequences are numbered from 0.  outputs: bool
+    [n_rows], rows whose logits are wanted.  references: int64 [n_rows], the row that each is
+    rounded relative to, which is its own; None if each is rounded by itself.
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    sequences: np.ndarray
+    outputs: np.ndarray
+    references: np.ndarray | None = None
+
+    @property
+    def n_sequences(self) -> int:
+        return int(self.sequences[-1]) + 1
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What is known of calls of a shape.
+
+    orders: rows of the call in each micro-batch.  products: of the graph, if there is one only.
+    """
+
+    orders: Sequence[np.ndarray]
+    products: dict[int, Relative]
+
+
+class Context:
+    """Calls of up to ``n_rows`` rows in ``n_sequences`` sequences.
+
+    n_cells: tokens that are kept, as many of each sequence.  pooling: of an encoder, as enum
+    llama_pooling_type.  ops: kernels for what is relative.
+    """
+
+    def __init__(
+        self,
+        model: NativeModel,
+        *,
+        n_sequences: int,
+        n_cells: int,
+        n_rows: int,
+        ops: ModuleType,
+        pooling: int | None = None,
+    ) -> None:
+        pooled = {} if pooling is None else {"embeddings": True, "pooling_type": pooling}
+        self.model = model
+        self.ops = ops
+        self._layout = layout()
+        callback = _callback(weakref.WeakMethod(self._evaluated))
+        self._running: _Running | None = None
+        self._error: BaseException | None = None
+        self._shapes: dict[tuple[bytes, int], _Shape] = {}
+        self._handle = open_context(
+            model,
+            n_seq_max=n_sequences,
+            n_ctx=n_cells,
+            n_batch=n_rows,
+            n_ubatch=n_rows,
+            n_threads=ops.num_threads(),
+            n_threads_batch=ops.num_threads(),
+            kv_unified=False,
+            flash_attn_type=llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+            cb_eval=callback,
+            **pooled,
+        )
+        weakref.finalize(self, _free, self._handle, model, callback)
+
+    def apply(self, adapter: Path) -> None:
+        """Let llama.cpp itself apply a GGUF LoRA file from now on. Errors: AdapterError."""
+        apply_adapter(self.model, self._handle, adapter)
+
+    def forget(self) -> None:
+        """Start new sequences."""
+        memory = llama_cpp.llama_get_memory(self._handle)
+        if memory:  # encoders have none
+            # With the data: what is not finite would spoil sequences to come.
+            llama_cpp.llama_memory_clear(memory, True)
+
+    def rehearse(self, work: Call) -> None:
+        """Get to know calls like this one; ``forget`` what sequences had then."""
+        key = _shape_of(work)
+        if key in self._shapes:
+            return
+        start = work.positions - work.positions[np.searchsorted(work.sequences, work.sequences)]
+        order = _Order(replace(work, ids=work.sequences, positions=start), self._layout)
+        listing = _Listing(replace(work, positions=start), self._layout)
+        self.forget()
+        self._decode(order)
+        if len(order.orders) == 1:
+            self.forget()
+            self._decode(listing)
+        self._shapes[key] = _Shape(order.orders, relative_products(listing.operations))
+
+    def run(self, work: Call, hook: Hook) -> None:
+        """Evaluate a call that is rehearsed, behind what its sequences have had before."""
+        self._decode(_Evaluation(work, self._layout, self._shapes[_shape_of(work)], hook, self.ops))
+
+    def logits(self, n: int) -> np.ndarray:
+        """Of the outputs of the last call, in its order: float32 [n, n_vocab], llama.cpp's own."""
+        pointer = llama_cpp.llama_get_logits(self._handle)
+        n_vocab = llama_cpp.llama_vocab_n_tokens(self.model.vocab)
+        return np.ctypeslib.as_array(pointer, (n, n_vocab))
+
+    def features(self, n_sequences: int) -> np.ndarray:
+        """Pooled embeddings of the sequences of the last call: float32 [n_sequences, width]."""
+        width = llama_cpp.llama_model_n_embd_out(self.model.handle)
+        found = np.empty((n_sequences, width), np.float32)
+        for i, row in enumerate(found):
+            pointer = llama_cpp.llama_get_embeddings_seq(self._handle, i)
+            row[:] = np.ctypeslib.as_array(pointer, (width,))
+        return found
+
+    def _decode(self, running: _Running) -> None:
+        work = running.work
+        n = len(work.ids)
+        counts, outputs = np.ones(n, np.int32), work.outputs.astype(np.int8)
+        sequences = work.sequences.ctypes.data + 4 * np.arange(n, dtype=np.uint64)
+        batch = llama_cpp.llama_batch()
+        batch.n_tokens = n
+        batch.token = _pointer(work.ids, ctypes.c_int32)
+        batch.pos = _pointer(work.positions, ctypes.c_int32)
+        batch.n_seq_id = _pointer(counts, ctypes.c_int32)
+        batch.seq_id = _pointer(sequences, ctypes.POINTER(ctypes.c_int32))
+        batch.logits = _pointer(outputs, ctypes.c_int8)
+        llama_cpp.llama_set_abort_callback(self._handle, running.abort, None)
+        self._running, self._error = running, None
+        try:
+            failed = call(llama_cpp.llama_decode, self._handle, batch)
+        finally:
+            self._running = None
+        if self._error is not None:
+            raise self._error
+        if failed and not (failed == _ABORTED and running.abort):
+            raise ModelError(f"llama.cpp failed on {self.model.file.path}: {reason()}")
+
+    def _evaluated(self, tensor: int, ask: bool) -> bool:
+        """What the callback does: say whether a result is wanted, or use one that is there."""
+        if self._running is None:  # llama.cpp tries its graphs
+            return False
+        if self._error is None:
+            try:
+                node = self._layout.tensor.from_address(tensor)
+                return self._running.asked(node) if ask else self._running.computed(node)
+            except BaseException as error:  # it would be lost in ctypes
+                self._error = error
+        return ask  # which computes no more than this, and not to go on ends the rest
+
+
+class _Running(Protocol):
+    """What is done in the callback while a call is evaluated. abort: asked after operations."""
+
+    work: Call
+    abort: Any
+
+    def asked(self, node: Any) -> bool:
+        """Whether to compute up to this operation and call ``computed`` then."""
+        ...
+
+    def computed(self, node: Any) -> bool:
+        """Whether to go on."""
+        ...
+
+
+_never = llama_cpp.ggml_abort_callback(0)  # a null pointer
+
+
+@llama_cpp.ggml_abort_callback
+def _always(_data: object) -> bool:
+    return True
+
+
+class _Order:
+    """The rehearsal that finds out the order of rows."""
+
+    abort = _never
+
+    def __init__(self, work: Call, layout: Layout) -> None:
+        self.work, self._layout = work, layout
+        self.orders: list[np.ndarray] = []
+
+    def asked(self, node: Any) -> bool:
+        ids = _tokens(self._layout, node)
+        if ids is None:
+            return False
+        sequences, left = self.work.sequences, np.ones(len(self.work.ids), bool)
+        for rows in self.orders:
+            left[rows] = False
+        order = np.empty(len(ids), np.int64)
+        for sequence in np.unique(ids):
+            here = np.flatnonzero(ids == sequence)
+            order[here] = np.flatnonzero(left & (sequences == sequence))[: len(here)]
+        self.orders.append(order)
+        return True
+
+    def computed(self, node: Any) -> bool:
+        return False  # ends this micro-batch
+
+
+class _Listing:
+    """The rehearsal that lists the operations."""
+
+    abort = _always
+
+    def __init__(self, work: Call, layout: Layout) -> None:
+        self.work, self._layout = work, layout
+        self.operations: list[Operation] = []
+
+    def asked(self, node: Any) -> bool:
+        weight = None
+        if node.op == self._layout.mul_mat:
+            matrix, x = _source(self._layout, node, 0), _source(self._layout, node, 1)
+            rounds = matrix.op == 0 and matrix.type != F32 and matrix.ne[2] == 1
+            if rounds and _is_rows(x) and _is_rows(node):
+                weight = _name(matrix)
+        sources = tuple(source for source in node.src if source)
+        address = ctypes.addressof(node)
+        self.operations.append(Operation(address, sources, node.view_src, weight))
+        return False
+
+    def computed(self, node: Any) -> bool:
+        return False
+
+
+class _Evaluation:
+    """A call in earnest."""
+
+    abort = _never
+
+    def __init__(
+        self, work: Call, layout: Layout, shape: _Shape, hook: Hook, ops: ModuleType
+    ) -> None:
+        self.work, self._layout, self._hook, self._ops = work, layout, hook, ops
+        self._orders = iter(shape.orders)
+        self._rows = np.empty(0, np.int64)
+        self._products = {} if work.references is None else shape.products
+        self._opens = {
+            at - 1: product.source for at, product in self._products.items() if product.opens
+        }
+        self._sources = {product.source for product in self._products.values()}
+        self._kept = {
+            product.source
+            for product in self._products.values()
+            if product.restores or hook.wants(product.weight)
+        }
+        self._at = -1
+        self._made: dict[int, Any] = {}  # what made inputs of products, by number
+        self._scales: dict[int, np.ndarray] = {}
+        self._saved: dict[int, np.ndarray] = {}  # inputs as they were, where that is of use
+        self._references: dict[int, np.ndarray] = {}  # by number of rows
+
+    def asked(self, node: Any) -> bool:
+        self._at += 1
+        if self._at in self._sources:
+            self._made[self._at] = node
+        if node.op == self._layout.mul_mat:
+            weight = _name(_source(self._layout, node, 0))
+            product = self._products.get(self._at)
+            if product is not None and product.weight != weight:
+                raise ModelError("llama.cpp has changed its graph between two calls")
+            if product is not None or self._hook.wants(weight):
+                return True
+        ids = _tokens(self._layout, node)
+        if ids is not None:
+            self._rows = next(self._orders, self._rows[:0])
+            if not np.array_equal(ids, self.work.ids[self._rows]):
+                raise ModelError("llama.cpp evaluates tokens in an order that cannot be followed")
+            self._references = {}
+        return self._at in self._opens
+
+    def computed(self, node: Any) -> bool:
+        if node.op == self._layout.mul_mat:
+            self._multiplied(node)
+        if self._at in self._opens:
+            source = self._opens[self._at]
+            x = _matrix(self._made[source])
+            if len(x):
+                if source in self._kept:
+                    self._saved[source] = x.copy()
+                references = self._references_of(self._rows_of(x))
+                self._scales[source] = self._ops.to_relative(x, references)
+        return True
+
+    def _multiplied(self, node: Any) -> None:
+        weight, product = _name(_source(self._layout, node, 0)), self._products.get(self._at)
+        if not (wanted := self._hook.wants(weight)) and product is None:
+            return
+        x, y = _matrix(_source(self._layout, node, 1)), _matrix(node)
+        if not len(y):
+            return
+        rows = self._rows_of(y)
+        if product is not None:
+            scales = self._scales[product.source]
+            self._ops.from_relative(y, self._references_of(rows), scales)
+            if product.source in self._saved:
+                relative, x = x, self._saved[product.source]
+                if product.restores:
+                    relative[:] = x
+                if product.closes:
+                    del self._saved[product.source]
+        if wanted:
+            if len(x) != len(rows):
+                raise ModelError(f"llama.cpp's {weight} has rows of unknown meaning")
+            self._hook(weight, rows, x, y)
+
+    def _rows_of(self, y: np.ndarray) -> np.ndarray:
+        """Which rows of the call these are: all of the micro-batch, or its outputs."""
+        rows = self._rows
+        if len(y) != len(rows):  # behind the last attention only outputs go on
+            rows = rows[self.work.outputs[rows]]
+        if len(y) != len(rows):
+            raise ModelError("llama.cpp's graph has rows of unknown meaning")
+        return rows
+
+    def _references_of(self, rows: np.ndarray) -> np.ndarray:
+        """Of rows of the call, the places of those that they are relative to."""
+        if len(rows) not in self._references:
+            assert self.work.references is not None
+            place = np.full(len(self.work.ids), -1, np.int32)
+            place[rows] = np.arange(len(rows))
+            self._references[len(rows)] = place[self.work.references[rows]]
+        return self._references[len(rows)]
+
+
+def _shape_of(work: Call) -> tuple[bytes, int]:
+    return work.sequences.tobytes(), int(work.outputs.sum())
+
+
+def _source(layout: Layout, node: Any, i: int) -> Any:
+    return layout.tensor.from_address(node.src[i])
+
+
+def _name(tensor: Any) -> str:
+    name: str = tensor.name.decode("utf-8", "replace")
+    return name.removesuffix(".weight")
+
+
+def _tokens(layout: Layout, node: Any) -> np.ndarray | None:
+    """The ids that a micro-batch begins with: int32 [n], or None for other operations."""
+    if node.op != layout.get_rows:
+        return None
+    table, tokens = _source(layout, node, 0), _source(layout, node, 1)
+    if table.name != _TABLE or tokens.name != _TOKENS:
+        return None
+    return _array(tokens.data, ctypes.c_int32, tokens.ne[0])
+
+
+def _is_rows(tensor: Any) -> bool:
+    shape, size = list(tensor.ne), 4
+    strides = [size := 4] + [size := size * n for n in shape[:3]]
+    return tensor.type == F32 and list(tensor.nb) == strides
+
+
+def _matrix(tensor: Any) -> np.ndarray:
+    """A tensor of rows: float32 [n_rows, ne[0]]. ModelError if its memory is not that."""
+    if not _is_rows(tensor):
+        raise ModelError(f"llama.cpp's {tensor.name.decode()} is not rows of float32")
+    width, *shape = tensor.ne
+    n_rows = shape[0] * shape[1] * shape[2]
+    return _array(tensor.data, ctypes.c_float, n_rows * width).reshape(n_rows, width)
+
+
+def _array(address: int, kind: Any, n: int) -> np.ndarray:
+    return np.ctypeslib.as_array((kind * n).from_address(address))
+
+
+def _pointer(array: np.ndarray, kind: Any) -> Any:
+    return ctypes.cast(array.ctypes.data, ctypes.POINTER(kind))
+
+
+def _callback(evaluated: weakref.WeakMethod[Any]) -> Any:
+    """llama.cpp's callback, which must not keep alive what owns it."""
+
+    @llama_cpp.ggml_backend_sched_eval_callback
+    def callback(tensor: int, ask: bool, _user_data: object) -> bool:
+        method = evaluated()
+        return method is not None and method(tensor, ask)
+
+    return callback
+
+
+def _free(handle: Any, _model: NativeModel, _callback: Any) -> None:
+    llama_cpp.llama_free(handle)

@@ -1,0 +1,339 @@
+"""llama.cpp as what computes a model's outputs, for every architecture that it knows.
+
+The model, its kernels and its graphs are llama.cpp's. Wherever a graph multiplies with the weight
+of an adapted layer, ``llamacpp.context`` stops it, and the adapter's term of each lane is added to
+the product by the kernel of our own graphs: no adapter file, no direction in memory.
+
+Lanes are sequences of one call. llama.cpp would quantize the activations of each by itself, noise
+that drowns small differences; so the lanes of a seed go through its products as differences to one
+of them (``engine.llamacpp.products``). Tangents it does not have.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from fwdllm.engine.adapters.adapter import Adapter
+from fwdllm.engine.adapters.io import save_gguf
+from fwdllm.engine.data.batch import Batch, Tokens, pack
+from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.gguf.file import GGUFFile
+from fwdllm.engine.llamacpp.context import Call, Context
+from fwdllm.engine.llamacpp.ggml import layout
+from fwdllm.engine.llamacpp.native import llama_cpp, open_model
+from fwdllm.engine.models.forward import PLAIN, Tap, Variants
+from fwdllm.kernels.types import Lanes, LoRA
+
+# Rows of a call: llama.cpp's own n_ubatch. More make no product faster.
+_ROWS = 512
+# Tokens whose keys and values are kept: 0.5 GB in a 7B model without grouped queries.
+_CELLS = 1024
+# Lanes that have to be in one call at most: those of +v and -v.
+_GROUP = 2
+# Cells of a sequence are a multiple of this (llama_context in src/llama-context.cpp).
+_CELL_BLOCK = 256
+# Bytes of a call's logits, which llama.cpp has twice: in its graph and for us.
+_LOGITS_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a call is of. lanes, references: their numbers, and those they are rounded relative to.
+
+    examples: their numbers.  rows: of the batch, the same of every lane, as many of each example.
+    """
+
+    lanes: np.ndarray
+    references: np.ndarray
+    examples: np.ndarray
+    rows: np.ndarray
+
+
+class LlamaGraph:
+    """The interface of ``engine.models.graph.Graph`` on a llama.cpp model.
+
+    encoder: it yields features, not next tokens.  ops: the kernels that compute the adapter's
+    terms.  adapter: may be exchanged at any time.
+
+    Sequences of one call have one length, and cells of their own: then the bits of a seed's lanes
+    do not depend on others.
+    """
+
+    def __init__(self, file: GGUFFile, encoder: bool, ops: ModuleType) -> None:
+        layout()  # refuses a llama.cpp that would not be understood, before a model is read
+        self.model = open_model(file.path, vocab_only=False, cpu_only=True)
+        self.pooling = self.model.pooling if encoder else None
+        self.ops = ops
+        self.adapter: Adapter | None = None
+        n_vocab = llama_cpp.llama_vocab_n_tokens(self.model.vocab)
+        self._rows = max(1, min(_ROWS, _LOGITS_BYTES // (4 * n_vocab)))
+        self._context: Context | None = None
+        self._longest = self._n_sequences = 0
+
+    def token_losses(self, batch: Batch, variants: Variants = PLAIN) -> np.ndarray:
+        """NLL of label tokens in every lane: float64 [n_lanes, n_labels]."""
+        if self.pooling is not None:
+            raise ConfigError("an encoder predicts no tokens; it learns from texts with labels")
+        label_of = np.full(batch.n_rows, -1)
+        label_of[batch.label_rows] = np.arange(len(batch.label_rows))
+        found = np.empty((len(variants.lanes), len(batch.label_rows)))
+        for part, context in self._run(batch, variants, label_of >= 0):
+            labels = label_of[part.rows]
+            labels = labels[labels >= 0]
+            if not labels.size:
+                continue
+            n_lanes = len(part.lanes)
+            logits = context.logits(n_lanes * len(labels))
+            nll = negative_log_likelihood(logits, np.tile(batch.label_ids[labels], n_lanes))
+            found[np.ix_(part.lanes, labels)] = nll.reshape(n_lanes, -1)
+        return found
+
+    def features(self, batch: Batch, variants: Variants = PLAIN) -> np.ndarray:
+        """Pooled features of every sequence in every lane: float32 [lanes * sequences, width]."""
+        if self.pooling is None:
+            raise ConfigError("a decoder has no pooled features; llama.cpp embeds with it")
+        width = llama_cpp.llama_model_n_embd_out(self.model.handle)
+        found = np.empty((len(variants.lanes), batch.n_sequences, width), np.float32)
+        for part, context in self._run(batch, variants, np.ones(batch.n_rows, bool)):
+            n_lanes, n = len(part.lanes), len(part.examples)
+            features = context.features(n_lanes * n).reshape(n_lanes, n, width)
+            found[np.ix_(part.lanes, part.examples)] = features
+        return found.reshape(-1, width)
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Next-token logits after each token of one sequence: float32 [n_tokens, n_vocab]."""
+        if self.pooling is not None:
+            raise ConfigError("an encoder predicts no tokens")
+        batch = pack([Tokens(list(ids), [False] * len(ids))])
+        parts = self._run(batch, PLAIN, np.ones(len(ids), bool))
+        return np.concatenate([context.logits(len(part.rows)).copy() for part, context in parts])
+
+    def watch(self, batch: Batch, tap: Tap) -> None:
+        """Let a tap look on at a plain pass."""
+        for _ in self._run(batch, Variants(tap=tap), np.ones(batch.n_rows, bool)):
+            pass
+
+    def check_reach(self, adapter: Adapter) -> None:
+        """ConfigError for a target to which llama.cpp would not apply the adapter.
+
+        Some of its graphs have products of their own that pass adapters by. So it is asked, with
+        the adapter in a file as in the end.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "adapter.gguf"
+            save_gguf(adapter, path)
+            context = self._context_for(1)
+            context.apply(path)
+            names = _Names()
+            zero = np.zeros(1, np.int32)
+            work = Call(zero, positions=zero, sequences=zero, outputs=zero == 0)
+            context.rehearse(work)
+            context.run(work, names)
+            self._context = None  # and with it the adapter
+        for target in adapter.targets:
+            if not {target.name, f"{target.name}.weight.lora_a"} <= names.found:
+                raise ConfigError(
+                    f"llama.cpp does not apply adapters to {target.name} of this model: choose "
+                    "other targets"
+                )
+
+    def _run(
+        self, batch: Batch, variants: Variants, outputs: np.ndarray
+    ) -> Iterator[tuple[_Part, Context]]:
+        """Evaluate a batch call by call: what each was of, and where its results are.
+
+        outputs: bool [n_rows], rows with logits.
+        """
+        if variants.lanes.tangents:
+            raise ConfigError(
+                "llama.cpp has no tangents: use method central or forward-difference for a model "
+                "that has no graph of its own here"
+            )
+        context = self._context_for(int(np.diff(batch.starts).max()))
+        for pieces in self._parts(batch.starts, _groups(variants.lanes)):
+            works = [_call(batch, part, outputs) for part in pieces]
+            for work in works:
+                context.rehearse(work)
+            context.forget()
+            for part, work in zip(pieces, works, strict=True):
+                context.run(work, _Terms(self.adapter, self.ops, variants, part))
+                yield part, context
+
+    def _parts(self, starts: np.ndarray, groups: Sequence[Sequence[int]]) -> Iterator[list[_Part]]:
+        """Calls that take all lanes of sequences through the model, pieces of sequences together.
+
+        A group of lanes is always in one call.
+        """
+        lengths, least = np.diff(starts), max(map(len, groups))
+        for length in np.unique(lengths).tolist():
+            examples, most = np.flatnonzero(lengths == length), least
+            step = length  # an encoder has to see all of a sequence at once
+            if self.pooling is None:
+                most = max(least, min(self._rows // length, self._n_sequences))
+                step = min(length, max(1, self._rows // most))
+            at_once = max(1, most // least)
+            for i in range(0, len(examples), at_once):
+                some = examples[i : i + at_once]
+                # An encoder's sequences see where others end, so their company is always the same.
+                limit = most // len(some) if self.pooling is None else 1
+                for lanes, references in _packed(groups, limit):
+                    yield [
+                        _Part(lanes, references, some, (starts[some][:, None] + piece).ravel())
+                        for piece in np.split(np.arange(length), range(step, length, step))
+                    ]
+
+    def _context_for(self, longest: int) -> Context:
+        """A context for sequences of up to so many tokens."""
+        if self._context is None or longest > self._longest:
+            self._longest = -(-longest // _CELL_BLOCK) * _CELL_BLOCK
+            n_rows = max(self._rows, _GROUP * self._longest if self.pooling else _GROUP)
+            self._n_sequences = max(_GROUP, _CELLS // self._longest if self.pooling is None else 0)
+            self._context = None  # its memory first
+            self._context = Context(
+                self.model,
+                n_sequences=self._n_sequences,
+                n_cells=self._n_sequences * self._longest,
+                n_rows=n_rows,
+                ops=self.ops,
+                pooling=self.pooling,
+            )
+        return self._context
+
+
+def _groups(lanes: Lanes) -> list[list[int]]:
+    """Lanes that are rounded relative to the first of them: those of a seed, or it and the plain.
+
+    All that are there are in one.
+    """
+    seeds = lanes.seeds.reshape(len(lanes), -1)
+    plain = lanes.coefficients == 0
+    groups: list[list[int]] = []
+    for i in range(len(lanes)):
+        last = groups[-1][-1] if groups else 0
+        if i and not plain[i] and not plain[last] and (seeds[i] == seeds[last]).all():
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    if not plain[0]:
+        return groups
+    paired = [group if plain[group[0]] or len(group) > 1 else [0, *group] for group in groups]
+    return paired[1:] if any(0 in group for group in paired[1:]) else paired
+
+
+def _packed(groups: Sequence[Sequence[int]], limit: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Groups together as long as they are no more than ``limit`` lanes: these, and references."""
+    together: dict[int, int] = {}
+    for group in groups:
+        more = dict.fromkeys(group, group[0])
+        if together and len(together | more) > limit:
+            yield np.array([*together]), np.array([*together.values()])
+            together = {}
+        together |= more
+    yield np.array([*together]), np.array([*together.values()])
+
+
+def _call(batch: Batch, part: _Part, outputs: np.ndarray) -> Call:
+    """The call that a part is."""
+    n_lanes, n = len(part.lanes), len(part.rows)
+    sequences = np.arange(n_lanes * len(part.examples), dtype=np.int32)
+    references = None
+    if (part.references != part.lanes).any():
+        place = np.searchsorted(part.lanes, part.references)
+        references = (place[:, None] * n + np.arange(n)).ravel()
+    return Call(
+        ids=np.tile(batch.ids[part.rows], n_lanes),
+        positions=np.tile(batch.positions[part.rows], n_lanes),
+        sequences=np.repeat(sequences, n // len(part.examples)),
+        outputs=np.tile(outputs[part.rows], n_lanes),
+        references=references,
+    )
+
+
+class _Names:
+    """A hook that only listens."""
+
+    def __init__(self) -> None:
+        self.found: set[str] = set()
+
+    def wants(self, name: str) -> bool:
+        self.found.add(name)
+        return False
+
+    def __call__(self, name: str, rows: np.ndarray, x: np.ndarray, y: np.ndarray) -> None: ...
+
+
+class _Terms:
+    """The hook that adds the adapter's term of each lane."""
+
+    def __init__(
+        self, adapter: Adapter | None, ops: ModuleType, variants: Variants, part: _Part
+    ) -> None:
+        self._adapter = adapter
+        self._ops = ops
+        self._tap = variants.tap
+        self._directions = variants.directions
+        moved = self._directions.targets if self._directions else ()
+        self._moved = {target.name for target in moved}
+        self._n = len(part.rows)
+        lanes = variants.lanes
+        seeds = lanes.seeds[part.lanes]
+        starts = None
+        if seeds.ndim == 2:
+            seeds = seeds[:, part.examples]
+            starts = np.linspace(0, self._n, len(part.examples) + 1, dtype=np.int32)
+        self._lanes = Lanes(
+            seeds, lanes.coefficients[part.lanes], lanes.distribution, starts=starts
+        )
+
+    def wants(self, name: str) -> bool:
+        return self._adapter is not None and self._adapter.target(name) is not None
+
+    def __call__(self, name: str, rows: np.ndarray, x: np.ndarray, y: np.ndarray) -> None:
+        assert self._adapter is not None
+        target = self._adapter.target(name)
+        assert target is not None
+        if self._tap is not None:
+            self._tap(target, slice(0, len(rows)), x, y)
+        lora, lanes = self._adapter.factors(target), self._lanes.unperturbed()
+        if self._directions is not None and name in self._moved:
+            lora, lanes = self._directions.lora(target), self._lanes
+        if len(rows) == self._n * len(lanes) and (np.diff(rows) == 1).all():
+            self._ops.add_lora(y, x, lora, lanes)
+        else:
+            self._add_by_lanes(rows, x, y, lora, lanes)
+
+    def _add_by_lanes(
+        self, rows: np.ndarray, x: np.ndarray, y: np.ndarray, lora: LoRA, lanes: Lanes
+    ) -> None:
+        """Of rows that are in another order, or not all."""
+        lane, row = np.divmod(rows, self._n)
+        for i in np.unique(lane):
+            here = np.flatnonzero(lane == i)
+            here = here[np.argsort(row[here])]
+            starts = lanes.starts
+            if starts is not None:
+                starts = np.searchsorted(row[here], starts).astype(np.int32)
+            own = replace(
+                lanes,
+                seeds=lanes.seeds[i : i + 1],
+                coefficients=lanes.coefficients[i : i + 1],
+                starts=starts,
+            )
+            rows_of_lane = y[here]
+            self._ops.add_lora(rows_of_lane, x[here], lora, own)
+            y[here] = rows_of_lane
+
+
+def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """-log softmax(logits)[labels] in nats: float64 [n]; logits [n, n_vocab] are overwritten."""
+    chosen = logits[np.arange(len(labels)), labels]
+    highest = logits.max(axis=1)
+    logits -= highest[:, None]
+    np.exp(logits, out=logits)
+    return np.log(logits.sum(axis=1, dtype=np.float64)) + (highest - chosen.astype(np.float64))

@@ -1,0 +1,222 @@
+"""The one door to llama.cpp: no crash on this processor or on a damaged file, and no printing.
+
+``llama_cpp`` is imported here, after ``probe`` has found out what of it works, and by others
+from here. Every model and context is opened here: by ``open_model`` and ``open_context``, or as
+llama-cpp-python's own class, by ``Llama``.
+
+llama.cpp ends the process on some inconsistencies and prints its reasons. So a file first
+passes our own reader, and what llama.cpp logs is kept for the message of the exception.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fwdllm.engine.adapters.io import open_gguf_adapter
+from fwdllm.engine.errors import AdapterError, FwdllmWarning, LlamaCppError, ModelError
+from fwdllm.engine.gguf.file import GGUFFile
+from fwdllm.engine.llamacpp import probe
+
+if probe.verdict().state == probe.BROKEN:
+    raise LlamaCppError(f"llama.cpp cannot be used here: {probe.verdict().reason}")
+import llama_cpp
+
+_LOG_LEVEL_ERROR = 4  # GGML_LOG_LEVEL_ERROR in ggml.h
+_MAX_MESSAGES = 20
+_MAX_LAYERS = 512  # LLAMA_MAX_LAYERS in src/llama-hparams.h, asserted
+_VOCAB_TYPE_NONE = 0
+_POOLING_NONE, _POOLING_MEAN, _POOLING_RANK = 0, 1, 4  # enum llama_pooling_type
+
+_messages: list[str] = []
+
+
+class NativeModel:
+    """A model opened by llama.cpp; it is freed with the last reference.
+
+    file: the same file, opened by us.  handle, vocab: pointers for the functions of
+    ``llama_cpp``.
+    """
+
+    def __init__(self, file: GGUFFile, handle: Any) -> None:
+        self.file = file
+        self.handle = handle
+        self.vocab = llama_cpp.llama_model_get_vocab(handle)
+        weakref.finalize(self, llama_cpp.llama_model_free, handle)
+
+    @property
+    def architecture(self) -> str:
+        """general.architecture of the file."""
+        return self.file.string("general.architecture")
+
+    @property
+    def context_length(self) -> int:
+        """The longest sequence the model was trained for, in tokens."""
+        return self.file.integer(f"{self.architecture}.context_length")
+
+    @property
+    def pooling(self) -> int:
+        """How tokens' features become a text's, as enum llama_pooling_type: by their mean if the
+        file says nothing. ModelError for a reranker, which has none."""
+        pooling = self.file.integer(f"{self.architecture}.pooling_type", _POOLING_NONE)
+        if pooling == _POOLING_RANK:
+            raise ModelError(f"{self.file.path} is a reranker, which has no embeddings")
+        return pooling or _POOLING_MEAN
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the model predicts next tokens; encoders such as BERT do not."""
+        return self.file.boolean(f"{self.architecture}.attention.causal", True)
+
+
+def open_model(
+    path: str | os.PathLike[str], *, vocab_only: bool, cpu_only: bool = False
+) -> NativeModel:
+    """Open a GGUF file with llama.cpp, the vocabulary only or the weights too.
+
+    cpu_only: where llama.cpp would use a GPU it was built for.
+    Errors: ModelError, with llama.cpp's reason, if it is missing, damaged or unsupported.
+    """
+    file = GGUFFile.open(path)
+    file.integer(f"{file.string('general.architecture')}.block_count", maximum=_MAX_LAYERS)
+    _check_vocabulary(file)
+    initialize()
+    params = llama_cpp.llama_model_default_params()
+    _set(params, vocab_only=vocab_only)
+    if not vocab_only:
+        _set(params, use_extra_bufts=extra_buffers())
+    no_devices = ctypes.c_void_p(None)  # a list that ends at once
+    if cpu_only:
+        _set(params, devices=ctypes.addressof(no_devices))
+    handle = call(llama_cpp.llama_model_load_from_file, os.fsencode(path), params)
+    if not handle:
+        raise ModelError(f"llama.cpp cannot read {path}: {reason()}")
+    model = NativeModel(file, handle)
+    if llama_cpp.llama_vocab_type(model.vocab) == _VOCAB_TYPE_NONE:
+        raise ModelError(f"{path} has no vocabulary")
+    return model
+
+
+def open_context(model: NativeModel, **options: Any) -> Any:
+    """A context of a model, a pointer for the functions of ``llama_cpp``; free it before the model.
+
+    options: fields of llama_context_params. Errors: ModelError if llama.cpp cannot make it.
+    """
+    params = llama_cpp.llama_context_default_params()
+    _set(params, **options)
+    context = call(llama_cpp.llama_init_from_model, model.handle, params)
+    if not context:
+        raise ModelError(f"llama.cpp cannot run {model.file.path}: {reason()}")
+    return context
+
+
+class Llama(llama_cpp.Llama):
+    """llama-cpp-python's own class, opened so that it works on this processor.
+
+    Errors of the constructor: LlamaCppError if it cannot, others as of the base.
+    """
+
+    @property
+    def model_params(self) -> Any:
+        """llama_model_params. The base sets them before it opens the file, and has no option for
+        extra buffer types."""
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: Any) -> None:
+        _set(params, use_extra_bufts=extra_buffers())
+        self._model_params = params
+
+
+def _set(params: Any, **fields: Any) -> None:
+    """Set fields of a struct; ctypes alone would keep one that does not exist beside it."""
+    for name, value in fields.items():
+        if not hasattr(params, name):
+            raise LlamaCppError(
+                f"llama-cpp-python {llama_cpp.__version__} has no {name} in "
+                f"{type(params).__name__}: install 0.3.36, which this was written for"
+            )
+        setattr(params, name, value)
+
+
+def extra_buffers() -> bool:
+    """Whether llama.cpp's extra buffer types (weights repacked for AMX and the like) work here.
+
+    Says once if they do not. Errors: LlamaCppError if llama.cpp cannot compute at all.
+    """
+    found = probe.verdict()
+    if found.state == probe.VOCABULARY:
+        raise LlamaCppError(
+            f"llama.cpp's kernels fail on this processor ({found.reason}): {probe.REBUILD}"
+        )
+    if found.state == probe.PLAIN:
+        _say_slower(found.reason)
+    return found.state == probe.FULL
+
+
+@functools.cache
+def _say_slower(why: str) -> None:
+    warnings.warn(
+        f"llama.cpp runs without its fastest kernels, as a trial of them failed here ({why}); "
+        f"{probe.REBUILD}",
+        FwdllmWarning,
+        stacklevel=4,
+    )
+
+
+def apply_adapter(model: NativeModel, context: Any, path: str | os.PathLike[str]) -> None:
+    """Apply a GGUF LoRA file to a context of a model; AdapterError if it does not fit."""
+    open_gguf_adapter(os.fspath(path), model.architecture)
+    adapter = call(llama_cpp.llama_adapter_lora_init, model.handle, os.fsencode(path))
+    if not adapter:
+        raise AdapterError(f"llama.cpp cannot use {path} with this model: {reason()}")
+    adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
+    scales = (ctypes.c_float * 1)(1.0)
+    if call(llama_cpp.llama_set_adapters_lora, context, adapters, 1, scales):
+        raise AdapterError(f"llama.cpp cannot apply {path}: {reason()}")
+
+
+def call(function: Callable[..., Any], *args: Any) -> Any:
+    """Call into llama.cpp; if that fails, ``reason`` says why."""
+    _messages.clear()
+    return function(*args)
+
+
+def reason() -> str:
+    """What llama.cpp logged first when the last ``call`` failed."""
+    message = _messages[0] if _messages else "it gives no reason"
+    # "function: error loading model: what happened" -> "what happened"
+    return message.rsplit("error loading model: ", maxsplit=1)[-1]
+
+
+@functools.cache
+def initialize() -> None:
+    """Start llama.cpp once per process and take over its log, which it would print."""
+    llama_cpp.llama_log_set(_keep_errors, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+
+
+@llama_cpp.llama_log_callback
+def _keep_errors(level: int, text: bytes, _user_data: object) -> None:
+    if level == _LOG_LEVEL_ERROR and len(_messages) < _MAX_MESSAGES:
+        _messages.append(text.decode("utf-8", "replace").strip())
+
+
+def _check_vocabulary(file: GGUFFile) -> None:
+    """Refuse what llama.cpp's vocabulary loader asserts or assumes without a check."""
+    if "tokenizer.ggml.tokens" not in file.metadata:
+        raise ModelError(f"{file.path} has no vocabulary")
+    tokens = file.strings("tokenizer.ggml.tokens")
+    if not tokens or len(set(tokens)) != len(tokens):
+        raise ModelError(f"{file.path} is damaged: its vocabulary is empty or repeats a token")
+    for key, dtype in (("scores", np.float32), ("token_type", np.int32)):
+        values = file.numbers(f"tokenizer.ggml.{key}", np.zeros(len(tokens), dtype))
+        if values.dtype != dtype or len(values) != len(tokens):
+            raise ModelError(f"{file.path} is damaged: its {key} do not match its vocabulary")

@@ -1,0 +1,263 @@
+"""What of llama.cpp works on this processor, found out before it can end our process.
+
+A library built for another processor, or by a compiler with a fault, dies by a signal that no
+exception handler sees (AMX kernels built by GCC: ggml-org/llama.cpp issue 20824). So a child
+process decodes a few tokens first, once for a build of llama.cpp and a processor; a file in the
+user's cache remembers what it found. Nothing here imports ``llama_cpp`` but the child.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+FULL = "full"  # everything works
+PLAIN = "plain"  # everything, if models are opened without extra buffer types
+VOCABULARY = "vocabulary"  # vocabularies and their tokenizers; computing ends the process
+BROKEN = "broken"  # not even that
+
+# The child needs 0.5 s; a processor of a phone under load with a cold disk, many times that.
+TIME_LIMIT = 60.0
+
+# What helps: GCC drops stores that AMX needs (issue 20824 of llama.cpp), clang does not.
+REBUILD = (
+    "to mend that, build it anew on this machine, best with clang: CC=clang CXX=clang++ "
+    "pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python llama-cpp-python"
+)
+
+# What the child says when it has come so far.
+_READ, _DECODED = "vocabulary read", "tokens decoded"
+# Signals of an instruction or an address that does not exist; others may have come from outside.
+_OF_CODE = (signal.SIGSEGV, signal.SIGILL, signal.SIGFPE)
+_N_TOKENS = 32  # rows enough for the kernels of matrices; one more token for those of vectors
+_REMEMBERED = 64  # answers in the file: a home directory may serve many machines
+
+# With our search path, so that it finds the llama.cpp that we would.
+_CHILD = (
+    "import sys; sys.path[:] = sys.argv[3:]; from fwdllm.engine.llamacpp import probe; "
+    "probe.decode(sys.argv[1], extra_buffers=sys.argv[2] == 'True')"
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """state: ``FULL``, ``PLAIN``, ``VOCABULARY`` or ``BROKEN``.  reason: what the child died of, ""
+    where everything works."""
+
+    state: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """Of a child. read, decoded: how far it came.  died_of: "" if it ended well.  certain: whether
+    it would always end so."""
+
+    read: bool
+    decoded: bool
+    died_of: str
+    certain: bool
+
+
+_found: Verdict | None = None  # in this process
+
+
+def verdict() -> Verdict:
+    """What works here: from the cache, or found out now (half a second, one if a child dies)."""
+    global _found
+    if _found is None:
+        _found = _recall(_key()) or examine()
+    return _found
+
+
+def examine() -> Verdict:
+    """What works here, found out now."""
+    global _found
+    _found, certain = probe()
+    if certain:
+        _remember(_key(), _found)
+    return _found
+
+
+def probe(time_limit: float = TIME_LIMIT) -> tuple[Verdict, bool]:
+    """Find out now, and whether it would be the same the next time.
+
+    time_limit: seconds that a child may take.
+    """
+    with resources.as_file(resources.files("fwdllm") / "assets" / "fwdllm-tiny.gguf") as model:
+        try:
+            first = _run(model, True, time_limit)
+            if first.decoded:
+                return Verdict(FULL, ""), True
+            if not first.read:  # what is missing may be there the next time
+                return Verdict(BROKEN, first.died_of), False
+            second = _run(model, False, time_limit)
+        except OSError as error:  # then carefully
+            return Verdict(PLAIN, f"no process to try them in: {error.strerror or error}"), False
+    certain = first.certain and (second.decoded or second.certain)
+    return Verdict(PLAIN if second.decoded else VOCABULARY, first.died_of), certain
+
+
+def decode(model: str, *, extra_buffers: bool) -> None:
+    """What the child does: read a quantized model and decode a prompt and one more token."""
+    _leave_no_core()
+    import llama_cpp
+
+    quiet = llama_cpp.llama_log_callback(lambda level, text, user_data: None)
+    llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    params = llama_cpp.llama_model_default_params()
+    params.vocab_only = True
+    llama_cpp.llama_model_free(_made(llama_cpp.llama_model_load_from_file(model.encode(), params)))
+    print(_READ, flush=True)
+    params = llama_cpp.llama_model_default_params()
+    params.use_extra_bufts = extra_buffers
+    opened = _made(llama_cpp.llama_model_load_from_file(model.encode(), params))
+    context = llama_cpp.llama_context_default_params()
+    context.n_ctx = 2 * _N_TOKENS
+    context.n_threads = context.n_threads_batch = 1  # which has instructions set up as others have
+    running = _made(llama_cpp.llama_init_from_model(opened, context))
+    for n in (_N_TOKENS, 1):
+        tokens = (llama_cpp.llama_token * n)(*range(1, n + 1))
+        if llama_cpp.llama_decode(running, llama_cpp.llama_batch_get_one(tokens, n)):
+            raise RuntimeError("llama_decode fails")
+    print(_DECODED, flush=True)
+
+
+def library_folder() -> Path | None:
+    """Where llama-cpp-python has its libraries; None if it is not installed."""
+    if chosen := os.environ.get("LLAMA_CPP_LIB_PATH"):
+        return Path(chosen)
+    found = importlib.util.find_spec("llama_cpp")
+    places = found.submodule_search_locations if found else None
+    return Path(places[0]) / "lib" if places else None
+
+
+def cache_file() -> Path:
+    """Where answers are kept: in XDG_CACHE_HOME or ~/.cache."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "fwdllm" / "llama-cpp.json"
+
+
+def processor() -> dict[str, str]:
+    """The processor's name and, where the system tells, the instructions it has ("flags")."""
+    found = {"name": "", "flags": ""}
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                name, _, value = (part.strip() for part in line.partition(":"))
+                if name == "model name":
+                    found["name"] = value
+                elif name in ("flags", "Features"):
+                    found["flags"] = value
+                elif not name:  # the end of the first processor; the others are as it is
+                    break
+    except OSError:  # not Linux
+        pass
+    found["name"] = found["name"] or platform.processor() or platform.machine()
+    return found
+
+
+def _run(model: Path, extra_buffers: bool, time_limit: float) -> _Outcome:
+    """A child's outcome. Errors: OSError if there can be none."""
+    if not sys.executable or getattr(sys, "frozen", False):
+        raise OSError("this program is not Python's")  # it would start itself
+    command = [sys.executable, "-c", _CHILD, str(model), str(extra_buffers), *map(str, sys.path)]
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=time_limit,
+        )
+        code, said, failed = done.returncode, done.stdout, done.stderr
+    except subprocess.TimeoutExpired as error:
+        # Its output is bytes, in spite of text=True.
+        read = _READ.encode() in (error.stdout or b"")
+        return _Outcome(read, False, f"no end after {time_limit:.0f} s", False)
+    decoded = _DECODED in said and code == 0
+    return _Outcome(
+        _READ in said, decoded, "" if decoded else _cause(code, failed), -code in _OF_CODE
+    )
+
+
+def _cause(code: int, failed: str) -> str:
+    """What a child died of: the signal's name, or the last line of its traceback."""
+    if code < 0:
+        return signal.strsignal(-code) or f"signal {-code}"
+    lines = failed.strip().splitlines()
+    return lines[-1].partition(": ")[2] or lines[-1] if lines else f"exit code {code}"
+
+
+def _made(pointer: Any) -> Any:
+    if not pointer:
+        raise RuntimeError("llama.cpp cannot open the bundled model")
+    return pointer
+
+
+def _leave_no_core() -> None:
+    """A child that dies does so on purpose; its memory is of no use to anybody."""
+    try:
+        import resource
+    except ImportError:  # not Unix
+        return
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _key() -> str:
+    """Of this build of llama.cpp, by its files, on this processor and kernel of the system."""
+    folder = library_folder()
+    files = []
+    if folder is not None and folder.is_dir():
+        for path in sorted(folder.iterdir()):
+            facts = path.stat()
+            files.append((str(path), facts.st_size, facts.st_mtime_ns))
+    text = json.dumps([str(folder), files, processor(), platform.release()])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _answers() -> dict[str, Any]:
+    """The cache's; none where it is missing or damaged."""
+    try:
+        found = json.loads(cache_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: no home directory
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _recall(key: str) -> Verdict | None:
+    found = _answers().get(key)
+    wanted = {field.name for field in fields(Verdict)}
+    if not isinstance(found, dict) or found.keys() != wanted:
+        return None
+    if found["state"] not in (FULL, PLAIN, VOCABULARY) or not isinstance(found["reason"], str):
+        return None
+    return Verdict(**found)
+
+
+def _remember(key: str, found: Verdict) -> None:
+    """Write the answer beside the others; where that fails, the next process asks again."""
+    answers = {**_answers(), key: asdict(found)}
+    try:
+        path = cache_file()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            whole = Path(folder) / path.name  # so that nobody reads half of it
+            whole.write_text(json.dumps(dict(list(answers.items())[-_REMEMBERED:])))
+            os.replace(whole, path)
+    except (OSError, RuntimeError):
+        pass

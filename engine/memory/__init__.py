@@ -1,0 +1,1 @@
+"""What a step needs in memory, and which weights stay in it."""

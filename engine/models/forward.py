@@ -1,0 +1,227 @@
+"""A forward pass: the rows of all lanes, and the operations graphs are written in.
+
+A graph reads like the model's paper: it names tensors and calls a Pass, which knows the
+backend, the adapter and the lanes. Arrays are the backend's, NumPy's or PyTorch's; graphs do with
+them what both can. The rows of a batch may be several passes, each of some of
+its sequences; a layer is applied to all of them in turn, so weights are visited once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+
+from fwdllm.engine.adapters.adapter import Adapter, Target
+from fwdllm.engine.data.batch import Batch
+from fwdllm.engine.directions import Directions
+from fwdllm.engine.models.rotary import Rotary
+from fwdllm.engine.models.weights import Weights
+from fwdllm.kernels.types import Lanes, LoRA
+
+
+class Tap(Protocol):
+    """Sees what adapted layers read and give, and may change what they give.
+
+    layer: the first where a tap makes lanes differ, None if it only looks on.
+    """
+
+    @property
+    def layer(self) -> int | None: ...
+
+    def __call__(self, target: Target, rows: slice, x: np.ndarray, y: np.ndarray) -> None:
+        """x: float32 [n_lanes * n, n_in] and y: [n_lanes * n, n_out] of n rows of the batch."""
+        ...
+
+
+class SquareSums:
+    """A tap that adds up what layers read, squared. sums: float64 [n_in] by target."""
+
+    layer = None
+
+    def __init__(self) -> None:
+        self.sums: dict[str, np.ndarray] = {}
+
+    def __call__(self, target: Target, rows: slice, x: np.ndarray, y: np.ndarray) -> None:
+        squares = np.square(x, dtype=np.float64).sum(axis=0)
+        self.sums[target.name] = self.sums.get(target.name, 0) + squares
+
+
+@dataclass(frozen=True)
+class Variants:
+    """What a pass evaluates beside the plain model: lanes, what their seeds mean, and a tap."""
+
+    lanes: Lanes = field(default_factory=Lanes.plain)
+    directions: Directions | None = None
+    tap: Tap | None = None
+
+
+PLAIN = Variants()
+
+
+class Pass:
+    """A forward pass of ``batch`` under every lane of ``variants``.
+
+    Until the first perturbed layer all lanes are equal, so there is one; ``enter`` makes the rows
+    of the others when the graph gets there. ids, positions, starts and lanes are those of
+    the rows at hand.  block_rows: what ``in_blocks`` takes at a time.  theta: the adapter's as the
+    backend keeps it, set before the first layer.
+    """
+
+    def __init__(
+        self,
+        ops: ModuleType,
+        weights: Weights,
+        batch: Batch,
+        adapter: Adapter | None = None,
+        variants: Variants = PLAIN,
+        exact: bool = False,
+        block_rows: int = 1 << 30,
+    ) -> None:
+        self.ops = ops
+        self.weights = weights
+        self.batch = batch
+        self.ids = batch.ids
+        self.positions = batch.positions
+        self.starts = batch.starts
+        self.exact = exact
+        self.block_rows = block_rows
+        self._tap = variants.tap
+        self._adapter = adapter
+        self.theta: Any = None
+        self._all_lanes = variants.lanes
+        self.lanes = replace(Lanes.plain(), tangents=self._all_lanes.tangents)
+        self._first_row = 0  # of a lane's rows at hand, in a block of them
+        self._directions = variants.directions
+        moved = self._directions.targets if self._directions else ()
+        self._moved = {target.name for target in moved}
+        layers = [moved[0].layer] if moved else []
+        if self._tap is not None and self._tap.layer is not None:
+            layers.append(self._tap.layer)
+        self._split = min(layers, default=None)
+        # Of all lanes, for ``enter``: made here because a backend may have to know them before.
+        n, rows = len(self._all_lanes), self.starts[-1]
+        ends = [self.starts[1:] + lane * rows for lane in range(n)]
+        self._all_starts = np.concatenate([self.starts[:1], *ends]).astype(np.int32)
+        self._all_positions = np.tile(self.positions, n)
+        self._still = self._all_lanes.unperturbed()
+
+    @property
+    def inputs(self) -> list[np.ndarray]:
+        """The arrays that change with the batch and the seeds alone."""
+        lanes = self._all_lanes
+        return [self.ids, self.positions, self._all_positions, lanes.seeds, lanes.coefficients]
+
+    def enter(self, layer: int, x: np.ndarray) -> np.ndarray:
+        """The rows that layer works on: those of all lanes from the first perturbed one on.
+
+        Other lanes are copies of the plain rows then, and tangents zero.
+        """
+        if layer != self._split:
+            return x
+        self.lanes = self._all_lanes
+        if len(self.lanes) == 1:
+            return x
+        self.starts, self.positions = self._all_starts, self._all_positions
+        return self.ops.spread(x, self.lanes, self.exact)
+
+    def embedding(self, name: str, ids: np.ndarray) -> np.ndarray:
+        """Rows ``ids`` of the table ``name``: float32 [len(ids), width]."""
+        return self.ops.embedding(self.weights.matrix(name), ids)
+
+    def linear(self, x: np.ndarray, name: str) -> np.ndarray:
+        """x W^T + bias, with the adapter's term in each lane: float32 [rows, n_out]."""
+        target = self._adapter.target(name) if self._adapter else None
+        n_rows = len(x) // len(self.lanes)
+        lanes = self.lanes.take(self._first_row, self._first_row + n_rows)
+        lora, lanes = self._term(target, lanes)
+        y: Any = self.ops.matmul(
+            x,
+            self.weights.matrix(name),
+            bias=self.weights.vector_or_none(f"{name}.bias"),
+            lora=lora,
+            lanes=lanes,
+            exact=self.exact,
+        )
+        if self._tap is not None and target is not None:
+            start = self.batch.first_row + self._first_row
+            seen = self.ops.host(y)
+            self._tap(target, slice(start, start + n_rows), self.ops.host(x), seen)
+            if seen is not y and self._tap.layer is not None:
+                y[:] = self.ops.array(seen)
+        return y
+
+    def _term(self, target: Target | None, lanes: Lanes) -> tuple[LoRA | None, Lanes]:
+        """The adapter's factors for a target, and the lanes as far as they perturb it."""
+        if target is None or self._adapter is None:
+            return None, lanes
+        if self._directions is None or target.name not in self._moved:
+            still = self._still if len(lanes) == len(self._still) else lanes.unperturbed()
+            return self._adapter.factors(target, self.theta), still
+        return self._directions.lora(target, self.theta), lanes
+
+    @property
+    def tangents(self) -> int:
+        """Lanes at hand that are derivatives of lane 0."""
+        return self.lanes.n_tangents
+
+    def in_blocks(self, x: np.ndarray, f: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """f(x) for an f that works row by row, a block of rows at a time to bound temporaries.
+
+        A block is the same rows of every lane, so that lanes stay comparable inside it. Takes the
+        place of x.
+        """
+        n_lanes, width = len(self.lanes), x.shape[1]
+        step = max(1, self.block_rows // n_lanes)
+        rows = len(x) // n_lanes
+        if rows <= step:
+            return f(x)
+        lanes = x.reshape(n_lanes, rows, width)
+        for i in range(0, rows, step):
+            self._first_row = i
+            block = lanes[:, i : i + step]
+            lanes[:, i : i + step] = f(self.ops.contiguous(block.reshape(-1, width))).reshape(
+                block.shape
+            )
+        self._first_row = 0
+        return lanes.reshape(x.shape)
+
+    def rms_norm(self, x: np.ndarray, name: str, eps: float) -> np.ndarray:
+        """RMS norm of the rows by the vector ``name``.weight."""
+        return self.ops.rms_norm(x, self.weights.vector(f"{name}.weight"), eps, self.tangents)
+
+    def layer_norm(self, x: np.ndarray, name: str, eps: float) -> np.ndarray:
+        """Layer norm of the rows by the vectors ``name``.weight and .bias."""
+        weight, bias = (self.weights.vector(f"{name}.{part}") for part in ("weight", "bias"))
+        return self.ops.layer_norm(x, weight, bias, eps, self.tangents)
+
+    def rope(self, x: np.ndarray, rotary: Rotary, head_dim: int, interleaved: bool) -> np.ndarray:
+        """Rotate the heads of x [rows, heads * head_dim] to their rows' positions."""
+        cos, sin = rotary.tables(int(self.positions.max()) + 1)
+        return self.ops.rope(x, self.positions, cos, sin, head_dim, interleaved)
+
+    def attention(
+        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, head_dim: int, causal: bool
+    ) -> np.ndarray:
+        """Scaled dot-product attention inside each sequence of each lane."""
+        return self.ops.attention(
+            q,
+            k,
+            v,
+            self.starts,
+            head_dim=head_dim,
+            scale=head_dim**-0.5,
+            causal=causal,
+            tangents=self.tangents,
+        )
+
+    def swiglu(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        """silu(gate) * up."""
+        return self.ops.swiglu(gate, up, self.tangents)
+
+    def gelu(self, x: np.ndarray) -> np.ndarray:
+        """GELU in its tanh approximation."""
+        return self.ops.gelu(x, self.tangents)

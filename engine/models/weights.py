@@ -1,0 +1,55 @@
+"""A model file's tensors as the graphs ask for them: by GGUF name, decoded views cached."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fwdllm.engine.errors import ModelError
+
+if TYPE_CHECKING:
+    from fwdllm.engine.gguf.file import GGUFFile
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Weights:
+    """Tensors of one file. Matrices are views of the mapping; vectors are small and copied.
+
+    required, optional: tensor name -> shape in NumPy order.  ops: the kernel backend, which may
+    keep matrices elsewhere. ModelError if a required tensor is
+    missing, or any has another shape.
+    """
+
+    def __init__(self, file: GGUFFile, required: Shapes, optional: Shapes, ops: ModuleType) -> None:
+        for name, shape in {**required, **optional}.items():
+            if name not in file.tensors:
+                if name in required:
+                    raise ModelError(f"{file.path} has no tensor {name!r}; it is not complete")
+                continue
+            found = file.tensors[name].shape
+            if found != shape:
+                raise ModelError(f"{file.path}: tensor {name!r} has shape {found}, not {shape}")
+        names = [name for name in (*required, *optional) if name in file.tensors]
+        matrices = [n for n in names if len(file.tensors[n].shape) == 2]
+        self._matrices = {n: ops.weight(file.weight(n)) for n in matrices}
+        self._vectors = {n: file.vector(n) for n in names if len(file.tensors[n].shape) == 1}
+
+    def matrix(self, name: str) -> Any:
+        """The matrix ``name``.weight as the backend keeps it."""
+        return self._matrices[f"{name}.weight"]
+
+    def has(self, name: str) -> bool:
+        """Whether the matrix ``name``.weight exists."""
+        return f"{name}.weight" in self._matrices
+
+    def vector(self, name: str) -> np.ndarray:
+        """The vector ``name`` (with its ".weight" or ".bias"), float32."""
+        return self._vectors[name]
+
+    def vector_or_none(self, name: str) -> np.ndarray | None:
+        """The vector ``name``, or None if the file has none."""
+        return self._vectors.get(name)

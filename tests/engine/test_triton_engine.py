@@ -1,0 +1,158 @@
+"""The engine on Triton kernels, under its interpreter where there is no GPU, against the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from shallow import first_layers
+
+from fwdllm.bench.inputs import half_trained, step_batch
+from fwdllm.bench.shapes import Shape
+from fwdllm.bench.synthetic import make_decoder
+from fwdllm.engine import Engine, Example, LoRAConfig
+from fwdllm.engine.adapters.adapter import Adapter
+from fwdllm.engine.data.batch import Batch
+from fwdllm.engine.directions import Dense, Directions, Scope, Sparse, lora_fa, subzero
+from fwdllm.kernels.types import QuantType
+
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("torch", "triton")),
+    reason="torch or triton is not installed",
+)
+
+SHAPE = Shape(2, 64, 2, 1, 32, 64, 300)
+SEEDS = np.arange(8, dtype=np.uint64) + 40
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("triton") / "decoder.gguf"
+    make_decoder(path, SHAPE, QuantType.Q4_0)
+    return path
+
+
+def load(path: Path, device: str, **options) -> Engine:
+    lora = LoRAConfig(rank=4, targets=("attn_q", "ffn_down"))
+    return half_trained(Engine.load(path, lora, device=device, **options))
+
+
+def some_batch(seed: int = 0) -> Batch:
+    rng = np.random.default_rng(seed)
+    return step_batch([rng.integers(0, 300, n).tolist() for n in (6, 4)], 1)
+
+
+@pytest.mark.parametrize("method", ["forward-ad", "central"])
+def test_slopes_are_the_cpus(path: Path, method: str) -> None:
+    batch = some_batch()
+    cpu, gpu = load(path, "cpu", exact=True), load(path, "cuda")
+    want = cpu.directional_derivatives(batch, SEEDS, method)
+    got = gpu.directional_derivatives(batch, SEEDS, method)
+    assert np.corrcoef(got.derivative, want.derivative)[0, 1] > 0.9995
+    assert got.loss == pytest.approx(want.loss, abs=0.01)
+    assert got.n_tokens == want.n_tokens
+    np.testing.assert_allclose(gpu.loss(batch), cpu.loss(batch), atol=0.01)
+
+
+def test_exact_slopes_are_the_cpus(path: Path) -> None:
+    batch = some_batch()
+    cpu, gpu = (load(path, device, exact=True) for device in ("cpu", "cuda"))
+    want = cpu.directional_derivatives(batch, SEEDS[:3])
+    got = gpu.directional_derivatives(batch, SEEDS[:3])
+    np.testing.assert_allclose(got.derivative, want.derivative, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(gpu.loss(batch), cpu.loss(batch), rtol=1e-5)
+
+
+def test_an_encoder_learns_the_same(shared: Path, tmp_path: Path) -> None:
+    model = first_layers(shared / "models/minilm-l6-v2.Q4_0.gguf", 2, tmp_path / "two.gguf")
+    examples = [Example(text="a fine film", label="good"), Example(text="dull", label="bad")]
+    found = []
+    for device in ("cpu", "cuda"):
+        engine = Engine.load(model, LoRAConfig(rank=2), labels=("bad", "good"), device=device)
+        half_trained(engine)
+        assert engine.adapter is not None
+        directions = Dense(engine.adapter, scope=Scope((1,)))
+        batch = engine.encode(examples)
+        probe = engine.directional_derivatives(batch, SEEDS[:2], directions=directions)
+        assert probe.head_gradient is not None
+        found.append((probe.loss, *probe.derivative, *probe.head_gradient[:20]))
+    np.testing.assert_allclose(found[1], found[0], rtol=0.1, atol=0.02)
+
+
+def test_examples_with_directions_of_their_own(path: Path) -> None:
+    batch = some_batch()
+    found = [
+        load(path, device, exact=True).directional_derivatives(batch, SEEDS[:1], per_example=True)
+        for device in ("cpu", "cuda")
+    ]
+    np.testing.assert_allclose(found[1].derivative, found[0].derivative, rtol=1e-3, atol=1e-5)
+
+
+def masked(adapter: Adapter) -> Sparse:
+    mask = np.arange(adapter.n_lora) % 3 == 0
+    return Sparse(Dense(adapter), mask.astype(np.float32))
+
+
+@pytest.mark.parametrize("make", [masked, lambda a: subzero(a, 5, 3), lora_fa])
+def test_other_directions(path: Path, make: Callable[[Adapter], Directions]) -> None:
+    batch, found = some_batch(), []
+    for device in ("cpu", "cuda"):
+        engine = load(path, device, exact=True)
+        assert engine.adapter is not None
+        directions = make(engine.adapter)
+        found.append(engine.directional_derivatives(batch, SEEDS[:2], directions=directions))
+    np.testing.assert_allclose(found[1].derivative, found[0].derivative, rtol=1e-3, atol=1e-5)
+
+
+def test_activations_are_perturbed_as_on_a_cpu(path: Path) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        engine = Engine.load(path, LoRAConfig(rank=1), device=device, exact=True)
+        engine.use_activations(Scope((1,)))
+        found.append(engine.output_sensitivity(some_batch(), 3, 2).values)
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-3, atol=1e-5)
+
+
+def test_an_update_is_the_cpus(path: Path) -> None:
+    coefficients = np.linspace(-1, 1, len(SEEDS)).astype(np.float32)
+    thetas = []
+    for device in ("cpu", "cuda"):
+        adapter = load(path, device).adapter
+        assert adapter is not None
+        adapter.add(SEEDS, coefficients)
+        thetas.append(adapter.theta)
+    np.testing.assert_allclose(thetas[1], thetas[0], atol=1e-5)
+
+
+def test_a_repeated_pass_sees_what_has_changed(path: Path) -> None:
+    """A recording runs on its own copies of seeds, tokens, labels and parameters."""
+    from fwdllm.kernels.triton import recording, runtime
+
+    engine = load(path, "cuda")
+    assert engine.adapter is not None
+    recording.recordings.clear()
+    for i in range(4):
+        batch = some_batch(seed=i)  # other tokens, the same lengths
+        seeds = SEEDS[:1] + np.uint64(i)
+        engine.adapter.theta[:] *= 0.7
+        got = engine.directional_derivatives(batch, seeds)
+        [found] = recording.recordings.values()
+        assert (found.launch is not None) == (i > 0)
+        recording.enabled = False
+        try:
+            want = engine.directional_derivatives(batch, seeds)
+        finally:
+            recording.enabled = True
+        assert got.loss == want.loss
+        np.testing.assert_array_equal(got.derivative, want.derivative)
+    # What it has the addresses of stays, whatever else forgets it.
+    cos, _ = engine.args.rotary.tables(int(batch.positions.max()) + 1)
+    assert found.held
+    starts = np.array([0, 6, 10, 16, 20], np.int32)  # of the sequences of both lanes
+    for used in (runtime.constant(cos), runtime.small(starts)):
+        assert any(used is held for held in found.held)
+    engine.directional_derivatives(step_batch([[5, 6, 7]], 1), SEEDS[:1])
+    assert len(recording.recordings) == 2
