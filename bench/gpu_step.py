@@ -20,10 +20,9 @@ from fwdllm.engine.adapters.adapter import Adapter, LoRAConfig, Target, layout
 from fwdllm.engine.data.batch import Batch, Tokens, pack
 from fwdllm.engine.directions.dense import Dense
 from fwdllm.engine.estimators.plan import plan
-from fwdllm.engine.memory.plan import plan_gpu_step
+from fwdllm.engine.graph import Variants
 from fwdllm.engine.models import FAMILIES, llama
-from fwdllm.engine.models.forward import Variants
-from fwdllm.engine.models.graph import Graph
+from fwdllm.engine.models.graph import OwnGraph
 from fwdllm.engine.models.rotary import Rotary
 from fwdllm.kernels import triton as ops
 from fwdllm.kernels.triton import recording
@@ -99,16 +98,10 @@ class StepModel:
             adapter.theta[at : at + size] = rng.normal(scale=0.01, size=size)
         return cls(shape, args, RandomWeights(shape, type), adapter)
 
-    def graph(self, exact: bool = False) -> Graph:
+    def graph(self, exact: bool = False) -> OwnGraph:
         weights: Any = self.weights
-        return Graph(
-            self.args,
-            FAMILIES["llama"],
-            weights,
-            ops,
-            self.adapter,
-            exact,
-            lambda batch, n: plan_gpu_step(self.args, ops.free_bytes(), batch.n_rows, n),
+        return OwnGraph(
+            self.args, FAMILIES["llama"], weights, ops, adapter=self.adapter, exact=exact
         )
 
 

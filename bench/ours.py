@@ -89,7 +89,8 @@ class Step:
         watch.name_tensors(self.engine.file)
         assert self.engine.adapter is not None
         # In this engine, because a second one would not fit the same memory budget.
-        self.engine.ops = watch.backend
+        graph: Any = self.engine.graph
+        graph.ops = watch.backend
         self.engine.adapter = replace(self.engine.adapter, ops=watch.backend)
         self.directions = replace(self.directions, adapter=self.engine.adapter)
         start = time.perf_counter()

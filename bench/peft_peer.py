@@ -21,6 +21,7 @@ from fwdllm.bench.inputs import UPDATE_RATE, half_trained
 from fwdllm.engine import DEFAULT_EPSILON, Engine, LoRAConfig
 from fwdllm.engine.adapters.peft import MODULES, row_order, save_peft
 from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.models import llama
 
 _NAMES = {
     **MODULES["llama"],
@@ -108,6 +109,7 @@ def decode(engine: Engine, dtype: torch.dtype) -> Any:
     Errors: ConfigError if it does not fit the free memory or scales RoPE.
     """
     args, file = engine.args, engine.file
+    assert isinstance(args, llama.Args)  # a decoder, as ``open_decoder`` has checked
     if args.rotary.scaling != "none" or args.rotary.factors:
         raise ConfigError("the peer peft does not know scaled RoPE")
     _check_memory(engine, dtype)

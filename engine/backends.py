@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fwdllm.engine.errors import ConfigError, UnsupportedError
 from fwdllm.engine.estimators.plan import METHODS, TANGENT_METHODS
-from fwdllm.engine.models import Family, family_of
+from fwdllm.engine.models import family_of
+from fwdllm.engine.models.dimensions import Dimensions
 
 if TYPE_CHECKING:
     from fwdllm.engine.gguf.file import GGUFFile
@@ -24,45 +25,35 @@ _NOT_MULTIPLIED = ("ssm_conv1d", "shortconv.conv", "attn_rel_b")
 
 
 @dataclass(frozen=True)
-class Args:
-    """Dimensions of a model that llama.cpp computes; of those that differ by layer the largest."""
-
-    n_layers: int
-    width: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    hidden: int
-    n_vocab: int
-    context: int
-
-
-@dataclass(frozen=True)
 class Backend:
     """What computes with a file, and what the file is.
 
     name: ``OWN`` or ``LLAMA_CPP``.  reason: what the file has that our graphs have not, None if
-    there is nothing.  family: of our graph, None with llama.cpp.  args: dimensions, of the family
-    or ``Args``.  encoder: it yields features, not next tokens.  linear: (n_out, n_in) of each layer
-    that an adapter can be for, by tensor name without ".weight".
+    there is nothing.  args: what the graph of our own has read of the file, or its dimensions.
+    encoder: it yields features, not next tokens.  linear: (n_out, n_in) of each layer that an
+    adapter can be for, by tensor name without ".weight".
     """
 
     name: str
     reason: str | None
     architecture: str
-    family: Family | None
-    args: Any
+    args: Dimensions
     encoder: bool
     linear: Mapping[str, tuple[int, int]]
 
     @property
+    def own(self) -> bool:
+        """Whether it is a graph of our own, with tangents and memory budgets."""
+        return self.name == OWN
+
+    @property
     def method(self) -> str:
         """The method for directional derivatives that suits it."""
-        return "forward-ad" if self.family else "central"
+        return "forward-ad" if self.own else "central"
 
     def check_method(self, method: str) -> None:
         """ConfigError for a method that needs tangents, if it has none."""
-        if method in TANGENT_METHODS and self.family is None:
+        if method in TANGENT_METHODS and not self.own:
             others = " or ".join(m for m in METHODS if m not in TANGENT_METHODS)
             raise ConfigError(
                 f"method {method} needs a graph of our own, but {self.architecture} is computed by "
@@ -100,7 +91,7 @@ def _own(file: GGUFFile) -> Backend:
         for tensor, shape in required.items()
         if tensor.startswith("blk.") and len(shape) == 2
     }
-    return Backend(OWN, None, architecture, family, args, family.encoder, linear)
+    return Backend(OWN, None, architecture, args, family.encoder, linear)
 
 
 def _llama_cpp(file: GGUFFile, reason: str | None) -> Backend:
@@ -118,14 +109,14 @@ def _llama_cpp(file: GGUFFile, reason: str | None) -> Backend:
         and not name.removesuffix(".weight").endswith(_NOT_MULTIPLIED)
     }
     encoder = arch in _ENCODERS or not file.boolean(f"{arch}.attention.causal", True)
-    return Backend(LLAMA_CPP, reason, arch, None, _args(file, arch), encoder, linear)
+    return Backend(LLAMA_CPP, reason, arch, _dimensions(file, arch), encoder, linear)
 
 
-def _args(file: GGUFFile, arch: str) -> Args:
+def _dimensions(file: GGUFFile, arch: str) -> Dimensions:
     width = file.positive(f"{arch}.embedding_length")
     n_heads = _largest(file, f"{arch}.attention.head_count", 0)
     head_dim = width // n_heads if n_heads else 0
-    return Args(
+    return Dimensions(
         n_layers=file.positive(f"{arch}.block_count"),
         width=file.positive(f"{arch}.embedding_length_out", width),
         n_heads=n_heads,

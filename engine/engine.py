@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fwdllm.engine.adapters.adapter import Adapter, Head, LoRAConfig
-from fwdllm.engine.adapters.head import class_losses, head_gradient
 from fwdllm.engine.adapters.io import load_adapter
 from fwdllm.engine.backends import choose
 from fwdllm.engine.data.batch import Batch, Tokens, pack, pack_many
-from fwdllm.engine.data.encode import encode_decoder, encode_text
-from fwdllm.engine.data.jsonl import Example, check_labels
+from fwdllm.engine.data.encode import Encoding
+from fwdllm.engine.data.jsonl import Example
 from fwdllm.engine.data.tokenizer import Tokenizer
 from fwdllm.engine.devices import kernels_of
 from fwdllm.engine.directions import Dense, Directions, DirectionsConfig, Scope, frozen_b
@@ -27,16 +25,17 @@ from fwdllm.engine.errors import (
 )
 from fwdllm.engine.estimators import activation, derivatives
 from fwdllm.engine.estimators.activation import Gradient
+from fwdllm.engine.estimators.lanes import lane_losses
 from fwdllm.engine.estimators.plan import DEFAULT_EPSILON, Probe
 from fwdllm.engine.evaluation import EVAL_ROWS, Evaluation, evaluate
 from fwdllm.engine.gguf.file import GGUFFile
+from fwdllm.engine.graph import Graph, SquareSums
 from fwdllm.engine.llamacpp.graph import LlamaGraph
-from fwdllm.engine.memory.plan import MemoryPlan, keep_freed_memory, plan_gpu_step, plan_step
-from fwdllm.engine.memory.residency import Residency, resident_bytes
-from fwdllm.engine.models.forward import PLAIN, SquareSums, Variants
-from fwdllm.engine.models.graph import Graph
+from fwdllm.engine.memory.plan import keep_freed_memory
+from fwdllm.engine.memory.residency import Residency
+from fwdllm.engine.models import family_of
+from fwdllm.engine.models.graph import OwnGraph
 from fwdllm.engine.models.weights import Weights
-from fwdllm.kernels.types import Lanes
 
 
 class Engine:
@@ -66,24 +65,21 @@ class Engine:
         self.ops = kernels_of(device)
         self.exact = exact
         self.memory_budget = memory_budget
-        self.labels = tuple(labels)
         self.backend = choose(file, backend)
         self.architecture, self.encoder = self.backend.architecture, self.backend.encoder
-        self.family = self.backend.family
-        self.args: Any = self.backend.args
-        if self.family is None:
-            self._check_llama_cpp()
-            self._llama = LlamaGraph(file, self.encoder, self.ops)
-            self.tokenizer = Tokenizer(self._llama.model)
-        else:
-            self.weights = Weights(file, *self.family.shapes(self.args), self.ops)
+        self.args = self.backend.args
+        self.graph: Graph
+        if self.backend.own:
             self.tokenizer = Tokenizer.open(file.path)
+            self.graph = self._own_graph()
+        else:
+            self._check_llama_cpp()
+            self.graph = LlamaGraph(file, self.encoder, self.ops)
+            self.tokenizer = Tokenizer(self.graph.model)
         if self.tokenizer.n_vocab > self.args.n_vocab:
             raise ModelError(f"{file.path}: the vocabulary has more tokens than the embedding")
-        self.adapter: Adapter | None = None
+        self.encoding = Encoding(self.tokenizer, self.args.context, self.encoder, tuple(labels))
         self._directions: Directions | None = None
-        self._residency = Residency(file, self.args.n_layers)
-        self._resident = resident_bytes()
 
     @classmethod
     def load(
@@ -125,26 +121,23 @@ class Engine:
             engine.adapter = Adapter.create(
                 engine.architecture, engine.backend.linear, lora, seed, engine.ops, head
             )
-        if engine.family is None and engine.adapter is not None:
-            engine._llama.check_reach(engine.adapter)
+        if engine.adapter is not None and isinstance(engine.graph, LlamaGraph):
+            engine.graph.check_reach(engine.adapter)
         return engine
 
     @property
-    def graph(self) -> Graph | LlamaGraph:
-        """What computes the model's outputs, with the adapter as it is now."""
-        if self.family is None:
-            self._llama.adapter, self._llama.ops = self.adapter, self.ops
-            return self._llama
-        return Graph(
-            self.args,
-            self.family,
-            self.weights,
-            self.ops,
-            self.adapter,
-            self.exact,
-            self._memory,
-            None if self.device == "cuda" else self._residency,
-        )
+    def adapter(self) -> Adapter | None:
+        """Trainable parameters, or None."""
+        return self.graph.adapter
+
+    @adapter.setter
+    def adapter(self, adapter: Adapter | None) -> None:
+        self.graph.adapter = adapter
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of classes, () if there are none."""
+        return self.encoding.labels
 
     @property
     def directions(self) -> Directions:
@@ -180,12 +173,12 @@ class Engine:
     def use_activations(self, scope: Scope | None = None) -> None:
         """Get ready for ``activation_gradient``: factors zero, and only A learns from now on.
 
-        Errors: ConfigError if the adapter's rank is more than ``activation.max_rank``.
+        Errors: ConfigError if the adapter's rank is more than ``activation.check_rank`` allows.
         """
         if self.adapter is None:
             raise ConfigError("activations are perturbed where an adapter reads them")
         self.backend.check_method("activation")
-        activation.check_rank(self)
+        activation.check_rank(self.adapter)
         self.adapter.theta[: self.adapter.n_lora] = 0
         self.directions = frozen_b(self.adapter, scope)
 
@@ -203,10 +196,11 @@ class Engine:
 
     def loss(self, batch: Batch) -> np.ndarray:
         """Mean negative log-likelihood of each example: float64 [n_examples], in nats."""
+        losses, _ = lane_losses(self.graph, batch)
         if batch.classes is not None:
-            return self._class_losses(self.graph.features(batch), batch.classes)[0]
+            return losses[0]
         counts = np.bincount(batch.label_sequence, minlength=batch.n_sequences)
-        return batch.sums_by_sequence(self.graph.token_losses(batch))[0] / counts
+        return batch.sums_by_sequence(losses)[0] / counts
 
     def directional_derivatives(
         self,
@@ -226,7 +220,9 @@ class Engine:
         """
         self.backend.check_method(method)
         directions = directions or self.directions
-        return derivatives.of_batch(self, batch, seeds, method, epsilon, directions, per_example)
+        return derivatives.of_batch(
+            self.graph, batch, seeds, method, epsilon, directions, per_example
+        )
 
     def group_derivatives(
         self,
@@ -245,41 +241,23 @@ class Engine:
         """
         self.backend.check_method(method)
         directions = directions or self.directions
-        return derivatives.of_groups(self, batch, sizes, seeds, method, epsilon, directions)
+        return derivatives.of_groups(self.graph, batch, sizes, seeds, method, epsilon, directions)
 
     def head_step(self, batch: Batch) -> Gradient:
         """The gradient by the head alone, from one forward pass."""
-        return activation.head_alone(self, batch)
+        return activation.head_alone(self.graph, batch)
 
     def activation_gradient(self, batch: Batch, seed: int, n_tangents: int) -> Gradient:
         """The gradient by A from perturbed bottlenecks; see ``estimators.activation.gradient``."""
-        return activation.gradient(self, batch, seed, n_tangents)
+        return activation.gradient(self.graph, batch, seed, n_tangents, self.directions.targets)
 
     def output_sensitivity(self, batch: Batch, seed: int, n_tangents: int) -> Gradient:
         """What layers' outputs do to the loss; see ``estimators.activation.sensitivity``."""
-        return activation.sensitivity(self, batch, seed, n_tangents)
-
-    def lane_losses(
-        self, batch: Batch, variants: Variants = PLAIN
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """NLL of every label in every lane, slopes in tangents: float64 [n_lanes, n_labels].
-
-        And what a head reads, see ``Graph.features``, or None without classes.
-        """
-        if batch.classes is None:
-            return self.graph.token_losses(batch, variants), None
-        features = self.graph.features(batch, variants)
-        return self._class_losses(features, batch.classes, variants.lanes), features
-
-    def head_gradient(self, batch: Batch, features: np.ndarray | None) -> np.ndarray | None:
-        """Gradient by the head's parameters from features of ``lane_losses``: float32 [n_head]."""
-        if features is None or batch.classes is None or self.adapter is None:
-            return None
-        return head_gradient(self.adapter, features[: batch.n_sequences], batch.classes)
+        return activation.sensitivity(self.graph, batch, seed, n_tangents, self.directions.targets)
 
     def evaluate(self, examples: Sequence[Example], max_tokens: int | None = None) -> Evaluation:
         """Loss and accuracy over examples; see ``Evaluation``. Errors: DataError, NumericsError."""
-        return evaluate(self, examples, max_tokens)
+        return evaluate(self.graph, self.encoding, examples, max_tokens)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Next-token logits after each token of one sequence: float32 [n_tokens, n_vocab]."""
@@ -309,47 +287,30 @@ class Engine:
             self.architecture,
             self.backend.linear,
             args.n_heads,
-            getattr(args, "n_kv_heads", args.n_heads),
+            args.n_kv_heads,
             self.ops,
         )
         head = self.adapter.head
         if head is not None:
             if not self.encoder or head.n_in != args.width:
                 raise AdapterError(f"{path} has a classification head for another model")
-            self.labels = head.labels
+            self.encoding.labels = head.labels
 
     def tokenize(self, example: Example, max_tokens: int | None) -> Tokens:
         """One example as ``encode`` packs it. Errors: DataError."""
-        context = self.args.context
-        if not self.encoder:
-            return encode_decoder(self.tokenizer, example, context, max_tokens)
-        ids = encode_text(self.tokenizer, example, context, max_tokens)
-        if example.label is None:
-            return Tokens(ids, [False] * len(ids))
-        check_labels([example], self.labels)
-        return Tokens(ids, [False] * len(ids), self.labels.index(example.label))
+        return self.encoding.example(example, max_tokens)
 
-    def max_lanes(self, batch: Batch, n_lanes: int) -> int:
-        """How many of n_lanes go through the model at once within the memory budget."""
-        if self.family is None:
-            return n_lanes  # it takes them in several calls by itself
-        return self._memory(batch, n_lanes).lanes
-
-    def _memory(self, batch: Batch, n_lanes: int) -> MemoryPlan:
-        if self.device == "cuda":
-            return plan_gpu_step(self.args, self.ops.free_bytes(), batch.n_rows, n_lanes)
-        return plan_step(
+    def _own_graph(self) -> OwnGraph:
+        _, family = family_of(self.file)
+        weights = Weights(self.file, *family.shapes(self.args), self.ops)
+        return OwnGraph(
             self.args,
-            self.memory_budget,
-            resident=self._resident,
-            largest_layer=self._residency.largest,
-            n_trainable=self.adapter.theta.size if self.adapter else 0,
-            n_rows=batch.n_rows,
-            n_lanes=n_lanes,
-            longest=int(np.diff(batch.starts).max()),
-            n_labels=len(batch.label_ids),
-            int8=not self.exact,
-            encoder=self.encoder,
+            family,
+            weights,
+            self.ops,
+            exact=self.exact,
+            residency=None if self.device == "cuda" else Residency(self.file, self.args.n_layers),
+            memory_budget=self.memory_budget,
         )
 
     def _check_llama_cpp(self) -> None:
@@ -363,11 +324,3 @@ class Engine:
             if given:
                 why = f" ({self.backend.reason})" if self.backend.reason else ""
                 raise ConfigError(f"{option} is not for models that llama.cpp computes{why}")
-
-    def _class_losses(
-        self, features: np.ndarray, classes: np.ndarray, lanes: Lanes = PLAIN.lanes
-    ) -> np.ndarray:
-        """NLL of every class in every lane, slopes in tangents: float64 [n_lanes, n_sequences]."""
-        if self.adapter is None or self.adapter.head is None:
-            raise ConfigError("classifying with an encoder needs an adapter with a head")
-        return class_losses(self.adapter, features, classes, len(lanes), lanes.n_tangents)

@@ -57,9 +57,8 @@ def write_adapter(engine: Engine, name: _Path) -> Path:
         return path
     is_new = not path.exists()
     try:
-        n_heads = engine.args.n_heads
-        n_kv_heads = getattr(engine.args, "n_kv_heads", n_heads)
-        save_peft(engine.adapter, path, n_heads, n_kv_heads, _base_model(engine))
+        args = engine.args
+        save_peft(engine.adapter, path, args.n_heads, args.n_kv_heads, _base_model(engine))
     except BaseException:
         if is_new:
             shutil.rmtree(path, ignore_errors=True)

@@ -56,7 +56,7 @@ def inspect_model(model: str | os.PathLike[str]) -> dict[str, Any]:
             "layers": args.n_layers,
             "width": args.width,
             "heads": args.n_heads,
-            "kv_heads": getattr(args, "n_kv_heads", args.n_heads),
+            "kv_heads": args.n_kv_heads,
             "head_dim": args.head_dim,
             "hidden": args.hidden,
             "vocab": args.n_vocab,
@@ -76,7 +76,7 @@ def inspect_model(model: str | os.PathLike[str]) -> dict[str, Any]:
             int8=any(file.tensors[f"{name}.weight"].type not in _FLOAT_TYPES for name in linear),
             encoder=backend.encoder,
         )
-        if backend.family
+        if backend.own
         else None,
     }
 

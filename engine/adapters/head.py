@@ -5,6 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from fwdllm.engine.adapters.adapter import Adapter
+from fwdllm.engine.errors import ConfigError
+
+
+def has_head(adapter: Adapter | None) -> Adapter:
+    """The adapter; ConfigError if there is no head to classify with."""
+    if adapter is None or adapter.head is None:
+        raise ConfigError("classifying with an encoder needs an adapter with a head")
+    return adapter
 
 
 def log_probabilities(adapter: Adapter, features: np.ndarray) -> np.ndarray:

@@ -9,9 +9,54 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from fwdllm.engine.data.batch import Tokens
-from fwdllm.engine.data.jsonl import Example
+from fwdllm.engine.data.jsonl import Example, check_labels
 from fwdllm.engine.data.tokenizer import Tokenizer
 from fwdllm.engine.errors import DataError
+
+# Tokens of sequences that are kept: two lists of 8 bytes each, 64 MB.
+_MOST_KEPT = 1 << 22
+
+
+class Encoding:
+    """How a model reads examples.
+
+    context: tokens that it takes at most.  encoder: whether it yields features, not next tokens.
+    labels: names of classes for an encoder's head.  The sequences of examples are kept while there
+    is room, as a run comes back to them in every epoch.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, context: int, encoder: bool, labels: tuple[str, ...]
+    ) -> None:
+        self.tokenizer, self.context, self.encoder = tokenizer, context, encoder
+        self.labels = labels
+        # By identity, so the example has to stay, too.
+        self._kept: dict[tuple[int, int | None, tuple[str, ...]], tuple[Example, Tokens]] = {}
+        self._n_kept = 0
+
+    def example(self, example: Example, max_tokens: int | None) -> Tokens:
+        """One example, cut to max_tokens. Errors: DataError."""
+        key = (id(example), max_tokens, self.labels)
+        if (found := self._kept.get(key)) is not None:
+            return found[1]
+        tokens = self._example(example, max_tokens)
+        self._n_kept += len(tokens.ids)
+        if self._n_kept <= _MOST_KEPT:
+            self._kept[key] = (example, tokens)
+        return tokens
+
+    def label(self, example: Example, label: str, max_tokens: int | None) -> Tokens:
+        """An example with a label as what is predicted of it. Errors: DataError."""
+        return encode_label(self.tokenizer, example, label, self.context, max_tokens)
+
+    def _example(self, example: Example, max_tokens: int | None) -> Tokens:
+        if not self.encoder:
+            return encode_decoder(self.tokenizer, example, self.context, max_tokens)
+        ids = encode_text(self.tokenizer, example, self.context, max_tokens)
+        if example.label is None:
+            return Tokens(ids, [False] * len(ids))
+        check_labels([example], self.labels)
+        return Tokens(ids, [False] * len(ids), self.labels.index(example.label))
 
 
 def classification_prompt(label: str) -> tuple[str, str]:

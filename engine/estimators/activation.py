@@ -16,20 +16,17 @@ random signs: unbiased, and K directions that are orthogonal. With K numbers or 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fwdllm.engine.adapters.adapter import Adapter, Target
 from fwdllm.engine.data.batch import Batch
 from fwdllm.engine.errors import ConfigError, finite
+from fwdllm.engine.estimators.lanes import head_gradient, lane_losses
 from fwdllm.engine.estimators.plan import plan
-from fwdllm.engine.models.forward import Tap, Variants
-
-if TYPE_CHECKING:
-    from fwdllm.engine.engine import Engine
+from fwdllm.engine.graph import Graph, Tap, Variants
 
 # Seeds the choice of contrasts where there are more than the rank; any number would do.
 _CONTRASTS = 1
@@ -50,21 +47,23 @@ class Gradient:
     n_tokens: int
 
 
-def head_alone(engine: Engine, batch: Batch) -> Gradient:
+def head_alone(graph: Graph, batch: Batch) -> Gradient:
     """The gradient by the head, exact. Errors: ConfigError, NumericsError."""
-    nll, features = engine.lane_losses(batch)
-    head = engine.head_gradient(batch, features)
-    zero = np.zeros(_adapter(engine).n_lora, np.float32)
+    nll, features = lane_losses(graph, batch)
+    head = head_gradient(graph, batch, features)
+    zero = np.zeros(_adapter(graph).n_lora, np.float32)
     return Gradient(finite(float(nll.mean())), zero, head, batch.n_rows)
 
 
-def gradient(engine: Engine, batch: Batch, seed: int, n_tangents: int) -> Gradient:
-    """An unbiased estimate of the gradient by A: of the targets in ``engine.directions``.
+def gradient(
+    graph: Graph, batch: Batch, seed: int, n_tangents: int, targets: Sequence[Target]
+) -> Gradient:
+    """An unbiased estimate of the gradient by A of the targets.
 
     Costs 2 + n_tangents lanes: the last one is for the x of the outer products.
     Errors: ConfigError, NumericsError.
     """
-    adapter, targets = _adapter(engine), engine.directions.targets
+    adapter = _adapter(graph)
     rank = adapter.config.rank
     width = rank * len(targets)
     number = batch.positions[:, None] * width + np.arange(width)
@@ -75,10 +74,10 @@ def gradient(engine: Engine, batch: Batch, seed: int, n_tangents: int) -> Gradie
     def inject(first: int, end: int) -> Tap:
         return _Bottlenecks(adapter, targets[0].layer, columns, tangent, sign, first, end)
 
-    found = _slopes(engine, batch, n_tangents, inject)
+    found = _slopes(graph, batch, n_tangents, inject)
     du = sign * found.slopes[tangent, _sequence(batch)[:, None]]
     outer = _OuterProducts(columns, du)
-    engine.graph.watch(batch, outer)
+    graph.watch(batch, outer)
     values = np.zeros(adapter.n_lora, np.float32)
     for t in targets:
         values[t.offset : t.offset + rank * t.n_in] = outer.sums[t.name].ravel()
@@ -86,16 +85,18 @@ def gradient(engine: Engine, batch: Batch, seed: int, n_tangents: int) -> Gradie
     return Gradient(found.loss, values, found.head_gradient, n_tokens)
 
 
-def sensitivity(engine: Engine, batch: Batch, seed: int, n_tangents: int) -> Gradient:
+def sensitivity(
+    graph: Graph, batch: Batch, seed: int, n_tangents: int, targets: Sequence[Target]
+) -> Gradient:
     """What biases at the outputs of the targets would do, as columns of B.
 
     With a head: to contrasts of its scores, mean over examples, one for each column; two classes
     have one, the difference of their scores. Without: to the loss.
     Errors: ConfigError if the rank is above that, NumericsError.
     """
-    adapter, targets = _adapter(engine), engine.directions.targets
+    adapter = _adapter(graph)
+    check_rank(adapter)
     rank = adapter.config.rank
-    check_rank(engine)
     ends = np.cumsum([t.n_out for t in targets])
     columns = {t.name: slice(e - t.n_out, e) for t, e in zip(targets, ends, strict=True)}
     tangent = np.arange(ends[-1]) % n_tangents
@@ -105,7 +106,7 @@ def sensitivity(engine: Engine, batch: Batch, seed: int, n_tangents: int) -> Gra
     def inject(first: int, end: int) -> Tap:
         return _Biases(targets[0].layer, columns, tangent, sign, sequence, first, end)
 
-    found = _slopes(engine, batch, n_tangents, inject)
+    found = _slopes(graph, batch, n_tangents, inject)
     signals = found.slopes[:, :, None]
     if found.features is not None:
         assert adapter.head_weight is not None
@@ -135,18 +136,14 @@ def scaled(adapter: Adapter, sensitivities: np.ndarray) -> np.ndarray:
     return values
 
 
-def max_rank(engine: Engine) -> int:
-    """Columns of B that ``sensitivity`` can find."""
-    return max(1, len(engine.labels) - 1) if engine.encoder else 1
-
-
-def check_rank(engine: Engine) -> None:
-    """ConfigError if the adapter's rank is above ``max_rank``."""
-    rank, most = _adapter(engine).config.rank, max_rank(engine)
+def check_rank(adapter: Adapter) -> None:
+    """ConfigError if the rank is more than the columns of B that ``sensitivity`` can find."""
+    head, rank = adapter.head, adapter.config.rank
+    most = max(1, len(head.labels) - 1) if head else 1
     if rank > most:
         raise ConfigError(
             f"activation perturbation has a use for rank {most} here, not {rank}: "
-            + ("one less than there are labels" if engine.encoder else "the loss is one number")
+            + ("one less than there are labels" if head else "the loss is one number")
         )
 
 
@@ -164,18 +161,18 @@ class _Slopes:
 
 
 def _slopes(
-    engine: Engine, batch: Batch, n_tangents: int, inject: Callable[[int, int], Tap]
+    graph: Graph, batch: Batch, n_tangents: int, inject: Callable[[int, int], Tap]
 ) -> _Slopes:
     """Slopes along tangents that begin where ``inject(first, end)`` puts those of that range."""
     p = plan(np.arange(n_tangents, dtype=np.uint64), "forward-ad")
     loss, head = np.nan, None
     slopes: list[np.ndarray] = []
     features: list[np.ndarray] = []
-    for lanes in p.parts(engine.max_lanes(batch, len(p.lanes))):
+    for lanes in p.parts(graph.max_lanes(batch, len(p.lanes))):
         first, end = int(lanes.seeds[1]), int(lanes.seeds[-1]) + 1
-        nll, found = engine.lane_losses(batch, Variants(lanes, tap=inject(first, end)))
+        nll, found = lane_losses(graph, batch, Variants(lanes, tap=inject(first, end)))
         if not slopes:
-            loss, head = float(nll[0].mean()), engine.head_gradient(batch, found)
+            loss, head = float(nll[0].mean()), head_gradient(graph, batch, found)
         slopes.append(batch.sums_by_sequence(nll[1:]) / nll.shape[1])
         if found is not None:
             features.append(found.reshape(len(lanes), batch.n_sequences, -1)[1:])
@@ -256,10 +253,10 @@ class _OuterProducts:
         self.sums[target.name] = total
 
 
-def _adapter(engine: Engine) -> Adapter:
-    if engine.adapter is None:
+def _adapter(graph: Graph) -> Adapter:
+    if graph.adapter is None:
         raise ConfigError("activations are perturbed where an adapter reads them")
-    return engine.adapter
+    return graph.adapter
 
 
 def _sequence(batch: Batch) -> np.ndarray:

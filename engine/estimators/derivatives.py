@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fwdllm.engine.data.batch import Batch
 from fwdllm.engine.directions import Directions
 from fwdllm.engine.errors import ConfigError, NumericsError
+from fwdllm.engine.estimators.lanes import head_gradient, lane_losses
 from fwdllm.engine.estimators.plan import Plan, Probe, example_seeds, plan
-from fwdllm.engine.models.forward import Variants
-
-if TYPE_CHECKING:
-    from fwdllm.engine.engine import Engine
+from fwdllm.engine.graph import Graph, Variants
 
 
 def of_batch(
-    engine: Engine,
+    graph: Graph,
     batch: Batch,
     seeds: np.ndarray,
     method: str,
@@ -31,7 +28,7 @@ def of_batch(
     if per_example:
         seeds = example_seeds(seeds, batch.n_sequences)
     p = plan(seeds, method, epsilon, directions.distribution, batch.classes is not None)
-    nll, features = _losses(engine, batch, p, directions)
+    nll, features = _losses(graph, batch, p, directions)
     losses = nll.mean(axis=1)
     loss = p.loss(losses)
     if not np.isfinite(loss):
@@ -39,13 +36,13 @@ def of_batch(
             f"the loss is {loss}: the model, the adapter or epsilon {epsilon} is out of range"
         )
     shares = batch.sums_by_sequence(nll) / nll.shape[1] if per_example else losses
-    gradient = engine.head_gradient(batch, features)
-    n_tokens = _lane_tokens(engine, batch, p, directions)
+    gradient = head_gradient(graph, batch, features)
+    n_tokens = _lane_tokens(graph, batch, p, directions)
     return Probe(loss, seeds, p.derivative(shares), gradient, n_tokens)
 
 
 def of_groups(
-    engine: Engine,
+    graph: Graph,
     batch: Batch,
     sizes: Sequence[int],
     seeds: np.ndarray,
@@ -59,22 +56,22 @@ def of_groups(
     seeds = np.asarray(seeds, np.uint64)
     own = np.repeat(seeds.T, sizes, axis=1)
     p = plan(own, method, epsilon, directions.distribution, batch.classes is not None)
-    nll, features = _losses(engine, batch, p, directions)
+    nll, features = _losses(graph, batch, p, directions)
     sums, found, first = batch.sums_by_sequence(nll), [], 0
     for size, mine in zip(sizes, seeds, strict=True):
         group = batch.sequences(first, first + size)
         # A copy, so that the order of the sum is the same wherever the group lies.
         losses = np.ascontiguousarray(sums[:, first : first + size]).sum(axis=1) / group.n_labels
         part = None if features is None else features[first : first + size]
-        gradient = engine.head_gradient(group, part)
-        n_tokens = _lane_tokens(engine, group, p, directions)
+        gradient = head_gradient(graph, group, part)
+        n_tokens = _lane_tokens(graph, group, p, directions)
         found.append(Probe(p.loss(losses), mine, p.derivative(losses), gradient, n_tokens))
         first += size
     return found
 
 
 def _losses(
-    engine: Engine, batch: Batch, p: Plan, directions: Directions
+    graph: Graph, batch: Batch, p: Plan, directions: Directions
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """``lane_losses`` of a plan, in as many passes as memory asks for; features of its first.
 
@@ -82,15 +79,13 @@ def _losses(
     """
     parts: list[np.ndarray] = []
     first = None
-    for lanes in p.parts(engine.max_lanes(batch, len(p.lanes))):
-        nll, features = engine.lane_losses(batch, Variants(lanes, directions))
+    for lanes in p.parts(graph.max_lanes(batch, len(p.lanes))):
+        nll, features = lane_losses(graph, batch, Variants(lanes, directions))
         if not parts:
             first = features
         parts.append(nll[int(p.plain) if parts else 0 :])
     return np.concatenate(parts), first
 
 
-def _lane_tokens(engine: Engine, batch: Batch, p: Plan, directions: Directions) -> int:
-    """Rows of all lanes; where our own graph has equal lanes only, one counts."""
-    n_layers, first = engine.args.n_layers, directions.targets[0].layer if engine.family else 0
-    return round(batch.n_rows * (first + len(p.lanes) * (n_layers - first)) / n_layers)
+def _lane_tokens(graph: Graph, batch: Batch, p: Plan, directions: Directions) -> int:
+    return graph.lane_tokens(batch.n_rows, len(p.lanes), directions.targets[0].layer)

@@ -24,10 +24,10 @@ from fwdllm.engine.adapters.io import save_gguf
 from fwdllm.engine.data.batch import Batch, Tokens, pack
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.gguf.file import GGUFFile
+from fwdllm.engine.graph import PLAIN, Tap, Variants
 from fwdllm.engine.llamacpp.context import Call, Context
 from fwdllm.engine.llamacpp.ggml import layout
 from fwdllm.engine.llamacpp.native import llama_cpp, open_model
-from fwdllm.engine.models.forward import PLAIN, Tap, Variants
 from fwdllm.kernels.types import Lanes, LoRA
 
 # Rows of a call: llama.cpp's own n_ubatch. More make no product faster.
@@ -56,7 +56,7 @@ class _Part:
 
 
 class LlamaGraph:
-    """The interface of ``engine.models.graph.Graph`` on a llama.cpp model.
+    """The interface of ``engine.graph.Graph`` on a llama.cpp model.
 
     encoder: it yields features, not next tokens.  ops: the kernels that compute the adapter's
     terms.  adapter: may be exchanged at any time.
@@ -118,6 +118,14 @@ class LlamaGraph:
         """Let a tap look on at a plain pass."""
         for _ in self._run(batch, Variants(tap=tap), np.ones(batch.n_rows, bool)):
             pass
+
+    def max_lanes(self, batch: Batch, n_lanes: int) -> int:
+        """All: it takes them in several calls by itself."""
+        return n_lanes
+
+    def lane_tokens(self, n_rows: int, n_lanes: int, first: int) -> int:
+        """See ``Graph.lane_tokens``: every lane goes through all layers."""
+        return n_rows * n_lanes
 
     def check_reach(self, adapter: Adapter) -> None:
         """ConfigError for a target to which llama.cpp would not apply the adapter.

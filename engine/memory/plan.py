@@ -86,7 +86,7 @@ def estimate_step(
     labels = 0 if encoder else (n_rows if n_labels is None else n_labels) * n_lanes
     packed = _INT8_PACKED if int8 else _FLOAT
     query = args.n_heads * args.head_dim
-    key_value = getattr(args, "n_kv_heads", args.n_heads) * args.head_dim
+    key_value = args.n_kv_heads * args.head_dim
     hidden_arrays = 2 if encoder else 3  # gate, up and their product; or before and after GELU
     chunks = -(-args.n_vocab // _SOFTMAX_CHUNK)
     parts = {

@@ -19,20 +19,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """The functions of one architecture. encoder: it yields features, not next tokens."""
+    """The functions of one architecture, from embedding to output.
+
+    unembed: of a decoder.  pool: of an encoder, which yields features, not next tokens.
+    """
 
     read_args: Callable[[GGUFFile], Any]
     shapes: Callable[[Any], tuple[Shapes, Shapes]]
     embed: Callable[[Any, Pass], np.ndarray]
     layer: Callable[[Any, Pass, int, np.ndarray], np.ndarray]
-    encoder: bool = False
+    unembed: Callable[[Any, Pass, np.ndarray], tuple[np.ndarray, Any]] | None = None
+    pool: Callable[[Any, np.ndarray, np.ndarray], np.ndarray] | None = None
+
+    @property
+    def encoder(self) -> bool:
+        return self.pool is not None
 
 
 FAMILIES = {
-    "llama": Family(llama.read_args, llama.shapes, llama.embed, llama.layer),
-    "qwen2": Family(qwen.read_qwen2, llama.shapes, llama.embed, llama.layer),
-    "qwen3": Family(qwen.read_qwen3, llama.shapes, llama.embed, llama.layer),
-    "bert": Family(bert.read_args, bert.shapes, bert.embed, bert.layer, encoder=True),
+    "llama": Family(llama.read_args, llama.shapes, llama.embed, llama.layer, llama.unembed),
+    "qwen2": Family(qwen.read_qwen2, llama.shapes, llama.embed, llama.layer, llama.unembed),
+    "qwen3": Family(qwen.read_qwen3, llama.shapes, llama.embed, llama.layer, llama.unembed),
+    "bert": Family(bert.read_args, bert.shapes, bert.embed, bert.layer, pool=bert.pool),
 }
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fwdllm.engine.errors import ModelError, UnsupportedError
+from fwdllm.engine.models.dimensions import Dimensions
 from fwdllm.engine.models.forward import Pass
 from fwdllm.engine.models.weights import Shapes
 
@@ -18,18 +19,11 @@ if TYPE_CHECKING:
 POOLINGS = {1: "mean", 2: "cls"}  # llama.cpp's enum llama_pooling_type
 
 
-@dataclass(frozen=True)
-class Args:
+@dataclass(frozen=True, kw_only=True)
+class Args(Dimensions):
     """Shapes and constants, from the metadata of a GGUF file. pooling: "mean" or "cls"."""
 
-    n_layers: int
-    width: int
-    n_heads: int
-    head_dim: int
-    hidden: int
-    n_vocab: int
     n_types: int
-    context: int
     norm_eps: float
     pooling: str
 
@@ -47,6 +41,7 @@ def read_args(file: GGUFFile) -> Args:
         n_layers=file.integer("bert.block_count", maximum=len(file.tensors)),
         width=width,
         n_heads=n_heads,
+        n_kv_heads=n_heads,
         head_dim=width // n_heads,
         hidden=file.positive("bert.feed_forward_length"),
         n_vocab=file.matrix_rows("token_embd.weight"),

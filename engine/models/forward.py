@@ -9,57 +9,18 @@ its sequences; a layer is applied to all of them in turn, so weights are visited
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from fwdllm.engine.adapters.adapter import Adapter, Target
 from fwdllm.engine.data.batch import Batch
-from fwdllm.engine.directions import Directions
+from fwdllm.engine.graph import PLAIN, Variants
 from fwdllm.engine.models.rotary import Rotary
 from fwdllm.engine.models.weights import Weights
 from fwdllm.kernels.types import Lanes, LoRA
-
-
-class Tap(Protocol):
-    """Sees what adapted layers read and give, and may change what they give.
-
-    layer: the first where a tap makes lanes differ, None if it only looks on.
-    """
-
-    @property
-    def layer(self) -> int | None: ...
-
-    def __call__(self, target: Target, rows: slice, x: np.ndarray, y: np.ndarray) -> None:
-        """x: float32 [n_lanes * n, n_in] and y: [n_lanes * n, n_out] of n rows of the batch."""
-        ...
-
-
-class SquareSums:
-    """A tap that adds up what layers read, squared. sums: float64 [n_in] by target."""
-
-    layer = None
-
-    def __init__(self) -> None:
-        self.sums: dict[str, np.ndarray] = {}
-
-    def __call__(self, target: Target, rows: slice, x: np.ndarray, y: np.ndarray) -> None:
-        squares = np.square(x, dtype=np.float64).sum(axis=0)
-        self.sums[target.name] = self.sums.get(target.name, 0) + squares
-
-
-@dataclass(frozen=True)
-class Variants:
-    """What a pass evaluates beside the plain model: lanes, what their seeds mean, and a tap."""
-
-    lanes: Lanes = field(default_factory=Lanes.plain)
-    directions: Directions | None = None
-    tap: Tap | None = None
-
-
-PLAIN = Variants()
 
 
 class Pass:

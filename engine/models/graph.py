@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from types import ModuleType, NoneType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import ref
 
 import numpy as np
@@ -14,53 +14,59 @@ from fwdllm.engine.adapters.adapter import Adapter
 from fwdllm.engine.data.batch import Batch, Tokens, pack, split
 from fwdllm.engine.directions.dense import Dense
 from fwdllm.engine.errors import ConfigError
-from fwdllm.engine.models import Family, bert
-from fwdllm.engine.models.forward import PLAIN, Pass, Tap, Variants
+from fwdllm.engine.graph import PLAIN, Tap, Variants
+from fwdllm.engine.memory.plan import MemoryPlan, plan_gpu_step, plan_step
+from fwdllm.engine.memory.residency import Residency, resident_bytes
+from fwdllm.engine.models import Family
+from fwdllm.engine.models.forward import Pass
 from fwdllm.engine.models.weights import Weights
 
-if TYPE_CHECKING:
-    from fwdllm.engine.memory.plan import MemoryPlan
-    from fwdllm.engine.memory.residency import Residency
-
-# Rows of all lanes times width: 4,096 rows of a model of a billion parameters, 15 ms of an H100,
-# are as long as launching the kernels of its 22 layers. An estimate that awaits its measurement.
-_REPEATED_ELEMENTS = 1 << 23
 _DENSE = (Dense, NoneType)
 
 
-@dataclass(frozen=True)
-class Graph:
-    """What computes a model's outputs.
+class OwnGraph:
+    """The interface of ``engine.graph.Graph`` on a family of ``engine.models``.
 
-    args, family: what the model is.  weights: its tensors, as ``ops``, the kernel backend, keeps
-    them.  adapter: or None.  exact: fp32 products.  plan: how a batch is to go through in so many
-    lanes.  residency: of the weights' pages, where they are a mapped file.
+    args, family: what the model is.  weights: its tensors, as ``ops``, the kernels, keep them.
+    exact: fp32 products.  residency: of the weights' pages in a mapped file; None on a GPU, which
+    keeps all.  memory_budget: bytes the process may have resident in a pass, or None.
     """
 
-    args: Any
-    family: Family
-    weights: Weights
-    ops: ModuleType
-    adapter: Adapter | None
-    exact: bool
-    plan: Callable[[Batch, int], MemoryPlan]
-    residency: Residency | None = None
+    def __init__(
+        self,
+        args: Any,
+        family: Family,
+        weights: Weights,
+        ops: ModuleType,
+        *,
+        adapter: Adapter | None = None,
+        exact: bool = False,
+        residency: Residency | None = None,
+        memory_budget: int | None = None,
+    ) -> None:
+        self.args, self.family, self.weights, self.ops = args, family, weights, ops
+        self.adapter = adapter
+        self.exact = exact
+        self.residency = residency
+        self.memory_budget = memory_budget
+        self._resident = resident_bytes()
 
     def run(self, batch: Batch, variants: Variants = PLAIN) -> list[tuple[Pass, Any]]:
         """The last layer's output, in passes of some sequences each: [rows, width].
 
-        Arrays are the backend's.
+        Arrays are those of the kernels.
         """
         passes = self._passes(batch, variants)
         return list(zip(passes, self._outputs(passes), strict=True))
 
     def watch(self, batch: Batch, tap: Tap) -> None:
-        """Let a tap look on at a plain pass."""
+        """See ``Graph.watch``."""
         self.run(batch, Variants(tap=tap))
 
     def token_losses(self, batch: Batch, variants: Variants = PLAIN) -> np.ndarray:
-        """NLL of label tokens in every lane, slopes in tangents: float64 [n_lanes, n_labels]."""
-        if self.family.encoder:
+        """See ``Graph.token_losses``."""
+        unembed = self.family.unembed
+        if unembed is None:
             raise ConfigError("an encoder predicts no tokens; it learns from texts with labels")
         passes = self._passes(batch, variants)
         n_lanes = len(variants.lanes)
@@ -71,29 +77,28 @@ class Graph:
         def losses() -> list[Any]:
             found = []
             for i, x in enumerate(self._outputs(passes)):
-                p = passes[i]
-                x = p.rms_norm(self.ops.take(x, rows[i]), "output_norm", self.args.norm_eps)
+                x, matrix = unembed(self.args, passes[i], self.ops.take(x, rows[i]))
+                lanes = passes[i].lanes
                 found.append(
-                    self.ops.cross_entropy(
-                        x, self._output, labels[i], lanes=p.lanes, exact=self.exact
-                    )
+                    self.ops.cross_entropy(x, matrix, labels[i], lanes=lanes, exact=self.exact)
                 )
             return found
 
         inputs = [x for p in passes for x in p.inputs] + rows + labels
         if self.adapter is not None:
             inputs.append(self.adapter.theta)
-        found = self.ops.repeated(self._key(batch, variants), inputs, losses)
+        size = batch.n_rows * n_lanes * self.args.width
+        found = self.ops.repeated(self._key(batch, variants), size, inputs, losses)
         if self.residency:
             self.residency.leave(self.args.n_layers)
         return np.concatenate([self.ops.host(nll).reshape(n_lanes, -1) for nll in found], axis=1)
 
     def features(self, batch: Batch, variants: Variants = PLAIN) -> np.ndarray:
-        """Pooled features of every sequence in every lane: float32 [lanes * sequences, width]."""
-        if not self.family.encoder:
+        """See ``Graph.features``."""
+        if self.family.pool is None:
             raise ConfigError("a decoder has no pooled features; llama.cpp embeds with it")
         found = [
-            bert.pool(self.args, self.ops.host(x), p.starts).reshape(
+            self.family.pool(self.args, self.ops.host(x), p.starts).reshape(
                 len(p.lanes), -1, self.args.width
             )
             for p, x in self.run(batch, variants)
@@ -101,14 +106,41 @@ class Graph:
         return np.concatenate(found, axis=1).reshape(-1, self.args.width)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
-        """Next-token logits after each token of one sequence: float32 [n_tokens, n_vocab]."""
-        if self.family.encoder:
+        """See ``Graph.logits``."""
+        if self.family.unembed is None:
             raise ConfigError("an encoder predicts no tokens")
         tokens = Tokens(list(ids), [False] * len(ids))
         [(p, x)] = self.run(pack([tokens]))
-        x = p.rms_norm(x, "output_norm", self.args.norm_eps)
-        logits: np.ndarray = self.ops.host(self.ops.matmul(x, self._output, exact=self.exact))
+        x, matrix = self.family.unembed(self.args, p, x)
+        logits: np.ndarray = self.ops.host(self.ops.matmul(x, matrix, exact=self.exact))
         return logits
+
+    def max_lanes(self, batch: Batch, n_lanes: int) -> int:
+        """See ``Graph.max_lanes``."""
+        return self.plan(batch, n_lanes).lanes
+
+    def lane_tokens(self, n_rows: int, n_lanes: int, first: int) -> int:
+        """See ``Graph.lane_tokens``: of layers before ``first`` one lane is computed."""
+        n_layers = self.args.n_layers
+        return round(n_rows * (first + n_lanes * (n_layers - first)) / n_layers)
+
+    def plan(self, batch: Batch, n_lanes: int) -> MemoryPlan:
+        """How a batch is to go through in so many lanes."""
+        if self.residency is None:
+            return plan_gpu_step(self.args, self.ops.free_bytes(), batch.n_rows, n_lanes)
+        return plan_step(
+            self.args,
+            self.memory_budget,
+            resident=self._resident,
+            largest_layer=self.residency.largest,
+            n_trainable=self.adapter.theta.size if self.adapter else 0,
+            n_rows=batch.n_rows,
+            n_lanes=n_lanes,
+            longest=int(np.diff(batch.starts).max()),
+            n_labels=len(batch.label_ids),
+            int8=not self.exact,
+            encoder=self.family.encoder,
+        )
 
     def _passes(self, batch: Batch, variants: Variants) -> list[Pass]:
         n_lanes = len(variants.lanes)
@@ -145,14 +177,12 @@ class Graph:
         return xs
 
     def _key(self, batch: Batch, variants: Variants) -> Hashable | None:
-        """What a backend may know this pass by: all that decides which kernels run on what shapes.
+        """What kernels may know this pass by: all that decides which of them run on what shapes.
 
-        None for what reads more arrays than it gives away, and for passes so large that launching
-        their kernels takes no time beside them.
+        None for what reads more arrays than it gives away.
         """
         lanes, directions = variants.lanes, variants.directions
-        wide = batch.n_rows * len(lanes) * self.args.width > _REPEATED_ELEMENTS
-        if wide or variants.tap or lanes.seeds.ndim > 1 or not isinstance(directions, _DENSE):
+        if variants.tap or lanes.seeds.ndim > 1 or not isinstance(directions, _DENSE):
             return None
         return (
             ref(self.weights),
@@ -162,8 +192,3 @@ class Graph:
             (batch.starts.tobytes(), batch.label_sequence.tobytes()),
             self.exact,
         )
-
-    @property
-    def _output(self) -> Any:
-        tied = not self.weights.has("output")
-        return self.weights.matrix("token_embd" if tied else "output")

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fwdllm.engine.errors import ModelError, UnsupportedError
+from fwdllm.engine.models.dimensions import Dimensions
 from fwdllm.engine.models.forward import Pass
 from fwdllm.engine.models.rotary import Rotary
 from fwdllm.engine.models.weights import Shapes
@@ -20,22 +21,14 @@ if TYPE_CHECKING:
     from fwdllm.engine.gguf.file import GGUFFile
 
 
-@dataclass(frozen=True)
-class Args:
+@dataclass(frozen=True, kw_only=True)
+class Args(Dimensions):
     """Shapes and constants, from the metadata of a GGUF file.
 
     interleaved: RoPE rotates pairs (2i, 2i+1), as llama files are laid out; else (i, i+d/2).
     qk_norm: an RMS norm on every query and key head.
     """
 
-    n_layers: int
-    width: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    hidden: int
-    n_vocab: int
-    context: int
     norm_eps: float
     rotary: Rotary
     interleaved: bool = True
@@ -109,6 +102,13 @@ def layer(args: Args, p: Pass, i: int, x: np.ndarray) -> np.ndarray:
     """Layer i of the residual stream: float32 [rows, width] to the same."""
     x = x + _attention(args, p, f"blk.{i}", p.rms_norm(x, f"blk.{i}.attn_norm", args.norm_eps))
     return p.in_blocks(x, partial(_feed_forward, args, p, f"blk.{i}"))
+
+
+def unembed(args: Args, p: Pass, x: np.ndarray) -> tuple[np.ndarray, Any]:
+    """Rows of the last layer as the output matrix reads them, and that matrix."""
+    tied = not p.weights.has("output")
+    matrix = p.weights.matrix("token_embd" if tied else "output")
+    return p.rms_norm(x, "output_norm", args.norm_eps), matrix
 
 
 def _attention(args: Args, p: Pass, block: str, x: np.ndarray) -> np.ndarray:

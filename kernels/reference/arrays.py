@@ -25,8 +25,8 @@ def host(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def repeated(key: object, inputs: object, run: Callable[[], Any]) -> Any:
-    """What ``run`` returns; a backend may record a pass of the same key and replay it."""
+def repeated(key: object, size: int, inputs: object, run: Callable[[], Any]) -> Any:
+    """What ``run`` returns; kernels of a GPU may record a pass of the same key and replay it."""
     return run()
 
 

@@ -153,7 +153,7 @@ def step(n, length):
 step(1, 2)  # maps the weights, starts the threads
 before = status("VmRSS:")
 step(n_sequences, length)
-encoder = engine.family.encoder
+encoder = engine.encoder
 estimate = estimate_step(
     engine.args,
     weight_bytes=0,

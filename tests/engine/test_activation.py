@@ -145,8 +145,8 @@ def test_work_in_pieces_changes_no_bit(
 ) -> None:
     engine, batch = load(request.getfixturevalue(kind), texts=[*TEXTS, 5 * TEXTS[2]])
     want = engine.activation_gradient(batch, 4, 9), engine.output_sensitivity(batch, 4, 9)
-    plan = type(engine._memory(batch, 4))(30, 4, 0)  # few rows and lanes at a time
-    monkeypatch.setattr(engine, "_memory", lambda batch, n_lanes: plan)
+    plan = type(engine.graph.plan(batch, 4))(30, 4, 0)  # few rows and lanes at a time
+    monkeypatch.setattr(engine.graph, "plan", lambda batch, n_lanes: plan)
     got = engine.activation_gradient(batch, 4, 9), engine.output_sensitivity(batch, 4, 9)
     for one, other in zip(want, got, strict=True):
         np.testing.assert_array_equal(other.values, one.values)

@@ -38,10 +38,11 @@ from fwdllm.engine.errors import (
     NumericsError,
     UnsupportedError,
 )
+from fwdllm.engine.estimators.lanes import lane_losses
 from fwdllm.engine.estimators.plan import plan
 from fwdllm.engine.gguf.file import GGUFFile
+from fwdllm.engine.graph import Variants
 from fwdllm.engine.llamacpp.context import Context
-from fwdllm.engine.models.forward import Variants
 from fwdllm.kernels import cpu
 from fwdllm.kernels.types import QuantType
 
@@ -65,7 +66,7 @@ def test_methods_that_need_tangents(small: Make) -> None:
     one_sentence(raised)
     lanes = plan(SEEDS[:2], "forward-ad").lanes
     with pytest.raises(ConfigError, match="no tangents"):
-        engine.lane_losses(batch, Variants(lanes, engine.directions))
+        lane_losses(engine.graph, batch, Variants(lanes, engine.directions))
     with pytest.raises(ConfigError):
         engine.activation_gradient(batch, 1, 2)
 
@@ -160,7 +161,7 @@ def test_own_graphs_come_first(small: Make, architecture: str) -> None:
     backend = chosen(small(architecture))
     assert (backend.name, backend.reason) == ("fwdllm", None)
     other = chosen(small(architecture), "llama.cpp")
-    assert (other.name, other.reason, other.family) == ("llama.cpp", None, None)
+    assert (other.name, other.reason, other.own) == ("llama.cpp", None, False)
     assert other.linear.items() >= backend.linear.items()
     assert (backend.method, other.method) == ("forward-ad", "central")
     for field in ("n_layers", "width", "n_heads", "n_kv_heads", "head_dim", "n_vocab", "context"):
@@ -178,7 +179,7 @@ def test_the_own_encoder_comes_first(shared: Path) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_other_architectures(small: Make, name: str) -> None:
     backend = chosen(small(name))
-    assert backend.name == "llama.cpp" and backend.family is None
+    assert backend.name == "llama.cpp" and not backend.own
     words = "mixture of experts" if name == "mixtral" else f"{name!r} is not one of llama"
     assert backend.reason and words in backend.reason
     assert backend.encoder == (name == ENCODER)
@@ -236,7 +237,7 @@ def test_memory_is_given_back(small: Make) -> None:
     engine = tuned(small("gemma2"), "gemma2")
     batch = random_batch(20, 300)
     engine.directional_derivatives(batch, SEEDS[:2], "central")
-    graph = engine._llama
+    graph = engine.graph
     context = graph._context
     assert context is not None
     alive = [weakref.ref(thing) for thing in (engine, graph, context, graph.model)]
@@ -248,10 +249,10 @@ def test_memory_is_given_back(small: Make) -> None:
 def test_a_smaller_context_is_dropped_for_a_larger_one(small: Make) -> None:
     engine = tuned(small("gemma2"), "gemma2")
     engine.loss(random_batch(20))
-    first = weakref.ref(engine._llama._context)
+    first = weakref.ref(engine.graph._context)
     engine.loss(random_batch(CONTEXT))
     gc.collect()
-    assert first() is None and engine._llama._context is not None
+    assert first() is None and engine.graph._context is not None
 
 
 @pytest.fixture(params=[KeyboardInterrupt, ValueError, MemoryError])

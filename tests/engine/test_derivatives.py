@@ -241,7 +241,7 @@ def test_layers_before_the_first_adapted_one_run_once(bundled: Path) -> None:
             rows.append(len(x))
             return real(x, *args, **kwargs)
 
-    engine.ops = Spy()  # type: ignore[assignment]
+    engine.graph.ops = Spy()  # type: ignore[assignment]
     engine.directional_derivatives(batch, SEEDS[:2])
     per_layer = 7
     assert rows[: 5 * per_layer] == [batch.n_rows] * (5 * per_layer)

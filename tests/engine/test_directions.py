@@ -139,11 +139,11 @@ def test_seeds_of_examples_survive_blocks(path: Path, monkeypatch: pytest.Monkey
     """Sequences in passes of their own, and rows in blocks that cut through sequences."""
     engine, _, batch = load(path)
     want = engine.directional_derivatives(batch, SEEDS, per_example=True)
-    plan = type(engine._memory(batch, 4))
+    plan = type(engine.graph.plan(batch, 4))
     for block_rows in (8, 40):
         for lanes in (3, 7):
             small = plan(block_rows, lanes, None)
-            monkeypatch.setattr(engine, "_memory", lambda batch, n, small=small: small)
+            monkeypatch.setattr(engine.graph, "plan", lambda batch, n, small=small: small)
             got = engine.directional_derivatives(batch, SEEDS, per_example=True)
             np.testing.assert_array_equal(got.derivative, want.derivative)
 

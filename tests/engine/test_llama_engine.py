@@ -28,6 +28,7 @@ from fwdllm.bench.architectures import CONTEXT
 from fwdllm.bench.inputs import half_trained
 from fwdllm.engine import Engine, Example, LoRAConfig, read_jsonl
 from fwdllm.engine.adapters.io import save_gguf
+from fwdllm.engine.estimators.lanes import lane_losses
 from fwdllm.engine.llamacpp import generation
 
 
@@ -108,7 +109,7 @@ def test_forward_difference(
     want = own.directional_derivatives(batch, SEEDS).derivative
     got = other.directional_derivatives(batch, SEEDS, "forward-difference", epsilon)
     assert correlation(got.derivative, want) > least
-    assert got.loss == pytest.approx(float(other.lane_losses(batch)[0].mean()), abs=1e-12)
+    assert got.loss == pytest.approx(float(lane_losses(other.graph, batch)[0].mean()), abs=1e-12)
 
 
 def test_what_layers_read(small: Make) -> None:

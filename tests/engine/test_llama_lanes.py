@@ -25,9 +25,10 @@ from fwdllm.engine import Engine, Example, LoRAConfig, read_jsonl
 from fwdllm.engine.adapters.io import save_gguf
 from fwdllm.engine.data.batch import Batch
 from fwdllm.engine.directions import Directions, DirectionsConfig, Scope
+from fwdllm.engine.estimators.lanes import lane_losses
 from fwdllm.engine.estimators.plan import example_seeds, plan
+from fwdllm.engine.graph import Variants
 from fwdllm.engine.llamacpp import graph as llama_cpp
-from fwdllm.engine.models.forward import Variants
 from fwdllm.kernels.types import Lanes
 
 
@@ -58,7 +59,7 @@ def assert_lanes_are_alone(
 
 def outputs(engine: Engine, batch: Batch, lanes: Lanes) -> np.ndarray:
     """Losses [n_lanes, n_labels], or an encoder's features [n_lanes, n_sequences, width]."""
-    losses, features = engine.lane_losses(batch, Variants(lanes, engine.directions))
+    losses, features = lane_losses(engine.graph, batch, Variants(lanes, engine.directions))
     return losses if features is None else features.reshape(len(lanes), batch.n_sequences, -1)
 
 
@@ -179,7 +180,7 @@ def materialized(
     ends = []
     for sign in (1, -1):
         engine.adapter.add([seed], [sign * EPSILON], directions)
-        ends.append(engine.lane_losses(batch)[0][0])
+        ends.append(lane_losses(engine.graph, batch)[0][0])
         engine.adapter.theta[:] = start
     return (ends[0] - ends[1]) / (2 * EPSILON), np.array(ends)
 

@@ -51,9 +51,9 @@ def test_blocks_and_several_passes_change_no_bit(
     batch, seeds = random_batch([40, 33, 21, 40, 9]), np.arange(9, dtype=np.uint64)
     engine = Engine.load(model, LoRAConfig(layers=(1, 2)))
     want = engine.directional_derivatives(batch, seeds, method)
-    memory = engine._memory(batch, 4)
+    memory = engine.graph.plan(batch, 4)
     plan = type(memory)(block_rows, 5, 0)  # no layer fits
-    monkeypatch.setattr(engine, "_memory", lambda batch, n_lanes: plan)
+    monkeypatch.setattr(engine.graph, "plan", lambda batch, n_lanes: plan)
     got = engine.directional_derivatives(batch, seeds, method)
     assert got.loss == pytest.approx(want.loss, rel=1e-12)
     np.testing.assert_array_equal(got.derivative, want.derivative)

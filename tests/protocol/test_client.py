@@ -377,13 +377,13 @@ def test_groups_must_fit_the_batch_and_their_seeds(
 @pytest.fixture
 def rows_of_layers(engine: Engine) -> list[tuple[int, int]]:
     """Every layer that the model goes through, and the rows that it works on."""
-    found, real = [], engine.family.layer
+    found, real = [], engine.graph.family.layer
 
     def layer(args: Any, p: Any, number: int, x: np.ndarray) -> np.ndarray:
         found.append((number, len(x)))
         return real(args, p, number, x)
 
-    engine.family = replace(engine.family, layer=layer)
+    engine.graph.family = replace(engine.graph.family, layer=layer)
     return found
 
 

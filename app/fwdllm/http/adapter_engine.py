@@ -104,8 +104,8 @@ class AdapterEngine:
     def __init__(self, model: Path, store: Store, memory_budget: int) -> None:
         self._model, self._store = model, store
         # llama.cpp's weights are resident already, and a job has a process of its own.
-        ours = choose(GGUFFile.open(model)).family is not None
-        self._memory_budget = resident_bytes() + memory_budget if ours else None
+        own = choose(GGUFFile.open(model)).own
+        self._memory_budget = resident_bytes() + memory_budget if own else None
         self._lock = threading.Lock()
         self._queue = Queue(limits.MAX_WAITING_FOR_ENGINE)
         self._engine: Engine | None = None

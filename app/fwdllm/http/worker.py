@@ -150,7 +150,7 @@ def _work(
         eval_data=validation,
         run_dir=run,
         resume=(run / "config.json").exists(),
-        memory_budget=budget if choose(GGUFFile.open(model)).family else None,
+        memory_budget=budget if choose(GGUFFile.open(model)).own else None,
         on_event=_Follower(store, job, train.steps),
         should_stop=stop.is_set,
     )

@@ -50,7 +50,7 @@ def recipe(
 def recipe_for(backend: Backend, n_labels: int, method: str | None = None) -> Recipe:
     """As ``recipe``, for a model and a number of labels."""
     if method is None:
-        method = "activation" if backend.encoder and backend.family else backend.method
+        method = "activation" if backend.encoder and backend.own else backend.method
     backend.check_method(method)
     if method != "activation":
         lora = LoRAConfig(targets=_targets(backend.linear))

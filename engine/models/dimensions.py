@@ -1,0 +1,19 @@
+"""Dimensions that every model has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dimensions:
+    """Of a model; where layers differ, as in some that llama.cpp computes, the largest."""
+
+    n_layers: int
+    width: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden: int
+    n_vocab: int
+    context: int
