@@ -9,10 +9,13 @@ import mmap
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fwdllm.engine.errors import ConfigError
-from fwdllm.engine.gguf.file import GGUFFile
-from fwdllm.engine.gguf.header import TensorInfo
+
+if TYPE_CHECKING:  # a benchmark of GPUs runs without the package gguf
+    from fwdllm.engine.gguf.file import GGUFFile
+    from fwdllm.engine.gguf.header import TensorInfo
 
 # Measured after ``Engine.load``: pages of Python, NumPy and llama.cpp, without and with their data.
 _LIBRARY_BYTES, _PROCESS_BYTES = 60 * 2**20, 150 * 2**20

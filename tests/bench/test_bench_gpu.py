@@ -23,6 +23,8 @@ for name in {ABSENT}:
 sys.modules["transformers"] = sys.modules["peft"] = None
 sys.path[:] = [p for p in sys.path if "_editable" not in p]
 sys.meta_path[:] = [f for f in sys.meta_path if "scikit" not in type(f).__module__]
+sys.path.insert(0, {str(Path(__file__).parents[1] / "support")!r})
+import interpreter
 sys.argv = sys.argv[1:]
 sys.path[0] = {str(SCRIPT.parent)!r}
 runpy.run_path(sys.argv[0], run_name="__main__")

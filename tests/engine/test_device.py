@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,9 +25,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "simulate": ("--run-dir", "OUT/run", "--clients", "2"),
 }
 commands = pytest.mark.parametrize("command", COMMANDS)
-needs_triton = pytest.mark.skipif(
-    find_spec("torch") is None or find_spec("triton") is None, reason="no torch and triton"
-)
+INSTALLED = all(find_spec(name) for name in ("torch", "triton"))
+if INSTALLED:
+    import_module("interpreter")
+needs_triton = pytest.mark.skipif(not INSTALLED, reason="no torch and triton")
 
 
 @pytest.fixture

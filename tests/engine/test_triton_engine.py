@@ -19,8 +19,12 @@ from fwdllm.engine.data.batch import Batch
 from fwdllm.engine.directions import Dense, Directions, Scope, Sparse, lora_fa, subzero
 from fwdllm.kernels.types import QuantType
 
+INSTALLED = all(importlib.util.find_spec(name) for name in ("torch", "triton"))
+if INSTALLED:
+    importlib.import_module("interpreter")
+
 pytestmark = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("torch", "triton")),
+    not INSTALLED,
     reason="torch or triton is not installed",
 )
 

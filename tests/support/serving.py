@@ -39,7 +39,7 @@ STOP_TIMEOUT = 30.0
 JOB_TIMEOUT = 90.0
 
 FINISHED = ("succeeded", "failed", "cancelled")
-ENVIRONMENT = {"FWDLLM_NUM_THREADS": "2", "OMP_NUM_THREADS": "2", "NO_COLOR": "1"}
+ENVIRONMENT = {"NO_COLOR": "1"}
 
 # A job of two seconds or so that learns something.
 SETTINGS: dict[str, Any] = {
