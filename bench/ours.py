@@ -12,8 +12,9 @@ import numpy as np
 from fwdllm.bench.inputs import UPDATE_RATE, half_trained, prompt_batch, step_batch
 from fwdllm.bench.stopwatch import Stopwatch
 from fwdllm.engine import Engine, LoRAConfig
-from fwdllm.engine.directions import Dense, Scope
+from fwdllm.engine.directions import Dense
 from fwdllm.engine.estimators.plan import plan
+from fwdllm.engine.settings import Scope
 from fwdllm.kernels import cpu
 
 

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from fwdllm.engine.adapters.adapter import Adapter, LoRAConfig
     from fwdllm.engine.data.jsonl import Example, read_jsonl
     from fwdllm.engine.engine import Engine
-    from fwdllm.engine.estimators.plan import DEFAULT_EPSILON, Probe
+    from fwdllm.engine.estimators.plan import Probe
     from fwdllm.engine.evaluation import Evaluation
+    from fwdllm.engine.settings import DEFAULT_EPSILON
 
 __all__ = [
     "DEFAULT_EPSILON",
@@ -28,12 +29,12 @@ __all__ = [
 ]
 
 _MODULES = {
-    "DEFAULT_EPSILON": "estimators.plan",
+    "DEFAULT_EPSILON": "settings",
     "Adapter": "adapters.adapter",
     "Engine": "engine",
     "Evaluation": "evaluation",
     "Example": "data.jsonl",
-    "LoRAConfig": "adapters.adapter",
+    "LoRAConfig": "settings",
     "Probe": "estimators.plan",
     "read_jsonl": "data.jsonl",
 }

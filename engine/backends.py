@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fwdllm.engine.errors import ConfigError, UnsupportedError
-from fwdllm.engine.estimators.plan import METHODS, TANGENT_METHODS
 from fwdllm.engine.models import family_of
 from fwdllm.engine.models.dimensions import Dimensions
+from fwdllm.engine.settings import METHODS, TANGENT_METHODS
 
 if TYPE_CHECKING:
     from fwdllm.engine.gguf.file import GGUFFile

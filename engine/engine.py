@@ -16,7 +16,7 @@ from fwdllm.engine.data.encode import Encoding
 from fwdllm.engine.data.jsonl import Example
 from fwdllm.engine.data.tokenizer import Tokenizer
 from fwdllm.engine.devices import kernels_of
-from fwdllm.engine.directions import Dense, Directions, DirectionsConfig, Scope, frozen_b
+from fwdllm.engine.directions import Dense, Directions, frozen_b, make_directions
 from fwdllm.engine.errors import (
     AdapterError,
     ConfigError,
@@ -26,7 +26,7 @@ from fwdllm.engine.errors import (
 from fwdllm.engine.estimators import activation, derivatives
 from fwdllm.engine.estimators.activation import Gradient
 from fwdllm.engine.estimators.lanes import lane_losses
-from fwdllm.engine.estimators.plan import DEFAULT_EPSILON, Probe
+from fwdllm.engine.estimators.plan import Probe
 from fwdllm.engine.evaluation import EVAL_ROWS, Evaluation, evaluate
 from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.engine.graph import Graph, SquareSums
@@ -36,6 +36,7 @@ from fwdllm.engine.memory.residency import Residency
 from fwdllm.engine.models import family_of
 from fwdllm.engine.models.graph import OwnGraph
 from fwdllm.engine.models.weights import Weights
+from fwdllm.engine.settings import DEFAULT_EPSILON, DirectionsConfig, Scope
 
 
 class Engine:
@@ -155,13 +156,14 @@ class Engine:
     def use_directions(
         self, config: DirectionsConfig, seed: int, examples: Sequence[Example]
     ) -> None:
-        """Let seeds mean ``config`` from now on; see ``DirectionsConfig.make``.
+        """Let seeds mean ``config`` from now on; see ``make_directions``.
 
         examples: what a mask is chosen by.
         """
         if self.adapter is None:
             raise ConfigError("directions need an adapter to perturb")
-        self.directions = config.make(
+        self.directions = make_directions(
+            config,
             self.adapter,
             seed,
             lambda: self.input_mean_squares(self.encode(examples)),

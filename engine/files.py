@@ -52,6 +52,17 @@ def check_destination(path: Path) -> None:
         raise ConfigError(f"cannot write {path}: the folder {path.parent} does not exist")
 
 
+def is_unused(folder: Path, *beginnings: str) -> bool:
+    """Whether there is no more in a folder than a process leaves that dies at its start.
+
+    That is files whose names begin so, and empty folders.
+    """
+    return all(
+        path.name.startswith(beginnings) or (path.is_dir() and not any(path.iterdir()))
+        for path in folder.iterdir()
+    )
+
+
 def lock(path: Path) -> sqlite3.Connection:
     """Lock ``path`` until the connection is closed or the process ends, however it ends.
 

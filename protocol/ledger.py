@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from fwdllm.engine.errors import ConfigError, FwdllmError
-from fwdllm.engine.files import lock, transaction
+from fwdllm.engine.files import is_unused, lock, transaction
 from fwdllm.protocol.records import Meta, Round
 
 NAME = "ledger.sqlite"
@@ -62,6 +62,32 @@ class LedgerError(FwdllmError):
     """A ledger that is missing, damaged, of another format, in use, or cannot be written."""
 
 
+def open_run(folder: Path, meta: Meta, resume: bool | None) -> Ledger:
+    """The ledger in a run's folder, writable.
+
+    resume: whether the run is there already; None is either. One that is there must be the same but
+    for its secret.  Errors: ConfigError, LedgerError.
+    """
+    path = folder / NAME
+    if resume and not path.is_file():
+        raise ConfigError(f"there is no run in {folder} to resume")
+    if (
+        resume is False
+        and folder.exists()
+        and not is_unused(folder, f"{NAME}.lock", f".{NAME}.tmp")
+    ):
+        raise ConfigError(f"{folder} is not empty; resume the run or name a new folder")
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        return Ledger.create(path, meta)
+    ledger = Ledger(path, writable=True)
+    changed = ledger.meta.difference(meta)
+    if changed is not None:
+        ledger.close()
+        raise ConfigError(f"{changed} in the run in {folder}; go on with the same value")
+    return ledger
+
+
 class Ledger:
     """An open ledger. Use as a context manager, or ``close`` it.
 
@@ -86,7 +112,7 @@ class Ledger:
                     self._db.execute("PRAGMA query_only = 1")
                 row = self._db.execute("SELECT json FROM meta").fetchone()
             try:
-                self.meta = Meta.from_json(row[0])
+                self._meta, self.meta = row[0], Meta.from_json(row[0])
             except (KeyError, TypeError, ValueError, FwdllmError) as error:
                 raise LedgerError(f"{path} is no ledger this version reads: {error}") from error
             self._resources = stack.pop_all()
@@ -329,7 +355,7 @@ class Ledger:
     def chain(self, closed: Round) -> bytes:
         """The hash of a round: SHA-256 over that before it and all that led to its update."""
         before = self._all("SELECT hash FROM round WHERE round = ?", closed.round - 1)
-        digest = hashlib.sha256(before[0][0] if before else self.meta.to_json().encode())
+        digest = hashlib.sha256(before[0][0] if before else self._meta.encode())
         for part, _, n_available in self.parts(closed.round):
             _feed(digest, closed.round, part, n_available)
             for rows in (

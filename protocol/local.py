@@ -61,7 +61,7 @@ class TrainState:
     def initial(config: TrainConfig, engine: ForwardEngine) -> TrainState:
         """The state before the first step."""
         n = n_trainable(engine)
-        return TrainState(0, OptimizerState.initial(config.optimizer_config(), n))
+        return TrainState(0, OptimizerState.initial(config, n))
 
 
 @dataclass(frozen=True)
@@ -255,8 +255,7 @@ def _update(
     factor = lr_factor(state.step, config.steps, config.warmup, config.schedule)
     lr = config.learning_rate * factor
     head_lr = lr if config.head_learning_rate is None else config.head_learning_rate * factor
-    optimizer = config.optimizer_config()
-    descend(engine.adapter, engine.directions, optimizer, state.optimizer, gradient, lr, head_lr)
+    descend(engine.adapter, engine.directions, config, state.optimizer, gradient, lr, head_lr)
     if not np.isfinite(engine.adapter.theta).all():
         raise NumericsError(
             f"step {state.step + 1} made adapter weights infinite; lower the learning rate"

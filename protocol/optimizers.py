@@ -13,22 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """name: of OPTIMIZERS.  learning_rate: the base rate, before a schedule.
-
-    momentum is read by "momentum"; beta1, beta2 and eps by "adam", "adamw" and "yogi";
-    weight_decay by all.
-    """
-
-    name: str = "adam"
-    learning_rate: float = 1e-3
-    momentum: float = 0.9
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+from fwdllm.protocol.settings import OptimizerConfig
 
 
 @dataclass
@@ -41,7 +26,8 @@ class OptimizerState:
     @staticmethod
     def initial(config: OptimizerConfig, n: int) -> OptimizerState:
         """The state before the first update of a vector of ``n`` elements."""
-        return OptimizerState(0, {slot: np.zeros(n, np.float32) for slot in _SLOTS[config.name]})
+        slots = _SLOTS[config.optimizer]
+        return OptimizerState(0, {slot: np.zeros(n, np.float32) for slot in slots})
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """The state as plain arrays, fit for ``np.savez``."""
@@ -54,7 +40,7 @@ class OptimizerState:
         """The inverse of ``to_arrays``; ValueError if the arrays are another optimizer's."""
         state = OptimizerState.initial(config, n)
         if set(arrays) != {"step", *state.slots}:
-            raise ValueError(f"{config.name} has no state of {', '.join(sorted(arrays))}")
+            raise ValueError(f"{config.optimizer} has no state of {', '.join(sorted(arrays))}")
         for slot in state.slots:
             if arrays[slot].dtype != np.float32 or arrays[slot].shape != (n,):
                 raise ValueError(f"optimizer array {slot} is not float32 [{n}]")
@@ -75,12 +61,13 @@ def apply(
     gradient: float32 [n], left as it is.  learning_rate: a number, or float32 [n] where parts
     of theta learn at different rates.
     """
-    if config.weight_decay and config.name == "adamw":
-        theta *= 1 - learning_rate * config.weight_decay
-    elif config.weight_decay:
-        gradient = gradient + config.weight_decay * theta
+    decay = config.weight_decay_in_use
+    if decay and config.optimizer == "adamw":
+        theta *= 1 - learning_rate * decay
+    elif decay:
+        gradient = gradient + decay * theta
     state.step += 1
-    _RULES[config.name](config, state, theta, gradient, learning_rate)
+    _RULES[config.optimizer](config, state, theta, gradient, learning_rate)
 
 
 def sgd(
@@ -123,7 +110,7 @@ def adam(
     square += (1 - config.beta2) * gradient * gradient
     denominator = np.sqrt(square)
     denominator /= math.sqrt(1 - config.beta2**state.step)
-    denominator += config.eps
+    denominator += config.eps_in_use
     theta -= learning_rate / (1 - config.beta1**state.step) * mean / denominator
 
 
@@ -143,7 +130,7 @@ def yogi(
     mean += (1 - config.beta1) * gradient
     new = gradient * gradient
     square -= (1 - config.beta2) * new * np.sign(square - new)
-    theta -= learning_rate * mean / (np.sqrt(square) + config.eps)
+    theta -= learning_rate * mean / (np.sqrt(square) + config.eps_in_use)
 
 
 Rule = Callable[
@@ -163,4 +150,3 @@ _SLOTS: dict[str, tuple[str, ...]] = {
     "adamw": ("mean", "square"),
     "yogi": ("mean", "square"),
 }
-OPTIMIZERS = tuple(_RULES)

@@ -51,15 +51,16 @@ class Meta:
             self.architecture, self.targets, self.lora, self.adapter_seed, cpu, self.head
         )
 
-    def same_run(self, other: Meta) -> bool:
-        """Whether two descriptions differ in their secrets alone."""
+    def difference(self, other: Meta) -> str | None:
+        """Where two descriptions differ but for their secrets, see ``difference``."""
         mine = dataclasses.replace(self, noise_seed=other.noise_seed)
-        return mine.to_json() == other.to_json()
+        return difference(json.loads(mine.to_json()), json.loads(other.to_json()))
 
     def to_json(self) -> str:
         """With the versions a reader must know."""
         versions = {"format": FORMAT, "layout_version": LAYOUT_VERSION}
-        return json.dumps({**versions, **dataclasses.asdict(self)})
+        fields = {**dataclasses.asdict(self), "config": self.config.recorded()}
+        return json.dumps({**versions, **fields})
 
     @staticmethod
     def from_json(text: str) -> Meta:
@@ -98,3 +99,15 @@ class Round:
     theta: bytes
     snapshot: bytes | None = None
     hash: bytes = b""
+
+
+def difference(saved: Any, given: Any, key: str = "") -> str | None:
+    """The first place where two JSON values differ, as "key is x here but y"."""
+    if isinstance(saved, dict) and isinstance(given, dict):
+        for name in sorted({*saved, *given}):
+            inner = f"{key}.{name}" if key else name
+            found = difference(saved.get(name), given.get(name), inner)
+            if found is not None:
+                return found
+        return None
+    return None if saved == given else f"{key} is {given!r}, but {saved!r}"

@@ -59,7 +59,7 @@ class Replica:
         self.config = config
         self.space = Space(adapter, config)
         self.round = 0
-        self.optimizer = OptimizerState.initial(config.optimizer_config(), self.space.size)
+        self.optimizer = OptimizerState.initial(config, self.space.size)
         self.gradient: np.ndarray | None = None
 
     @property
@@ -114,7 +114,7 @@ class Replica:
         if gradient is not None and gradient.shape != (self.space.size,):
             raise ValueError(f"a gradient of {gradient.size} is not {self.space.size}")
         saved = {k.removeprefix("optimizer."): v for k, v in arrays.items() if "." in k}
-        config = self.config.optimizer_config()
+        config = self.config
         self.optimizer = OptimizerState.from_arrays(config, self.space.size, saved)
         self.gradient = None if gradient is None else gradient.copy()
         self.theta[:] = theta
@@ -130,7 +130,7 @@ class Replica:
             descend(
                 self.space.adapter,
                 directions,
-                self.config.optimizer_config(),
+                self.config,
                 self.optimizer,
                 gradient,
                 *self.rates(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-SCHEDULES = ("linear", "constant")
+from fwdllm.protocol.settings import SCHEDULES
 
 
 def lr_factor(step: int, steps: int, warmup: int, schedule: str = "linear") -> float:

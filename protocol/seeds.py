@@ -10,10 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from fwdllm.kernels.cpu import philox
-
-MAX_RUN_SEED = 2**64 - 1
-MAX_ROUNDS = 2**32
-MAX_INDEX = 2**28
+from fwdllm.protocol.settings import MAX_INDEX, MAX_ROUNDS, MAX_RUN_SEED
 
 _PERTURBATIONS, _SHUFFLE, _CLIENTS, _HEAD = range(4)
 

@@ -12,11 +12,10 @@ from typing import NoReturn, TypeAlias
 import numpy as np
 
 from fwdllm.engine.adapters.adapter import Adapter
-from fwdllm.engine.directions import Directions
-from fwdllm.engine.directions.base import Scope
-from fwdllm.engine.directions.config import DirectionsConfig
+from fwdllm.engine.directions import Directions, make_directions
 from fwdllm.engine.directions.dense import Dense
 from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.settings import DirectionsConfig, Scope
 from fwdllm.protocol.federation import FederationConfig
 
 Layers: TypeAlias = "tuple[int, ...] | None"
@@ -54,7 +53,7 @@ class Space:
         if layers not in self._directions:
             scope = Scope(layers)
             config = DirectionsConfig(self.config.directions, self.config.dimension, scope=scope)
-            made = config.make(self.adapter, self.config.seed, _no_weights, _no_weights)
+            made = make_directions(config, self.adapter, self.config.seed, _no_weights, _no_weights)
             self._directions[layers] = made
         return self._directions[layers]
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fwdllm.engine.adapters.adapter import LoRAConfig
     from fwdllm.engine.data.jsonl import Example, read_jsonl
-    from fwdllm.engine.directions import DirectionsConfig
     from fwdllm.engine.engine import Engine
     from fwdllm.engine.errors import (
         AdapterError,
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
         NumericsError,
     )
     from fwdllm.engine.evaluation import Evaluation
+    from fwdllm.engine.settings import DirectionsConfig
     from fwdllm.federation.fleet import Fleet
     from fwdllm.federation.simulation import Partition, SimulationResult, simulate
     from fwdllm.inference import evaluate, generate
@@ -67,13 +67,13 @@ __all__ = [
 ]
 
 _MODULES = {
-    "DirectionsConfig": "engine.directions",
+    "DirectionsConfig": "engine.settings",
     "Engine": "engine.engine",
     "Evaluation": "engine.evaluation",
     "Example": "engine.data.jsonl",
     "FederationConfig": "protocol.federation",
     "Fleet": "federation.fleet",
-    "LoRAConfig": "engine.adapters.adapter",
+    "LoRAConfig": "engine.settings",
     "Partition": "federation.simulation",
     "Recipe": "tuning.recipes",
     "SimulationResult": "federation.simulation",

@@ -26,8 +26,9 @@ from fwdllm.bench.pictures import curves
 from fwdllm.engine import Engine, Example, LoRAConfig, read_jsonl
 from fwdllm.engine.data.batch import Batch
 from fwdllm.engine.data.jsonl import labels_of
-from fwdllm.engine.directions import DirectionsConfig, frozen_b
+from fwdllm.engine.directions import frozen_b
 from fwdllm.engine.estimators.activation import scaled
+from fwdllm.engine.settings import DirectionsConfig
 from fwdllm.protocol.optimizers import OptimizerConfig, OptimizerState, apply
 from fwdllm.protocol.seeds import derive_seeds
 

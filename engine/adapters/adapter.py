@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fwdllm.engine.errors import ConfigError, NumericsError
+from fwdllm.engine.settings import LoRAConfig, is_whole
 from fwdllm.kernels.types import LoRA
 
 # Raised whenever ``layout`` or the place of the head changes; ledgers and files carry it.
@@ -31,35 +32,6 @@ class Map(Protocol):
     def combine(self, seeds: np.ndarray, coefficients: np.ndarray) -> np.ndarray: ...
 
     def expand(self, coordinates: np.ndarray) -> np.ndarray: ...
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """What to adapt.
-
-    rank: columns of B and rows of A, at least 1.  alpha: the adapter adds alpha / rank * B A;
-    kept at float32 precision because that is what a GGUF file holds.  targets: GGUF tensor
-    names without "blk.N." and ".weight"; their order carries no meaning, they are sorted.
-    layers: the layers to adapt, None for all.  Errors: ConfigError.
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    targets: tuple[str, ...] = ("attn_q", "attn_v")
-    layers: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if not _is_int(self.rank) or self.rank < 1:
-            raise ConfigError(f"LoRA rank must be a whole number of at least 1, not {self.rank!r}")
-        object.__setattr__(self, "alpha", _checked_alpha(self.alpha))
-        object.__setattr__(self, "targets", _checked_targets(self.targets))
-        if self.layers is not None:
-            object.__setattr__(self, "layers", _checked_layers(self.layers))
-
-    @property
-    def scale(self) -> float:
-        """The factor in front of B A."""
-        return self.alpha / self.rank
 
 
 @dataclass(frozen=True)
@@ -99,7 +71,7 @@ class Head:
             raise ConfigError("Every label must be non-empty text that can be written as UTF-8")
         if not self.labels or len(set(self.labels)) != len(self.labels):
             raise ConfigError("A classification head needs at least one label and no label twice")
-        if not _is_int(self.n_in) or self.n_in < 1:
+        if not is_whole(self.n_in) or self.n_in < 1:
             raise ConfigError(f"A classification head needs features to read, not {self.n_in!r}")
 
     @property
@@ -270,44 +242,9 @@ class Adapter:
         return {target.name: target for target in self.targets}
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
-
-
 def _is_text(label: str) -> bool:
     # JSON can carry lone surrogates, which no GGUF string can hold.
     return bool(label) and not any("\ud800" <= c <= "\udfff" for c in label)
-
-
-def _checked_alpha(alpha: float) -> float:
-    try:
-        with np.errstate(over="ignore"):
-            stored = float(np.float32(alpha))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"LoRA alpha must be a number, not {alpha!r}") from error
-    if not (math.isfinite(stored) and stored > 0):
-        raise ConfigError(f"LoRA alpha must be a positive number, not {alpha!r}")
-    return stored
-
-
-def _checked_targets(targets: Sequence[str]) -> tuple[str, ...]:
-    if not _is_list(targets) or not all(isinstance(name, str) for name in targets):
-        raise ConfigError(f"LoRA targets must be a list of tensor names, not {targets!r}")
-    if not targets or len(set(targets)) != len(targets):
-        raise ConfigError("LoRA needs at least one target and no target twice")
-    return tuple(sorted(targets))
-
-
-def _checked_layers(layers: Sequence[int]) -> tuple[int, ...]:
-    if not _is_list(layers) or not all(_is_int(layer) and layer >= 0 for layer in layers):
-        raise ConfigError(f"LoRA layers must be block numbers from 0 up, not {layers!r}")
-    if not layers or len(set(layers)) != len(layers):
-        raise ConfigError("LoRA needs at least one layer and no layer twice")
-    return tuple(sorted(layers))
 
 
 def _check_matches(blocks: Mapping[int, Mapping[str, object]], config: LoRAConfig) -> None:

@@ -125,6 +125,13 @@ def split(
     return train, [examples[i] for i in sorted(chosen)]
 
 
+def hold_out(
+    examples: Sequence[Example], seed: int, most: int
+) -> tuple[list[Example], list[Example]]:
+    """As ``split``, with a tenth held out, at most so many."""
+    return split(examples, min(max(1, round(0.1 * len(examples))), most), seed)
+
+
 def _held_out_count(n_examples: int, held_out: float) -> int:
     is_count = isinstance(held_out, int)
     if not (held_out >= 1 if is_count else 0 < held_out < 1):

@@ -4,28 +4,26 @@
 
 from __future__ import annotations
 
-from fwdllm.engine.directions.base import Directions, Scope
-from fwdllm.engine.directions.config import DIRECTIONS, DirectionsConfig
+from fwdllm.engine.directions.base import Directions
 from fwdllm.engine.directions.dense import Dense
 from fwdllm.engine.directions.frozen_a import lora_fa
 from fwdllm.engine.directions.frozen_b import frozen_b
 from fwdllm.engine.directions.lora_xs import lora_xs
+from fwdllm.engine.directions.make import make_directions
 from fwdllm.engine.directions.sparse import Sparse, foresight_mask
 from fwdllm.engine.directions.subspace import Bases, Subspace
 from fwdllm.engine.directions.subzero import subzero
 
 __all__ = [
-    "DIRECTIONS",
     "Bases",
     "Dense",
     "Directions",
-    "DirectionsConfig",
-    "Scope",
     "Sparse",
     "Subspace",
     "foresight_mask",
     "frozen_b",
     "lora_fa",
     "lora_xs",
+    "make_directions",
     "subzero",
 ]

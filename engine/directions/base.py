@@ -1,9 +1,8 @@
-"""The interface of directions, and what all of them share: scopes."""
+"""The interface of directions, and what all of them share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,37 +10,6 @@ import numpy as np
 from fwdllm.engine.adapters.adapter import Adapter, Target
 from fwdllm.engine.errors import ConfigError
 from fwdllm.kernels.types import DISTRIBUTIONS, LoRA
-
-
-@dataclass(frozen=True)
-class Scope:
-    """The part of an adapter that perturbations touch. None is all.
-
-    layers: block numbers.  targets: tensor names without "blk.N." and ".weight".
-    """
-
-    layers: tuple[int, ...] | None = None
-    targets: tuple[str, ...] | None = None
-
-    def __str__(self) -> str:
-        layers = "all layers" if self.layers is None else f"layers {_listed(self.layers)}"
-        return layers if self.targets is None else f"{_listed(self.targets)} of {layers}"
-
-    def of(self, adapter: Adapter) -> tuple[Target, ...]:
-        """The targets inside, in their order; ConfigError if there are none."""
-        inside = tuple(t for t in adapter.targets if self._has(t))
-        if not inside:
-            raise ConfigError(f"nothing of the adapter is in the scope of {self}")
-        return inside
-
-    def _has(self, target: Target) -> bool:
-        name = target.name.split(".", 2)[2]
-        in_layers = self.layers is None or target.layer in self.layers
-        return in_layers and (self.targets is None or name in self.targets)
-
-
-def _listed(values: Sequence[object]) -> str:
-    return ", ".join(map(str, values))
 
 
 class Directions(Protocol):

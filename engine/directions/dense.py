@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from fwdllm.engine.adapters.adapter import Adapter, Target
-from fwdllm.engine.directions.base import Scope, check_distribution, combine, dot
+from fwdllm.engine.directions.base import check_distribution, combine, dot
+from fwdllm.engine.settings import Scope
 from fwdllm.kernels.types import LoRA
 
 
@@ -30,7 +31,7 @@ class Dense:
 
     @cached_property
     def targets(self) -> tuple[Target, ...]:
-        return (self.scope or Scope()).of(self.adapter)
+        return (self.scope or Scope()).of(self.adapter.targets)
 
     def lora(self, target: Target, theta: Any = None) -> LoRA:
         return self.adapter.factors(target, theta)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from fwdllm.engine.adapters.adapter import Adapter
-from fwdllm.engine.directions.base import Scope
 from fwdllm.engine.directions.subspace import Bases, Subspace
+from fwdllm.engine.settings import Scope
 
 
 def lora_fa(adapter: Adapter, scope: Scope | None = None) -> Subspace:
     """Normal numbers for every element of B."""
-    targets = (scope or Scope()).of(adapter)
+    targets = (scope or Scope()).of(adapter.targets)
     return Subspace(
         adapter, {t.name: Bases(np.zeros((0, t.n_in), np.float32), None) for t in targets}
     )

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import numpy as np
 
 from fwdllm.engine.adapters.adapter import Adapter, Target
-from fwdllm.engine.directions.base import Scope
 from fwdllm.engine.directions.subspace import Bases, Subspace
 from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.settings import Scope
 
 # Power iterations and spare columns of the randomized SVD (Halko et al., arXiv 0909.4061):
 # enough for the leading vectors of weights, whose spectra fall slowly.
@@ -29,7 +29,7 @@ def lora_xs(
     of its sides.
     """
     rank, bases = adapter.config.rank, {}
-    for t in (scope or Scope()).of(adapter):
+    for t in (scope or Scope()).of(adapter.targets):
         if rank > min(t.n_in, t.n_out):
             raise ConfigError(f"{t.name} has no {rank} singular vectors")
         left, right = _leading(decoded(t), rank)

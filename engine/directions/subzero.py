@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from fwdllm.engine.adapters.adapter import Adapter
-from fwdllm.engine.directions.base import Scope
 from fwdllm.engine.directions.subspace import Bases, Subspace
 from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.settings import Scope
 
 
 def subzero(adapter: Adapter, dimension: int, seed: int, scope: Scope | None = None) -> Subspace:
@@ -21,7 +21,7 @@ def subzero(adapter: Adapter, dimension: int, seed: int, scope: Scope | None = N
     dimensions.
     """
     bases = {}
-    for t in (scope or Scope()).of(adapter):
+    for t in (scope or Scope()).of(adapter.targets):
         if not 1 <= dimension <= min(t.n_in, t.n_out):
             raise ConfigError(f"{t.name} has no subspace of {dimension} dimensions")
         # Where theta's own elements are in the stream, so that targets differ.

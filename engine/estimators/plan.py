@@ -10,15 +10,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.settings import DEFAULT_EPSILON, METHODS
 from fwdllm.kernels.reference import philox
 from fwdllm.kernels.types import Lanes
-
-METHODS = ("forward-ad", "central", "forward-difference")
-# Of these and of ``engine.estimators.activation``, those that need a graph with tangents.
-TANGENT_METHODS = ("forward-ad", "activation")
-
-# Step along a direction of unit variance per parameter; docs/decisions.md has the sweep.
-DEFAULT_EPSILON = 1e-3
 
 # Examples' seeds come from the stream of a seed far behind its direction.
 _EXAMPLES_AT = 1 << 62

@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,16 @@ class GGUFFile:
     def open(cls, path: str | os.PathLike[str]) -> GGUFFile:
         """Map the file and check its header; tensor data is not read.
 
+        A file that has not changed since it was last opened is not read again.
         Raises ModelError if the file is missing, not a GGUF file of version 2 or 3 in
         little-endian order, truncated, or inconsistent.
         """
         path = Path(path)
-        mapping = _map(path)
-        version, metadata, tensors = read_header(path, mapping)
-        return cls(path, version, metadata, tensors, mapping)
+        try:
+            found = path.stat()
+        except OSError:
+            return _open(path, ())  # which says what is wrong
+        return _open(path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
 
     def weight(self, name: str) -> Weight:
         """The matrix ``name`` [n_out, n_in] in its block format, a view of the mapping.
@@ -165,6 +169,13 @@ class GGUFFile:
 
     def _bytes(self, tensor: TensorInfo) -> np.ndarray:
         return np.frombuffer(self.mapping, np.uint8, tensor.nbytes, tensor.offset)
+
+
+@lru_cache(maxsize=2)  # a command opens its model several times, and a server one model
+def _open(path: Path, version_of_file: tuple[int, ...]) -> GGUFFile:
+    mapping = _map(path)
+    version, metadata, tensors = read_header(path, mapping)
+    return GGUFFile(path, version, metadata, tensors, mapping)
 
 
 def _map(path: Path) -> mmap.mmap:

@@ -11,11 +11,10 @@ from flwr.serverapp import Grid, ServerApp
 from fwdllm.engine.adapters.io import save_gguf
 from fwdllm.engine.data.jsonl import check_labels, read_jsonl
 from fwdllm.engine.engine import Engine
-from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.files import fingerprint
 from fwdllm.protocol.flower.messages import Settings
 from fwdllm.protocol.flower.strategy import FwdLLMStrategy
-from fwdllm.protocol.ledger import NAME, Ledger
+from fwdllm.protocol.ledger import open_run
 from fwdllm.protocol.records import Meta
 
 app = ServerApp()
@@ -27,7 +26,7 @@ def main(grid: Grid, context: Context) -> None:
     settings = Settings.of(context.run_config)
     engine = settings.engine(settings.model)
     folder = Path(settings.run_dir)
-    with open_ledger(folder, settings, engine) as ledger:
+    with open_run(folder, _meta(settings, engine), None) as ledger:
         strategy = FwdLLMStrategy(ledger, settings.min_nodes)
         engine.adapter = strategy.server.replica.space.adapter
         strategy.start(
@@ -40,28 +39,15 @@ def main(grid: Grid, context: Context) -> None:
         save_gguf(engine.adapter, folder / "adapter.gguf")
 
 
-def open_ledger(folder: Path, settings: Settings, engine: Engine) -> Ledger:
-    """The ledger of a run in a folder, which must be of these settings, or a new one.
-
-    Errors: ConfigError, LedgerError.
-    """
+def _meta(settings: Settings, engine: Engine) -> Meta:
     assert engine.adapter is not None
-    meta = Meta.of(
+    return Meta.of(
         settings.federation,
         engine.adapter,
         settings.federation.seed,
         fingerprint(engine.file.path),
         secrets.randbits(64),
     )
-    path = folder / NAME
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        return Ledger.create(path, meta)
-    ledger = Ledger(path, writable=True)
-    if not ledger.meta.same_run(meta):
-        ledger.close()
-        raise ConfigError(f"{folder} holds a run of other settings; name another folder")
-    return ledger
 
 
 def _evaluation(settings: Settings, strategy: FwdLLMStrategy, engine: Engine) -> object:

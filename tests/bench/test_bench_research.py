@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import runs
 import sst2
+from shallow import first_layers
 
 
 def metrics(folder: Path, losses: list[float], n_tokens: int) -> Path:
@@ -56,8 +57,14 @@ def test_shares_of_the_gap(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").exists()
 
 
-def test_every_run_on_sst2_starts(shared: Path) -> None:
-    model, data = shared / "models/minilm-l6-v2.Q4_0.gguf", shared / "data/sst2.train.jsonl"
+@pytest.fixture(scope="module")
+def encoder(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "minilm-l2.gguf"
+    return first_layers(shared / "models/minilm-l6-v2.Q4_0.gguf", 2, path)
+
+
+def test_every_run_on_sst2_starts(shared: Path, encoder: Path) -> None:
+    model, data = encoder, shared / "data/sst2.train.jsonl"
     for name in ("head alone", "backprop", "activation"):
         [row] = sst2.measure(model, data, name, 0, n_held_out=40, steps=3)
         assert (row.run, row.step) == (name, 3)
@@ -65,20 +72,22 @@ def test_every_run_on_sst2_starts(shared: Path) -> None:
         assert row.accuracy <= 1
 
 
-def test_every_way_to_estimate(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_way_to_estimate(
+    shared: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With few examples; activations of a measured B need far fewer tangents."""
     monkeypatch.setattr(estimators, "BATCH", 4)
     monkeypatch.setattr(estimators, "PERTURBATIONS", (8,))
     monkeypatch.setattr(estimators, "REPEATS", 2)
     monkeypatch.setattr(estimators, "HEAD_STEPS", 10)
     examples = estimators.read_jsonl(shared / "data/sst2.train.jsonl")[:44]
-    points = list(estimators.measure(shared / "models/minilm-l6-v2.Q4_0.gguf", examples))
+    points = list(estimators.measure(encoder, examples))
     found = {point.way: point for point in points}
     assert list(found) == list(estimators.WAYS)
     assert len(estimators.table(points).splitlines()) == 2 + len(found)
     shared_seeds = np.mean(found["forward-ad"].cosines)
     assert np.mean(found["activation, rank 1, measured B"].cosines) > 5 * shared_seeds
-    assert found["forward-ad"].d == 73728
+    assert found["forward-ad"].d == 24576
     assert (
         found["forward-ad"].n_tokens * 17 == found["central"].n_tokens * 9
     )  # one more for the head

@@ -17,9 +17,10 @@ from fwdllm.bench.shapes import Shape
 from fwdllm.bench.synthetic import make_decoder
 from fwdllm.engine import Engine, Example, LoRAConfig
 from fwdllm.engine.data.batch import Batch
-from fwdllm.engine.directions import Scope, frozen_b
+from fwdllm.engine.directions import frozen_b
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.estimators.activation import scaled
+from fwdllm.engine.settings import Scope
 from fwdllm.kernels.types import QuantType
 from fwdllm.protocol.config import TrainConfig
 from fwdllm.protocol.local import StepResult, TrainState, train, train_step

@@ -17,7 +17,7 @@ from fwdllm.engine import Engine, Example, LoRAConfig, read_jsonl
 from fwdllm.engine.data.batch import Batch
 from fwdllm.engine.directions import Dense, Directions
 from fwdllm.engine.errors import ConfigError, NumericsError
-from fwdllm.engine.estimators.plan import METHODS
+from fwdllm.engine.settings import METHODS
 from fwdllm.kernels import cpu, reference
 from fwdllm.kernels.types import QuantType
 

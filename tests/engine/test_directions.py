@@ -27,7 +27,8 @@ from fwdllm.engine.directions import (
     subzero,
 )
 from fwdllm.engine.errors import ConfigError
-from fwdllm.engine.estimators.plan import METHODS, example_seeds
+from fwdllm.engine.estimators.plan import example_seeds
+from fwdllm.engine.settings import METHODS
 from fwdllm.kernels import cpu
 from fwdllm.kernels.types import QuantType
 

@@ -152,7 +152,7 @@ def test_a_struct_that_is_too_large(tmp_path: Path) -> None:
     path = altered(tmp_path, change(NE, f"char gap[2000000000];\n {NE}"))
     code = (
         "import sys; from pathlib import Path\n"
-        "from fwdllm.engine import ggml\n"
+        "from fwdllm.engine.llamacpp import ggml\n"
         "from fwdllm.engine.errors import ConfigError\n"
         "try: ggml.read_layout(Path(sys.argv[1]))\n"
         "except ConfigError: sys.exit(42)"
@@ -166,7 +166,7 @@ def test_a_broken_header_stops_the_engine(bundled: Path, tmp_path: Path) -> None
     path = altered(tmp_path, WRONG["a field inserted"])
     code = (
         "import sys; from pathlib import Path\n"
-        "from fwdllm.engine import Engine, ggml\n"
+        "from fwdllm.engine import Engine\nfrom fwdllm.engine.llamacpp import ggml\n"
         "from fwdllm.engine.errors import ConfigError\n"
         "ggml.HEADER = Path(sys.argv[2])\n"
         "Engine.load(sys.argv[1])\n"

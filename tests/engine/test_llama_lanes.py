@@ -24,11 +24,12 @@ from fwdllm.bench.inputs import half_trained
 from fwdllm.engine import Engine, Example, LoRAConfig, read_jsonl
 from fwdllm.engine.adapters.io import save_gguf
 from fwdllm.engine.data.batch import Batch
-from fwdllm.engine.directions import Directions, DirectionsConfig, Scope
+from fwdllm.engine.directions import Directions
 from fwdllm.engine.estimators.lanes import lane_losses
 from fwdllm.engine.estimators.plan import example_seeds, plan
 from fwdllm.engine.graph import Variants
 from fwdllm.engine.llamacpp import graph as llama_cpp
+from fwdllm.engine.settings import DirectionsConfig, Scope
 from fwdllm.kernels.types import Lanes
 
 

@@ -14,7 +14,7 @@ from fwdllm.bench.synthetic import make_decoder
 from fwdllm.engine import Engine, LoRAConfig
 from fwdllm.engine.data.batch import Batch, Tokens, pack, split
 from fwdllm.engine.errors import ConfigError
-from fwdllm.engine.estimators.plan import METHODS
+from fwdllm.engine.settings import METHODS
 from fwdllm.kernels.types import QuantType
 
 SHAPE = Shape(3, 256, 4, 2, 64, 512, 2048)

@@ -16,7 +16,8 @@ from fwdllm.bench.synthetic import make_decoder
 from fwdllm.engine import Engine, Example, LoRAConfig
 from fwdllm.engine.adapters.adapter import Adapter
 from fwdllm.engine.data.batch import Batch
-from fwdllm.engine.directions import Dense, Directions, Scope, Sparse, lora_fa, subzero
+from fwdllm.engine.directions import Dense, Directions, Sparse, lora_fa, subzero
+from fwdllm.engine.settings import Scope
 from fwdllm.kernels.types import QuantType
 
 INSTALLED = all(importlib.util.find_spec(name) for name in ("torch", "triton"))

@@ -13,9 +13,10 @@ from cli_runs import MODEL, pirate_rows
 from serving import SETTINGS, Server, error_of, lines
 
 from fwdllm.engine.data.jsonl import Example
-from fwdllm.engine.directions import Dense, Scope
+from fwdllm.engine.directions import Dense
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.llamacpp import generation
+from fwdllm.engine.settings import Scope
 
 EVALUATE = "/v1/perturbations/evaluate"
 ROWS = [

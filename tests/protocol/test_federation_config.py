@@ -10,8 +10,8 @@ import pytest
 
 from fwdllm.engine.errors import ConfigError
 from fwdllm.protocol.federation import FederationConfig
-from fwdllm.protocol.optimizers import OptimizerConfig
 from fwdllm.protocol.presets import PRESETS, preset
+from fwdllm.protocol.settings import OPTIMIZERS
 
 INTEGERS = {
     "rounds": 1,
@@ -104,7 +104,7 @@ def test_numbers_beyond_what_seeds_and_messages_hold(name: str) -> None:
 def test_numbers_that_are_none(name: str) -> None:
     for value in (math.nan, math.inf, -math.inf, -1e-9, *NOT_NUMBERS):
         assert_refused(name, value)
-    if name not in ("variance_threshold", "head_learning_rate"):
+    if name not in ("variance_threshold", "head_learning_rate", "eps", "weight_decay"):
         assert_refused(name, None)
 
 
@@ -261,8 +261,19 @@ def test_optimizers_get_their_settings() -> None:
         client_optimizer="adamw",
         client_learning_rate=0.7,
     )
-    assert config.optimizer_config() == OptimizerConfig("yogi", 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
-    assert config.client_optimizer_config() == OptimizerConfig("adamw", 0.7)
+    assert (config.eps_in_use, config.weight_decay_in_use) == (0.5, 0.6)
+    client = config.client_optimizer_config()
+    assert (client.optimizer, client.learning_rate) == ("adamw", 0.7)
+    assert (client.eps_in_use, client.weight_decay_in_use) == (1e-8, 0)
+
+
+def test_what_is_not_said_is_the_optimizers_own() -> None:
+    found = {name: make(optimizer=name) for name in OPTIMIZERS}
+    eps = {name: config.eps_in_use for name, config in found.items()}
+    assert eps == {**dict.fromkeys(OPTIMIZERS, 1e-8), "yogi": 1e-3}
+    decay = {name: config.weight_decay_in_use for name, config in found.items()}
+    assert decay == {**dict.fromkeys(OPTIMIZERS, 0.0), "adamw": 0.01}
+    assert make(optimizer="yogi").recorded()["eps"] == 1e-3
 
 
 # Presets

@@ -15,12 +15,14 @@ torch = pytest.importorskip("torch")
 N, N_HEAD, STEPS = 37, 5, 40
 
 CASES = [
-    OptimizerConfig("sgd"),
-    OptimizerConfig("sgd", weight_decay=0.1),
-    OptimizerConfig("momentum", momentum=0.8),
-    OptimizerConfig("momentum", momentum=0.95, weight_decay=0.1),
-    OptimizerConfig("adam"),
-    OptimizerConfig("adam", beta1=0.7, beta2=0.95, eps=1e-2, weight_decay=0.1),
+    OptimizerConfig(optimizer="sgd"),
+    OptimizerConfig(optimizer="sgd", weight_decay=0.1),
+    OptimizerConfig(optimizer="momentum", momentum=0.8),
+    OptimizerConfig(optimizer="momentum", momentum=0.95, weight_decay=0.1),
+    OptimizerConfig(optimizer="adam"),
+    OptimizerConfig(optimizer="adamw"),
+    OptimizerConfig(optimizer="adamw", eps=1e-6, weight_decay=0.2),
+    OptimizerConfig(optimizer="adam", beta1=0.7, beta2=0.95, eps=1e-2, weight_decay=0.1),
 ]
 
 
@@ -32,11 +34,12 @@ def problem() -> tuple[np.ndarray, np.ndarray]:
 
 
 def reference_optimizer(config: OptimizerConfig, groups: list[dict]) -> torch.optim.Optimizer:
-    decay = config.weight_decay
-    if config.name == "adam":
+    decay = config.weight_decay_in_use
+    if config.optimizer in ("adam", "adamw"):
+        kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
         betas = (config.beta1, config.beta2)
-        return torch.optim.Adam(groups, betas=betas, eps=config.eps, weight_decay=decay)
-    momentum = config.momentum if config.name == "momentum" else 0.0
+        return kind(groups, betas=betas, eps=config.eps_in_use, weight_decay=decay)
+    momentum = config.momentum if config.optimizer == "momentum" else 0.0
     return torch.optim.SGD(groups, momentum=momentum, weight_decay=decay)
 
 
@@ -45,7 +48,7 @@ def rates(step: int) -> tuple[float, float]:
     return 0.02 / (1 + step), 0.05 / (1 + step)
 
 
-@pytest.mark.parametrize("config", CASES, ids=lambda c: f"{c.name}-{c.weight_decay}")
+@pytest.mark.parametrize("config", CASES, ids=lambda c: f"{c.optimizer}-{c.weight_decay_in_use}")
 def test_follows_torch_with_a_rate_for_each_part(config: OptimizerConfig) -> None:
     theta, gradients = problem()
     body = torch.tensor(theta[:-N_HEAD].copy(), requires_grad=True)
@@ -78,7 +81,7 @@ def test_one_rate_is_the_same_as_equal_rates() -> None:
 
 
 def test_adam_is_one_rounding_per_operation() -> None:
-    config = OptimizerConfig("adam", weight_decay=0.01)
+    config = OptimizerConfig(optimizer="adam", weight_decay=0.01)
     theta, gradients = problem()
     scalars = [np.float32(t) for t in theta]
     mean, square = [np.float32(0)] * N, [np.float32(0)] * N
@@ -95,7 +98,7 @@ def test_adam_is_one_rounding_per_operation() -> None:
     assert theta.tobytes() == np.array(scalars, np.float32).tobytes()
 
 
-@pytest.mark.parametrize("config", CASES, ids=lambda c: f"{c.name}-{c.weight_decay}")
+@pytest.mark.parametrize("config", CASES, ids=lambda c: f"{c.optimizer}-{c.weight_decay_in_use}")
 def test_gradient_and_dtypes_stay(config: OptimizerConfig) -> None:
     theta, gradients = problem()
     gradient, state = gradients[0].copy(), OptimizerState.initial(config, N)
@@ -104,7 +107,7 @@ def test_gradient_and_dtypes_stay(config: OptimizerConfig) -> None:
     assert {theta.dtype, *(slot.dtype for slot in state.slots.values())} == {np.dtype(np.float32)}
 
 
-@pytest.mark.parametrize("config", CASES, ids=lambda c: f"{c.name}-{c.weight_decay}")
+@pytest.mark.parametrize("config", CASES, ids=lambda c: f"{c.optimizer}-{c.weight_decay_in_use}")
 def test_saved_state_continues_to_the_same_bits(config: OptimizerConfig) -> None:
     theta, gradients = problem()
     straight, state = theta.copy(), OptimizerState.initial(config, N)
@@ -122,7 +125,7 @@ def test_saved_state_continues_to_the_same_bits(config: OptimizerConfig) -> None
 
 
 def test_foreign_state_is_refused() -> None:
-    adam, sgd = OptimizerConfig("adam"), OptimizerConfig("sgd")
+    adam, sgd = OptimizerConfig(optimizer="adam"), OptimizerConfig("sgd")
     arrays = OptimizerState.initial(adam, N).to_arrays()
     with pytest.raises(ValueError, match="sgd has no state of mean"):
         OptimizerState.from_arrays(sgd, N, arrays)

@@ -44,7 +44,7 @@ ENVIRONMENT = {"NO_COLOR": "1"}
 # A job of two seconds or so that learns something.
 SETTINGS: dict[str, Any] = {
     "steps": 24,
-    "perturbations": 8,
+    "perturbations": 2,
     "batch_size": 4,
     "optimizer": "momentum",
     "learning_rate": 2e-3,

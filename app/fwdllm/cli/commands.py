@@ -17,17 +17,24 @@ import typer
 from fwdllm.bench.cli import app as bench
 from fwdllm.cli.console import (
     Backend,
+    Config,
     Device,
+    Json,
+    MemoryBudget,
     Model,
+    Resume,
     explain,
-    parse_layers,
     print_json,
     print_result,
     show_warning,
     tuning_progress,
 )
 from fwdllm.cli.federation import federate, ledger, simulate
+from fwdllm.cli.options import given, takes
 from fwdllm.cli.serve import serve
+from fwdllm.cli.settings_file import read_settings
+from fwdllm.engine.settings import DirectionsConfig, LoRAConfig
+from fwdllm.protocol.config import TrainConfig
 
 app = typer.Typer(
     help="Fine-tune quantized language models with forward passes only.",
@@ -45,7 +52,6 @@ MaxTokens = Annotated[
     int | None, typer.Option("--max-tokens", help="Cut examples to this many tokens.")
 ]
 Exact = Annotated[bool, typer.Option("--exact", help="fp32 arithmetic: slower, without rounding.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 RunDir = Annotated[
     Path | None,
     typer.Option("--run-dir", help="Folder for checkpoints, metrics and plot."),
@@ -53,9 +59,11 @@ RunDir = Annotated[
 
 
 @app.command()
+@takes(TrainConfig, LoRAConfig, DirectionsConfig)
 def tune(
     model: Model,
     data: Data,
+    *,
     output: Annotated[
         str,
         typer.Option("--output", "-o", help="NAME.gguf for a GGUF LoRA, NAME/ for a PEFT folder."),
@@ -72,127 +80,39 @@ def tune(
             show_default="a tenth, at most 200",
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Updates in all.")] = 200,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Examples of each step.", show_default="8, activation 32")
-    ] = None,
-    perturbations: Annotated[
-        int | None,
-        typer.Option(
-            "--perturbations",
-            "-k",
-            help="Random directions of each step.",
-            show_default="8, activation 62",
-        ),
-    ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            help="forward-ad, activation, central or forward-difference.",
-            show_default="activation for an encoder, else forward-ad; llama.cpp central",
-        ),
-    ] = None,
-    epsilon: Annotated[float, typer.Option(help="Step length of differences.")] = 1e-3,
-    directions: Annotated[
-        str, typer.Option(help="normal, rademacher, lora-fa, lora-xs, subzero or sparse.")
-    ] = "normal",
-    dimension: Annotated[int, typer.Option(help="Of subzero's subspaces.")] = 8,
-    keep: Annotated[float, typer.Option(help="Share of the parameters sparse trains.")] = 0.1,
-    per_example: Annotated[
-        bool, typer.Option("--per-example", help="Directions of its own for each example.")
-    ] = False,
-    lr: Annotated[
-        float | None, typer.Option(help="Learning rate.", show_default="0.001, activation 0.01")
-    ] = None,
-    head_lr: Annotated[
-        float | None,
-        typer.Option(help="Learning rate of a classification head.", show_default="as --lr"),
-    ] = None,
-    optimizer: Annotated[str, typer.Option(help="adam, adamw, yogi, momentum or sgd.")] = "adam",
-    schedule: Annotated[str, typer.Option(help="linear (to zero) or constant.")] = "linear",
-    warmup: Annotated[int, typer.Option(help="Steps of linear warmup.")] = 0,
-    rank: Annotated[
-        int | None,
-        typer.Option(
-            help="Rank of the LoRA factors.", show_default="8, activation one less than labels"
-        ),
-    ] = None,
-    alpha: Annotated[
-        float | None,
-        typer.Option(
-            help="The adapter adds alpha / rank * B A.", show_default="16, activation rank"
-        ),
-    ] = None,
-    targets: Annotated[
-        str | None,
-        typer.Option(
-            help="Tensors to adapt; inspect lists them.",
-            show_default="attn_q,attn_v or what the model has in their place; "
-            "activation attn_v,attn_output,ffn_up,ffn_down",
-        ),
-    ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(help='Layers to adapt, such as "4-5" or "0,2".', show_default="all"),
-    ] = None,
-    max_tokens: MaxTokens = None,
-    seed: Annotated[int, typer.Option(help="Fixes data order and directions.")] = 0,
-    eval_every: Annotated[
-        int | None,
-        typer.Option(
-            help="Steps between evaluations; 0: only before and after.",
-            show_default="a tenth of the steps",
-        ),
-    ] = None,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
+    config: Config = None,
     run_dir: RunDir = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run; repeat its other options.")
-    ] = False,
+    resume: Resume = False,
     exact: Exact = False,
     device: Device = "cpu",
     backend: Backend = "auto",
-    memory_budget: Annotated[
-        str | None,
-        typer.Option(help='Memory to stay within, such as "1GiB", weights included.'),
-    ] = None,
+    memory_budget: MemoryBudget = None,
     json: Json = False,
+    **settings: Any,
 ) -> None:
     """Tune a LoRA adapter. Ctrl-C saves the run and the adapter so far."""
-    from fwdllm import DirectionsConfig, recipe
+    from fwdllm import recipe
     from fwdllm import tune as tune_model
     from fwdllm.resources import parse_bytes
     from fwdllm.tuning.run_directory import stop_on_interrupt
 
-    lora, train = recipe(model, data, method, backend)
-    lora = dataclasses.replace(
-        lora,
-        layers=parse_layers(layers),
-        **_given(rank=rank, alpha=alpha, targets=tuple(targets.split(",")) if targets else None),
-    )
-    train = dataclasses.replace(
-        train,
-        steps=steps,
-        epsilon=epsilon,
-        per_example=per_example,
-        max_tokens=max_tokens,
-        optimizer=optimizer,
-        head_learning_rate=head_lr,
-        warmup=warmup,
-        schedule=schedule,
-        seed=seed,
-        eval_every=max(1, steps // 10) if eval_every is None else eval_every,
-        checkpoint_every=checkpoint_every,
-        **_given(batch_size=batch_size, perturbations=perturbations, learning_rate=lr),
-    )
+    saved = read_settings(config, train=TrainConfig, lora=LoRAConfig, directions=DirectionsConfig)
+    train = {**saved["train"], **given(TrainConfig, settings)}
+    defaults = recipe(model, data, train.get("method"), backend)
+    train = {"steps": defaults.train.steps, **train}
+    train.setdefault("eval_every", max(1, train["steps"] // 10))
     with stop_on_interrupt() as should_stop, tuning_progress() as on_event:
         result = tune_model(
             model,
             data,
             output,
-            lora=lora,
-            train=train,
-            directions=DirectionsConfig(directions, dimension, keep),
+            lora=dataclasses.replace(
+                defaults.lora, **{**saved["lora"], **given(LoRAConfig, settings)}
+            ),
+            train=dataclasses.replace(defaults.train, **train),
+            directions=DirectionsConfig(
+                **{**saved["directions"], **given(DirectionsConfig, settings)}
+            ),
             eval_data=eval_data,
             held_out=parse_held_out(held_out),
             run_dir=run_dir,
@@ -329,11 +249,6 @@ def doctor(json: Json = False) -> None:
         Console().print(render(report), soft_wrap=True, highlight=False)
     if not report["ok"]:
         raise typer.Exit(1)
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    """The options that were given, by the name of the setting."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def parse_held_out(text: str | None) -> float | None:

@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
@@ -29,6 +30,17 @@ Backend = Annotated[
     typer.Option(
         "--backend", help="auto, fwdllm (our own graphs) or llama.cpp (any model it knows)."
     ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", help="TOML file of settings, or a run's config.json; options win."),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue the run; repeat its other options.")
+]
+MemoryBudget = Annotated[
+    str | None, typer.Option(help='Memory to stay within, such as "1GiB", weights included.')
 ]
 
 

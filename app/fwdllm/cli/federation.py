@@ -9,19 +9,28 @@ from typing import Annotated, Any
 
 import typer
 
-from fwdllm.cli.console import Device, Model, parse_layers, print_json
-from fwdllm.engine.adapters.io import save_gguf
+from fwdllm.cli.console import (
+    Config,
+    Device,
+    Json,
+    MemoryBudget,
+    Model,
+    Resume,
+    print_json,
+)
+from fwdllm.cli.options import given, takes
+from fwdllm.cli.settings_file import read_settings
+from fwdllm.engine.settings import LoRAConfig
+from fwdllm.protocol.federation import FederationConfig
 
 ledger = typer.Typer(help="Look at, check and replay the record of a run.", no_args_is_help=True)
 federate = typer.Typer(help="Federations of many machines, with Flower.", no_args_is_help=True)
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of the run.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Preset = Annotated[
     str,
     typer.Option(help="fwdllm, spry, spry-epoch, p-rge, mezo, fedkseed, fedavg or dpzero."),
 ]
-Rounds = Annotated[int, typer.Option(help="Updates in all.")]
 PerRound = Annotated[
     int | None, typer.Option(help="Clients asked at a time.", show_default="the preset's")
 ]
@@ -29,20 +38,16 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Any setting; docs/federated.md lists them."),
 ]
-Rank = Annotated[int, typer.Option(help="Rank of the LoRA factors.")]
-Alpha = Annotated[float, typer.Option(help="The adapter adds alpha / rank * B A.")]
-Targets = Annotated[str, typer.Option(help="Tensors to adapt; inspect lists them.")]
-Layers = Annotated[
-    str | None, typer.Option(help='Layers to adapt, such as "4-5".', show_default="all")
-]
 
 
+@takes(LoRAConfig)
 def simulate(
     model: Model,
     data: Annotated[Path, typer.Argument(metavar="DATA", help="JSONL file of examples.")],
+    *,
     run_dir: Annotated[Path, typer.Option("--run-dir", help="Folder for ledger and adapter.")],
     preset: Preset = "fwdllm",
-    rounds: Rounds = 50,
+    rounds: Annotated[int | None, typer.Option(help="Updates in all.", show_default="50")] = None,
     clients: Annotated[int, typer.Option(help="Clients the data is spread over.")] = 100,
     per_round: PerRound = None,
     dirichlet: Annotated[
@@ -61,25 +66,19 @@ def simulate(
     client_speed: Annotated[
         float, typer.Option(help="Lane-tokens a second of the median client.")
     ] = 1000.0,
-    rank: Rank = 8,
-    alpha: Alpha = 16.0,
-    targets: Targets = "attn_q,attn_v",
-    layers: Layers = None,
-    seed: Annotated[int, typer.Option(help="Fixes clients, batches and directions.")] = 0,
-    setting: Set = None,
-    device: Device = "cpu",
-    memory_budget: Annotated[
-        str | None,
-        typer.Option(help='Memory to stay within, such as "1GiB", weights included.'),
+    seed: Annotated[
+        int | None, typer.Option(help="Fixes clients, batches and directions.", show_default="0")
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run; repeat its other options.")
-    ] = False,
+    setting: Set = None,
+    config: Config = None,
+    device: Device = "cpu",
+    memory_budget: MemoryBudget = None,
+    resume: Resume = False,
     json: Json = False,
+    **settings: Any,
 ) -> None:
     """Simulate a federation in this process. Ctrl-C stops it after the round."""
     from fwdllm.cli.federation_console import print_simulation, simulation_progress
-    from fwdllm.engine.adapters.adapter import LoRAConfig
     from fwdllm.federation.fleet import Fleet
     from fwdllm.federation.simulation import Partition
     from fwdllm.federation.simulation import simulate as run_simulation
@@ -87,15 +86,19 @@ def simulate(
     from fwdllm.resources import parse_bytes
     from fwdllm.tuning.run_directory import stop_on_interrupt
 
-    changes = {"seed": seed, **({} if per_round is None else {"per_round": per_round})}
-    config = settings_of(preset, rounds=rounds, **{**changes, **parse_settings(setting)})
-    with stop_on_interrupt() as should_stop, simulation_progress(config.rounds) as on_event:
+    saved = read_settings(config, federation=FederationConfig, lora=LoRAConfig)
+    options = {"rounds": rounds, "per_round": per_round, "seed": seed}
+    changes = {name: value for name, value in options.items() if value is not None}
+    federation = settings_of(
+        preset, **{"rounds": 50, **saved["federation"], **changes, **parse_settings(setting)}
+    )
+    with stop_on_interrupt() as should_stop, simulation_progress(federation.rounds) as on_event:
         result = run_simulation(
             model,
             data,
             run_dir,
-            config,
-            lora=LoRAConfig(rank, alpha, tuple(targets.split(",")), parse_layers(layers)),
+            federation,
+            lora=LoRAConfig(**{**saved["lora"], **given(LoRAConfig, settings)}),
             partition=Partition(clients, dirichlet, user_field),
             fleet=Fleet(
                 tokens_per_s=client_speed, dropout=dropout, stragglers=stragglers, hostile=hostile
@@ -128,7 +131,7 @@ def show(run_dir: RunDir, json: Json = False) -> None:
         rejected = ("round", "part", "client", "reason")
         print_json(
             {
-                "settings": dataclasses.asdict(record.meta.config),
+                "settings": record.meta.config.recorded(),
                 "rounds": [
                     {**dataclasses.asdict(r), "epsilon": spent}
                     for r, spent in zip(summarize(record), epsilons(record), strict=True)
@@ -165,6 +168,7 @@ def replay(
     json: Json = False,
 ) -> None:
     """Make the adapter again from an empty one and the clients' contributions alone."""
+    from fwdllm.engine.adapters.io import save_gguf
     from fwdllm.protocol import replay as replay_module
     from fwdllm.protocol.ledger import NAME, Ledger, theta_hash
 
@@ -180,25 +184,23 @@ def replay(
 
 
 @federate.command()
+@takes(LoRAConfig)
 def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
+    *,
     model: Annotated[str, typer.Option("--model", help="GGUF file.")],
     data: Annotated[Path, typer.Option("--data", help="JSONL like the nodes', for its labels.")],
     preset: Preset = "spry",
-    rounds: Rounds = 100,
+    rounds: Annotated[int, typer.Option(help="Updates in all.")] = 100,
     per_round: PerRound = None,
     eval_data: Annotated[
         Path | None, typer.Option("--eval", help="JSONL file the server evaluates on.")
     ] = None,
     min_nodes: Annotated[int, typer.Option(help="Nodes the server waits for.")] = 2,
-    rank: Rank = 8,
-    alpha: Alpha = 16.0,
-    targets: Targets = "attn_q,attn_v",
-    layers: Layers = None,
     setting: Set = None,
+    **settings: Any,
 ) -> None:
     """Write a Flower app directory that tunes a model on the nodes' data."""
-    from fwdllm.engine.adapters.adapter import LoRAConfig
     from fwdllm.federation.app_directory import init as write_app
 
     changes = {} if per_round is None else {"per_round": per_round}
@@ -208,7 +210,7 @@ def init(
         data,
         preset,
         rounds=rounds,
-        lora=LoRAConfig(rank, alpha, tuple(targets.split(",")), parse_layers(layers)),
+        lora=LoRAConfig(**given(LoRAConfig, settings)),
         eval_data=eval_data,
         min_nodes=min_nodes,
         changes={**changes, **parse_settings(setting)},

@@ -8,22 +8,20 @@ the same adapter.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
 from fwdllm.engine.adapters.adapter import LoRAConfig
 from fwdllm.engine.adapters.io import save_gguf
-from fwdllm.engine.data.jsonl import Example, check_labels, labels_of, read_jsonl, split
+from fwdllm.engine.data.jsonl import Example, check_labels, hold_out, labels_of, read_jsonl
 from fwdllm.engine.engine import Engine
-from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.evaluation import Evaluation
 from fwdllm.engine.files import atomic_write, fingerprint, sha256
 from fwdllm.federation.fleet import Fleet, attacked
@@ -32,15 +30,15 @@ from fwdllm.hub import local_path
 from fwdllm.protocol import wire
 from fwdllm.protocol.client import answer_all
 from fwdllm.protocol.federation import FederationConfig
-from fwdllm.protocol.ledger import NAME, Ledger
+from fwdllm.protocol.ledger import Ledger, open_run
 from fwdllm.protocol.plan import Assignment
 from fwdllm.protocol.privacy import epsilon
 from fwdllm.protocol.records import Meta
 from fwdllm.protocol.report import Report
 from fwdllm.protocol.server import Closed, Server
-from fwdllm.tuning.run_directory import difference
 
-DEFAULT_HELD_OUT, MAX_DEFAULT_HELD_OUT = 0.1, 1000
+# Held out where nothing is said: a tenth, at most so many.
+MOST_HELD_OUT = 1000
 
 _Path = str | os.PathLike[str]
 
@@ -135,8 +133,7 @@ def simulate(
     everything = read_jsonl(data)
     labels = labels_of(everything)
     if eval_data is None:
-        n_held_out = min(max(1, round(DEFAULT_HELD_OUT * len(everything))), MAX_DEFAULT_HELD_OUT)
-        examples, held_out = split(everything, n_held_out, config.seed)
+        examples, held_out = hold_out(everything, config.seed, MOST_HELD_OUT)
     else:
         examples, held_out = everything, read_jsonl(eval_data)
     if labels:
@@ -160,43 +157,14 @@ def simulate(
         "data": sha256(Path(data)),
         "device": device,
     }
-    ledger = _open(Path(run_dir), config, engine, settings, resume)
-    with ledger:
+    assert engine.adapter is not None
+    model_of = {**fingerprint(path), **settings}
+    meta = Meta.of(config, engine.adapter, config.seed, model_of, secrets.randbits(64))
+    with open_run(Path(run_dir), meta, resume) as ledger:
         clients = [[examples[i] for i in share] for share in shares]
         run = _Simulation(engine, Server(ledger), clients, held_out, fleet)
         run.until_done(on_event, should_stop)
         return run.result(Path(run_dir), time.perf_counter() - began)
-
-
-def _open(
-    folder: Path, config: FederationConfig, engine: Engine, settings: dict[str, Any], resume: bool
-) -> Ledger:
-    """The ledger of a new run, or of the one to resume, which must have equal settings."""
-    assert engine.adapter is not None
-    path = folder / NAME
-    if resume and not path.is_file():
-        raise ConfigError(f"there is no run in {folder} to resume")
-    if not resume and folder.exists() and any(not _is_leftover(p) for p in folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty; resume the run or name a new folder")
-    model = fingerprint(engine.file.path)
-    secret = secrets.randbits(64)
-    meta = Meta.of(config, engine.adapter, config.seed, {**model, **settings}, secret)
-    if resume:
-        ledger = Ledger(path, writable=True)
-        found = dataclasses.replace(ledger.meta, noise_seed=secret)
-        changed = difference(json.loads(found.to_json()), json.loads(meta.to_json()))
-        if changed is not None:
-            ledger.close()
-            raise ConfigError(f"{changed} in the run in {folder}; resume with the same value")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        ledger = Ledger.create(path, meta)
-    return ledger
-
-
-def _is_leftover(path: Path) -> bool:
-    """Whether a process that died while starting a run may have left this."""
-    return path.name == f"{NAME}.lock" or path.name.startswith(f".{NAME}.tmp")
 
 
 class _Simulation:

@@ -16,12 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from fwdllm.engine.adapters.adapter import Adapter, LoRAConfig
 from fwdllm.engine.backends import choose
 from fwdllm.engine.data.jsonl import check_labels, parse_jsonl
-from fwdllm.engine.directions import Dense, Scope
+from fwdllm.engine.directions import Dense
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import ConfigError
-from fwdllm.engine.estimators.plan import DEFAULT_EPSILON
 from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.engine.memory.residency import resident_bytes
+from fwdllm.engine.settings import DEFAULT_EPSILON, Scope
 from fwdllm.http import limits
 from fwdllm.http.adapter_bytes import as_file, to_bytes
 from fwdllm.http.api_error import ApiError

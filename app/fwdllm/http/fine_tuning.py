@@ -9,12 +9,11 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, create_model
 
-from fwdllm.engine.adapters.adapter import LoRAConfig
 from fwdllm.engine.backends import Backend
 from fwdllm.engine.data.jsonl import labels_of
-from fwdllm.engine.directions import DirectionsConfig
+from fwdllm.engine.settings import DirectionsConfig, LoRAConfig, settings_of, types_of
 from fwdllm.http import limits
 from fwdllm.http.api_error import ApiError
 from fwdllm.http.context import Context, Served
@@ -22,7 +21,7 @@ from fwdllm.http.files import examples_of, find, page
 from fwdllm.http.limits import MAX_RANK
 from fwdllm.http.schemas import NullIsDefault, Suffix
 from fwdllm.http.store import Event, Job, StoredAdapter
-from fwdllm.http.worker import work_folder
+from fwdllm.http.worker import directions_of, work_folder
 from fwdllm.protocol.config import TrainConfig
 from fwdllm.tuning.recipes import recipe_for
 
@@ -48,36 +47,37 @@ class Method(NullIsDefault):
     supervised: Supervised = Supervised()
 
 
-class Settings(NullIsDefault):
-    """What ``fwdllm tune`` can be told, under the same names. None is its default."""
-
+class _Settings(NullIsDefault):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    steps: int | None = None
-    batch_size: int | None = None
-    perturbations: int | None = None
-    method: str | None = None
-    epsilon: float | None = None
-    per_example: bool | None = None
-    max_tokens: int | None = None
-    optimizer: str | None = None
-    learning_rate: float | None = None
-    head_learning_rate: float | None = None
-    warmup: int | None = None
-    schedule: str | None = None
-    eval_every: int | None = None
-    checkpoint_every: int | None = None
-    rank: Annotated[int, Field(ge=1, le=MAX_RANK)] | None = None
-    alpha: float | None = None
-    targets: list[str] | None = None
-    layers: list[int] | None = None
-    directions: str | None = None
-
-    def of(self, kind: type) -> dict[str, Any]:
+    def of(self, config: type) -> dict[str, Any]:
         """The given ones that a configuration has."""
-        names = {field.name for field in dataclasses.fields(kind)}
-        values = self.model_dump(include=names, exclude_none=True)
-        return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        values = {name: getattr(self, as_, None) for name, as_ in _names(config).items()}
+        given = {name: value for name, value in values.items() if value is not None}
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+
+
+def _names(config: type) -> dict[str, str]:
+    """What the settings of a configuration are called here; "kind" alone would say nothing."""
+    return {name: "directions" if name == "kind" else name for name in settings_of(config)}
+
+
+def _fields() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for config in (TrainConfig, LoRAConfig, DirectionsConfig):
+        for name, as_ in _names(config).items():
+            kind: Any = types_of(config)[name][0]
+            if kind is tuple:
+                kind = list[int] if name == "layers" else list[str]
+            known = settings_of(config)[name]
+            found[as_] = (kind | None, Field(default=None, description=known.help))
+    del found["seed"]  # OpenAI's requests have one
+    found["rank"] = (Annotated[int, Field(ge=1, le=MAX_RANK)] | None, None)
+    return found
+
+
+class Settings(create_model("_Fields", __base__=_Settings, **_fields())):  # type: ignore[misc]
+    """What ``fwdllm tune`` can be told, under the same names. None is its default."""
 
 
 class JobRequest(NullIsDefault):
@@ -219,8 +219,13 @@ def job_object(served: Context, job: Job) -> dict[str, Any]:
         "hyperparameters": hyperparameters,
         "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
         "user_provided_suffix": request["suffix"] or None,
-        "fwdllm": {**train, **request["lora"], "directions": request["kind"]},
+        "fwdllm": {**train, **request["lora"], **_directions(request)},
     }
+
+
+def _directions(request: dict[str, Any]) -> dict[str, Any]:
+    names, found = _names(DirectionsConfig), directions_of(request)
+    return {as_: getattr(found, name) for name, as_ in names.items()}
 
 
 def _resolved(body: JobRequest, backend: Backend, n_labels: int, n_examples: int) -> dict[str, Any]:
@@ -228,7 +233,7 @@ def _resolved(body: JobRequest, backend: Backend, n_labels: int, n_examples: int
     given = body.fwdllm
     method = body.method.supervised.hyperparameters if body.method else None
     theirs = method or body.hyperparameters or Hyperparameters()
-    recipe = recipe_for(backend, n_labels, given.method)
+    recipe = recipe_for(backend, n_labels, given.of(TrainConfig).get("method"))
     changes: dict[str, Any] = {}
     if theirs.batch_size != "auto":
         changes["batch_size"] = theirs.batch_size
@@ -244,9 +249,9 @@ def _resolved(body: JobRequest, backend: Backend, n_labels: int, n_examples: int
     train = dataclasses.replace(recipe.train, seed=body.seed, **changes)
     lora = dataclasses.replace(recipe.lora, **given.of(LoRAConfig))
     return {
-        "train": dataclasses.asdict(train),
+        "train": train.recorded(),
         "lora": dataclasses.asdict(lora),
-        "kind": DirectionsConfig(given.directions or DirectionsConfig.kind).kind,
+        "directions": dataclasses.asdict(DirectionsConfig(**given.of(DirectionsConfig))),
         "hyperparameters_used": {
             "n_epochs": math.ceil(train.steps / per_epoch),
             "batch_size": train.batch_size,

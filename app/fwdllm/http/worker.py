@@ -25,11 +25,11 @@ from typing import Any
 from fwdllm.cli.console import explain
 from fwdllm.engine.adapters.adapter import LoRAConfig
 from fwdllm.engine.backends import choose
-from fwdllm.engine.directions import DirectionsConfig
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.files import atomic_write, lock
 from fwdllm.engine.gguf.file import GGUFFile
+from fwdllm.engine.settings import DirectionsConfig
 from fwdllm.http.adapter_bytes import to_bytes
 from fwdllm.http.store import Job, Store
 from fwdllm.protocol.config import TrainConfig
@@ -73,7 +73,13 @@ def settings(request: Mapping[str, Any]) -> tuple[LoRAConfig, TrainConfig, Direc
     lora = {**request["lora"], "targets": tuple(request["lora"]["targets"])}
     if lora["layers"] is not None:
         lora["layers"] = tuple(lora["layers"])
-    return LoRAConfig(**lora), TrainConfig(**request["train"]), DirectionsConfig(request["kind"])
+    return LoRAConfig(**lora), TrainConfig(**request["train"]), directions_of(request)
+
+
+def directions_of(request: Mapping[str, Any]) -> DirectionsConfig:
+    """What perturbs the adapter of a job; jobs of version 0.1.0 say no more than the kind."""
+    known = request.get("directions") or {"kind": request["kind"]}
+    return DirectionsConfig(**known)
 
 
 def main(arguments: list[str]) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from fwdllm.engine.errors import ConfigError
-from fwdllm.engine.files import atomic_write, lock
+from fwdllm.engine.files import atomic_write, is_unused, lock
 from fwdllm.protocol.config import TrainConfig
 from fwdllm.protocol.local import (
     CheckpointDue,
@@ -36,6 +36,7 @@ from fwdllm.protocol.local import (
     train,
 )
 from fwdllm.protocol.optimizers import OptimizerState
+from fwdllm.protocol.records import difference
 from fwdllm.resources import rss_bytes
 from fwdllm.tuning import checkpoints
 
@@ -107,9 +108,7 @@ class RunDirectory:
                 f"adapter {theta.size}; resume with the model and adapter of the run"
             )
         try:
-            optimizer = OptimizerState.from_arrays(
-                config.optimizer_config(), n_trainable(engine), saved.optimizer
-            )
+            optimizer = OptimizerState.from_arrays(config, n_trainable(engine), saved.optimizer)
         except ValueError as error:
             raise ConfigError(f"the checkpoint in {self.path} does not fit: {error}") from error
         theta[:] = saved.theta
@@ -160,7 +159,7 @@ class RunDirectory:
             raise ConfigError(f"{self.path} is a file; name a new directory for the run")
         if self._config.exists():
             raise ConfigError(f"{self.path} already holds a run; resume it or name another one")
-        if any(not _is_leftover(entry) for entry in self.path.iterdir()):
+        if not is_unused(self.path, "lock", ".config.json.tmp"):
             raise ConfigError(f"{self.path} is not empty; name a new directory for the run")
 
     def _check_config(self, config: dict[str, Any]) -> None:
@@ -168,7 +167,7 @@ class RunDirectory:
             saved = json.loads(self._config.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ConfigError(f"{self._config} is damaged: {error}") from error
-        changed = difference(saved, json.loads(json.dumps(config)))
+        changed = difference({**_UNRECORDED, **saved}, json.loads(json.dumps(config)))
         if changed is not None:
             raise ConfigError(
                 f"{changed} in the run in {self.path}; resume with the same value or start "
@@ -239,12 +238,6 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _is_leftover(path: Path) -> bool:
-    """Whether a process that died while starting a run may have left this."""
-    empty_folder = path.name == "checkpoints" and path.is_dir() and not any(path.iterdir())
-    return path.name == "lock" or path.name.startswith(".config.json.tmp") or empty_folder
-
-
 def _write_text(path: Path, text: str) -> None:
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -280,15 +273,3 @@ def _read_metrics(path: Path) -> list[tuple[str, dict[str, Any]]]:
 def _precedes(record: dict[str, Any], step: int) -> bool:
     """Whether a resumed run will not write this record itself; it repeats evaluations at step."""
     return record["step"] < step or (record["step"] == step and record["event"] == "step")
-
-
-def difference(saved: Any, given: Any, key: str = "") -> str | None:
-    """The first place where two JSON values differ, as "key is x here but y"."""
-    if isinstance(saved, dict) and isinstance(given, dict):
-        for name in sorted({*saved, *given}):
-            inner = f"{key}.{name}" if key else name
-            found = difference(saved.get(name, _UNRECORDED.get(name)), given.get(name), inner)
-            if found is not None:
-                return found
-        return None
-    return None if saved == given else f"{key} is {given!r}, but {saved!r}"

@@ -14,13 +14,13 @@ from typing import Any, TypeAlias
 from fwdllm.adapters import check_output, is_peft, write_adapter
 from fwdllm.engine.adapters.adapter import LoRAConfig
 from fwdllm.engine.backends import choose
-from fwdllm.engine.data.jsonl import Example, check_labels, labels_of, read_jsonl, split
-from fwdllm.engine.directions import DirectionsConfig
+from fwdllm.engine.data.jsonl import Example, check_labels, hold_out, labels_of, read_jsonl, split
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.evaluation import Evaluation
 from fwdllm.engine.files import fingerprint, sha256
 from fwdllm.engine.gguf.file import GGUFFile
+from fwdllm.engine.settings import DirectionsConfig
 from fwdllm.hub import local_path
 from fwdllm.protocol.config import TrainConfig
 from fwdllm.protocol.local import Event, StepResult, n_trainable
@@ -28,7 +28,8 @@ from fwdllm.resources import peak_rss_bytes
 from fwdllm.tuning.recipes import recipe
 from fwdllm.tuning.run_directory import RunDirectory, train_recorded
 
-DEFAULT_HELD_OUT, MAX_DEFAULT_HELD_OUT = 0.1, 200
+# Held out where nothing is said: a tenth, at most so many.
+MOST_HELD_OUT = 200
 
 # Examples tokenized together when the data is checked: bounds memory, costs nothing.
 _CHECK_AT_ONCE = 1000
@@ -206,10 +207,12 @@ def _prepare(
         raise ConfigError("give either a file to evaluate on or a share to hold out, not both")
     everything = read_jsonl(data)
     labels = labels_of(everything)
-    if eval_data is None:
-        examples, kept = _split(everything, held_out, train.seed)
-    else:
+    if eval_data is not None:
         examples, kept = everything, read_jsonl(eval_data)
+    elif held_out is None:
+        examples, kept = hold_out(everything, train.seed, MOST_HELD_OUT)
+    else:
+        examples, kept = split(everything, held_out, train.seed)
     if labels:
         check_labels(kept, labels)
     path = local_path(model)
@@ -245,22 +248,13 @@ def _prepare(
         "data": sha256(Path(data)),
         "held_out": held_out if eval_data is None else sha256(Path(eval_data)),
         "lora": dataclasses.asdict(lora),
-        "train": dataclasses.asdict(train),
+        "train": train.recorded(),
         "directions": dataclasses.asdict(directions),
         "exact": exact,
         "device": device,
         "backend": chosen.name,
     }
     return _Task(new_engine, engine, train, examples, kept, settings)
-
-
-def _split(
-    examples: Sequence[Example], held_out: float | None, seed: int
-) -> tuple[list[Example], list[Example]]:
-    if held_out is None:
-        tenth = max(1, round(DEFAULT_HELD_OUT * len(examples)))
-        held_out = min(tenth, MAX_DEFAULT_HELD_OUT)
-    return split(examples, held_out, seed)
 
 
 @dataclass

@@ -1,0 +1,69 @@
+"""Files of settings: TOML that people write, and the JSON that a run directory keeps."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.settings import settings_of, types_of
+
+# What a run has recorded of itself, which the command is told by its arguments and options.
+_OF_THE_RUN = ("model", "data", "held_out", "exact", "device", "backend")
+
+
+def read_settings(path: Path | None, **configs: type) -> dict[str, dict[str, Any]]:
+    """Settings by table: of each of ``configs`` those that the file has; none without a file.
+
+    Errors: ConfigError for a file that cannot be read, and for a table or setting that is unknown.
+    """
+    tables: dict[str, dict[str, Any]] = {name: {} for name in configs}
+    if path is None:
+        return tables
+    found = _read(path)
+    for name, table in found.items():
+        if path.suffix == ".json" and name in _OF_THE_RUN:
+            continue
+        if name not in configs or not isinstance(table, dict):
+            raise ConfigError(f"{path}: tables are {', '.join(configs)}; there is no [{name}]")
+        tables[name] = {
+            key: _value(path, configs[name], f"{name}.{key}", key, value)
+            for key, value in table.items()
+            if value is not None  # as JSON has what is not set
+        }
+    return tables
+
+
+def _value(path: Path, config: type, where: str, key: str, value: Any) -> Any:
+    if key not in settings_of(config):
+        raise ConfigError(f"{path}: there is no setting {where}")
+    kind, _ = types_of(config)[key]
+    if kind is tuple:
+        if not isinstance(value, list):
+            raise ConfigError(f"{path}: {where} must be a list, not {value!r}")
+        return tuple(value)
+    return value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text) if path.suffix == ".json" else _toml(text)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"cannot read {path}: {reason}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is no file of settings: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} is no file of settings: it has no tables")
+    return found
+
+
+def _toml(text: str) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads(text)

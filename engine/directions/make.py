@@ -1,0 +1,40 @@
+"""From a configuration to directions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from fwdllm.engine.adapters.adapter import Adapter, Target
+from fwdllm.engine.directions.base import Directions
+from fwdllm.engine.directions.dense import Dense
+from fwdllm.engine.directions.frozen_a import lora_fa
+from fwdllm.engine.directions.lora_xs import lora_xs
+from fwdllm.engine.directions.sparse import Sparse, foresight_mask
+from fwdllm.engine.directions.subzero import subzero
+from fwdllm.engine.settings import DirectionsConfig
+
+
+def make_directions(
+    config: DirectionsConfig,
+    adapter: Adapter,
+    seed: int,
+    mean_squares: Callable[[], Mapping[str, np.ndarray]],
+    decoded: Callable[[Target], np.ndarray],
+) -> Directions:
+    """The directions for an adapter as it is before training; lora-xs sets its A.
+
+    seed: of random subspaces.  mean_squares: gives those of the targets' inputs, for a mask.
+    decoded: gives a target's weight, float32 [n_out, n_in].
+    """
+    if config.kind == "lora-fa":
+        return lora_fa(adapter, config.scope)
+    if config.kind == "lora-xs":
+        return lora_xs(adapter, decoded, config.scope)
+    if config.kind == "subzero":
+        return subzero(adapter, config.dimension, seed, config.scope)
+    if config.kind == "sparse":
+        dense = Dense(adapter, scope=config.scope)
+        return Sparse(dense, foresight_mask(adapter, mean_squares(), config.keep))
+    return Dense(adapter, config.kind, config.scope)

@@ -1,0 +1,248 @@
+"""Settings: what each is for and which values it takes, said once.
+
+Configurations are dataclasses whose fields carry a ``Setting``. The command line, the HTTP server
+and files of settings are made from it, and ``check`` holds values to it. Nothing here is slow to
+import, so that the command line can show its help at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from fwdllm.engine.errors import ConfigError
+
+METHODS = ("forward-ad", "central", "forward-difference")
+# Of these and of ``estimators.activation``, those that need a graph with tangents.
+TANGENT_METHODS = ("forward-ad", "activation")
+DIRECTIONS = ("normal", "rademacher", "lora-fa", "lora-xs", "subzero", "sparse")
+
+# Step along a direction of unit variance per parameter; docs/decisions.md has the sweep.
+DEFAULT_EPSILON = 1e-3
+
+_KINDS = {kind.__name__: kind for kind in (int, float, bool, str, tuple)}
+# Beyond all floats.
+_LARGEST = 2**1024
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a field is.
+
+    help: a sentence, with the unit if there is one.  low, high: of numbers; they are values
+    themselves unless ``open`` has "l" or "h".  choices: of strings.  flags: of the command line,
+    "--name" if there are none.  shown: the default as people are told it, where a recipe has it.
+    """
+
+    help: str
+    low: float = -math.inf
+    high: float = math.inf
+    open: str = ""
+    choices: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    shown: str | None = None
+
+
+def setting(default: Any, help: str, **facts: Any) -> Any:
+    """A dataclass field with a ``Setting``; facts: its other fields."""
+    return dataclasses.field(default=default, metadata=described(help, **facts))
+
+
+def described(help: str, **facts: Any) -> dict[str, Setting]:
+    """The metadata of a field without a default."""
+    return {"setting": Setting(help, **facts)}
+
+
+def settings_of(config: type) -> Mapping[str, Setting]:
+    """The settings of a configuration by name, in the order of its fields."""
+    found = {field.name: field.metadata.get("setting") for field in dataclasses.fields(config)}
+    return {name: known for name, known in found.items() if known is not None}
+
+
+def types_of(config: type) -> Mapping[str, tuple[type, bool]]:
+    """Of each setting int, float, bool, str or tuple, and whether it may be None."""
+    found = {}
+    for field in dataclasses.fields(config):
+        if "setting" in field.metadata:
+            kind, *none = str(field.type).split(" | ")
+            found[field.name] = (_KINDS[kind.partition("[")[0]], bool(none))
+    return found
+
+
+def check(config: Any) -> None:
+    """ConfigError for the first value that is not what its setting takes."""
+    kinds = types_of(type(config))
+    for name, known in settings_of(type(config)).items():
+        value, (kind, optional) = getattr(config, name), kinds[name]
+        if value is None and optional:
+            continue
+        if kind is int:
+            _check_integer(name, value, known)
+        elif kind is float:
+            _check_number(name, value, known)
+        elif kind is bool and not isinstance(value, bool):
+            raise ConfigError(f"{name} must be true or false, not {value!r}")
+        elif known.choices and value not in known.choices:
+            raise ConfigError(f"{name} must be one of {', '.join(known.choices)}, not {value!r}")
+
+
+def _check_integer(name: str, value: Any, known: Setting) -> None:
+    if not is_whole(value) or not known.low <= value <= known.high:
+        raise ConfigError(
+            f"{name} must be a whole number from {known.low:.0f} to {known.high:.0f}, not {value!r}"
+        )
+
+
+def _check_number(name: str, value: Any, known: Setting) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    inside = is_number and known.low <= value <= known.high and abs(value) < _LARGEST
+    at_low, at_high = "l" in known.open, "h" in known.open
+    if inside and not (at_low and value == known.low) and not (at_high and value == known.high):
+        return
+    limit = f"{'above' if at_low else 'at least'} {known.low:g}"
+    if known.high != math.inf:
+        limit += f" and {'below' if at_high else 'at most'} {known.high:g}"
+    raise ConfigError(f"{name} must be a number {limit}, not {value!r}")
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """What to adapt.
+
+    rank: columns of B and rows of A, at least 1.  alpha: the adapter adds alpha / rank * B A;
+    kept at float32 precision because that is what a GGUF file holds.  targets: GGUF tensor
+    names without "blk.N." and ".weight"; their order carries no meaning, they are sorted.
+    layers: the layers to adapt, None for all.  Errors: ConfigError.
+    """
+
+    rank: int = setting(
+        8, "Rank of the LoRA factors.", low=1, shown="8, activation one less than labels"
+    )
+    alpha: float = setting(
+        16.0, "The adapter adds alpha / rank * B A.", low=0, open="l", shown="16, activation rank"
+    )
+    targets: tuple[str, ...] = setting(
+        ("attn_q", "attn_v"),
+        "Tensors to adapt; inspect lists them.",
+        shown="attn_q,attn_v or what the model has in their place; "
+        "activation attn_v,attn_output,ffn_up,ffn_down",
+    )
+    layers: tuple[int, ...] | None = setting(
+        None, 'Layers to adapt, such as "4-5" or "0,2".', shown="all"
+    )
+
+    def __post_init__(self) -> None:
+        if not is_whole(self.rank) or self.rank < 1:
+            raise ConfigError(f"LoRA rank must be a whole number of at least 1, not {self.rank!r}")
+        object.__setattr__(self, "alpha", _checked_alpha(self.alpha))
+        object.__setattr__(self, "targets", _checked_targets(self.targets))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", _checked_layers(self.layers))
+
+    @property
+    def scale(self) -> float:
+        """The factor in front of B A."""
+        return self.alpha / self.rank
+
+
+class _Target(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def layer(self) -> int: ...
+
+
+T = TypeVar("T", bound=_Target)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The part of an adapter that perturbations touch. None is all.
+
+    layers: block numbers.  targets: tensor names without "blk.N." and ".weight".
+    """
+
+    layers: tuple[int, ...] | None = None
+    targets: tuple[str, ...] | None = None
+
+    def __str__(self) -> str:
+        layers = "all layers" if self.layers is None else f"layers {_listed(self.layers)}"
+        return layers if self.targets is None else f"{_listed(self.targets)} of {layers}"
+
+    def of(self, targets: Sequence[T]) -> tuple[T, ...]:
+        """Those inside of an adapter's targets, in their order; ConfigError if there are none."""
+        inside = tuple(t for t in targets if self._has(t))
+        if not inside:
+            raise ConfigError(f"nothing of the adapter is in the scope of {self}")
+        return inside
+
+    def _has(self, target: _Target) -> bool:
+        name = target.name.split(".", 2)[2]
+        in_layers = self.layers is None or target.layer in self.layers
+        return in_layers and (self.targets is None or name in self.targets)
+
+
+def _listed(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values))
+
+
+@dataclass(frozen=True)
+class DirectionsConfig:
+    """Which directions a run uses; ``engine.directions.make`` makes them.
+
+    kind: of DIRECTIONS.  dimension: of subzero's subspaces.  keep: sparse's share, 0 to 1.
+    scope: the part of the adapter that is trained.  Errors: ConfigError.
+    """
+
+    kind: str = setting(
+        "normal", f"{', '.join(DIRECTIONS[:-1])} or {DIRECTIONS[-1]}.", flags=("--directions",)
+    )
+    dimension: int = setting(8, "Of subzero's subspaces.", low=1, high=2**28)
+    keep: float = setting(0.1, "Share of the parameters sparse trains.", low=0, high=1, open="l")
+    scope: Scope | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in DIRECTIONS:
+            raise ConfigError(f"directions are {', '.join(DIRECTIONS)}, not {self.kind!r}")
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is an integer, which True is not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _checked_alpha(alpha: float) -> float:
+    try:
+        (stored,) = struct.unpack("<f", struct.pack("<f", float(alpha)))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"LoRA alpha must be a number, not {alpha!r}") from error
+    except OverflowError:
+        stored = math.inf
+    if not (math.isfinite(stored) and stored > 0):
+        raise ConfigError(f"LoRA alpha must be a positive number, not {alpha!r}")
+    return stored
+
+
+def _checked_targets(targets: Sequence[str]) -> tuple[str, ...]:
+    if not _is_list(targets) or not all(isinstance(name, str) for name in targets):
+        raise ConfigError(f"LoRA targets must be a list of tensor names, not {targets!r}")
+    if not targets or len(set(targets)) != len(targets):
+        raise ConfigError("LoRA needs at least one target and no target twice")
+    return tuple(sorted(targets))
+
+
+def _checked_layers(layers: Sequence[int]) -> tuple[int, ...]:
+    if not _is_list(layers) or not all(is_whole(layer) and layer >= 0 for layer in layers):
+        raise ConfigError(f"LoRA layers must be block numbers from 0 up, not {layers!r}")
+    if not layers or len(set(layers)) != len(layers):
+        raise ConfigError("LoRA needs at least one layer and no layer twice")
+    return tuple(sorted(layers))

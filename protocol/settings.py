@@ -1,0 +1,114 @@
+"""What runs on one machine and federations can both be told: groups of settings they inherit.
+
+Nothing here is slow to import.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from fwdllm.engine.settings import DEFAULT_EPSILON, METHODS, setting
+
+OPTIMIZERS = ("sgd", "momentum", "adam", "adamw", "yogi")
+SCHEDULES = ("linear", "constant")
+
+# What the counter layout of ``protocol.seeds`` has room for.
+MAX_RUN_SEED = 2**64 - 1
+MAX_ROUNDS = 2**32
+MAX_INDEX = 2**28
+
+# Where nothing else is said: FedYogi's tau (Reddi et al. 2021), torch's decay of AdamW.
+_EPS = {"yogi": 1e-3}
+_WEIGHT_DECAY = {"adamw": 0.01}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimatorConfig:
+    """What a gradient is estimated from."""
+
+    batch_size: int = setting(
+        8,
+        "Examples of each step; all of them if there are fewer.",
+        low=1,
+        high=MAX_INDEX,
+        shown="8, activation 32",
+    )
+    perturbations: int = setting(
+        8,
+        "Random directions of each step.",
+        low=1,
+        high=MAX_INDEX,
+        flags=("--perturbations", "-k"),
+        shown="8, activation 62",
+    )
+    method: str = setting("forward-ad", f"{', '.join(METHODS)}.", choices=METHODS)
+    epsilon: float = setting(DEFAULT_EPSILON, "Step length of differences.", low=0, open="l")
+    max_tokens: int | None = setting(
+        None, "Cut examples to this many tokens.", low=2, high=MAX_INDEX
+    )
+    seed: int = setting(0, "Fixes data order and directions.", low=0, high=MAX_RUN_SEED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """What makes a step of a gradient.
+
+    learning_rate: before a schedule.  head_learning_rate: of a classification head, None is the
+    same.  momentum is read by "momentum"; beta1, beta2 and eps by "adam", "adamw" and "yogi";
+    weight_decay by all. An eps or weight_decay of None is the optimizer's own.
+    """
+
+    optimizer: str = setting(
+        "adam", f"{', '.join(OPTIMIZERS[:-1])} or {OPTIMIZERS[-1]}.", choices=OPTIMIZERS
+    )
+    learning_rate: float = setting(
+        1e-3,
+        "Learning rate.",
+        low=0,
+        open="l",
+        flags=("--lr", "--learning-rate"),
+        shown="0.001, activation 0.01",
+    )
+    head_learning_rate: float | None = setting(
+        None,
+        "Learning rate of a classification head.",
+        low=0,
+        open="l",
+        flags=("--head-lr", "--head-learning-rate"),
+        shown="as --lr",
+    )
+    momentum: float = setting(0.9, "Of momentum.", low=0, high=1, open="h")
+    beta1: float = setting(0.9, "Decay of adam's mean.", low=0, high=1, open="h")
+    beta2: float = setting(0.999, "Decay of adam's square.", low=0, high=1, open="h")
+    eps: float | None = setting(
+        None, "Added to adam's denominator.", low=0, open="l", shown="1e-8, yogi 1e-3"
+    )
+    weight_decay: float | None = setting(
+        None, "Of adamw; with others L2.", low=0, shown="adamw 0.01, else 0"
+    )
+
+    @property
+    def eps_in_use(self) -> float:
+        """eps, or the optimizer's own."""
+        return _EPS.get(self.optimizer, 1e-8) if self.eps is None else self.eps
+
+    @property
+    def weight_decay_in_use(self) -> float:
+        """weight_decay, or the optimizer's own."""
+        own = _WEIGHT_DECAY.get(self.optimizer, 0.0)
+        return own if self.weight_decay is None else self.weight_decay
+
+    def recorded(self) -> dict[str, Any]:
+        """As JSON values, without what only this version knows the meaning of."""
+        in_use = {"eps": self.eps_in_use, "weight_decay": self.weight_decay_in_use}
+        return {**dataclasses.asdict(self), **in_use}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """How the learning rate changes over a run."""
+
+    warmup: int = setting(0, "Steps of linear warmup.", low=0, high=MAX_ROUNDS - 1)
+    schedule: str = setting("linear", "linear (to zero) or constant.", choices=SCHEDULES)
