@@ -1,9 +1,14 @@
-"""The layers of DESIGN section 1, held by reading every import in the sources."""
+"""The layers: app, protocol, engine, kernels. A layer imports only itself and those after it.
+
+Held by reading every import in the sources.
+"""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 
 import pytest
 from places import ROOT
@@ -11,6 +16,9 @@ from places import ROOT
 # A folder may import itself and the folders after it.
 LAYERS = ("app", "protocol", "engine", "kernels")
 FOLDERS = (*LAYERS, "bench")
+
+# The packages and where their sources are.
+PACKAGES = {"fwdllm": "app/fwdllm", **{f"fwdllm.{folder}": folder for folder in FOLDERS[1:]}}
 
 # The one way up: the command line mounts the commands of bench.
 MOUNTED = {"app/fwdllm/cli/commands.py": {"fwdllm.bench.cli.app"}}
@@ -126,6 +134,38 @@ def impurities(tree: ast.AST) -> list[str]:
     return found
 
 
+def modules() -> dict[str, str]:
+    """The source of every module of the package, by the name it is imported with."""
+    found = {}
+    for package, folder in PACKAGES.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            inside = path.relative_to(ROOT / folder).with_suffix("").parts
+            if inside[0] != "studies":  # scripts that are not installed
+                name = ".".join((package, *inside)).removesuffix(".__init__")
+                found[name] = path.read_text(encoding="utf-8")
+    return found
+
+
+def import_graph(sources: Mapping[str, str]) -> dict[str, set[str]]:
+    """Which of the modules each one imports, wherever in its source and if only for its types."""
+    graph = {}
+    for module, source in sources.items():
+        names = set(imported(ast.parse(source)))
+        owners = {name.rpartition(".")[0] for name in names - sources.keys()}
+        # Where it imports a native module of its own, its name is the owner.
+        graph[module] = (names | owners) & (sources.keys() - {module})
+    return graph
+
+
+def circle(graph: Mapping[str, Collection[str]]) -> list[str]:
+    """Modules of which each imports the next, and the last is the first; empty if there is none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1][::-1]
+    return []
+
+
 def test_modules() -> set[str]:
     return {"tests"} | {path.stem for path in (ROOT / "tests").rglob("*.py")}
 
@@ -225,3 +265,35 @@ def test_only_what_is_mounted_may_be_imported_upward() -> None:
     source = "from fwdllm.bench.cli import app, kernels"
     found = faults("app", source, set(), {"fwdllm.bench.cli.app"})
     assert found == ["imports upward: fwdllm.bench.cli.kernels"]
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    graph = import_graph(modules())
+    assert "fwdllm.engine.errors" in graph["fwdllm.protocol.wire"]
+    assert circle(graph) == []
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "import fwdllm.a",
+        "from fwdllm import a",
+        "from fwdllm.a import f, g",
+        "def f():\n    from fwdllm.a import g",
+        "if TYPE_CHECKING:\n    from fwdllm.a import f",
+    ],
+)
+def test_an_import_circle_is_seen(back: str) -> None:
+    sources = {
+        "fwdllm": "",
+        "fwdllm.a": "from fwdllm.b import f",
+        "fwdllm.b": "import os, fwdllm.c",
+        "fwdllm.c": "import fwdllm",
+    }
+    assert circle(import_graph(sources)) == []
+    sources["fwdllm.c"] = back
+    graph = import_graph(sources)
+    found = circle(graph)
+    assert set(found) == {"fwdllm.a", "fwdllm.b", "fwdllm.c"}
+    assert found[0] == found[-1]
+    assert all(b in graph[a] for a, b in pairwise(found))
