@@ -7,7 +7,7 @@ depend on llama.cpp.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fwdllm.engine.adapters.adapter import Adapter, LoRAConfig
@@ -39,7 +39,7 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'fwdllm.engine' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f"fwdllm.engine.{_MODULES[name]}"), name)

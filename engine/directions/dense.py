@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
 from fwdllm.engine.adapters.adapter import Adapter, Target
 from fwdllm.engine.directions.base import Scope, check_distribution, combine, dot
+from fwdllm.kernels.api import Array
 from fwdllm.kernels.types import LoRA
 
 
@@ -32,7 +32,7 @@ class Dense:
     def targets(self) -> tuple[Target, ...]:
         return (self.scope or Scope()).of(self.adapter)
 
-    def lora(self, target: Target, theta: Any = None) -> LoRA:
+    def lora(self, target: Target, theta: Array | None = None) -> LoRA:
         return self.adapter.factors(target, theta)
 
     def combine(self, seeds: np.ndarray, coefficients: np.ndarray) -> np.ndarray:

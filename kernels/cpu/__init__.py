@@ -1,4 +1,4 @@
-"""CPU backend: the operations of ``kernels.reference`` in C++ (kernels/cpu/*.h).
+"""Kernels for processors: the operations of ``kernels.api`` in C++ (kernels/cpu/*.h).
 
 ``isa`` names the instruction set chosen at import, the first of ``isas`` that this machine has;
 FWDLLM_ISA overrides it and FWDLLM_NUM_THREADS the number of threads. ``compiler`` is what built
@@ -14,9 +14,19 @@ from __future__ import annotations
 
 import numpy as np
 
+from fwdllm.kernels.api import Matrix
 from fwdllm.kernels.cpu import _native  # type: ignore[attr-defined]
-from fwdllm.kernels.reference.arrays import array, contiguous, host, repeated, spread, take, weight
-from fwdllm.kernels.types import Lanes, LoRA, Weight
+from fwdllm.kernels.reference.arrays import (
+    array,
+    contiguous,
+    free_bytes,
+    host,
+    repeated,
+    spread,
+    take,
+    weight,
+)
+from fwdllm.kernels.types import Lanes, LoRA
 
 isa: str = _native.isa
 isas: tuple[str, ...] = _native.isas
@@ -33,6 +43,7 @@ __all__ = [
     "cross_entropy",
     "dequantize",
     "embedding",
+    "free_bytes",
     "from_relative",
     "gelu",
     "host",
@@ -119,7 +130,7 @@ def seeded_dot(
     return out
 
 
-def embedding(weight: Weight, ids: np.ndarray) -> np.ndarray:
+def embedding(weight: Matrix, ids: np.ndarray) -> np.ndarray:
     """Rows ``ids`` (int32 [rows]) of a weight, decoded: float32 [rows, n_in]."""
     out = np.empty((len(ids), weight.n_in), np.float32)
     ids = np.ascontiguousarray(ids, np.int32)
@@ -127,14 +138,14 @@ def embedding(weight: Weight, ids: np.ndarray) -> np.ndarray:
     return out
 
 
-def dequantize(weight: Weight) -> np.ndarray:
+def dequantize(weight: Matrix) -> np.ndarray:
     """The whole weight as float32 [n_out, n_in]."""
     return embedding(weight, np.arange(weight.n_out, dtype=np.int32))
 
 
 def matmul(
     x: np.ndarray,
-    weight: Weight,
+    weight: Matrix,
     *,
     bias: np.ndarray | None = None,
     lora: LoRA | None = None,
@@ -185,7 +196,7 @@ def from_relative(y: np.ndarray, references: np.ndarray, scales: np.ndarray) -> 
     _native.from_relative(y, references, scales)
 
 
-def _weight(weight: Weight) -> _native.Weight:
+def _weight(weight: Matrix) -> _native.Weight:
     return _native.Weight(weight.data, type=int(weight.type), n_in=weight.n_in)
 
 
@@ -219,7 +230,7 @@ def _row_references(lanes: Lanes, rows: int) -> np.ndarray:
 
 def cross_entropy(
     x: np.ndarray,
-    weight: Weight,
+    weight: Matrix,
     labels: np.ndarray,
     *,
     lanes: Lanes | None = None,
