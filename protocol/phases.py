@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fwdllm.engine.data.batch import Batch
 from fwdllm.engine.estimators.activation import Gradient, scaled
 from fwdllm.protocol.config import TrainConfig
 
@@ -21,16 +22,19 @@ _HEAD_SHARE = _MEASURE_SHARE = 0.05
 
 
 class ActivationEngine(Protocol):
-    """What these steps need of an engine; see ``fwdllm.engine.Engine``."""
+    """What these steps need of an engine; see ``fwdllm.engine.Engine``.
+
+    adapter: an ``Adapter``, which an ``Engine`` need not have.
+    """
 
     @property
     def adapter(self) -> Any: ...
 
-    def head_step(self, batch: Any) -> Gradient: ...
+    def head_step(self, batch: Batch) -> Gradient: ...
 
-    def output_sensitivity(self, batch: Any, seed: int, n_tangents: int) -> Gradient: ...
+    def output_sensitivity(self, batch: Batch, seed: int, n_tangents: int) -> Gradient: ...
 
-    def activation_gradient(self, batch: Any, seed: int, n_tangents: int) -> Gradient: ...
+    def activation_gradient(self, batch: Batch, seed: int, n_tangents: int) -> Gradient: ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def activation_step(
     config: TrainConfig,
     phases: Phases,
     step: int,
-    batch: Any,
+    batch: Batch,
     seed: int,
 ) -> Gradient:
     """The gradient of the step after ``step`` whole ones; those of the second phase write B.
