@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
 from fwdllm.engine.data.batch import Batch, Tokens, pack
-from fwdllm.engine.data.jsonl import Example
 from fwdllm.engine.directions import Directions
 from fwdllm.engine.estimators.plan import Probe
 from fwdllm.protocol.descent import descend
@@ -18,6 +17,9 @@ from fwdllm.protocol.plan import Assignment
 from fwdllm.protocol.report import Report
 from fwdllm.protocol.seeds import batch_indices
 from fwdllm.protocol.space import HEAD, Layers, Space
+
+if TYPE_CHECKING:
+    from fwdllm.engine.data.jsonl import Example
 
 # Lane-rows of clients that go through the model together: enough to amortize decoding the weights,
 # and some hundred MB of activations at a width of 1,000.

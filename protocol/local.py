@@ -10,16 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 
-from fwdllm.engine.data.batch import Batch
-from fwdllm.engine.data.jsonl import Example
 from fwdllm.engine.directions import Directions
 from fwdllm.engine.errors import DataError, NumericsError
-from fwdllm.engine.estimators.plan import Probe
-from fwdllm.engine.evaluation import Evaluation
 from fwdllm.protocol.config import TrainConfig
 from fwdllm.protocol.contribution import Contribution, Rejection, accept
 from fwdllm.protocol.descent import descend
@@ -27,6 +23,12 @@ from fwdllm.protocol.optimizers import OptimizerState
 from fwdllm.protocol.phases import ActivationEngine, Phases, activation_step
 from fwdllm.protocol.schedule import lr_factor
 from fwdllm.protocol.seeds import batch_indices, derive_seeds
+
+if TYPE_CHECKING:
+    from fwdllm.engine.data.batch import Batch
+    from fwdllm.engine.data.jsonl import Example
+    from fwdllm.engine.estimators.plan import Probe
+    from fwdllm.engine.evaluation import Evaluation
 
 
 class ForwardEngine(ActivationEngine, Protocol):

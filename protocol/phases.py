@@ -9,13 +9,15 @@ resume. For the rest of the run B stays and A learns, from zero.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from fwdllm.engine.data.batch import Batch
 from fwdllm.engine.estimators.activation import Gradient, scaled
 from fwdllm.protocol.config import TrainConfig
+
+if TYPE_CHECKING:
+    from fwdllm.engine.data.batch import Batch
 
 # Shares of a run; of 600 steps on SST-2, 30 and 30 were enough (docs/estimators.md).
 _HEAD_SHARE = _MEASURE_SHARE = 0.05
