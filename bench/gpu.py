@@ -46,7 +46,7 @@ def measure(small: bool, rounds: int, keep: Callable[[dict[str, Any]], None]) ->
     """Every part in turn. keep: is given the result so far after each."""
     from fwdllm.bench import gpu_checks, gpu_kernels, gpu_peers, gpu_step
     from fwdllm.bench.shapes import SHAPES, Shape
-    from fwdllm.engine.adapters.adapter import LoRAConfig
+    from fwdllm.engine.settings import LoRAConfig
     from fwdllm.kernels.triton.runtime import DEVICE
     from fwdllm.kernels.types import QuantType
 

@@ -15,7 +15,7 @@ import numpy as np
 from fwdllm.bench.gpu_kernels import pairs, tangents
 from fwdllm.bench.gpu_step import StepModel, random_batch, slopes
 from fwdllm.bench.shapes import Shape, random_weights
-from fwdllm.engine.adapters.adapter import LoRAConfig
+from fwdllm.engine.settings import LoRAConfig
 from fwdllm.kernels import reference
 from fwdllm.kernels import triton as ops
 from fwdllm.kernels.types import SUPPORTED_TYPES, Lanes, LoRA, QuantType, Weight

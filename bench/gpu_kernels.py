@@ -20,6 +20,7 @@ import torch
 from fwdllm.bench.shapes import random_weights
 from fwdllm.kernels import triton as ops
 from fwdllm.kernels.triton import products
+from fwdllm.kernels.triton.decode import decoded
 from fwdllm.kernels.triton.runtime import DEVICE, INTERPRETED, DeviceWeight
 from fwdllm.kernels.types import Lanes, LoRA, QuantType, Weight
 
@@ -187,10 +188,10 @@ def _cases(types: Sequence[QuantType], rows: Sequence[int], sizes: Sizes) -> Ite
 def _products(type: QuantType, rows: Sequence[int], sizes: Sizes) -> Iterator[Case]:
     """Both routes for every number of rows, and the one that is taken."""
     weight = random_device_weight(type, sizes.n_out, sizes.n_in)
-    w = products.decoded(weight, torch.bfloat16)
+    w = decoded(weight, torch.bfloat16)
     shape = f"{type.name} {sizes.n_out}x{sizes.n_in}"
     work = weight.data.numel() / _GIGA
-    decode = partial(products.decoded, weight, torch.bfloat16)
+    decode = partial(decoded, weight, torch.bfloat16)
     yield Case(f"decode {shape}", "GB/s", work + 2 * w.numel() / _GIGA, decode, "copy")
     for n in rows:
         x = _random(n, sizes.n_in).bfloat16()

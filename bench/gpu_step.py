@@ -16,7 +16,7 @@ import torch
 
 from fwdllm.bench.gpu_peers import PeerModel
 from fwdllm.bench.shapes import Shape, matrices, random_weights, std_of, vectors
-from fwdllm.engine.adapters.adapter import Adapter, LoRAConfig, Target, layout
+from fwdllm.engine.adapters.adapter import Adapter, Target, layout
 from fwdllm.engine.data.batch import Batch, Tokens, pack
 from fwdllm.engine.directions.dense import Dense
 from fwdllm.engine.estimators.plan import plan
@@ -24,6 +24,7 @@ from fwdllm.engine.graph import Variants
 from fwdllm.engine.models import FAMILIES, llama
 from fwdllm.engine.models.graph import OwnGraph
 from fwdllm.engine.models.rotary import Rotary
+from fwdllm.engine.settings import LoRAConfig
 from fwdllm.kernels import triton as ops
 from fwdllm.kernels.triton import recording
 from fwdllm.kernels.triton.decode import decoded

@@ -91,8 +91,8 @@ class Step:
         assert self.engine.adapter is not None
         # In this engine, because a second one would not fit the same memory budget.
         graph: Any = self.engine.graph
-        graph.ops = watch.backend
-        self.engine.adapter = replace(self.engine.adapter, ops=watch.backend)
+        graph.ops = watch.kernels
+        self.engine.adapter = replace(self.engine.adapter, ops=watch.kernels)
         self.directions = replace(self.directions, adapter=self.engine.adapter)
         start = time.perf_counter()
         self.run()

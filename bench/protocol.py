@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from fwdllm.engine.adapters.adapter import Adapter, LoRAConfig
+from fwdllm.engine.adapters.adapter import Adapter
 from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.settings import LoRAConfig
 from fwdllm.kernels import cpu
-from fwdllm.kernels.cpu import _native
+from fwdllm.kernels.cpu import _native  # type: ignore[attr-defined]
 from fwdllm.protocol import wire
 from fwdllm.protocol.federation import FederationConfig
 from fwdllm.protocol.ledger import NAME, Ledger

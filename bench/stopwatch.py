@@ -1,4 +1,4 @@
-"""Where the time of a pass goes: a kernel backend that times every call."""
+"""Where the time of a pass goes: kernels that time every call."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from fwdllm.engine.gguf.file import GGUFFile
-from fwdllm.kernels.types import Weight
+from fwdllm.kernels.api import Array, Kernels, Matrix
+from fwdllm.kernels.types import LoRA
 
-# What a function of the backend is shown as; others go by their own name.
+# What an operation is shown as; others go by their own name.
 _OPERATIONS = {
     "rms_norm": "norms",
     "layer_norm": "norms",
@@ -26,24 +27,27 @@ _OPERATIONS = {
 
 
 class Stopwatch:
-    """Seconds of every operation of ``backend``, a stand-in for ``ops``.
+    """Seconds of every operation of ``kernels``, a stand-in for ``ops``.
 
     Matmuls go by the kind of their tensor, such as attn_q. One with an adapter is done without
     it first: what it takes longer with it is "lora".
     """
 
-    def __init__(self, ops: ModuleType) -> None:
+    def __init__(self, ops: Kernels) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.spent = 0.0
         self._matmul = ops.matmul
         self._addresses: list[int] = []
         self._kinds: list[str] = []
-        self.backend = ModuleType("timed")
+        timed = ModuleType("timed")
+        assert isinstance(ops, ModuleType)
         for name in ops.__all__:
             value = getattr(ops, name)
-            timed = self._timed(_OPERATIONS.get(name, name), value) if callable(value) else value
-            setattr(self.backend, name, timed)
-        self.backend.matmul = self._timed_matmul  # type: ignore[attr-defined]
+            if callable(value):
+                value = self._timed(_OPERATIONS.get(name, name), value)
+            setattr(timed, name, value)
+        timed.matmul = self._timed_matmul  # type: ignore[attr-defined]
+        self.kernels = cast(Kernels, timed)
 
     def name_tensors(self, file: GGUFFile) -> None:
         """Learn where the matrices of the file lie, to know them in calls."""
@@ -64,11 +68,11 @@ class Stopwatch:
         return call
 
     def _timed_matmul(
-        self, x: np.ndarray, weight: Weight, *, lora: Any = None, **options: Any
-    ) -> np.ndarray:
+        self, x: Array, weight: Matrix, *, lora: LoRA | None = None, **options: Any
+    ) -> Array:
         kind = self._kinds[bisect_right(self._addresses, _address(weight.data)) - 1]
         before = self.spent
-        y = self._timed(kind, self._matmul)(x, weight, **options)
+        y: Array = self._timed(kind, self._matmul)(x, weight, **options)
         if lora is None:
             return y
         without = self.spent - before

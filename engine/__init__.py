@@ -7,15 +7,15 @@ depend on llama.cpp.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fwdllm.engine.adapters.adapter import Adapter, LoRAConfig
+    from fwdllm.engine.adapters.adapter import Adapter
     from fwdllm.engine.data.jsonl import Example, read_jsonl
     from fwdllm.engine.engine import Engine
     from fwdllm.engine.estimators.plan import Probe
     from fwdllm.engine.evaluation import Evaluation
-    from fwdllm.engine.settings import DEFAULT_EPSILON
+    from fwdllm.engine.settings import DEFAULT_EPSILON, LoRAConfig
 
 __all__ = [
     "DEFAULT_EPSILON",
@@ -40,7 +40,7 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'fwdllm.engine' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f"fwdllm.engine.{_MODULES[name]}"), name)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fwdllm.engine.adapters.adapter import Adapter, Head, LoRAConfig
+from fwdllm.engine.adapters.adapter import Adapter, Head
 from fwdllm.engine.adapters.io import load_adapter
 from fwdllm.engine.backends import choose
 from fwdllm.engine.data.batch import Batch, Tokens, pack, pack_many
@@ -36,7 +36,7 @@ from fwdllm.engine.memory.residency import Residency
 from fwdllm.engine.models import family_of
 from fwdllm.engine.models.graph import OwnGraph
 from fwdllm.engine.models.weights import Weights
-from fwdllm.engine.settings import DEFAULT_EPSILON, DirectionsConfig, Scope
+from fwdllm.engine.settings import DEFAULT_EPSILON, DirectionsConfig, LoRAConfig, Scope
 
 
 class Engine:

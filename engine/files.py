@@ -9,7 +9,6 @@ import secrets
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from fwdllm.engine.errors import ConfigError
 
@@ -104,7 +103,7 @@ def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
         raise
 
 
-def fingerprint(path: Path) -> dict[str, Any]:
+def fingerprint(path: Path) -> dict[str, int | str]:
     """Identifies a model file without reading all of it: its size and a hash of its ends."""
     size = path.stat().st_size
     with open(path, "rb") as file:

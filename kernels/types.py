@@ -1,7 +1,6 @@
-"""Data that every kernel backend takes: quantized weights, LoRA factors and lanes.
+"""Data that all kernels take: quantized weights, LoRA factors and lanes.
 
-Pure data; the operations live in ``kernels.reference`` (NumPy, the specification),
-``kernels.cpu`` (C++) and ``kernels.triton`` (GPUs). These modules offer the same functions.
+Pure data; ``kernels.api`` says what the operations on it are and which modules have them.
 """
 
 from __future__ import annotations
@@ -9,8 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from fwdllm.kernels.api import Array
 
 
 class QuantType(IntEnum):
@@ -81,7 +84,7 @@ class LoRA:
     """Factors of one adapted linear layer: y += scale * (x A^T) B^T, and how seeds change them.
 
     a: float32 [rank, n_in].  b: float32 [n_out, rank].  offset: the position in the stream of a
-    seed where the direction of A begins; that of B follows it (DESIGN section 3).
+    seed where the direction of A begins; that of B follows it. Both factors are row-major.
     Each element of a factor has its own number of the stream, times mask where there is one:
     float32 [rank * n_in + n_out * rank], A's elements first.
     With a basis_a float32 [q, n_in] the direction of A is Z basis_a instead, Z [rank, q] the
@@ -89,8 +92,8 @@ class LoRA:
     has rank * q numbers. An empty basis (q = 0) holds a factor still.
     """
 
-    a: np.ndarray
-    b: np.ndarray
+    a: Array
+    b: Array
     scale: float
     offset: int
     mask: np.ndarray | None = None

@@ -7,7 +7,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from fwdllm.engine.adapters.adapter import LAYOUT_VERSION, Adapter, Head, LoRAConfig, Target
+from fwdllm.engine.adapters.adapter import LAYOUT_VERSION, Adapter, Head, Target
+from fwdllm.engine.settings import LoRAConfig
 from fwdllm.kernels import cpu
 from fwdllm.protocol.federation import FederationConfig
 

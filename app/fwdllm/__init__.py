@@ -14,7 +14,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fwdllm.engine.adapters.adapter import LoRAConfig
     from fwdllm.engine.data.jsonl import Example, read_jsonl
     from fwdllm.engine.engine import Engine
     from fwdllm.engine.errors import (
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
         NumericsError,
     )
     from fwdllm.engine.evaluation import Evaluation
-    from fwdllm.engine.settings import DirectionsConfig
+    from fwdllm.engine.settings import DirectionsConfig, LoRAConfig
     from fwdllm.federation.fleet import Fleet
     from fwdllm.federation.simulation import Partition, SimulationResult, simulate
     from fwdllm.inference import evaluate, generate

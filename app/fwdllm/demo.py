@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from fwdllm.engine.adapters.adapter import LoRAConfig
+from fwdllm.engine.settings import LoRAConfig
 from fwdllm.inference import generate
 from fwdllm.protocol.config import TrainConfig
 from fwdllm.tuning.tune import Progress, TuneResult, tune

@@ -1,7 +1,7 @@
 """LoRA adapters: which linear layers are tuned, and one flat vector that holds every factor.
 
 The order of that vector is part of the protocol: a seed names a direction only together with
-the position of each parameter (DESIGN section 3). ``layout`` is the one place that decides it.
+the position of each parameter. ``layout`` is the one place that decides it.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from types import ModuleType
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from fwdllm.engine.errors import ConfigError, NumericsError
 from fwdllm.engine.settings import LoRAConfig, is_whole
+from fwdllm.kernels.api import Array, Kernels
 from fwdllm.kernels.types import LoRA
 
 # Raised whenever ``layout`` or the place of the head changes; ledgers and files carry it.
@@ -122,14 +122,14 @@ class Adapter:
     """The trainable parameters of one model.
 
     theta: float32 [n_lora + n_head], changed in place and never replaced, so that views of it
-    stay valid.  ops: the kernel backend (``fwdllm.kernels.cpu`` or ``.reference``).
+    stay valid.  ops: the kernels.
     """
 
     architecture: str
     config: LoRAConfig
     targets: tuple[Target, ...]
     theta: np.ndarray
-    ops: ModuleType
+    ops: Kernels
     head: Head | None = None
 
     def __post_init__(self) -> None:
@@ -146,7 +146,7 @@ class Adapter:
         shapes: Mapping[str, tuple[int, int]],
         config: LoRAConfig,
         seed: int,
-        ops: ModuleType,
+        ops: Kernels,
         head: Head | None = None,
     ) -> Adapter:
         """A new adapter that leaves the model as it is: B and the head are zero.
@@ -164,7 +164,7 @@ class Adapter:
         targets: tuple[Target, ...],
         config: LoRAConfig,
         seed: int,
-        ops: ModuleType,
+        ops: Kernels,
         head: Head | None = None,
     ) -> Adapter:
         """As ``create``, for targets that are laid out already."""
@@ -191,8 +191,8 @@ class Adapter:
         """The target that is the linear layer ``name`` (without ".weight"), or None."""
         return self._by_name.get(name)
 
-    def factors(self, target: Target, theta: Any = None) -> LoRA:
-        """Views of the factors of a target. theta: a copy that a backend has of it, to view."""
+    def factors(self, target: Target, theta: Array | None = None) -> LoRA:
+        """Views of the factors of a target. theta: a copy that kernels have of it, to view."""
         theta = self.theta if theta is None else theta
         rank = self.config.rank
         b_offset = target.offset + rank * target.n_in

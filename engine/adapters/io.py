@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFType, GGUFWriter, Keys
@@ -20,6 +19,7 @@ from fwdllm.engine.adapters.stored import StoredAdapter, assemble
 from fwdllm.engine.errors import AdapterError, ConfigError, ModelError, NumericsError
 from fwdllm.engine.files import atomic_write
 from fwdllm.engine.gguf.file import GGUFFile
+from fwdllm.kernels.api import Kernels
 from fwdllm.kernels.types import Weight
 
 __all__ = ["load_adapter", "open_gguf_adapter", "save_gguf", "save_peft"]
@@ -75,13 +75,13 @@ def load_adapter(
     shapes: Mapping[str, tuple[int, int]],
     n_heads: int,
     n_kv_heads: int,
-    ops: ModuleType,
+    ops: Kernels,
 ) -> Adapter:
     """Load a GGUF LoRA file, a PEFT folder, or the .safetensors file in a PEFT folder.
 
     architecture: the model's general.architecture.  shapes: as ``adapter.layout``.  n_heads,
     n_kv_heads: of the model, because the rows of q and k are ordered differently in PEFT.
-    ops: the kernel backend the adapter will use.
+    ops: the kernels that the adapter will use.
     Errors: AdapterError if the file is missing, damaged or made for another model.
     """
     path = Path(path)

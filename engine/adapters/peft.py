@@ -165,7 +165,7 @@ def _module(architecture: str, layer: int, suffix: str) -> str:
     return f"{stack}.{layer}.{modules[suffix]}"
 
 
-def _config(adapter: Adapter, base_model_name: str) -> dict[str, Any]:
+def _config(adapter: Adapter, base_model_name: str) -> dict[str, object]:
     """adapter_config.json, with PEFT's defaults spelled out where other readers expect them."""
     alpha = adapter.config.alpha
     layers = adapter.config.layers

@@ -75,7 +75,7 @@ def read(path: Path) -> SafetensorsFile:
 
 def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Write arrays as F32 tensors, in order of name; equal input gives equal bytes."""
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
     for name, array in sorted(arrays.items()):
         end = offset + array.size * ITEM_BYTES["F32"]
@@ -125,7 +125,7 @@ def _header(raw: bytes) -> dict[str, Any]:
     return header
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len({key for key, _ in pairs}) != len(pairs):
         raise ValueError("a key appears twice")
     return dict(pairs)

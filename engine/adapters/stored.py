@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
-from fwdllm.engine.adapters.adapter import Adapter, Head, LoRAConfig, by_layer, layout
+from fwdllm.engine.adapters.adapter import Adapter, Head, by_layer, layout
 from fwdllm.engine.errors import AdapterError, ConfigError
+from fwdllm.engine.settings import LoRAConfig
+from fwdllm.kernels.api import Kernels
 from fwdllm.kernels.types import Weight
 
 
@@ -38,7 +39,7 @@ def assemble(
     stored: StoredAdapter,
     architecture: str,
     shapes: Mapping[str, tuple[int, int]],
-    ops: ModuleType,
+    ops: Kernels,
 ) -> Adapter:
     """Lay the factors out for the model with these ``shapes`` (see ``adapter.layout``).
 

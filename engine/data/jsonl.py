@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -191,7 +191,7 @@ def _parse(raw: bytes, line: int, path: str) -> Example:
     return Example(text=_nonempty(fields, "text", where), label=label, line=line, path=path)
 
 
-def _object(raw: bytes, where: str) -> dict[str, Any]:
+def _object(raw: bytes, where: str) -> dict[str, object]:
     try:
         value = json.loads(raw.decode())
     except UnicodeDecodeError:
@@ -207,7 +207,7 @@ def _object(raw: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def _messages(value: Any, where: str) -> list[dict[str, str]]:
+def _messages(value: object, where: str) -> list[dict[str, str]]:
     if not isinstance(value, list):
         raise DataError(f"{where}: messages is {_type(value)}, not a list")
     messages = [_message(item, f"{where}: message {i}") for i, item in enumerate(value, 1)]
@@ -216,7 +216,7 @@ def _messages(value: Any, where: str) -> list[dict[str, str]]:
     return messages
 
 
-def _message(value: Any, where: str) -> dict[str, str]:
+def _message(value: object, where: str) -> dict[str, str]:
     if not isinstance(value, dict):
         raise DataError(f"{where}: it is {_type(value)}, not an object")
     role = _string(value, "role", where)
@@ -226,14 +226,14 @@ def _message(value: Any, where: str) -> dict[str, str]:
     return {"role": role, "content": take(value, "content", where)}
 
 
-def _nonempty(fields: dict[str, Any], name: str, where: str) -> str:
+def _nonempty(fields: dict[str, object], name: str, where: str) -> str:
     value = _string(fields, name, where)
     if not value:
         raise DataError(f"{where}: {name} is empty")
     return value
 
 
-def _string(fields: dict[str, Any], name: str, where: str) -> str:
+def _string(fields: dict[str, object], name: str, where: str) -> str:
     if name not in fields:
         raise DataError(f"{where}: {name} is missing")
     value = fields[name]
@@ -246,7 +246,7 @@ def _string(fields: dict[str, Any], name: str, where: str) -> str:
     return value
 
 
-def _label(value: Any, where: str) -> str:
+def _label(value: object, where: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, float):
@@ -263,7 +263,7 @@ def _describe(example: Example) -> str:
     }[example.kind]
 
 
-def _type(value: Any) -> str:
+def _type(value: object) -> str:
     if value is None:
         return "null"
     names = {bool: "a bool", int: "a number", float: "a number", str: "a string", list: "a list"}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from fwdllm.engine.adapters.adapter import Adapter, Target
 from fwdllm.engine.errors import ConfigError
+from fwdllm.kernels.api import Array
 from fwdllm.kernels.types import DISTRIBUTIONS, LoRA
 
 
@@ -28,7 +29,7 @@ class Directions(Protocol):
     @property
     def targets(self) -> tuple[Target, ...]: ...
 
-    def lora(self, target: Target, theta: Any = None) -> LoRA:
+    def lora(self, target: Target, theta: Array | None = None) -> LoRA:
         """The factors of a target with their directions, for the kernels; see Adapter.factors."""
         ...
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
 from fwdllm.engine.adapters.adapter import Adapter, Target
 from fwdllm.engine.directions.base import check_distribution, combine, dot
 from fwdllm.engine.settings import Scope
+from fwdllm.kernels.api import Array
 from fwdllm.kernels.types import LoRA
 
 
@@ -33,7 +33,7 @@ class Dense:
     def targets(self) -> tuple[Target, ...]:
         return (self.scope or Scope()).of(self.adapter.targets)
 
-    def lora(self, target: Target, theta: Any = None) -> LoRA:
+    def lora(self, target: Target, theta: Array | None = None) -> LoRA:
         return self.adapter.factors(target, theta)
 
     def combine(self, seeds: np.ndarray, coefficients: np.ndarray) -> np.ndarray:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from fwdllm.engine.adapters.adapter import Adapter, Target
 from fwdllm.engine.directions.dense import Dense
 from fwdllm.engine.errors import ConfigError
+from fwdllm.kernels.api import Array
 from fwdllm.kernels.types import LoRA
 
 
@@ -39,7 +39,7 @@ class Sparse:
     def targets(self) -> tuple[Target, ...]:
         return self.dense.targets
 
-    def lora(self, target: Target, theta: Any = None) -> LoRA:
+    def lora(self, target: Target, theta: Array | None = None) -> LoRA:
         rank = self.dense.adapter.config.rank
         mask = self.mask[target.offset : target.offset + target.size(rank)]
         return replace(self.dense.lora(target, theta), mask=mask)

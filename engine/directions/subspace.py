@@ -7,12 +7,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
 from fwdllm.engine.adapters.adapter import Adapter, Target
 from fwdllm.engine.directions.base import check_distribution, combine, dot
+from fwdllm.kernels.api import Array
 from fwdllm.kernels.types import LoRA
 
 
@@ -62,7 +62,7 @@ class Subspace:
         rank = self.adapter.config.rank
         return sum(rank * (of_a + of_b) for _, of_a, of_b in self._shapes.values())
 
-    def lora(self, target: Target, theta: Any = None) -> LoRA:
+    def lora(self, target: Target, theta: Array | None = None) -> LoRA:
         bases, at = self.bases[target.name], self._shapes[target.name][0]
         factors = self.adapter.factors(target, theta)
         return replace(factors, offset=at, basis_a=bases.a, basis_b=bases.b)

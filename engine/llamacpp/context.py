@@ -16,13 +16,12 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
 
 from fwdllm.engine.errors import ModelError
-from fwdllm.engine.llamacpp.ggml import F32, Layout, layout
+from fwdllm.engine.llamacpp.ggml import F32, Layout, Tensor, layout
 from fwdllm.engine.llamacpp.native import (
     NativeModel,
     apply_adapter,
@@ -32,6 +31,7 @@ from fwdllm.engine.llamacpp.native import (
     reason,
 )
 from fwdllm.engine.llamacpp.products import Operation, Relative, relative_products
+from fwdllm.kernels.api import HostKernels
 
 # Where a graph begins: the rows of a table that tokens stand for (src/llama-graph.cpp).
 _TABLE, _TOKENS = b"token_embd.weight", b"inp_tokens"
@@ -98,9 +98,11 @@ class Context:
         n_sequences: int,
         n_cells: int,
         n_rows: int,
-        ops: ModuleType,
+        ops: HostKernels,
         pooling: int | None = None,
     ) -> None:
+        from fwdllm.kernels.cpu import num_threads  # which a machine with a GPU can do without
+
         pooled = {} if pooling is None else {"embeddings": True, "pooling_type": pooling}
         self.model = model
         self.ops = ops
@@ -115,8 +117,8 @@ class Context:
             n_ctx=n_cells,
             n_batch=n_rows,
             n_ubatch=n_rows,
-            n_threads=ops.num_threads(),
-            n_threads_batch=ops.num_threads(),
+            n_threads=num_threads(),
+            n_threads_batch=num_threads(),
             kv_unified=False,
             flash_attn_type=llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED,
             cb_eval=callback,
@@ -211,11 +213,11 @@ class _Running(Protocol):
     work: Call
     abort: Any
 
-    def asked(self, node: Any) -> bool:
+    def asked(self, node: Tensor) -> bool:
         """Whether to compute up to this operation and call ``computed`` then."""
         ...
 
-    def computed(self, node: Any) -> bool:
+    def computed(self, node: Tensor) -> bool:
         """Whether to go on."""
         ...
 
@@ -237,7 +239,7 @@ class _Order:
         self.work, self._layout = work, layout
         self.orders: list[np.ndarray] = []
 
-    def asked(self, node: Any) -> bool:
+    def asked(self, node: Tensor) -> bool:
         ids = _tokens(self._layout, node)
         if ids is None:
             return False
@@ -251,7 +253,7 @@ class _Order:
         self.orders.append(order)
         return True
 
-    def computed(self, node: Any) -> bool:
+    def computed(self, node: Tensor) -> bool:
         return False  # ends this micro-batch
 
 
@@ -264,7 +266,7 @@ class _Listing:
         self.work, self._layout = work, layout
         self.operations: list[Operation] = []
 
-    def asked(self, node: Any) -> bool:
+    def asked(self, node: Tensor) -> bool:
         weight = None
         if node.op == self._layout.mul_mat:
             matrix, x = _source(self._layout, node, 0), _source(self._layout, node, 1)
@@ -276,7 +278,7 @@ class _Listing:
         self.operations.append(Operation(address, sources, node.view_src, weight))
         return False
 
-    def computed(self, node: Any) -> bool:
+    def computed(self, node: Tensor) -> bool:
         return False
 
 
@@ -286,7 +288,7 @@ class _Evaluation:
     abort = _never
 
     def __init__(
-        self, work: Call, layout: Layout, shape: _Shape, hook: Hook, ops: ModuleType
+        self, work: Call, layout: Layout, shape: _Shape, hook: Hook, ops: HostKernels
     ) -> None:
         self.work, self._layout, self._hook, self._ops = work, layout, hook, ops
         self._orders = iter(shape.orders)
@@ -302,12 +304,12 @@ class _Evaluation:
             if product.restores or hook.wants(product.weight)
         }
         self._at = -1
-        self._made: dict[int, Any] = {}  # what made inputs of products, by number
+        self._made: dict[int, Tensor] = {}  # what made inputs of products, by number
         self._scales: dict[int, np.ndarray] = {}
         self._saved: dict[int, np.ndarray] = {}  # inputs as they were, where that is of use
         self._references: dict[int, np.ndarray] = {}  # by number of rows
 
-    def asked(self, node: Any) -> bool:
+    def asked(self, node: Tensor) -> bool:
         self._at += 1
         if self._at in self._sources:
             self._made[self._at] = node
@@ -326,7 +328,7 @@ class _Evaluation:
             self._references = {}
         return self._at in self._opens
 
-    def computed(self, node: Any) -> bool:
+    def computed(self, node: Tensor) -> bool:
         if node.op == self._layout.mul_mat:
             self._multiplied(node)
         if self._at in self._opens:
@@ -339,7 +341,7 @@ class _Evaluation:
                 self._scales[source] = self._ops.to_relative(x, references)
         return True
 
-    def _multiplied(self, node: Any) -> None:
+    def _multiplied(self, node: Tensor) -> None:
         weight, product = _name(_source(self._layout, node, 0)), self._products.get(self._at)
         if not (wanted := self._hook.wants(weight)) and product is None:
             return
@@ -384,16 +386,16 @@ def _shape_of(work: Call) -> tuple[bytes, int]:
     return work.sequences.tobytes(), int(work.outputs.sum())
 
 
-def _source(layout: Layout, node: Any, i: int) -> Any:
+def _source(layout: Layout, node: Tensor, i: int) -> Tensor:
     return layout.tensor.from_address(node.src[i])
 
 
-def _name(tensor: Any) -> str:
+def _name(tensor: Tensor) -> str:
     name: str = tensor.name.decode("utf-8", "replace")
     return name.removesuffix(".weight")
 
 
-def _tokens(layout: Layout, node: Any) -> np.ndarray | None:
+def _tokens(layout: Layout, node: Tensor) -> np.ndarray | None:
     """The ids that a micro-batch begins with: int32 [n], or None for other operations."""
     if node.op != layout.get_rows:
         return None
@@ -403,13 +405,13 @@ def _tokens(layout: Layout, node: Any) -> np.ndarray | None:
     return _array(tokens.data, ctypes.c_int32, tokens.ne[0])
 
 
-def _is_rows(tensor: Any) -> bool:
+def _is_rows(tensor: Tensor) -> bool:
     shape, size = list(tensor.ne), 4
     strides = [size := 4] + [size := size * n for n in shape[:3]]
     return tensor.type == F32 and list(tensor.nb) == strides
 
 
-def _matrix(tensor: Any) -> np.ndarray:
+def _matrix(tensor: Tensor) -> np.ndarray:
     """A tensor of rows: float32 [n_rows, ne[0]]. ModelError if its memory is not that."""
     if not _is_rows(tensor):
         raise ModelError(f"llama.cpp's {tensor.name.decode()} is not rows of float32")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,28 @@ F32 = 0  # enum ggml_type, as in files
 _F16, _I32 = 1, 26
 
 
+class Tensor(ctypes.Structure):
+    """What is read of a struct ggml_tensor, whose fields its own header lists (``Layout``).
+
+    type: enum ggml_type.  ne, nb: sizes and strides in bytes, the fastest first.  op: enum ggml_op.
+    src, view_src, data: addresses.
+    """
+
+    type: int
+    ne: Sequence[int]
+    nb: Sequence[int]
+    op: int
+    src: Sequence[int]
+    view_src: int | None
+    data: int
+    name: bytes
+
+
 @dataclass(frozen=True)
 class Layout:
     """tensor: the struct.  mul_mat, get_rows: numbers of these operations."""
 
-    tensor: type[ctypes.Structure]
+    tensor: type[Tensor]
     mul_mat: int
     get_rows: int
 
@@ -64,7 +82,7 @@ def read_layout(header: Path) -> Layout:
         ) from error
 
 
-def _struct(header: str) -> type[ctypes.Structure]:
+def _struct(header: str) -> type[Tensor]:
     """ctypes' struct ggml_tensor of the text of ggml.h. ValueError if it cannot be understood."""
     found = re.search(r"struct ggml_tensor \{(.*?)\n *\};", header, re.DOTALL)
     if not found:
@@ -75,7 +93,7 @@ def _struct(header: str) -> type[ctypes.Structure]:
     missing = set(_READ) - {name for name, _ in fields}
     if missing:
         raise ValueError(f"its tensors have no {min(missing)}")
-    return type("Tensor", (ctypes.Structure,), {"_fields_": fields})
+    return type("Tensor", (Tensor,), {"_fields_": fields})
 
 
 def _operation(header: str, name: str) -> int:

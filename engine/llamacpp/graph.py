@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
@@ -28,6 +27,7 @@ from fwdllm.engine.graph import PLAIN, Tap, Variants
 from fwdllm.engine.llamacpp.context import Call, Context
 from fwdllm.engine.llamacpp.ggml import layout
 from fwdllm.engine.llamacpp.native import llama_cpp, open_model
+from fwdllm.kernels.api import HostKernels, Kernels
 from fwdllm.kernels.types import Lanes, LoRA
 
 # Rows of a call: llama.cpp's own n_ubatch. More make no product faster.
@@ -65,7 +65,8 @@ class LlamaGraph:
     do not depend on others.
     """
 
-    def __init__(self, file: GGUFFile, encoder: bool, ops: ModuleType) -> None:
+    def __init__(self, file: GGUFFile, encoder: bool, ops: Kernels) -> None:
+        assert isinstance(ops, HostKernels)  # Engine has refused other devices than the processor
         layout()  # refuses a llama.cpp that would not be understood, before a model is read
         self.model = open_model(file.path, vocab_only=False, cpu_only=True)
         self.pooling = self.model.pooling if encoder else None
@@ -280,7 +281,7 @@ class _Terms:
     """The hook that adds the adapter's term of each lane."""
 
     def __init__(
-        self, adapter: Adapter | None, ops: ModuleType, variants: Variants, part: _Part
+        self, adapter: Adapter | None, ops: HostKernels, variants: Variants, part: _Part
     ) -> None:
         self._adapter = adapter
         self._ops = ops

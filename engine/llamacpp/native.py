@@ -27,7 +27,7 @@ from fwdllm.engine.llamacpp import probe
 
 if probe.verdict().state == probe.BROKEN:
     raise LlamaCppError(f"llama.cpp cannot be used here: {probe.verdict().reason}")
-import llama_cpp
+import llama_cpp as llama_cpp  # for all that use it: this is the one door to it
 
 _LOG_LEVEL_ERROR = 4  # GGML_LOG_LEVEL_ERROR in ggml.h
 _MAX_MESSAGES = 20

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fwdllm.engine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fwdllm.engine.models.dimensions import Dimensions
 
 _FLOAT = 4
 # kernels/cpu/int8_pack.h: 32 activations as int8, their scale, and up to two corrections.
 _INT8_PACKED = (32 + 4 + 8) / 32
-# kernels/cpu/matmul.h: a partial softmax of 16 bytes for each 256 words of the vocabulary.
+# kernels/cpu/cross_entropy.h: a partial softmax of 16 bytes for each 256 words of the vocabulary.
 _SOFTMAX_CHUNK, _SOFTMAX_BYTES = 256, 16
 # Bytes of the widest array of a block of rows: a few of them are about the size of an L3 cache, and
 # ``keep_freed_memory`` covers them. More rows than _MOST_ROWS make no product faster.
@@ -43,13 +46,13 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 4 * _MMAP_THRESHOLD)
 
 
-def default_block_rows(args: Any) -> int:
+def default_block_rows(args: Dimensions) -> int:
     """Rows of all lanes that go through a layer at a time."""
     return min(_MOST_ROWS, max(_LEAST_ROWS, _BLOCK_BYTES // (_FLOAT * args.hidden)))
 
 
 def estimate_step(
-    args: Any,
+    args: Dimensions,
     *,
     weight_bytes: int,
     n_trainable: int,
@@ -124,7 +127,7 @@ class MemoryPlan:
 
 
 def plan_step(
-    args: Any,
+    args: Dimensions,
     budget: int | None,
     *,
     resident: int,
@@ -177,7 +180,7 @@ def plan_step(
     return MemoryPlan(block, lanes, budget - needed(block, lanes))
 
 
-def plan_gpu_step(args: Any, free: int | None, n_rows: int, n_lanes: int) -> MemoryPlan:
+def plan_gpu_step(args: Dimensions, free: int | None, n_rows: int, n_lanes: int) -> MemoryPlan:
     """How to run a step on a GPU with ``free`` bytes of memory, None for no bound.
 
     Lanes go through the model in several passes if they do not fit together.

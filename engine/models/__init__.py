@@ -4,39 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
 from fwdllm.engine.errors import UnsupportedError
 from fwdllm.engine.models import bert, llama, qwen
+from fwdllm.engine.models.dimensions import Dimensions
 from fwdllm.engine.models.forward import Pass
 from fwdllm.engine.models.weights import Shapes
+from fwdllm.kernels.api import Array, Matrix
 
 if TYPE_CHECKING:
     from fwdllm.engine.gguf.file import GGUFFile
 
+Args = TypeVar("Args", bound=Dimensions)
+
 
 @dataclass(frozen=True)
-class Family:
-    """The functions of one architecture, from embedding to output.
+class Family(Generic[Args]):
+    """The functions of one architecture, from embedding to output, and the ``Args`` they share.
 
     unembed: of a decoder.  pool: of an encoder, which yields features, not next tokens.
     """
 
-    read_args: Callable[[GGUFFile], Any]
-    shapes: Callable[[Any], tuple[Shapes, Shapes]]
-    embed: Callable[[Any, Pass], np.ndarray]
-    layer: Callable[[Any, Pass, int, np.ndarray], np.ndarray]
-    unembed: Callable[[Any, Pass, np.ndarray], tuple[np.ndarray, Any]] | None = None
-    pool: Callable[[Any, np.ndarray, np.ndarray], np.ndarray] | None = None
+    read_args: Callable[[GGUFFile], Args]
+    shapes: Callable[[Args], tuple[Shapes, Shapes]]
+    embed: Callable[[Args, Pass], Array]
+    layer: Callable[[Args, Pass, int, Array], Array]
+    unembed: Callable[[Args, Pass, Array], tuple[Array, Matrix]] | None = None
+    pool: Callable[[Args, np.ndarray, np.ndarray], np.ndarray] | None = None
 
     @property
     def encoder(self) -> bool:
         return self.pool is not None
 
 
-FAMILIES = {
+# Their arguments differ, so a family goes with what its own ``read_args`` has returned.
+FAMILIES: dict[str, Family[Any]] = {
     "llama": Family(llama.read_args, llama.shapes, llama.embed, llama.layer, llama.unembed),
     "qwen2": Family(qwen.read_qwen2, llama.shapes, llama.embed, llama.layer, llama.unembed),
     "qwen3": Family(qwen.read_qwen3, llama.shapes, llama.embed, llama.layer, llama.unembed),
@@ -44,7 +49,7 @@ FAMILIES = {
 }
 
 
-def family_of(file: GGUFFile) -> tuple[str, Family]:
+def family_of(file: GGUFFile) -> tuple[str, Family[Any]]:
     """The architecture of a file and its family; UnsupportedError if it has no graph."""
     arch = file.string("general.architecture")
     if arch not in FAMILIES:

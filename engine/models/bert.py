@@ -12,6 +12,7 @@ from fwdllm.engine.errors import ModelError, UnsupportedError
 from fwdllm.engine.models.dimensions import Dimensions
 from fwdllm.engine.models.forward import Pass
 from fwdllm.engine.models.weights import Shapes
+from fwdllm.kernels.api import Array
 
 if TYPE_CHECKING:
     from fwdllm.engine.gguf.file import GGUFFile
@@ -80,7 +81,7 @@ def shapes(args: Args) -> tuple[Shapes, Shapes]:
     return required, optional
 
 
-def embed(args: Args, p: Pass) -> np.ndarray:
+def embed(args: Args, p: Pass) -> Array:
     """What the first layer works on: float32 [rows, width]."""
     x = p.embedding("token_embd", p.ids)
     x = x + p.embedding("position_embd", p.positions)
@@ -88,18 +89,18 @@ def embed(args: Args, p: Pass) -> np.ndarray:
     return p.layer_norm(x, "token_embd_norm", args.norm_eps)
 
 
-def layer(args: Args, p: Pass, i: int, x: np.ndarray) -> np.ndarray:
+def layer(args: Args, p: Pass, i: int, x: Array) -> Array:
     """Layer i: float32 [rows, width] to the same."""
     x = x + _attention(args, p, f"blk.{i}", x)
     return p.in_blocks(x, partial(_feed_forward, args, p, f"blk.{i}"))
 
 
-def _attention(args: Args, p: Pass, block: str, x: np.ndarray) -> np.ndarray:
+def _attention(args: Args, p: Pass, block: str, x: Array) -> Array:
     q, k, v = (p.linear(x, f"{block}.attn_{name}") for name in "qkv")
     return p.linear(p.attention(q, k, v, args.head_dim, causal=False), f"{block}.attn_output")
 
 
-def _feed_forward(args: Args, p: Pass, block: str, x: np.ndarray) -> np.ndarray:
+def _feed_forward(args: Args, p: Pass, block: str, x: Array) -> Array:
     x = p.layer_norm(x, f"{block}.attn_output_norm", args.norm_eps)
     hidden = p.gelu(p.linear(x, f"{block}.ffn_up"))
     x = x + p.linear(hidden, f"{block}.ffn_down")

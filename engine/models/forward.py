@@ -1,17 +1,15 @@
 """A forward pass: the rows of all lanes, and the operations graphs are written in.
 
 A graph reads like the model's paper: it names tensors and calls a Pass, which knows the
-backend, the adapter and the lanes. Arrays are the backend's, NumPy's or PyTorch's; graphs do with
-them what both can. The rows of a batch may be several passes, each of some of
-its sequences; a layer is applied to all of them in turn, so weights are visited once.
+kernels, the adapter and the lanes. Arrays are the kernels', NumPy's or PyTorch's; graphs do with
+them what both can. The rows of a batch may be several passes, each of some of its sequences; a
+layer is applied to all of them in turn, so weights are visited once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 
@@ -20,6 +18,7 @@ from fwdllm.engine.data.batch import Batch
 from fwdllm.engine.graph import PLAIN, Variants
 from fwdllm.engine.models.rotary import Rotary
 from fwdllm.engine.models.weights import Weights
+from fwdllm.kernels.api import Array, Kernels
 from fwdllm.kernels.types import Lanes, LoRA
 
 
@@ -29,12 +28,12 @@ class Pass:
     Until the first perturbed layer all lanes are equal, so there is one; ``enter`` makes the rows
     of the others when the graph gets there. ids, positions, starts and lanes are those of
     the rows at hand.  block_rows: what ``in_blocks`` takes at a time.  theta: the adapter's as the
-    backend keeps it, set before the first layer.
+    kernels keep it, set before the first layer.
     """
 
     def __init__(
         self,
-        ops: ModuleType,
+        ops: Kernels,
         weights: Weights,
         batch: Batch,
         adapter: Adapter | None = None,
@@ -52,7 +51,7 @@ class Pass:
         self.block_rows = block_rows
         self._tap = variants.tap
         self._adapter = adapter
-        self.theta: Any = None
+        self.theta: Array | None = None
         self._all_lanes = variants.lanes
         self.lanes = replace(Lanes.plain(), tangents=self._all_lanes.tangents)
         self._first_row = 0  # of a lane's rows at hand, in a block of them
@@ -63,7 +62,7 @@ class Pass:
         if self._tap is not None and self._tap.layer is not None:
             layers.append(self._tap.layer)
         self._split = min(layers, default=None)
-        # Of all lanes, for ``enter``: made here because a backend may have to know them before.
+        # Of all lanes, for ``enter``: made here because kernels may have to know them before.
         n, rows = len(self._all_lanes), self.starts[-1]
         ends = [self.starts[1:] + lane * rows for lane in range(n)]
         self._all_starts = np.concatenate([self.starts[:1], *ends]).astype(np.int32)
@@ -76,7 +75,7 @@ class Pass:
         lanes = self._all_lanes
         return [self.ids, self.positions, self._all_positions, lanes.seeds, lanes.coefficients]
 
-    def enter(self, layer: int, x: np.ndarray) -> np.ndarray:
+    def enter(self, layer: int, x: Array) -> Array:
         """The rows that layer works on: those of all lanes from the first perturbed one on.
 
         Other lanes are copies of the plain rows then, and tangents zero.
@@ -89,17 +88,17 @@ class Pass:
         self.starts, self.positions = self._all_starts, self._all_positions
         return self.ops.spread(x, self.lanes, self.exact)
 
-    def embedding(self, name: str, ids: np.ndarray) -> np.ndarray:
+    def embedding(self, name: str, ids: np.ndarray) -> Array:
         """Rows ``ids`` of the table ``name``: float32 [len(ids), width]."""
         return self.ops.embedding(self.weights.matrix(name), ids)
 
-    def linear(self, x: np.ndarray, name: str) -> np.ndarray:
+    def linear(self, x: Array, name: str) -> Array:
         """x W^T + bias, with the adapter's term in each lane: float32 [rows, n_out]."""
         target = self._adapter.target(name) if self._adapter else None
         n_rows = len(x) // len(self.lanes)
         lanes = self.lanes.take(self._first_row, self._first_row + n_rows)
         lora, lanes = self._term(target, lanes)
-        y: Any = self.ops.matmul(
+        y = self.ops.matmul(
             x,
             self.weights.matrix(name),
             bias=self.weights.vector_or_none(f"{name}.bias"),
@@ -129,7 +128,7 @@ class Pass:
         """Lanes at hand that are derivatives of lane 0."""
         return self.lanes.n_tangents
 
-    def in_blocks(self, x: np.ndarray, f: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    def in_blocks(self, x: Array, f: Callable[[Array], Array]) -> Array:
         """f(x) for an f that works row by row, a block of rows at a time to bound temporaries.
 
         A block is the same rows of every lane, so that lanes stay comparable inside it. Takes the
@@ -150,23 +149,21 @@ class Pass:
         self._first_row = 0
         return lanes.reshape(x.shape)
 
-    def rms_norm(self, x: np.ndarray, name: str, eps: float) -> np.ndarray:
+    def rms_norm(self, x: Array, name: str, eps: float) -> Array:
         """RMS norm of the rows by the vector ``name``.weight."""
         return self.ops.rms_norm(x, self.weights.vector(f"{name}.weight"), eps, self.tangents)
 
-    def layer_norm(self, x: np.ndarray, name: str, eps: float) -> np.ndarray:
+    def layer_norm(self, x: Array, name: str, eps: float) -> Array:
         """Layer norm of the rows by the vectors ``name``.weight and .bias."""
         weight, bias = (self.weights.vector(f"{name}.{part}") for part in ("weight", "bias"))
         return self.ops.layer_norm(x, weight, bias, eps, self.tangents)
 
-    def rope(self, x: np.ndarray, rotary: Rotary, head_dim: int, interleaved: bool) -> np.ndarray:
+    def rope(self, x: Array, rotary: Rotary, head_dim: int, interleaved: bool) -> Array:
         """Rotate the heads of x [rows, heads * head_dim] to their rows' positions."""
         cos, sin = rotary.tables(int(self.positions.max()) + 1)
         return self.ops.rope(x, self.positions, cos, sin, head_dim, interleaved)
 
-    def attention(
-        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, head_dim: int, causal: bool
-    ) -> np.ndarray:
+    def attention(self, q: Array, k: Array, v: Array, head_dim: int, causal: bool) -> Array:
         """Scaled dot-product attention inside each sequence of each lane."""
         return self.ops.attention(
             q,
@@ -179,10 +176,10 @@ class Pass:
             tangents=self.tangents,
         )
 
-    def swiglu(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    def swiglu(self, gate: Array, up: Array) -> Array:
         """silu(gate) * up."""
         return self.ops.swiglu(gate, up, self.tangents)
 
-    def gelu(self, x: np.ndarray) -> np.ndarray:
+    def gelu(self, x: Array) -> Array:
         """GELU in its tanh approximation."""
         return self.ops.gelu(x, self.tangents)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from types import ModuleType, NoneType
+from types import NoneType
 from typing import Any
 from weakref import ref
 
@@ -18,8 +18,10 @@ from fwdllm.engine.graph import PLAIN, Tap, Variants
 from fwdllm.engine.memory.plan import MemoryPlan, plan_gpu_step, plan_step
 from fwdllm.engine.memory.residency import Residency, resident_bytes
 from fwdllm.engine.models import Family
+from fwdllm.engine.models.dimensions import Dimensions
 from fwdllm.engine.models.forward import Pass
 from fwdllm.engine.models.weights import Weights
+from fwdllm.kernels.api import Array, Kernels
 
 _DENSE = (Dense, NoneType)
 
@@ -34,10 +36,10 @@ class OwnGraph:
 
     def __init__(
         self,
-        args: Any,
-        family: Family,
+        args: Dimensions,
+        family: Family[Any],
         weights: Weights,
-        ops: ModuleType,
+        ops: Kernels,
         *,
         adapter: Adapter | None = None,
         exact: bool = False,
@@ -51,7 +53,7 @@ class OwnGraph:
         self.memory_budget = memory_budget
         self._resident = resident_bytes()
 
-    def run(self, batch: Batch, variants: Variants = PLAIN) -> list[tuple[Pass, Any]]:
+    def run(self, batch: Batch, variants: Variants = PLAIN) -> list[tuple[Pass, Array]]:
         """The last layer's output, in passes of some sequences each: [rows, width].
 
         Arrays are those of the kernels.
@@ -74,7 +76,7 @@ class OwnGraph:
         rows = [(lanes * p.batch.n_rows + p.batch.label_rows).ravel() for p in passes]
         labels = [np.tile(p.batch.label_ids, n_lanes) for p in passes]
 
-        def losses() -> list[Any]:
+        def losses() -> list[Array]:
             found = []
             for i, x in enumerate(self._outputs(passes)):
                 x, matrix = unembed(self.args, passes[i], self.ops.take(x, rows[i]))
@@ -112,8 +114,7 @@ class OwnGraph:
         tokens = Tokens(list(ids), [False] * len(ids))
         [(p, x)] = self.run(pack([tokens]))
         x, matrix = self.family.unembed(self.args, p, x)
-        logits: np.ndarray = self.ops.host(self.ops.matmul(x, matrix, exact=self.exact))
-        return logits
+        return self.ops.host(self.ops.matmul(x, matrix, exact=self.exact))
 
     def max_lanes(self, batch: Batch, n_lanes: int) -> int:
         """See ``Graph.max_lanes``."""
@@ -160,7 +161,7 @@ class OwnGraph:
             for part in split(batch, memory.block_rows // n_lanes)
         ]
 
-    def _outputs(self, passes: Sequence[Pass]) -> list[Any]:
+    def _outputs(self, passes: Sequence[Pass]) -> list[Array]:
         """A layer is applied to all passes before the next one, so weights are visited once."""
         if self.adapter is not None:
             theta = self.ops.array(self.adapter.theta)

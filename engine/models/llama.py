@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from fwdllm.engine.errors import ModelError, UnsupportedError
 from fwdllm.engine.models.dimensions import Dimensions
 from fwdllm.engine.models.forward import Pass
 from fwdllm.engine.models.rotary import Rotary
 from fwdllm.engine.models.weights import Shapes
+from fwdllm.kernels.api import Array, Matrix
 
 if TYPE_CHECKING:
     from fwdllm.engine.gguf.file import GGUFFile
@@ -93,25 +92,25 @@ def shapes(args: Args) -> tuple[Shapes, Shapes]:
     return required, optional
 
 
-def embed(args: Args, p: Pass) -> np.ndarray:
+def embed(args: Args, p: Pass) -> Array:
     """What the first layer works on: float32 [rows, width]."""
     return p.embedding("token_embd", p.ids)
 
 
-def layer(args: Args, p: Pass, i: int, x: np.ndarray) -> np.ndarray:
+def layer(args: Args, p: Pass, i: int, x: Array) -> Array:
     """Layer i of the residual stream: float32 [rows, width] to the same."""
     x = x + _attention(args, p, f"blk.{i}", p.rms_norm(x, f"blk.{i}.attn_norm", args.norm_eps))
     return p.in_blocks(x, partial(_feed_forward, args, p, f"blk.{i}"))
 
 
-def unembed(args: Args, p: Pass, x: np.ndarray) -> tuple[np.ndarray, Any]:
+def unembed(args: Args, p: Pass, x: Array) -> tuple[Array, Matrix]:
     """Rows of the last layer as the output matrix reads them, and that matrix."""
     tied = not p.weights.has("output")
     matrix = p.weights.matrix("token_embd" if tied else "output")
     return p.rms_norm(x, "output_norm", args.norm_eps), matrix
 
 
-def _attention(args: Args, p: Pass, block: str, x: np.ndarray) -> np.ndarray:
+def _attention(args: Args, p: Pass, block: str, x: Array) -> Array:
     q = p.linear(x, f"{block}.attn_q")
     k = p.linear(x, f"{block}.attn_k")
     v = p.linear(x, f"{block}.attn_v")
@@ -123,11 +122,11 @@ def _attention(args: Args, p: Pass, block: str, x: np.ndarray) -> np.ndarray:
     return p.linear(p.attention(q, k, v, args.head_dim, causal=True), f"{block}.attn_output")
 
 
-def _head_norm(args: Args, p: Pass, x: np.ndarray, name: str) -> np.ndarray:
+def _head_norm(args: Args, p: Pass, x: Array, name: str) -> Array:
     return p.rms_norm(x.reshape(-1, args.head_dim), name, args.norm_eps).reshape(x.shape)
 
 
-def _feed_forward(args: Args, p: Pass, block: str, x: np.ndarray) -> np.ndarray:
+def _feed_forward(args: Args, p: Pass, block: str, x: Array) -> Array:
     h = p.rms_norm(x, f"{block}.ffn_norm", args.norm_eps)
     gate, up = p.linear(h, f"{block}.ffn_gate"), p.linear(h, f"{block}.ffn_up")
     return x + p.linear(p.swiglu(gate, up), f"{block}.ffn_down")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fwdllm.engine.errors import ModelError
+from fwdllm.kernels.api import Kernels, Matrix
 
 if TYPE_CHECKING:
     from fwdllm.engine.gguf.file import GGUFFile
@@ -19,12 +19,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 class Weights:
     """Tensors of one file. Matrices are views of the mapping; vectors are small and copied.
 
-    required, optional: tensor name -> shape in NumPy order.  ops: the kernel backend, which may
-    keep matrices elsewhere. ModelError if a required tensor is
-    missing, or any has another shape.
+    required, optional: tensor name -> shape in NumPy order.  ops: the kernels, which may keep
+    matrices elsewhere. ModelError if a required tensor is missing, or any has another shape.
     """
 
-    def __init__(self, file: GGUFFile, required: Shapes, optional: Shapes, ops: ModuleType) -> None:
+    def __init__(self, file: GGUFFile, required: Shapes, optional: Shapes, ops: Kernels) -> None:
         for name, shape in {**required, **optional}.items():
             if name not in file.tensors:
                 if name in required:
@@ -38,8 +37,8 @@ class Weights:
         self._matrices = {n: ops.weight(file.weight(n)) for n in matrices}
         self._vectors = {n: file.vector(n) for n in names if len(file.tensors[n].shape) == 1}
 
-    def matrix(self, name: str) -> Any:
-        """The matrix ``name``.weight as the backend keeps it."""
+    def matrix(self, name: str) -> Matrix:
+        """The matrix ``name``.weight as the kernels keep it."""
         return self._matrices[f"{name}.weight"]
 
     def has(self, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""CPU backend: the operations of ``kernels.reference`` in C++ (kernels/cpu/*.h).
+"""Kernels for processors: the operations of ``kernels.api`` in C++ (kernels/cpu/*.h).
 
 ``isa`` names the instruction set chosen at import, the first of ``isas`` that this machine has;
 FWDLLM_ISA overrides it and FWDLLM_NUM_THREADS the number of threads. ``compiler`` is what built
@@ -14,9 +14,19 @@ from __future__ import annotations
 
 import numpy as np
 
+from fwdllm.kernels.api import Matrix
 from fwdllm.kernels.cpu import _native  # type: ignore[attr-defined]
-from fwdllm.kernels.reference.arrays import array, contiguous, host, repeated, spread, take, weight
-from fwdllm.kernels.types import Lanes, LoRA, Weight
+from fwdllm.kernels.reference.arrays import (
+    array,
+    contiguous,
+    free_bytes,
+    host,
+    repeated,
+    spread,
+    take,
+    weight,
+)
+from fwdllm.kernels.types import Lanes, LoRA
 
 isa: str = _native.isa
 isas: tuple[str, ...] = _native.isas
@@ -33,6 +43,7 @@ __all__ = [
     "cross_entropy",
     "dequantize",
     "embedding",
+    "free_bytes",
     "from_relative",
     "gelu",
     "host",
@@ -104,7 +115,9 @@ def seeded_axpy(
 ) -> None:
     """theta += sum_k coefficients[k] v(seeds[k])[offset:], in place; theta float32 [n]."""
     seeds = np.ascontiguousarray(seeds, np.uint64)
-    _native.seeded_axpy(theta, seeds, _f32(coefficients), int(offset), distribution)
+    _native.seeded_axpy(
+        theta, seeds, _f32(coefficients), offset=int(offset), distribution=distribution
+    )
 
 
 def seeded_dot(
@@ -113,26 +126,26 @@ def seeded_dot(
     """g . v(seeds[k])[offset:] for every k: float64 [k]; g float32 [n]."""
     out = np.empty(len(seeds), np.float64)
     seeds = np.ascontiguousarray(seeds, np.uint64)
-    _native.seeded_dot(_f32(g), seeds, int(offset), distribution, out)
+    _native.seeded_dot(_f32(g), seeds, offset=int(offset), distribution=distribution, out=out)
     return out
 
 
-def embedding(weight: Weight, ids: np.ndarray) -> np.ndarray:
+def embedding(weight: Matrix, ids: np.ndarray) -> np.ndarray:
     """Rows ``ids`` (int32 [rows]) of a weight, decoded: float32 [rows, n_in]."""
     out = np.empty((len(ids), weight.n_in), np.float32)
     ids = np.ascontiguousarray(ids, np.int32)
-    _native.gather(weight.data, int(weight.type), weight.n_in, ids, out)
+    _native.gather(_weight(weight), ids, out)
     return out
 
 
-def dequantize(weight: Weight) -> np.ndarray:
+def dequantize(weight: Matrix) -> np.ndarray:
     """The whole weight as float32 [n_out, n_in]."""
     return embedding(weight, np.arange(weight.n_out, dtype=np.int32))
 
 
 def matmul(
     x: np.ndarray,
-    weight: Weight,
+    weight: Matrix,
     *,
     bias: np.ndarray | None = None,
     lora: LoRA | None = None,
@@ -143,20 +156,17 @@ def matmul(
 
     Rows of lane l are multiplied by its own variant of the adapter (see ``Lanes``).
     """
-    x = _f32(x)
     lanes = lanes or Lanes.plain()
     y = np.empty((len(x), weight.n_out), np.float32)
-    references = _row_references(lanes, len(x))
     _native.matmul(
-        x,
-        weight.data,
-        int(weight.type),
-        references,
-        bias,
-        None if lora is None else _factors(lora),
-        *_variants(lanes, len(x)),
-        exact,
-        y,
+        _f32(x),
+        _weight(weight),
+        bias=bias,
+        lora=None if lora is None else _lora(lora),
+        lanes=_lanes(lanes, len(x)),
+        references=_row_references(lanes, len(x)),
+        exact=exact,
+        y=y,
     )
     return y
 
@@ -166,7 +176,7 @@ def add_lora(y: np.ndarray, x: np.ndarray, lora: LoRA, lanes: Lanes) -> None:
 
     y float32 [rows, n_out], x float32 [rows, n_in].
     """
-    _native.add_lora(_f32(x), _factors(lora), *_variants(lanes, len(x)), y)
+    _native.add_lora(_f32(x), lora=_lora(lora), lanes=_lanes(lanes, len(x)), y=y)
 
 
 def to_relative(x: np.ndarray, references: np.ndarray) -> np.ndarray:
@@ -186,20 +196,28 @@ def from_relative(y: np.ndarray, references: np.ndarray, scales: np.ndarray) -> 
     _native.from_relative(y, references, scales)
 
 
-def _variants(lanes: Lanes, rows: int) -> tuple[object, ...]:
-    seeds = np.ascontiguousarray(lanes.seeds, np.uint64).reshape(len(lanes), -1)
+def _weight(weight: Matrix) -> _native.Weight:
+    return _native.Weight(weight.data, type=int(weight.type), n_in=weight.n_in)
+
+
+def _lanes(lanes: Lanes, rows: int) -> _native.Lanes:
     starts = [0, rows // len(lanes)] if lanes.starts is None else lanes.starts
-    starts = np.asarray(starts, np.int32)
-    return (seeds, lanes.coefficients, starts, lanes.distribution, lanes.tangents)
+    return _native.Lanes(
+        seeds=np.ascontiguousarray(lanes.seeds, np.uint64).reshape(len(lanes), -1),
+        coefficients=lanes.coefficients,
+        starts=np.asarray(starts, np.int32),
+        distribution=lanes.distribution,
+        tangents=lanes.tangents,
+    )
 
 
-def _factors(lora: LoRA) -> tuple[object, ...]:
+def _lora(lora: LoRA) -> _native.LoRA:
     mask_a, mask_b = None, None
     if lora.mask is not None:
         mask_a, mask_b = np.split(_f32(lora.mask), [lora.a.size])
-    offsets = (int(lora.offset), int(lora.offset_b))
-    factors = (_f32(lora.a), _f32(lora.b), lora.scale)
-    return (*factors, *offsets, mask_a, mask_b, lora.basis_a, lora.basis_b)
+    a = _native.Factor(_f32(lora.a), offset=int(lora.offset), mask=mask_a, basis=lora.basis_a)
+    b = _native.Factor(_f32(lora.b), offset=int(lora.offset_b), mask=mask_b, basis=lora.basis_b)
+    return _native.LoRA(a, b, scale=lora.scale)
 
 
 def _row_references(lanes: Lanes, rows: int) -> np.ndarray:
@@ -212,7 +230,7 @@ def _row_references(lanes: Lanes, rows: int) -> np.ndarray:
 
 def cross_entropy(
     x: np.ndarray,
-    weight: Weight,
+    weight: Matrix,
     labels: np.ndarray,
     *,
     lanes: Lanes | None = None,
@@ -226,13 +244,12 @@ def cross_entropy(
     lanes = lanes or Lanes.plain()
     _native.cross_entropy(
         _f32(x),
-        weight.data,
-        int(weight.type),
-        _row_references(lanes, len(x)),
-        lanes.n_tangents,
+        _weight(weight),
         np.ascontiguousarray(labels, np.int32),
-        exact,
-        nll,
+        references=_row_references(lanes, len(x)),
+        tangents=lanes.n_tangents,
+        exact=exact,
+        nll=nll,
     )
     return nll
 
@@ -240,7 +257,7 @@ def cross_entropy(
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float, tangents: int = 0) -> np.ndarray:
     """x / sqrt(mean(x^2) + eps) * weight along rows; x float32 [rows, d]."""
     y = np.empty_like(x)
-    _native.rms_norm(x, weight, eps, tangents, y)
+    _native.rms_norm(x, weight, eps=eps, tangents=tangents, y=y)
     return y
 
 
@@ -249,7 +266,7 @@ def layer_norm(
 ) -> np.ndarray:
     """(x - mean) / sqrt(var + eps) * weight + bias along rows; x float32 [rows, d]."""
     y = np.empty_like(x)
-    _native.layer_norm(x, weight, bias, eps, tangents, y)
+    _native.layer_norm(x, weight, bias, eps=eps, tangents=tangents, y=y)
     return y
 
 
@@ -266,7 +283,7 @@ def rope(
     interleaved: pairs (2i, 2i+1), the layout of llama GGUF files; else (i, i + rotated / 2).
     """
     y = np.empty_like(x)
-    _native.rope(x, positions, cos, sin, head_dim, interleaved, y)
+    _native.rope(x, positions, cos, sin, head_dim=head_dim, interleaved=interleaved, y=y)
     return y
 
 
@@ -287,19 +304,21 @@ def attention(
     With tangents starts are those of the primal, and the same again of each tangent.
     """
     y = np.empty_like(q)
-    _native.attention(q, k, v, starts, head_dim, scale, causal, tangents, y)
+    _native.attention(
+        q, k, v, starts, head_dim=head_dim, scale=scale, causal=causal, tangents=tangents, y=y
+    )
     return y
 
 
 def swiglu(gate: np.ndarray, up: np.ndarray, tangents: int = 0) -> np.ndarray:
     """silu(gate) * up, elementwise on float32 [rows, d]."""
     y = np.empty_like(gate)
-    _native.swiglu(gate, up, tangents, y)
+    _native.swiglu(gate, up, tangents=tangents, y=y)
     return y
 
 
 def gelu(x: np.ndarray, tangents: int = 0) -> np.ndarray:
     """GELU by its tanh approximation, as llama.cpp computes it; float32 [rows, d]."""
     y = np.empty_like(x)
-    _native.gelu(x, tangents, y)
+    _native.gelu(x, tangents=tangents, y=y)
     return y

@@ -3,6 +3,15 @@
 // use them. Queries go in blocks, so that a loaded key or value serves several. Tangents follow
 // each block of the primal, whose softmax they share:
 //   dS = scale (dQ K^T + Q dK^T),  dY = P (dS - rowsum(P dS)) V + P dV.
+#pragma once
+
+#include <cstdint>
+
+#include "simd.h"
+#include "threads.h"
+
+namespace fwdllm::FWDLLM_ISA {
+namespace {
 
 // Queries at a time: with 2 vectors of keys or values their sums fill half of 32 registers, or of
 // AVX2's 16.
@@ -194,3 +203,6 @@ void attention(const float* q, const float* k, const float* v, const int32_t* st
         attend(a, starts[s], starts[s + 1] - starts[s], task % n_kv_heads);
     });
 }
+
+}  // namespace
+}  // namespace fwdllm::FWDLLM_ISA

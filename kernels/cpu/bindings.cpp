@@ -1,17 +1,19 @@
 // Python bindings: they trust nothing about shapes, release the GIL and call the chosen table.
+// What several arguments say together is a class, whose arrays live as long as it does.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <stdexcept>
+#include <optional>
 #include <string>
 
 #include "dispatch.h"
 #include "threads.h"
 
 namespace nb = nanobind;
+using namespace nb::literals;
 using namespace fwdllm;
 
 namespace {
@@ -72,13 +74,71 @@ BlockSize block_size(int type) {
     throw nb::value_error("unsupported tensor type");
 }
 
-Weight weight_of(const Bytes& data, int type, int64_t n_in) {
-    const BlockSize block = block_size(type);
-    require(n_in > 0 && n_in % block.elements == 0, "a row is not whole blocks");
-    const size_t row_bytes = (size_t)(n_in / block.elements) * block.bytes;
-    require(data.shape(1) == row_bytes, "the bytes of a row do not fit its type and length");
-    return {data.data(), type, (int64_t)data.shape(0), n_in, row_bytes};
-}
+// A quantized matrix of rows of n_in elements.
+struct WeightArgument {
+    Bytes data;
+    Weight weight;
+
+    WeightArgument(Bytes bytes, int type, int64_t n_in) : data(bytes) {
+        const BlockSize block = block_size(type);
+        require(n_in > 0 && n_in % block.elements == 0, "a row is not whole blocks");
+        const size_t row_bytes = (size_t)(n_in / block.elements) * block.bytes;
+        require(data.shape(1) == row_bytes, "the bytes of a row do not fit its type and length");
+        weight = {data.data(), type, (int64_t)data.shape(0), n_in, row_bytes};
+    }
+};
+
+// A factor of an adapter and how its direction is made: mask [size] or basis [n_basis, width].
+struct FactorArgument {
+    Matrix values;
+    uint64_t offset;
+    std::optional<Vector> mask;
+    std::optional<Matrix> basis;
+
+    FactorDirection direction(int64_t width) const {
+        require(!mask || mask->shape(0) == values.size(), "a mask does not fit its factor");
+        require(!basis || (int64_t)basis->shape(1) == width, "a basis does not fit its factor");
+        return {offset, mask ? mask->data() : nullptr, basis.has_value(),
+                basis ? basis->data() : nullptr, basis ? (int64_t)basis->shape(0) : 0};
+    }
+};
+
+struct LoraArgument {
+    FactorArgument a, b;
+    float scale;
+
+    LoRA of(int64_t n_in, int64_t n_out) const {
+        const Matrix &of_a = a.values, &of_b = b.values;
+        const int64_t rank = (int64_t)of_a.shape(0);
+        require(rank > 0 && (int64_t)of_a.shape(1) == n_in, "A is [rank, n_in]");
+        require((int64_t)of_b.shape(0) == n_out && (int64_t)of_b.shape(1) == rank,
+                "B is [n_out, rank]");
+        return {of_a.data(), of_b.data(), scale, rank, a.direction(n_in), b.direction(n_out)};
+    }
+};
+
+// seeds [n_lanes, n_parts], coefficients [n_lanes], starts [n_parts + 1] in the rows of a lane.
+struct LanesArgument {
+    In<uint64_t, 2> seeds;
+    Vector coefficients;
+    In<int32_t, 1> starts;
+    std::string distribution;
+    bool tangents;
+
+    Lanes of(size_t rows) const {
+        const int64_t n = (int64_t)seeds.shape(0), n_parts = (int64_t)seeds.shape(1);
+        const int32_t* at = starts.data();
+        require(n > 0 && (int64_t)coefficients.shape(0) == n, "one coefficient per lane");
+        require(rows % n == 0, "the rows are not whole lanes");
+        require((int64_t)starts.shape(0) == n_parts + 1 && at[0] == 0 &&
+                    at[n_parts] == (int64_t)rows / n,
+                "parts are not the rows of a lane");
+        for (int64_t p = 0; p < n_parts; ++p) require(at[p] <= at[p + 1], "parts do not ascend");
+        require(!tangents || coefficients.data()[0] == 0, "lane 0 is not plain");
+        const int code = distribution_code(distribution);
+        return {seeds.data(), coefficients.data(), n, code, tangents, at, n_parts};
+    }
+};
 
 void philox(uint64_t seed, uint64_t start, Out<uint32_t, 2> out) {
     require(out.shape(1) == 4, "out is [count, 4]");
@@ -111,9 +171,9 @@ void seeded_dot(Vector g, In<uint64_t, 1> seeds, uint64_t offset, const std::str
                          offset, code, out.data());
 }
 
-void gather(Bytes data, int type, int64_t n_in, In<int32_t, 1> ids, Out<float, 2> out) {
-    const Weight w = weight_of(data, type, n_in);
-    require(out.shape(0) == ids.shape(0) && (int64_t)out.shape(1) == n_in, "out is [rows, n_in]");
+void gather(const WeightArgument& weight, In<int32_t, 1> ids, Out<float, 2> out) {
+    const Weight& w = weight.weight;
+    require(out.shape(0) == ids.shape(0) && (int64_t)out.shape(1) == w.n_in, "out is [rows, n_in]");
     for (size_t i = 0; i < ids.shape(0); ++i)
         require(ids.data()[i] >= 0 && ids.data()[i] < w.n_out, "an id is outside the table");
     nb::gil_scoped_release release_gil;
@@ -130,96 +190,35 @@ const int32_t* references_of(const In<int32_t, 1>& references, size_t rows) {
     return r;
 }
 
-// mask: None or [size], basis: None or [n_basis, width].
-FactorDirection direction_of(uint64_t offset, const nb::object& mask, const nb::object& basis,
-                             int64_t width) {
-    FactorDirection d{offset, nullptr, false, nullptr, 0};
-    if (!mask.is_none()) d.mask = nb::cast<Vector>(mask, false).data();
-    if (!basis.is_none()) {
-        const Matrix vectors = nb::cast<Matrix>(basis, false);
-        require((int64_t)vectors.shape(1) == width, "a basis does not fit its factor");
-        d.in_subspace = true;
-        d.basis = vectors.data();
-        d.n_basis = (int64_t)vectors.shape(0);
-    }
-    return d;
-}
-
 // tangents: rows are 1 + tangents equal slices.
 void require_tangents(size_t rows, int64_t tangents) {
     require(tangents >= 0 && rows % (1 + tangents) == 0, "the rows are not a primal and tangents");
 }
 
-Lanes lanes_of(size_t rows, const In<uint64_t, 2>& seeds, const Vector& coefficients,
-               const In<int32_t, 1>& starts, const std::string& distribution, bool tangents) {
-    require(seeds.shape(0) > 0 && seeds.shape(0) == coefficients.shape(0),
-            "one coefficient per lane");
-    require(rows % seeds.shape(0) == 0, "the rows are not whole lanes");
-    const Lanes lanes{
-        seeds.data(), coefficients.data(), (int64_t)seeds.shape(0), distribution_code(distribution),
-        tangents,     starts.data(),       (int64_t)seeds.shape(1)};
-    require(starts.shape(0) == seeds.shape(1) + 1 && starts.data()[0] == 0 &&
-                starts.data()[lanes.n_parts] == (int64_t)rows / lanes.n,
-            "parts are not the rows of a lane");
-    for (int64_t p = 0; p < lanes.n_parts; ++p)
-        require(starts.data()[p] <= starts.data()[p + 1], "parts do not ascend");
-    require(!tangents || coefficients.data()[0] == 0, "lane 0 is not plain");
-    return lanes;
-}
-
-// (A, B, scale, offset, offset of B, mask of A, mask of B, basis of A, basis of B).
-using LoraArguments = std::tuple<Matrix, Matrix, float, uint64_t, uint64_t, nb::object, nb::object,
-                                 nb::object, nb::object>;
-
-LoRA lora_of(const LoraArguments& arguments, int64_t n_in, int64_t n_out) {
-    const auto& [factor_a, factor_b, scale, offset_a, offset_b, mask_a, mask_b, basis_a, basis_b] =
-        arguments;
-    const int64_t rank = (int64_t)factor_a.shape(0);
-    require(rank > 0 && (int64_t)factor_a.shape(1) == n_in, "A is [rank, n_in]");
-    require((int64_t)factor_b.shape(0) == n_out && (int64_t)factor_b.shape(1) == rank,
-            "B is [n_out, rank]");
-    for (const auto& [mask, size] :
-         {std::pair(mask_a, factor_a.size()), std::pair(mask_b, factor_b.size())})
-        require(mask.is_none() || nb::cast<Vector>(mask).shape(0) == size,
-                "a mask does not fit its factor");
-    return {factor_a.data(),
-            factor_b.data(),
-            scale,
-            rank,
-            direction_of(offset_a, mask_a, basis_a, n_in),
-            direction_of(offset_b, mask_b, basis_b, n_out)};
-}
-
-// lora: None or LoraArguments.
-void matmul(Matrix x, Bytes data, int type, In<int32_t, 1> references, nb::object bias,
-            nb::object lora, In<uint64_t, 2> seeds, Vector coefficients, In<int32_t, 1> starts,
-            const std::string& distribution, bool tangents, bool exact, Out<float, 2> y) {
-    const Weight w = weight_of(data, type, (int64_t)x.shape(1));
+void matmul(Matrix x, const WeightArgument& weight, std::optional<Vector> bias,
+            const LoraArgument* lora, const LanesArgument& lanes, In<int32_t, 1> references,
+            bool exact, Out<float, 2> y) {
+    const Weight& w = weight.weight;
+    require((int64_t)x.shape(1) == w.n_in, "x is [rows, n_in]");
     const int32_t* r = references_of(references, x.shape(0));
     require(y.shape(0) == x.shape(0) && (int64_t)y.shape(1) == w.n_out, "y is [rows, n_out]");
-    const Lanes lanes = lanes_of(x.shape(0), seeds, coefficients, starts, distribution, tangents);
-    const float* b = nullptr;
-    if (!bias.is_none()) {
-        const Vector v = nb::cast<Vector>(bias);
-        require((int64_t)v.shape(0) == w.n_out, "bias is [n_out]");
-        b = v.data();
-    }
+    require(!bias || (int64_t)bias->shape(0) == w.n_out, "bias is [n_out]");
+    const float* b = bias ? bias->data() : nullptr;
+    const Lanes variants = lanes.of(x.shape(0));
     LoRA term{};
-    if (!lora.is_none()) term = lora_of(nb::cast<LoraArguments>(lora), w.n_in, w.n_out);
+    if (lora) term = lora->of(w.n_in, w.n_out);
     nb::gil_scoped_release release_gil;
-    kernels().matmul(x.data(), (int64_t)x.shape(0), r, w, b, lora.is_none() ? nullptr : &term,
-                     lanes, exact, y.data());
+    kernels().matmul(x.data(), (int64_t)x.shape(0), r, w, b, lora ? &term : nullptr, variants,
+                     exact, y.data());
 }
 
-void add_lora(Matrix x, const LoraArguments& lora, In<uint64_t, 2> seeds, Vector coefficients,
-              In<int32_t, 1> starts, const std::string& distribution, bool tangents,
-              Out<float, 2> y) {
+void add_lora(Matrix x, const LoraArgument& lora, const LanesArgument& lanes, Out<float, 2> y) {
     require(y.shape(0) == x.shape(0), "y is [rows, n_out]");
     const int64_t n_in = (int64_t)x.shape(1), n_out = (int64_t)y.shape(1);
-    const LoRA term = lora_of(lora, n_in, n_out);
-    const Lanes lanes = lanes_of(x.shape(0), seeds, coefficients, starts, distribution, tangents);
+    const LoRA term = lora.of(n_in, n_out);
+    const Lanes variants = lanes.of(x.shape(0));
     nb::gil_scoped_release release_gil;
-    kernels().add_lora(x.data(), (int64_t)x.shape(0), n_in, n_out, term, lanes, y.data());
+    kernels().add_lora(x.data(), (int64_t)x.shape(0), n_in, n_out, term, variants, y.data());
 }
 
 void to_relative(Out<float, 2> x, In<int32_t, 1> references, Out<float, 1> scales) {
@@ -236,10 +235,11 @@ void from_relative(Out<float, 2> y, In<int32_t, 1> references, Vector scales) {
     kernels().from_relative(y.data(), (int64_t)y.shape(0), (int64_t)y.shape(1), r, scales.data());
 }
 
-void cross_entropy(Matrix x, Bytes data, int type, In<int32_t, 1> references, int64_t tangents,
-                   In<int32_t, 1> labels, bool exact, Out<double, 1> nll) {
+void cross_entropy(Matrix x, const WeightArgument& weight, In<int32_t, 1> labels,
+                   In<int32_t, 1> references, int64_t tangents, bool exact, Out<double, 1> nll) {
     require_tangents(x.shape(0), tangents);
-    const Weight w = weight_of(data, type, (int64_t)x.shape(1));
+    const Weight& w = weight.weight;
+    require((int64_t)x.shape(1) == w.n_in, "x is [rows, n_in]");
     const int32_t* refs = references_of(references, x.shape(0));
     require(labels.shape(0) == x.shape(0) && nll.shape(0) == x.shape(0),
             "one label and result a row");
@@ -345,24 +345,37 @@ NB_MODULE(_native, m) {
     });
     m.def("philox", &philox);
     m.def("random_values", &random_values);
-    // theta is changed in place: converting it would change a copy.
-    m.def("seeded_axpy", &seeded_axpy, nb::arg().noconvert(), nb::arg(), nb::arg(), nb::arg(),
-          nb::arg());
-    m.def("seeded_dot", &seeded_dot);
-    m.def("gather", &gather);
-    m.def("matmul", &matmul, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
-          nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-          nb::arg());
-    // y or x is changed in place: converting it would change a copy.
-    m.def("add_lora", &add_lora, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-          nb::arg(), nb::arg().noconvert());
-    m.def("to_relative", &to_relative, nb::arg().noconvert(), nb::arg(), nb::arg().noconvert());
-    m.def("from_relative", &from_relative, nb::arg().noconvert(), nb::arg(), nb::arg());
-    m.def("cross_entropy", &cross_entropy);
-    m.def("rms_norm", &rms_norm);
-    m.def("layer_norm", &layer_norm);
-    m.def("rope", &rope);
-    m.def("swiglu", &swiglu);
-    m.def("gelu", &gelu);
-    m.def("attention", &attention);
+
+    nb::class_<WeightArgument>(m, "Weight")
+        .def(nb::init<Bytes, int, int64_t>(), "data"_a, "type"_a, "n_in"_a);
+    // A factor's mask and basis are refused where they would have to be converted each time.
+    nb::class_<FactorArgument>(m, "Factor")
+        .def(nb::init<Matrix, uint64_t, std::optional<Vector>, std::optional<Matrix>>(), "values"_a,
+             "offset"_a, "mask"_a.noconvert().none(), "basis"_a.noconvert().none());
+    nb::class_<LoraArgument>(m, "LoRA").def(nb::init<FactorArgument, FactorArgument, float>(),
+                                            "a"_a, "b"_a, "scale"_a);
+    nb::class_<LanesArgument>(m, "Lanes")
+        .def(nb::init<In<uint64_t, 2>, Vector, In<int32_t, 1>, std::string, bool>(), "seeds"_a,
+             "coefficients"_a, "starts"_a, "distribution"_a, "tangents"_a);
+
+    // What is changed in place is not converted: that would change a copy.
+    m.def("seeded_axpy", &seeded_axpy, "theta"_a.noconvert(), "seeds"_a, "coefficients"_a,
+          "offset"_a, "distribution"_a);
+    m.def("seeded_dot", &seeded_dot, "g"_a, "seeds"_a, "offset"_a, "distribution"_a, "out"_a);
+    m.def("gather", &gather, "weight"_a, "ids"_a, "out"_a);
+    m.def("matmul", &matmul, "x"_a, "weight"_a, "bias"_a.none(), "lora"_a.none(), "lanes"_a,
+          "references"_a, "exact"_a, "y"_a);
+    m.def("add_lora", &add_lora, "x"_a, "lora"_a, "lanes"_a, "y"_a.noconvert());
+    m.def("to_relative", &to_relative, "x"_a.noconvert(), "references"_a, "scales"_a.noconvert());
+    m.def("from_relative", &from_relative, "y"_a.noconvert(), "references"_a, "scales"_a);
+    m.def("cross_entropy", &cross_entropy, "x"_a, "weight"_a, "labels"_a, "references"_a,
+          "tangents"_a, "exact"_a, "nll"_a);
+    m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "tangents"_a, "y"_a);
+    m.def("layer_norm", &layer_norm, "x"_a, "weight"_a, "bias"_a, "eps"_a, "tangents"_a, "y"_a);
+    m.def("rope", &rope, "x"_a, "positions"_a, "cos"_a, "sin"_a, "head_dim"_a, "interleaved"_a,
+          "y"_a);
+    m.def("swiglu", &swiglu, "gate"_a, "up"_a, "tangents"_a, "y"_a);
+    m.def("gelu", &gelu, "x"_a, "tangents"_a, "y"_a);
+    m.def("attention", &attention, "q"_a, "k"_a, "v"_a, "starts"_a, "head_dim"_a, "scale"_a,
+          "causal"_a, "tangents"_a, "y"_a);
 }

@@ -1,5 +1,14 @@
 // GGUF weight blocks (ggml-common.h, block_q4_0 and on) as groups of 32 codes: within a group
 // w[i] = scale[i / (32 / scales)] * (code[i] - offset) + min, codes unsigned.
+#pragma once
+
+#include <cstdint>
+
+#include "dispatch.h"
+#include "simd.h"
+
+namespace fwdllm::FWDLLM_ISA {
+namespace {
 
 struct Group {
     uint8_t code[32];
@@ -215,3 +224,6 @@ void gather(const Weight& w, const int32_t* ids, int64_t rows, float* out) {
         decode_row(w.type, w.data + ids[i] * w.row_bytes, 0, w.n_in, out + i * w.n_in);
     });
 }
+
+}  // namespace
+}  // namespace fwdllm::FWDLLM_ISA

@@ -3,10 +3,20 @@
 // once, piece by piece along K, into panels of kDenseOutputs that serve every tile. A row's
 // result depends on that row and the weights only, and its reduction order is fixed: that is
 // batch invariance.
+#pragma once
 
-// kRows x kDenseVectors accumulators fill the registers but for the operands: 12 x 2 of 32 zmm,
-// 6 x 2 of 16 ymm, 4 x 4 of 32 NEON registers.
-constexpr int kRows = kWidth == 16 ? 12 : kWidth == 8 ? 6 : 4;
+#include <cstdint>
+
+#include "decode.h"
+#include "dispatch.h"
+#include "pack.h"
+#include "simd.h"
+#include "threads.h"
+
+namespace fwdllm::FWDLLM_ISA {
+namespace {
+
+// A tile's kRows x kDenseVectors sums fill the registers but for the operands, see kRows.
 constexpr int kDenseVectors = kWidth == 4 ? 4 : 2;
 constexpr int kDenseOutputs = kDenseVectors * kWidth;
 // K per decoded panel: with 16 or 32 outputs 32 or 64 KiB, which leaves half of a small L2 to the
@@ -175,3 +185,6 @@ struct DenseProduct {
                  kDenseOutputs);
     }
 };
+
+}  // namespace
+}  // namespace fwdllm::FWDLLM_ISA

@@ -1,6 +1,20 @@
 // The product of packed int8 activations with a quantized W; see int8_pack.h and int8_dot.h. The
 // first ``refined`` rows count twice: what rounding takes from them is multiplied as well, to about
 // 15 bits.
+#pragma once
+
+#include <cstdint>
+
+#include "decode.h"
+#include "dispatch.h"
+#include "int8_dot.h"
+#include "int8_pack.h"
+#include "pack.h"
+#include "simd.h"
+#include "threads.h"
+
+namespace fwdllm::FWDLLM_ISA {
+namespace {
 
 template <typename Codec>
 struct Int8Product {  // run() is that of DenseProduct
@@ -73,3 +87,6 @@ struct Int8Product {  // run() is that of DenseProduct
         }
     }
 };
+
+}  // namespace
+}  // namespace fwdllm::FWDLLM_ISA

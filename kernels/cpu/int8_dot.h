@@ -1,6 +1,16 @@
 // The micro-kernel of the int8 route: dot products of bytes per group of 32, scaled and summed in
 // fp32, group after group. The instruction sets differ in the shape of a vector of sums and in the
 // functions before multiply_int8.
+#pragma once
+
+#include <cstdint>
+
+#include "int8_pack.h"
+#include "pack.h"
+#include "simd.h"
+
+namespace fwdllm::FWDLLM_ISA {
+namespace {
 
 // A vector of sums covers kSumRows rows by kSumOutputs outputs, row after row. kPassOutputs x kRows
 // sums are alive at a time: mostly one vector of outputs, which leaves as many registers to the
@@ -163,3 +173,6 @@ inline void multiply_int8(const TileGroup<Codec>* tile, const PanelGroup<Codec>*
                 store_sums(c + r * kSumRows * kInt8Outputs + out + v * kSumOutputs, acc[v][r]);
     }
 }
+
+}  // namespace
+}  // namespace fwdllm::FWDLLM_ISA

@@ -2,6 +2,17 @@
 // unsigned codes of their blocks. Weight panels of 16 outputs are decoded once and used for every
 // tile of activations. A row's result depends on that row and the weights only, and its reduction
 // order is fixed: that is batch invariance.
+#pragma once
+
+#include <cstdint>
+
+#include "decode.h"
+#include "dispatch.h"
+#include "pack.h"
+#include "simd.h"
+
+namespace fwdllm::FWDLLM_ISA {
+namespace {
 
 constexpr int kInt8Outputs = 16;  // 4 bytes of each fill one zmm, or four NEON registers
 
@@ -174,3 +185,6 @@ inline void pack_panel_int8(const Weight& w, int64_t out0, int64_t n, PanelGroup
         }
     }
 }
+
+}  // namespace
+}  // namespace fwdllm::FWDLLM_ISA

@@ -1,53 +1,24 @@
 // All kernels for one instruction set. CMake compiles this file once per set, with its flags and
-// FWDLLM_ISA naming it; everything lives in that namespace and is reached through one table.
-#include <time.h>
-
-#include <cstdint>
-
+// FWDLLM_ISA naming it: the headers put everything into that namespace, unnamed within it, and it
+// is reached through one table.
+//
+// The headers use no templates of the standard library: the linker could keep the AVX-512 copy of
+// a shared inline function for every instruction set.
+#include "attention.h"
+#include "cross_entropy.h"
+#include "decode.h"
 #include "dispatch.h"
-#include "threads.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
+#include "layers.h"
+#include "lora.h"
+#include "matmul.h"
+#include "peak.h"
+#include "random.h"
+#include "relative.h"
 
 #define FWDLLM_TEXT_(x) #x
 #define FWDLLM_TEXT(x) FWDLLM_TEXT_(x)
 
 namespace fwdllm::FWDLLM_ISA {
-namespace {
-
-#include "simd.h"
-//
-#include "random.h"
-//
-#include "decode.h"
-//
-#include "pack.h"
-//
-#include "dense.h"
-//
-#include "int8_pack.h"
-//
-#include "int8_dot.h"
-//
-#include "int8.h"
-//
-#include "lora.h"
-//
-#include "matmul.h"
-//
-#include "layers.h"
-//
-#include "relative.h"
-//
-#include "attention.h"
-//
-#include "peak.h"
-
-}  // namespace
 
 extern const Kernels table;
 const Kernels table = {FWDLLM_TEXT(FWDLLM_ISA),

@@ -1,5 +1,13 @@
 // Row-wise operations: norms, rotary embedding, activations; and the directional derivatives of
 // those that are not linear, each with what it needs of the primal computed once.
+#pragma once
+
+#include <cstdint>
+
+#include "simd.h"
+
+namespace fwdllm::FWDLLM_ISA {
+namespace {
 
 constexpr int64_t kRowsPerTask = 16;         // of a norm or rotary embedding
 constexpr int64_t kElementsPerTask = 16384;  // of an activation: 3 arrays of 64 KiB
@@ -138,3 +146,6 @@ void gelu(const float* x, int64_t n, int64_t tangents, float* y) {
             store_first(y + t, slope * load_first(x + t, m), m);
     });
 }
+
+}  // namespace
+}  // namespace fwdllm::FWDLLM_ISA

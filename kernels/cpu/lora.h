@@ -4,6 +4,18 @@
 // Directions exist only as tiles in the L1 cache: each is generated once per seed, turned into the
 // factor of each lane that shares the seed (+epsilon and -epsilon), used for all rows of those
 // lanes and overwritten.
+#pragma once
+
+#include <cstdint>
+
+#include "dispatch.h"
+#include "pack.h"
+#include "random.h"
+#include "simd.h"
+#include "threads.h"
+
+namespace fwdllm::FWDLLM_ISA {
+namespace {
 
 constexpr int kRankBlock = 4;  // ranks accumulated together: 4 rows x 4 ranks fill 16 registers
 constexpr int64_t kLoraDepth = 256;   // columns of A per tile: 4 ranks x 256 = 4 KiB
@@ -277,3 +289,6 @@ void add_lora(const float* x, int64_t rows, int64_t n_in, int64_t n_out, const L
         term.add(out0, min_of(kLoraOutputs, n_out - out0), y);
     });
 }
+
+}  // namespace
+}  // namespace fwdllm::FWDLLM_ISA

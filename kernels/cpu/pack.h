@@ -1,4 +1,17 @@
 // What the routes of the matmul share in laying out their operands.
+#pragma once
+
+#include <cstdint>
+
+#include "simd.h"
+#include "threads.h"
+
+namespace fwdllm::FWDLLM_ISA {
+namespace {
+
+// Rows of a tile of activations. With two vectors of outputs, on NEON four, their sums fill the
+// registers but for the operands: 12 x 2 of 32 zmm, 6 x 2 of 16 ymm, 4 x 4 of 32 NEON registers.
+constexpr int kRows = kWidth == 16 ? 12 : kWidth == 8 ? 6 : 4;
 
 struct Buffer {  // freed at the end of the call
     void* data;
@@ -69,3 +82,6 @@ inline void transpose_16x8(const uint32_t* in, int64_t stride, uint32_t* out, in
         for (int j = 0; j < 16; ++j) out[l * out_stride + j] = in[j * stride + l];
 #endif
 }
+
+}  // namespace
+}  // namespace fwdllm::FWDLLM_ISA

@@ -1,5 +1,20 @@
 // This machine's own peak rates, for benchmarks to compare with: the multiply-adds the matmul is
 // made of, issued from registers on all threads, and a stream read from memory.
+#pragma once
+
+#include <time.h>
+
+#include <cstdint>
+
+#include "dense.h"
+#include "dispatch.h"
+#include "int8_dot.h"
+#include "pack.h"
+#include "simd.h"
+#include "threads.h"
+
+namespace fwdllm::FWDLLM_ISA {
+namespace {
 
 inline double seconds_now() {
     timespec t;
@@ -92,3 +107,6 @@ double peak(Peak kind) {
 #endif
     return 0;
 }
+
+}  // namespace
+}  // namespace fwdllm::FWDLLM_ISA

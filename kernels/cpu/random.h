@@ -1,5 +1,14 @@
-// The random stream of DESIGN section 3: element i of v(seed) is component i % 4 of Triton's
+// The random stream of a seed: element i of v(seed) is component i % 4 of Triton's
 // tl.randn4x(seed, i / 4), i.e. Philox-4x32-10 (Salmon et al., SC'11) and Box-Muller.
+#pragma once
+
+#include <cstdint>
+
+#include "dispatch.h"
+#include "simd.h"
+
+namespace fwdllm::FWDLLM_ISA {
+namespace {
 
 struct Philox4 {
     VU word[4];
@@ -169,3 +178,6 @@ void seeded_dot(const float* g, int64_t n, const uint64_t* seeds, int64_t k, uin
         out[s] = total;
     });
 }
+
+}  // namespace
+}  // namespace fwdllm::FWDLLM_ISA

@@ -1,5 +1,13 @@
 // Rows as scaled differences to other rows, for products that are computed elsewhere: what the rows
 // have in common is then rounded once, as in int8.h.
+#pragma once
+
+#include <cstdint>
+
+#include "layers.h"
+
+namespace fwdllm::FWDLLM_ISA {
+namespace {
 
 // The power of two that makes the largest of a row, if that is a number above 0, 1 to 2.
 inline float normalizing(float largest) {
@@ -35,3 +43,6 @@ void from_relative(float* y, int64_t rows, int64_t d, const int32_t* references,
         for (int64_t j = 0; j < d; ++j) to[j] = to[j] * back + base[j];
     });
 }
+
+}  // namespace
+}  // namespace fwdllm::FWDLLM_ISA

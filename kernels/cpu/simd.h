@@ -1,8 +1,19 @@
 // The vector type of one instruction set, by the compiler's vector extensions, and the few
-// operations those lack. Included only by isa.cpp, inside namespace FWDLLM_ISA.
-//
-// No standard library templates are used in the per-ISA headers: the linker could keep the
-// AVX-512 copy of a shared inline function for every instruction set.
+// operations those lack.
+#pragma once
+
+#include <cstdint>
+
+#include "threads.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace fwdllm::FWDLLM_ISA {
+namespace {
 
 #if defined(__AVX512F__)
 constexpr int kWidth = 16;
@@ -195,3 +206,6 @@ template <typename F>
 inline void parallel_for(int64_t n, const F& body) {
     run_tasks(n, [](void* f, int64_t i) { (*static_cast<const F*>(f))(i); }, (void*)&body);
 }
+
+}  // namespace
+}  // namespace fwdllm::FWDLLM_ISA

@@ -1,6 +1,15 @@
-"""The kernels in NumPy: the specification of every backend. Short and slow."""
+"""The kernels in NumPy: the specification of all others. Short and slow."""
 
-from fwdllm.kernels.reference.arrays import array, contiguous, host, repeated, spread, take, weight
+from fwdllm.kernels.reference.arrays import (
+    array,
+    contiguous,
+    free_bytes,
+    host,
+    repeated,
+    spread,
+    take,
+    weight,
+)
 from fwdllm.kernels.reference.decode import dequantize, embedding
 from fwdllm.kernels.reference.layers import attention, gelu, layer_norm, rms_norm, rope, swiglu
 from fwdllm.kernels.reference.linear import add_lora, matmul
@@ -16,6 +25,7 @@ __all__ = [
     "cross_entropy",
     "dequantize",
     "embedding",
+    "free_bytes",
     "from_relative",
     "gelu",
     "host",

@@ -1,7 +1,7 @@
 """GGUF block formats to float32, as ggml's ``dequantize_row_*`` (ggml-quants.c).
 
 Scale times quant is exact in float32 for every type here (11 + 8 + 5 significant bits at
-most), so an element is rounded once, where a minimum is added, and all backends must agree
+most), so an element is rounded once, where a minimum is added, and all kernels must agree
 with these functions bit for bit.
 """
 
@@ -11,16 +11,17 @@ from collections.abc import Callable
 
 import numpy as np
 
+from fwdllm.kernels.api import Matrix
 from fwdllm.kernels.reference.checks import require_indices
-from fwdllm.kernels.types import BLOCKS, QuantType, Weight
+from fwdllm.kernels.types import BLOCKS, QuantType
 
 
-def dequantize(weight: Weight) -> np.ndarray:
+def dequantize(weight: Matrix) -> np.ndarray:
     """The whole matrix, float32 [n_out, n_in]."""
     return _decode_rows(weight.data, weight)
 
 
-def embedding(weight: Weight, ids: np.ndarray) -> np.ndarray:
+def embedding(weight: Matrix, ids: np.ndarray) -> np.ndarray:
     """Rows ids of the matrix: int32 [rows] -> float32 [rows, n_in]; only they are decoded.
 
     IndexError if an id is outside 0 .. n_out - 1.
@@ -29,7 +30,7 @@ def embedding(weight: Weight, ids: np.ndarray) -> np.ndarray:
     return _decode_rows(weight.data[ids], weight)
 
 
-def _decode_rows(rows: np.ndarray, weight: Weight) -> np.ndarray:
+def _decode_rows(rows: np.ndarray, weight: Matrix) -> np.ndarray:
     _, block_bytes = BLOCKS[weight.type]
     values = _DECODERS[weight.type](rows.reshape(-1, block_bytes))
     return values.astype(np.float32).reshape(len(rows), weight.n_in)

@@ -1,4 +1,4 @@
-"""The quantized matrix product with a seeded LoRA term for each lane (DESIGN section 4)."""
+"""The quantized matrix product with a seeded LoRA term for each lane."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from itertools import pairwise
 
 import numpy as np
 
+from fwdllm.kernels.api import Matrix
 from fwdllm.kernels.reference.decode import dequantize
 from fwdllm.kernels.reference.random import direction
-from fwdllm.kernels.types import Lanes, LoRA, Weight
+from fwdllm.kernels.types import Lanes, LoRA
 
 
 def matmul(
     x: np.ndarray,
-    weight: Weight,
+    weight: Matrix,
     *,
     bias: np.ndarray | None = None,
     lora: LoRA | None = None,
@@ -28,7 +29,7 @@ def matmul(
 
     x: float32 [rows, n_in]; rows of lane l are the l-th of len(lanes) equal slices.
     bias: float32 [n_out].  lanes: None is one plain lane; without lora, lanes change nothing.
-    exact: accepted for the common signature; this backend always is, summing in float64 and
+    exact: accepted for the common signature; these kernels always are, summing in float64 and
     rounding once. ValueError if the rows are not equal slices.
     """
     lanes = Lanes.plain() if lanes is None else lanes

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
+from fwdllm.kernels.api import Matrix
 from fwdllm.kernels.reference.checks import require_indices
 from fwdllm.kernels.reference.decode import dequantize
 from fwdllm.kernels.reference.linear import row_products
 from fwdllm.kernels.reference.tangents import split
-from fwdllm.kernels.types import Lanes, Weight
+from fwdllm.kernels.types import Lanes
 
 
 def cross_entropy(
     x: np.ndarray,
-    weight: Weight,
+    weight: Matrix,
     labels: np.ndarray,
     *,
     lanes: Lanes | None = None,
@@ -23,8 +24,8 @@ def cross_entropy(
 
     x: float32 [rows, n_in].  weight: [n_vocabulary, n_in].  labels: int32 [rows].
     lanes: with tangents, rows of lane 0 have losses and those of the others the derivatives of
-    them; else they change nothing.  exact: accepted for the common signature; this backend always
-    computes exactly. IndexError if a label is outside the vocabulary.
+    them; else they change nothing.  exact: accepted for the common signature; these kernels
+    always compute exactly. IndexError if a label is outside the vocabulary.
     """
     require_indices(labels, weight.n_out, "labels")
     n_tangents = lanes.n_tangents if lanes else 0

@@ -1,4 +1,4 @@
-"""The one random stream of every device: Philox-4x32-10 and Box-Muller (DESIGN section 3).
+"""The one random stream of every device: Philox-4x32-10 and Box-Muller.
 
 Element i of direction v(seed) is component i % 4 of Triton's ``tl.randn4x(seed, i // 4)``.
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC'11), and

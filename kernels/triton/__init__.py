@@ -1,4 +1,4 @@
-"""GPU backend: the operations of ``kernels.reference`` in Triton, one to a file.
+"""Kernels for GPUs: the operations of ``kernels.api`` in Triton, one to a file.
 
 Results are PyTorch tensors on the GPU (``host`` brings them back) and of the type of the input,
 float32 or bfloat16; inputs may be NumPy arrays, too. With ``exact=True`` products are of float32;

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fwdllm.kernels.api import Array
 from fwdllm.kernels.triton.runtime import cast, cdiv, check_rows, dot, pow2, require, small, tensor
 
 
@@ -96,9 +97,9 @@ def _attention(
 
 
 def attention(
-    q: np.ndarray | torch.Tensor,
-    k: np.ndarray | torch.Tensor,
-    v: np.ndarray | torch.Tensor,
+    q: Array,
+    k: Array,
+    v: Array,
     starts: np.ndarray,
     *,
     head_dim: int,

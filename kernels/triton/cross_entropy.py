@@ -7,11 +7,11 @@ import torch
 import triton
 import triton.language as tl
 
+from fwdllm.kernels.api import Array, Matrix
 from fwdllm.kernels.triton.lora import lane_table, round_to_references
 from fwdllm.kernels.triton.products import multiplier
 from fwdllm.kernels.triton.runtime import (
     DEVICE,
-    DeviceWeight,
     check_indices,
     check_rows,
     constant,
@@ -19,7 +19,7 @@ from fwdllm.kernels.triton.runtime import (
     tensor,
 )
 from fwdllm.kernels.triton.runtime import weight as on_device
-from fwdllm.kernels.types import Lanes, Weight
+from fwdllm.kernels.types import Lanes
 
 # Words whose logits exist at a time: a program has those of a row in registers, 32 a thread.
 _WORDS = 4096
@@ -80,9 +80,9 @@ def _update(
 
 
 def cross_entropy(
-    x: np.ndarray | torch.Tensor,
-    weight: Weight | DeviceWeight,
-    labels: np.ndarray | torch.Tensor,
+    x: Array,
+    weight: Matrix,
+    labels: Array,
     *,
     lanes: Lanes | None = None,
     exact: bool = False,

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fwdllm.kernels.api import Array, Matrix
 from fwdllm.kernels.triton.runtime import (
     DEVICE,
     DeviceWeight,
@@ -25,7 +26,7 @@ from fwdllm.kernels.triton.runtime import (
 from fwdllm.kernels.triton.runtime import (
     weight as on_device,
 )
-from fwdllm.kernels.types import QuantType, Weight
+from fwdllm.kernels.types import QuantType
 
 Q4_0 = tl.constexpr(int(QuantType.Q4_0))
 Q4_1 = tl.constexpr(int(QuantType.Q4_1))
@@ -169,12 +170,12 @@ def decoded(
     return out
 
 
-def embedding(weight: Weight | DeviceWeight, ids: np.ndarray | torch.Tensor) -> torch.Tensor:
+def embedding(weight: Matrix, ids: Array) -> torch.Tensor:
     """Rows ``ids`` (int32 [rows]) of a weight: float32 [rows, n_in]; only they are decoded."""
     check_indices(ids, weight.n_out, "token ids")
     return decoded(on_device(weight), torch.float32, constant(ids))
 
 
-def dequantize(weight: Weight | DeviceWeight) -> np.ndarray:
+def dequantize(weight: Matrix) -> np.ndarray:
     """The whole weight as float32 [n_out, n_in]."""
     return host(decoded(on_device(weight), torch.float32))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
+from fwdllm.kernels.api import Array
 from fwdllm.kernels.triton.runtime import cast, cdiv, check_rows, tensor
 
 _BLOCK = 1024
@@ -29,7 +29,7 @@ def _gelu(x, y, n, tangents, BLOCK: tl.constexpr):
         tl.store(y + i, cast(slope * dv, y.dtype.element_ty), mask=mask)
 
 
-def gelu(x: np.ndarray | torch.Tensor, tangents: int = 0) -> torch.Tensor:
+def gelu(x: Array, tangents: int = 0) -> torch.Tensor:
     """x sigmoid(2 t), t = sqrt(2 / pi) (x + 0.044715 x^3); [rows, d] of the type of x."""
     x = tensor(x)
     n = check_rows(len(x), 1 + tangents, f"a primal and {tangents} tangents") * x.shape[1]

@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from fwdllm.kernels.api import Array, Matrix
 from fwdllm.kernels.triton.lora import (
     LaneTable,
     coordinates,
@@ -18,14 +19,14 @@ from fwdllm.kernels.triton.lora import (
 from fwdllm.kernels.triton.products import product
 from fwdllm.kernels.triton.runtime import DeviceWeight, check_rows, constant, require, tensor
 from fwdllm.kernels.triton.runtime import weight as on_device
-from fwdllm.kernels.types import Lanes, LoRA, Weight
+from fwdllm.kernels.types import Lanes, LoRA
 
 
 def matmul(
-    x: np.ndarray | torch.Tensor,
-    weight: Weight | DeviceWeight,
+    x: Array,
+    weight: Matrix,
     *,
-    bias: np.ndarray | torch.Tensor | None = None,
+    bias: Array | None = None,
     lora: LoRA | None = None,
     lanes: Lanes | None = None,
     exact: bool = False,

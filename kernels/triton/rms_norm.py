@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
+from fwdllm.kernels.api import Array
 from fwdllm.kernels.triton.runtime import cast, cdiv, check_rows, constant, pow2, require, tensor
 
 # Elements that a program has in registers, 32 a thread of 4 warps; a longer row is one program.
@@ -32,8 +32,8 @@ def _rms_norm(x, weight, y, rows, d, eps, tangents, BM: tl.constexpr, D: tl.cons
 
 
 def rms_norm(
-    x: np.ndarray | torch.Tensor,
-    weight: np.ndarray | torch.Tensor,
+    x: Array,
+    weight: Array,
     eps: float,
     tangents: int = 0,
 ) -> torch.Tensor:

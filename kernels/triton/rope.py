@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fwdllm.kernels.api import Array
 from fwdllm.kernels.triton.runtime import cast, cdiv, check_indices, constant, require, tensor
 
 # Pairs that a program rotates.
@@ -50,8 +51,8 @@ def _rope(
 
 
 def rope(
-    x: np.ndarray | torch.Tensor,
-    positions: np.ndarray | torch.Tensor,
+    x: Array,
+    positions: Array,
     cos: np.ndarray,
     sin: np.ndarray,
     head_dim: int,

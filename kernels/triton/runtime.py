@@ -1,4 +1,4 @@
-"""Where this backend keeps arrays, and how they get there.
+"""Where these kernels keep arrays, and how they get there.
 
 Arrays are PyTorch tensors on the GPU. Under TRITON_INTERPRET=1 they are on the CPU, and Triton runs
 the kernels in NumPy: slow, and the same arithmetic.
@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-from fwdllm.kernels.types import DISTRIBUTIONS, QuantType, Weight
+from fwdllm.kernels.api import Array, Matrix
+from fwdllm.kernels.types import DISTRIBUTIONS, QuantType
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The same for kernels, which see no other globals.
@@ -52,7 +52,7 @@ class DeviceWeight:
 _FIELDS = {QuantType.F32: torch.float32, QuantType.BF16: torch.bfloat16}
 
 
-def weight(weight: Weight | DeviceWeight) -> DeviceWeight:
+def weight(weight: Matrix) -> DeviceWeight:
     """A weight on the device; one that is there already is returned as it is."""
     if isinstance(weight, DeviceWeight):
         return weight
@@ -80,7 +80,7 @@ def array(x: np.ndarray) -> torch.Tensor:
     return _copy(x) if found is None or found[0]() is not x else _seen(found[1])
 
 
-def tensor(x: np.ndarray | torch.Tensor) -> torch.Tensor:
+def tensor(x: Array) -> torch.Tensor:
     """x on the device, contiguous; a NumPy array is copied each time."""
     return x.contiguous() if isinstance(x, torch.Tensor) else _copy(x)
 
@@ -92,7 +92,7 @@ _recorded: list[torch.Tensor] | None = None
 _constants: dict[int, tuple[weakref.ref[np.ndarray], torch.Tensor]] = {}
 
 
-def constant(x: np.ndarray | torch.Tensor) -> torch.Tensor:
+def constant(x: Array) -> torch.Tensor:
     """As ``tensor``, of an array that never changes: copied once."""
     if isinstance(x, torch.Tensor):
         return x
@@ -126,7 +126,7 @@ def displace(x: np.ndarray) -> None:
     _constants.pop(id(x), None)
 
 
-def host(x: np.ndarray | torch.Tensor) -> np.ndarray:
+def host(x: Array) -> np.ndarray:
     """x as a NumPy array; bfloat16, which NumPy lacks, as float32."""
     if isinstance(x, np.ndarray):
         return x
@@ -216,7 +216,7 @@ def check_rows(rows: int, slices: int, what: str) -> int:
     return rows // slices
 
 
-def check_indices(indices: Any, size: int, what: str) -> None:
+def check_indices(indices: Array, size: int, what: str) -> None:
     """IndexError unless all of a NumPy array are in 0 .. size - 1; tensors are taken as checked."""
     if isinstance(indices, np.ndarray) and indices.size:
         low, high = indices.min(), indices.max()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 import triton
 import triton.language as tl
 
+from fwdllm.kernels.api import Array
 from fwdllm.kernels.triton.random import draw4, far, in_turn, is_far
 from fwdllm.kernels.triton.runtime import cdiv, check_distribution, host, tensor
 
@@ -47,7 +47,7 @@ def _axpy(
 
 
 def seeded_axpy(
-    theta: np.ndarray | torch.Tensor,
+    theta: Array,
     seeds: np.ndarray,
     coefficients: np.ndarray,
     *,

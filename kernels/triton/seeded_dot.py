@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fwdllm.kernels.api import Array
 from fwdllm.kernels.triton.random import draw4, far, in_turn, is_far
 from fwdllm.kernels.triton.runtime import DEVICE, cdiv, check_distribution, host, tensor
 
@@ -36,7 +37,7 @@ def _dot(
 
 
 def seeded_dot(
-    g: np.ndarray | torch.Tensor,
+    g: Array,
     seeds: np.ndarray,
     *,
     offset: int = 0,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
+from fwdllm.kernels.api import Array
 from fwdllm.kernels.triton.runtime import cast, cdiv, check_rows, require, tensor
 
 _BLOCK = 1024
@@ -29,9 +29,7 @@ def _swiglu(gate, up, y, n, tangents, BLOCK: tl.constexpr):
         tl.store(y + i, cast(slope * dg + silu * du, y.dtype.element_ty), mask=mask)
 
 
-def swiglu(
-    gate: np.ndarray | torch.Tensor, up: np.ndarray | torch.Tensor, tangents: int = 0
-) -> torch.Tensor:
+def swiglu(gate: Array, up: Array, tangents: int = 0) -> torch.Tensor:
     """silu(gate) * up, silu(g) = g / (1 + exp(-g)); [rows, d] of the type of gate."""
     gate, up = tensor(gate), tensor(up)
     require(gate.shape == up.shape, f"{tuple(gate.shape)} gates {tuple(up.shape)}")

@@ -9,9 +9,9 @@ from typing import Any
 
 from flwr.app import ConfigRecord, RecordDict
 
-from fwdllm.engine.adapters.adapter import LoRAConfig
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.settings import LoRAConfig
 from fwdllm.protocol.federation import FederationConfig
 from fwdllm.protocol.presets import preset
 from fwdllm.protocol.wire import WireError

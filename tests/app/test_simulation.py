@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from cli_runs import Cli, make_cli, start_cli
 
-from fwdllm.engine.adapters.adapter import LoRAConfig
 from fwdllm.engine.data.jsonl import Example
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import ConfigError, DataError
+from fwdllm.engine.settings import LoRAConfig
 from fwdllm.federation.fleet import Fleet
 from fwdllm.federation.partition import by_user, dirichlet, iid
 from fwdllm.federation.simulation import Partition, SimulationResult, simulate

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from small_adapters import WIDTH, random_adapter, shapes
 
-from fwdllm.engine.adapters.adapter import Adapter, Head, LoRAConfig, layout
+from fwdllm.engine.adapters.adapter import Adapter, Head, layout
 from fwdllm.engine.directions import Dense
 from fwdllm.engine.errors import ConfigError, NumericsError
+from fwdllm.engine.settings import LoRAConfig
 from fwdllm.kernels import reference
 
 SEED = 0x1234_5678_9ABC_DEF0

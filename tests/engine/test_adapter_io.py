@@ -10,10 +10,11 @@ from gguf import GGUFReader, GGUFWriter
 from places import SHARED
 from small_adapters import WIDTH, load, random_adapter, save
 
-from fwdllm.engine.adapters.adapter import Adapter, Head, LoRAConfig
+from fwdllm.engine.adapters.adapter import Adapter, Head
 from fwdllm.engine.adapters.io import save_gguf
 from fwdllm.engine.errors import AdapterError, ConfigError, FwdllmError, NumericsError
 from fwdllm.engine.llamacpp.generation import logits
+from fwdllm.engine.settings import LoRAConfig
 from fwdllm.kernels import reference
 
 TINYMIX = SHARED / "models" / "tinymix-6m.Q4_0.gguf"

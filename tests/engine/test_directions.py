@@ -18,8 +18,6 @@ from fwdllm.engine.data.batch import Batch
 from fwdllm.engine.directions import (
     Dense,
     Directions,
-    DirectionsConfig,
-    Scope,
     Sparse,
     foresight_mask,
     lora_fa,
@@ -28,7 +26,7 @@ from fwdllm.engine.directions import (
 )
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.estimators.plan import example_seeds
-from fwdllm.engine.settings import METHODS
+from fwdllm.engine.settings import METHODS, DirectionsConfig, Scope
 from fwdllm.kernels import cpu
 from fwdllm.kernels.types import QuantType
 

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_adapters import N_HEADS, N_KV_HEADS, WIDTH, random_adapter, shapes
 
-from fwdllm.engine.adapters.adapter import Adapter, Head, LoRAConfig
+from fwdllm.engine.adapters.adapter import Adapter, Head
 from fwdllm.engine.adapters.io import load_adapter, save_gguf, save_peft
 from fwdllm.engine.adapters.peft import CONFIG_FILE, HEAD_FILE, WEIGHTS_FILE
 from fwdllm.engine.errors import FwdllmError
+from fwdllm.engine.settings import LoRAConfig
 from fwdllm.kernels import reference
 
 FOLDER = tempfile.TemporaryDirectory()  # one for all cases: removing one takes milliseconds

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from places import SHARED
 
-from fwdllm.engine.adapters.adapter import Adapter, LoRAConfig
+from fwdllm.engine.adapters.adapter import Adapter
 from fwdllm.engine.adapters.io import save_gguf
 from fwdllm.engine.errors import AdapterError, ConfigError, DataError, FwdllmError, ModelError
 from fwdllm.engine.llamacpp.generation import Tokenizer, embed, generate, logits
 from fwdllm.engine.llamacpp.native import Llama
+from fwdllm.engine.settings import LoRAConfig
 from fwdllm.kernels import reference
 
 MODELS = SHARED / "models"

@@ -12,10 +12,11 @@ import safetensors.numpy
 from small_adapters import N_HEADS, N_KV_HEADS, WIDTH, load, random_adapter, save, shapes
 
 from fwdllm.engine.adapters import safetensors as safetensors_file
-from fwdllm.engine.adapters.adapter import Head, LoRAConfig
+from fwdllm.engine.adapters.adapter import Head
 from fwdllm.engine.adapters.io import load_adapter
 from fwdllm.engine.adapters.peft import CONFIG_FILE, HEAD_FILE, WEIGHTS_FILE, row_order
 from fwdllm.engine.errors import AdapterError
+from fwdllm.engine.settings import LoRAConfig
 from fwdllm.kernels import reference
 
 HEAD = Head(("negative", "positive"), WIDTH)

@@ -394,7 +394,7 @@ def test_numbers_that_are_none_are_refused(
         ({"targets": []}, "target"),
         ({"layers": []}, "layer"),
         ({"directions": "sideways"}, "directions"),
-        ({"momentum": 0.5}, "momentum"),
+        ({"momentum": 1.5}, "momentum"),
         ({"per_example": "yes"}, "per_example"),
         ({"checkpoint_every": -1}, "checkpoint_every"),
     ],

@@ -20,7 +20,7 @@ from fwdllm.kernels.types import SUPPORTED_TYPES, Lanes, LoRA, QuantType
 shapes = given(
     rows=st.integers(1, 40), d=st.integers(1, 130), tangents=st.integers(1, 4)
 )  # fmt: skip
-backends = pytest.mark.parametrize("ops", [reference, cpu], ids=["reference", "cpu"])
+kernels = pytest.mark.parametrize("ops", [reference, cpu], ids=["reference", "cpu"])
 
 
 def normals(rng: np.random.Generator, *shape: int, scale: float = 1.0) -> np.ndarray:
@@ -42,7 +42,7 @@ def assert_close(got: np.ndarray, want: np.ndarray) -> None:
     np.testing.assert_allclose(got, want, rtol=3e-5, atol=1e-5 * (1 + np.abs(want).max()))
 
 
-@backends
+@kernels
 @settings(max_examples=25, deadline=None)
 @shapes
 def test_norms_and_activations(ops, rows: int, d: int, tangents: int) -> None:
@@ -64,7 +64,7 @@ def test_norms_and_activations(ops, rows: int, d: int, tangents: int) -> None:
         assert_close(got, torch_jvp(f, tangents, *arguments))
 
 
-@backends
+@kernels
 @settings(max_examples=25, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
@@ -216,7 +216,7 @@ def test_a_tangent_has_the_same_bits_in_any_company(
         cpu.set_num_threads(before)
 
 
-@backends
+@kernels
 @pytest.mark.parametrize("vocab", [5, 300, 1100])
 def test_cross_entropy(ops, vocab: int) -> None:
     rng = np.random.default_rng(vocab)
@@ -234,7 +234,7 @@ def test_cross_entropy(ops, vocab: int) -> None:
     assert np.abs(fast - want).max() < 0.03 * (1 + np.abs(want).max())
 
 
-@backends
+@kernels
 def test_bad_tangents_are_refused(ops) -> None:
     x = np.zeros((5, 32), np.float32)
     for f in (lambda: ops.gelu(x, 1), lambda: ops.rms_norm(x, x[0], 1e-5, 2)):

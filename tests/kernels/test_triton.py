@@ -87,7 +87,7 @@ def test_words_at_the_edges_of_integers(seed: int, start: int) -> None:
 @pytest.mark.parametrize(
     ("seed", "start"), [(2024, 3), (LAST_SEED, 0), (5, 2**33 + 1), (2**40, 2**31 - 30_002)]
 )
-def test_normals_are_those_of_the_other_backends(seed: int, start: int) -> None:
+def test_normals_are_those_of_the_other_kernels(seed: int, start: int) -> None:
     count = (1 << 16) + 5
     got = ops.normal(seed, start, count)
     for other in (cpu, reference):
@@ -729,9 +729,9 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_does_not_fit_is_refused(case: str) -> None:
     """As the reference does: a GPU would read and write elsewhere."""
-    for backend in (reference, ops):
+    for kernels in (reference, ops):
         with pytest.raises((ValueError, IndexError)):
-            REFUSED[case](backend)
+            REFUSED[case](kernels)
 
 
 # Arrays between operations

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fwdllm.engine.adapters.adapter import Adapter, Head, LoRAConfig
+from fwdllm.engine.adapters.adapter import Adapter, Head
+from fwdllm.engine.settings import LoRAConfig
 from fwdllm.kernels import cpu, reference
 from fwdllm.protocol.aggregate import (
     Answer,

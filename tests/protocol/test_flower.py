@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("flwr")
 from flower_network import REFUSED, FlowerNetwork, write_key_pair
 
-from fwdllm.engine.adapters.adapter import LoRAConfig
+from fwdllm.engine.settings import LoRAConfig
 from fwdllm.federation.app_directory import init
 from fwdllm.federation.simulation import Partition, simulate
 from fwdllm.protocol.ledger import NAME, Ledger

@@ -125,7 +125,7 @@ def test_saved_state_continues_to_the_same_bits(config: OptimizerConfig) -> None
 
 
 def test_foreign_state_is_refused() -> None:
-    adam, sgd = OptimizerConfig(optimizer="adam"), OptimizerConfig("sgd")
+    adam, sgd = OptimizerConfig(optimizer="adam"), OptimizerConfig(optimizer="sgd")
     arrays = OptimizerState.initial(adam, N).to_arrays()
     with pytest.raises(ValueError, match="sgd has no state of mean"):
         OptimizerState.from_arrays(sgd, N, arrays)

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_adapters import shapes
 
-from fwdllm.engine.adapters.adapter import Adapter, Head, LoRAConfig
+from fwdllm.engine.adapters.adapter import Adapter, Head
 from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.settings import LoRAConfig
 from fwdllm.kernels import cpu, reference
 from fwdllm.protocol.federation import MAX_CLIENTS, MAX_PARTS, FederationConfig
 from fwdllm.protocol.plan import (

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fwdllm.engine.adapters.adapter import Adapter, Head, LoRAConfig
+from fwdllm.engine.adapters.adapter import Adapter, Head
+from fwdllm.engine.settings import LoRAConfig
 from fwdllm.kernels import cpu
 from fwdllm.protocol import wire
 from fwdllm.protocol.federation import FederationConfig

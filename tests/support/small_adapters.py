@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fwdllm.engine.adapters.adapter import Adapter, Head, LoRAConfig
+from fwdllm.engine.adapters.adapter import Adapter, Head
 from fwdllm.engine.adapters.io import load_adapter, save_gguf, save_peft
+from fwdllm.engine.settings import LoRAConfig
 from fwdllm.kernels import reference
 
 # Width 16, 2 heads of 8 over 1 key/value head, feed-forward 24.

@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fwdllm.engine.adapters.adapter import LoRAConfig
 from fwdllm.engine.data.jsonl import labels_of, read_jsonl
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.files import atomic_write
+from fwdllm.engine.settings import LoRAConfig
 from fwdllm.protocol.presets import PRESETS, preset
 
 _Path = str | os.PathLike[str]

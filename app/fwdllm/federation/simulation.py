@@ -18,12 +18,12 @@ from typing import TypeAlias
 
 import numpy as np
 
-from fwdllm.engine.adapters.adapter import LoRAConfig
 from fwdllm.engine.adapters.io import save_gguf
 from fwdllm.engine.data.jsonl import Example, check_labels, hold_out, labels_of, read_jsonl
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.evaluation import Evaluation
 from fwdllm.engine.files import atomic_write, fingerprint, sha256
+from fwdllm.engine.settings import LoRAConfig
 from fwdllm.federation.fleet import Fleet, attacked
 from fwdllm.federation.partition import by_user, dirichlet, iid
 from fwdllm.hub import local_path

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from fwdllm.engine.adapters.adapter import Adapter, LoRAConfig
+from fwdllm.engine.adapters.adapter import Adapter
 from fwdllm.engine.backends import choose
 from fwdllm.engine.data.jsonl import check_labels, parse_jsonl
 from fwdllm.engine.directions import Dense
@@ -21,7 +21,7 @@ from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.engine.memory.residency import resident_bytes
-from fwdllm.engine.settings import DEFAULT_EPSILON, Scope
+from fwdllm.engine.settings import DEFAULT_EPSILON, LoRAConfig, Scope
 from fwdllm.http import limits
 from fwdllm.http.adapter_bytes import as_file, to_bytes
 from fwdllm.http.api_error import ApiError

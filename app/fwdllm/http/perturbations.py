@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from fwdllm.engine.adapters.adapter import LoRAConfig
+from fwdllm.engine.settings import LoRAConfig
 from fwdllm.http.adapter_engine import (
     AdapterRequest,
     EvaluateRequest,

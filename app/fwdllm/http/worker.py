@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from fwdllm.cli.console import explain
-from fwdllm.engine.adapters.adapter import LoRAConfig
 from fwdllm.engine.backends import choose
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.files import atomic_write, lock
 from fwdllm.engine.gguf.file import GGUFFile
-from fwdllm.engine.settings import DirectionsConfig
+from fwdllm.engine.settings import DirectionsConfig, LoRAConfig
 from fwdllm.http.adapter_bytes import to_bytes
 from fwdllm.http.store import Job, Store
 from fwdllm.protocol.config import TrainConfig

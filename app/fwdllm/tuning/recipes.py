@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from fwdllm.engine.adapters.adapter import LoRAConfig
 from fwdllm.engine.backends import Backend, choose
 from fwdllm.engine.data.jsonl import labels_of, read_jsonl
 from fwdllm.engine.gguf.file import GGUFFile
+from fwdllm.engine.settings import LoRAConfig
 from fwdllm.hub import local_path
 from fwdllm.protocol.config import TrainConfig
 

@@ -167,7 +167,8 @@ class RunDirectory:
             saved = json.loads(self._config.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ConfigError(f"{self._config} is damaged: {error}") from error
-        changed = difference({**_UNRECORDED, **saved}, json.loads(json.dumps(config)))
+        unrecorded = {name: _UNRECORDED[name] for name in _UNRECORDED.keys() & config.keys()}
+        changed = difference({**unrecorded, **saved}, json.loads(json.dumps(config)))
         if changed is not None:
             raise ConfigError(
                 f"{changed} in the run in {self.path}; resume with the same value or start "

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from fwdllm.adapters import check_output, is_peft, write_adapter
-from fwdllm.engine.adapters.adapter import LoRAConfig
 from fwdllm.engine.backends import choose
 from fwdllm.engine.data.jsonl import Example, check_labels, hold_out, labels_of, read_jsonl, split
 from fwdllm.engine.engine import Engine
@@ -20,7 +19,7 @@ from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.evaluation import Evaluation
 from fwdllm.engine.files import fingerprint, sha256
 from fwdllm.engine.gguf.file import GGUFFile
-from fwdllm.engine.settings import DirectionsConfig
+from fwdllm.engine.settings import DirectionsConfig, LoRAConfig
 from fwdllm.hub import local_path
 from fwdllm.protocol.config import TrainConfig
 from fwdllm.protocol.local import Event, StepResult, n_trainable

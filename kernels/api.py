@@ -1,0 +1,250 @@
+"""The operations that kernels offer: the one interface between them and what calls them.
+
+``fwdllm.kernels.reference`` (NumPy, the specification), ``fwdllm.kernels.cpu`` (C++) and
+``fwdllm.kernels.triton`` (GPUs) are modules with the functions of ``Kernels``; the first two, whose
+arrays are the host's, also have those of ``HostKernels``.
+
+Activations are [rows, width], float32, on a GPU also bfloat16. Rows of lanes are equal slices, one
+lane after the other (see ``Lanes``). Operations that are not linear take ``tangents``, a number:
+rows are then 1 + tangents equal slices, a primal and directional derivatives of it, and so is the
+result. ``exact`` asks for products of float32; without it they may be of int8 or bfloat16.
+
+What does not fit in shape raises ValueError, an index that is outside ValueError or IndexError.
+Not checked: contents of what is on a GPU already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+
+from fwdllm.kernels.types import Lanes, LoRA, QuantType, Weight
+
+if TYPE_CHECKING:
+    import torch
+
+# What operations return and take: an array of the kernels' own, which is NumPy's or on a GPU
+# PyTorch's. Code that is written for all kernels does with it what both can.
+Array: TypeAlias = "np.ndarray | torch.Tensor"
+
+
+class Matrix(Protocol):
+    """A quantized matrix W [n_out, n_in] where kernels keep it: a ``Weight``, or one on a GPU.
+
+    data: uint8 [n_out, row_bytes].
+    """
+
+    @property
+    def data(self) -> Array: ...
+
+    @property
+    def type(self) -> QuantType: ...
+
+    @property
+    def n_out(self) -> int: ...
+
+    @property
+    def n_in(self) -> int: ...
+
+
+class Kernels(Protocol):
+    """What all kernels have."""
+
+    # Where arrays are.
+
+    def weight(self, weight: Weight) -> Matrix:
+        """A weight where the kernels keep it: as it is, or copied to the GPU."""
+
+    def array(self, x: np.ndarray) -> Array:
+        """An array where the kernels keep it while a pass lasts."""
+
+    def host(self, x: Array) -> np.ndarray:
+        """An array of the kernels as NumPy's: float32 for bfloat16, which NumPy lacks."""
+
+    def free_bytes(self) -> int | None:
+        """Free memory of the GPU; None where arrays are the host's."""
+
+    def repeated(
+        self,
+        key: Hashable | None,
+        size: int,
+        inputs: Sequence[np.ndarray],
+        run: Callable[[], list[Array]],
+    ) -> list[Array]:
+        """What ``run`` returns; a GPU may record the kernels it launches and launch those again.
+
+        key: equal for passes that differ in the contents of ``inputs`` alone; None is never
+        recorded.  size: elements that layers work on, for large passes gain nothing.  inputs: all
+        arrays that ``run`` reads and that change. The result is valid until the next call.
+        """
+
+    # The random stream, as NumPy arrays.
+
+    def philox(self, seed: int, start: int, count: int) -> np.ndarray:
+        """Words of Philox-4x32-10 at counters start .. start + count: uint32 [count, 4].
+
+        seed: uint64, the key.
+        """
+
+    def normal(self, seed: int, start: int, count: int) -> np.ndarray:
+        """Elements start .. start + count of v(seed), standard normals: float32 [count].
+
+        Element i is component i % 4 of Box-Muller on the words of counter i // 4.
+        """
+
+    def rademacher(self, seed: int, start: int, count: int) -> np.ndarray:
+        """Elements start .. start + count of the direction of signs: float32 [count], -1 or 1."""
+
+    def seeded_axpy(
+        self,
+        theta: np.ndarray,
+        seeds: np.ndarray,
+        coefficients: np.ndarray,
+        *,
+        offset: int = 0,
+        distribution: str = "normal",
+    ) -> None:
+        """theta += sum_k coefficients[k] v(seeds[k])[offset : offset + n], in place.
+
+        theta: float32 [n].  seeds: uint64 [k].  coefficients: float32 [k].  distribution: "normal"
+        or "rademacher".
+        """
+
+    def seeded_dot(
+        self, g: np.ndarray, seeds: np.ndarray, *, offset: int = 0, distribution: str = "normal"
+    ) -> np.ndarray:
+        """g . v(seeds[k])[offset : offset + n] for each k: float64 [k]; g float32 [n]."""
+
+    # Products with quantized matrices.
+
+    def dequantize(self, weight: Matrix) -> np.ndarray:
+        """The whole matrix: float32 [n_out, n_in]."""
+
+    def embedding(self, weight: Matrix, ids: np.ndarray) -> Array:
+        """Rows ``ids`` (int32 [rows]) of a matrix: float32 [rows, n_in]."""
+
+    def matmul(
+        self,
+        x: Array,
+        weight: Matrix,
+        *,
+        bias: Array | None = None,
+        lora: LoRA | None = None,
+        lanes: Lanes | None = None,
+        exact: bool = False,
+    ) -> Array:
+        """y_l = x_l W^T + bias + scale (x_l A_l^T) B_l^T for each lane l: [rows, n_out].
+
+        A_l = A + c_l dA(seed_l), and B_l likewise, with the directions that ``LoRA`` describes.
+        With tangents lane 0 is plain and the others have its derivative,
+        dx W^T + scale ((dx A^T + c x dA^T) B^T + c x A^T dB^T), without bias.
+        x: [rows, n_in].  bias: float32 [n_out].  lanes: None is one plain lane.
+        """
+
+    def cross_entropy(
+        self,
+        x: Array,
+        weight: Matrix,
+        labels: np.ndarray,
+        *,
+        lanes: Lanes | None = None,
+        exact: bool = False,
+    ) -> Array:
+        """-log softmax(x W^T)[label] of each row in nats: float64 [rows]; logits are not stored.
+
+        x: [rows, n_in].  weight: [vocabulary, n_in].  labels: int32 [rows]. Rows of tangents have
+        the derivatives of the losses of lane 0.
+        """
+
+    # What stands between the products.
+
+    def rms_norm(self, x: Array, weight: np.ndarray, eps: float, tangents: int = 0) -> Array:
+        """x / sqrt(mean(x^2) + eps) * weight along rows; weight float32 [width]."""
+
+    def layer_norm(
+        self, x: Array, weight: np.ndarray, bias: np.ndarray, eps: float, tangents: int = 0
+    ) -> Array:
+        """(x - mean) / sqrt(variance + eps) * weight + bias along rows; both float32 [width]."""
+
+    def rope(
+        self,
+        x: Array,
+        positions: np.ndarray,
+        cos: np.ndarray,
+        sin: np.ndarray,
+        head_dim: int,
+        interleaved: bool,
+    ) -> Array:
+        """Pair i of each head (a, b) becomes (a cos - b sin, a sin + b cos) at [position, i].
+
+        x: [rows, n_heads * head_dim].  positions: int32 [rows].  cos, sin: float32 [n_positions,
+        rotated / 2]; dimensions from ``rotated`` on stay.  interleaved: a pair is dimensions
+        (2i, 2i + 1), as in llama files, else (i, i + rotated / 2).
+        """
+
+    def attention(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        starts: np.ndarray,
+        *,
+        head_dim: int,
+        scale: float,
+        causal: bool,
+        tangents: int = 0,
+    ) -> Array:
+        """softmax(scale q k^T) v in each sequence and head: [rows, n_heads * head_dim].
+
+        q: [rows, n_heads * head_dim].  k, v: [rows, n_kv_heads * head_dim]; query head h reads
+        head h // (n_heads / n_kv_heads).  starts: int32 [n_sequences + 1], where sequences begin,
+        from 0 to rows; with tangents those of the primal and the same again of each tangent.
+        causal: a row sees itself and the rows before it.
+        """
+
+    def swiglu(self, gate: Array, up: Array, tangents: int = 0) -> Array:
+        """silu(gate) * up, element by element; silu(g) = g / (1 + exp(-g))."""
+
+    def gelu(self, x: Array, tangents: int = 0) -> Array:
+        """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), element by element."""
+
+    # Rows.
+
+    def spread(self, x: Array, lanes: Lanes, exact: bool = False) -> Array:
+        """Rows of every lane, of plain rows x: copies of them, zero in tangents.
+
+        exact: without it a GPU keeps the rows of tangents in bfloat16 from here on.
+        """
+
+    def contiguous(self, x: Array) -> Array:
+        """x in one piece, itself if it is."""
+
+    def take(self, x: Array, rows: np.ndarray) -> Array:
+        """These rows of x, by number."""
+
+
+@runtime_checkable
+class HostKernels(Kernels, Protocol):
+    """What kernels have that work in the host's memory: what surrounds a product of llama.cpp's.
+
+    A GPU's lack it: llama.cpp computes on the processor here.
+    """
+
+    def add_lora(self, y: np.ndarray, x: np.ndarray, lora: LoRA, lanes: Lanes) -> None:
+        """y += scale (x_l A_l^T) B_l^T for each lane l, in place: what ``matmul`` would add.
+
+        y: float32 [rows, n_out].  x: float32 [rows, n_in].
+        """
+
+    def to_relative(self, x: np.ndarray, references: np.ndarray) -> np.ndarray:
+        """x[r] = (x[r] - x[references[r]]) s[r] where that is another row, in place; gives s.
+
+        x: float32 [rows, width].  references: int32 [rows], earlier rows that are their own.
+        s: float32 [rows], powers of two that bring the largest of a row to 1 .. 2; 1 if that is 0
+        or no number. What rows have in common is then rounded once by the product that reads them.
+        """
+
+    def from_relative(self, y: np.ndarray, references: np.ndarray, scales: np.ndarray) -> None:
+        """The way back after a product: y[r] = y[r] / scales[r] + y[references[r]], in place."""

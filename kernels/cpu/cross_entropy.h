@@ -1,0 +1,159 @@
+// The output product fused with cross-entropy. Of the logits only those of one panel of outputs
+// exist at a time: each chunk of the vocabulary has a partial softmax of every row, and these are
+// put together at the end, for
+//   nll[r] = log sum_j exp(logit[r, j]) - logit[r, labels[r]],
+// and for a tangent, with the softmax p of its primal,
+//   sum_j p[j] dlogit[r, j] - dlogit[r, labels[r]].
+#pragma once
+
+#include <cstdint>
+
+#include "dispatch.h"
+#include "pack.h"
+#include "product.h"
+#include "simd.h"
+#include "threads.h"
+
+namespace fwdllm::FWDLLM_ISA {
+namespace {
+
+// Outputs per partial softmax. Fixed, so that neither threads nor cache sizes change a result.
+constexpr int64_t kVocabChunk = 256;
+
+struct PartialSoftmax {
+    double sum;  // of exp(logit - max); of a tangent, those times its logits
+    float max;
+};
+
+// keep: exp(logit - max) takes the place of the logits, for extend_tangent.
+inline void extend(PartialSoftmax* p, float* logits, int64_t n, bool keep) {
+    VF top = splat(p->max);
+    for (int64_t j = 0; j < n; j += kWidth) {
+        const int64_t m = min_of<int64_t>(kWidth, n - j);
+        VF v = load_first(logits + j, m);
+        for (int64_t i = m; i < kWidth; ++i) v[i] = logits[0];
+        top = select(v != v, v, select(top != top, top, vmax(top, v)));
+    }
+    float max = top[0];
+    for (int i = 1; i < kWidth; ++i) max = !(top[i] <= max) ? top[i] : max;
+    if (max > p->max || max != max) {
+        p->sum *= __builtin_exp((double)p->max - max);
+        p->max = max;
+    }
+    VF total = {};
+    for (int64_t j = 0; j < n; j += kWidth) {
+        const int64_t m = min_of<int64_t>(kWidth, n - j);
+        float e[kWidth] = {};
+        store_first(e, vexp(load_first(logits + j, m) - splat(p->max)), m);
+        total += load(e);
+        if (keep) store_first(logits + j, load(e), m);
+    }
+    p->sum += sum(total);
+}
+
+// The same of a tangent, for the logits its primal was extended by last and has kept.
+inline void extend_tangent(PartialSoftmax* p, const PartialSoftmax& primal, const float* kept,
+                           const float* tangent, int64_t n) {
+    if (p->max != primal.max) {
+        p->sum *= __builtin_exp((double)p->max - primal.max);
+        p->max = primal.max;
+    }
+    VF total = {};
+    for (int64_t j = 0; j < n; j += kWidth) {
+        const int64_t m = min_of<int64_t>(kWidth, n - j);
+        total = fmadd(load_first(kept + j, m), load_first(tangent + j, m), total);
+    }
+    p->sum += sum(total);
+}
+
+// What one chunk of the vocabulary knows of all rows: the sink of its product's tiles.
+struct ChunkOfLogits {
+    const int32_t* references;
+    const int32_t* labels;
+    int64_t primal, tangents;  // rows of the primal, and how many slices of as many follow it
+    int64_t width;
+    float* logits;            // [rows][width], of the panel at hand
+    PartialSoftmax* softmax;  // [rows], of this chunk
+    float* label_logit;       // [rows], of all chunks: the label's is in one of them
+
+    void operator()(int64_t row0, int64_t n_rows, int64_t out0, int64_t n, const float* c,
+                    int64_t stride) const {
+        for (int64_t r = row0; r < row0 + n_rows; ++r, c += stride) {
+            float* to = logits + r * width;
+            __builtin_memcpy(to, c, 4 * n);
+            if (is_difference(references, r))
+                for (int64_t j = 0; j < n; ++j) to[j] += logits[references[r] * width + j];
+            const int64_t label = labels[r] - out0;
+            if (label >= 0 && label < n) label_logit[r] = to[label];
+            if (r < primal)
+                extend(softmax + r, to, n, tangents > 0);
+            else
+                extend_tangent(softmax + r, softmax[r % primal], logits + r % primal * width, to,
+                               n);
+        }
+    }
+};
+
+// Partial softmaxes [n_chunks][rows] and the labels' logits of all rows.
+template <typename Product>
+inline void partial_softmaxes(const Product& product, int64_t rows, int64_t tangents,
+                              const int32_t* labels, PartialSoftmax* softmaxes,
+                              float* label_logit) {
+    const int64_t n_out = product.w.n_out, width = product.panel_outputs;
+    parallel_for(ceil_div(n_out, kVocabChunk), [&](int64_t chunk) {
+        Buffer logits(rows * width * 4);
+        PartialSoftmax* mine = softmaxes + chunk * rows;
+        for (int64_t r = 0; r < rows; ++r) mine[r] = {0.0, -__builtin_inff()};
+        const ChunkOfLogits sink{product.references,
+                                 labels,
+                                 rows / (1 + tangents),
+                                 tangents,
+                                 width,
+                                 (float*)logits.data,
+                                 mine,
+                                 label_logit};
+        const int64_t end = min_of((chunk + 1) * kVocabChunk, n_out);
+        for (int64_t out0 = chunk * kVocabChunk; out0 < end; out0 += width)
+            product.run(out0, min_of(width, end - out0), sink);
+    });
+}
+
+// A row's chunks put together; those of a row are ``rows`` apart.
+inline PartialSoftmax whole_softmax(const PartialSoftmax* chunks, int64_t n_chunks, int64_t rows) {
+    float max = chunks[0].max;
+    for (int64_t i = 1; i < n_chunks; ++i) {
+        const float m = chunks[i * rows].max;
+        if (!(m <= max)) max = m;
+    }
+    double total = 0;
+    for (int64_t i = 0; i < n_chunks; ++i)
+        total += chunks[i * rows].sum * __builtin_exp((double)chunks[i * rows].max - max);
+    return {total, max};
+}
+
+void cross_entropy(const float* x, int64_t rows, const int32_t* references, int64_t tangents,
+                   const Weight& w, const int32_t* labels, bool exact, double* nll) {
+    const int64_t primal = rows / (1 + tangents);
+    const int64_t n_chunks = ceil_div(w.n_out, kVocabChunk);
+    Buffer softmax_buffer(n_chunks * rows * (int64_t)sizeof(PartialSoftmax)),
+        label_buffer(rows * 4), sum_buffer(primal * 8);
+    auto* softmaxes = (PartialSoftmax*)softmax_buffer.data;
+    auto* label_logit = (float*)label_buffer.data;
+    auto* sums = (double*)sum_buffer.data;
+    with_product(x, rows, tangents > 0 ? primal : 0, references, w, exact,
+                 [&](const auto& product) {
+                     partial_softmaxes(product, rows, tangents, labels, softmaxes, label_logit);
+                 });
+    for (int64_t r = 0; r < rows; ++r) {
+        const PartialSoftmax whole = whole_softmax(softmaxes + r, n_chunks, rows);
+        if (r < primal) {
+            nll[r] = __builtin_log(whole.sum) + whole.max - label_logit[r];
+            sums[r] = whole.sum;
+        } else {
+            nll[r] = whole.sum / sums[r % primal] - label_logit[r];
+        }
+    }
+}
+
+}  // namespace
+}  // namespace fwdllm::FWDLLM_ISA
