@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
-from fwdllm.engine.data.batch import Tokens, pack
+from fwdllm.engine.data.batch import Batch, Tokens, pack
+from fwdllm.engine.directions import Directions
 from fwdllm.engine.estimators.plan import Probe
 from fwdllm.protocol.descent import descend
 from fwdllm.protocol.federation import FederationConfig
@@ -17,17 +18,44 @@ from fwdllm.protocol.report import Report
 from fwdllm.protocol.seeds import batch_indices
 from fwdllm.protocol.space import HEAD, Layers, Space
 
+if TYPE_CHECKING:
+    from fwdllm.engine.data.jsonl import Example
+
 # Lane-rows of clients that go through the model together: enough to amortize decoding the weights,
 # and some hundred MB of activations at a width of 1,000.
 _LANE_ROWS = 1 << 15
 
-Examples: TypeAlias = "Sequence[Any]"
+Examples: TypeAlias = "Sequence[Example]"
 
 # An assignment and its tokenized batch.
 _Work: TypeAlias = "tuple[Assignment, list[Tokens]]"
 
 
-def answer(engine: Any, space: Space, assignment: Assignment, examples: Examples) -> Report:
+class ClientEngine(Protocol):
+    """What a client needs of an engine; see ``fwdllm.engine.Engine``.
+
+    adapter: an ``Adapter``, which an ``Engine`` need not have.
+    """
+
+    @property
+    def adapter(self) -> Any: ...
+
+    def tokenize(self, example: Example, max_tokens: int | None) -> Tokens: ...
+
+    def group_derivatives(
+        self,
+        batch: Batch,
+        sizes: Sequence[int],
+        seeds: np.ndarray,
+        method: str = ...,
+        epsilon: float = ...,
+        directions: Directions | None = ...,
+    ) -> list[Probe]: ...
+
+
+def answer(
+    engine: ClientEngine, space: Space, assignment: Assignment, examples: Examples
+) -> Report:
     """The report of one client, with 0 seconds. Errors: DataError.
 
     The engine's adapter is the server's, and is so again when this returns.
@@ -36,7 +64,7 @@ def answer(engine: Any, space: Space, assignment: Assignment, examples: Examples
 
 
 def answer_all(
-    engine: Any,
+    engine: ClientEngine,
     space: Space,
     assignments: Sequence[Assignment],
     examples_of: Callable[[int], Examples],
@@ -53,7 +81,7 @@ def answer_all(
 
 
 def _scalars(
-    engine: Any,
+    engine: ClientEngine,
     space: Space,
     assignments: Sequence[Assignment],
     examples_of: Callable[[int], Examples],
@@ -82,7 +110,7 @@ def _scalars(
 
 
 def _local_training(
-    engine: Any, space: Space, assignment: Assignment, examples: Examples
+    engine: ClientEngine, space: Space, assignment: Assignment, examples: Examples
 ) -> Report:
     """Local steps on the client's scope, from the server's adapter, which is put back after."""
     config, theta = space.config, engine.adapter.theta
@@ -135,7 +163,7 @@ def _coordinates(space: Space, theta: np.ndarray) -> np.ndarray:
 
 
 def _batch(
-    engine: Any, space: Space, assignment: Assignment, examples: Examples, step: int
+    engine: ClientEngine, space: Space, assignment: Assignment, examples: Examples, step: int
 ) -> list[Tokens]:
     """The tokens of a client's batch of a local step; one it has no more than once."""
     config: FederationConfig = space.config
@@ -161,7 +189,11 @@ def _groups(config: FederationConfig, work: Sequence[_Work]) -> Iterator[list[_W
 
 
 def _probes(
-    engine: Any, space: Space, layers: Layers, batches: Sequence[list[Tokens]], seeds: np.ndarray
+    engine: ClientEngine,
+    space: Space,
+    layers: Layers,
+    batches: Sequence[list[Tokens]],
+    seeds: np.ndarray,
 ) -> list[Probe]:
     config = space.config
     return engine.group_derivatives(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from fwdllm.engine.adapters.adapter import Adapter
 from fwdllm.engine.directions import Directions
 from fwdllm.protocol.optimizers import OptimizerConfig, OptimizerState, apply
 
 
 def descend(
-    adapter: Any,
+    adapter: Adapter,
     directions: Directions,
     config: OptimizerConfig,
     state: OptimizerState,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 
@@ -24,6 +24,12 @@ from fwdllm.protocol.phases import ActivationEngine, Phases, activation_step
 from fwdllm.protocol.schedule import lr_factor
 from fwdllm.protocol.seeds import batch_indices, derive_seeds
 
+if TYPE_CHECKING:
+    from fwdllm.engine.data.batch import Batch
+    from fwdllm.engine.data.jsonl import Example
+    from fwdllm.engine.estimators.plan import Probe
+    from fwdllm.engine.evaluation import Evaluation
+
 
 class ForwardEngine(ActivationEngine, Protocol):
     """What the trainer needs of an engine; ``fwdllm.engine.Engine`` is one.
@@ -35,19 +41,21 @@ class ForwardEngine(ActivationEngine, Protocol):
     @property
     def directions(self) -> Directions: ...
 
-    def encode(self, examples: Any, max_tokens: int | None = None) -> Any: ...
+    def encode(self, examples: Sequence[Example], max_tokens: int | None = None) -> Batch: ...
 
-    def evaluate(self, examples: Any, max_tokens: int | None = None) -> Any: ...
+    def evaluate(
+        self, examples: Sequence[Example], max_tokens: int | None = None
+    ) -> Evaluation: ...
 
     def directional_derivatives(
         self,
-        batch: Any,
+        batch: Batch,
         seeds: np.ndarray,
         method: str = ...,
         epsilon: float = ...,
         *,
         per_example: bool = ...,
-    ) -> Any: ...
+    ) -> Probe: ...
 
 
 @dataclass
@@ -106,8 +114,8 @@ Event: TypeAlias = StepResult | EvalResult | CheckpointDue
 def train(
     engine: ForwardEngine,
     config: TrainConfig,
-    examples: Sequence[Any],
-    held_out: Sequence[Any],
+    examples: Sequence[Example],
+    held_out: Sequence[Example],
     state: TrainState,
 ) -> Iterator[Event]:
     """Train from ``state`` to ``config.steps``, updating ``state`` and the adapter in place.
@@ -133,7 +141,7 @@ def train(
 
 
 def train_step(
-    engine: ForwardEngine, config: TrainConfig, state: TrainState, examples: Sequence[Any]
+    engine: ForwardEngine, config: TrainConfig, state: TrainState, examples: Sequence[Example]
 ) -> StepResult:
     """One update of the adapter: estimate the gradient with forward passes, then descend.
 
@@ -175,7 +183,7 @@ class _Found:
 
 
 def _by_activations(
-    engine: ForwardEngine, config: TrainConfig, state: TrainState, batch: Any, seed: int
+    engine: ForwardEngine, config: TrainConfig, state: TrainState, batch: Batch, seed: int
 ) -> _Found:
     phases = Phases.of(config, engine.adapter.head is not None)
     if state.step == phases.both:  # averages of A's zeros would make its first steps too long
@@ -191,7 +199,7 @@ def _by_perturbations(
     engine: ForwardEngine,
     config: TrainConfig,
     state: TrainState,
-    batch: Any,
+    batch: Batch,
     seeds: np.ndarray,
     n_examples: int,
 ) -> _Found:
@@ -266,7 +274,7 @@ def _update(
 
 
 def _evaluate(
-    engine: ForwardEngine, config: TrainConfig, held_out: Sequence[Any], step: int
+    engine: ForwardEngine, config: TrainConfig, held_out: Sequence[Example], step: int
 ) -> EvalResult:
     result = engine.evaluate(held_out, max_tokens=config.max_tokens)
     return EvalResult(step, float(result.loss), result.n_tokens, result.n_examples, result.accuracy)

@@ -9,28 +9,34 @@ resume. For the rest of the run B stays and A learns, from zero.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from fwdllm.engine.estimators.activation import Gradient, scaled
 from fwdllm.protocol.config import TrainConfig
 
+if TYPE_CHECKING:
+    from fwdllm.engine.data.batch import Batch
+
 # Shares of a run; of 600 steps on SST-2, 30 and 30 were enough (docs/estimators.md).
 _HEAD_SHARE = _MEASURE_SHARE = 0.05
 
 
 class ActivationEngine(Protocol):
-    """What these steps need of an engine; see ``fwdllm.engine.Engine``."""
+    """What these steps need of an engine; see ``fwdllm.engine.Engine``.
+
+    adapter: an ``Adapter``, which an ``Engine`` need not have.
+    """
 
     @property
     def adapter(self) -> Any: ...
 
-    def head_step(self, batch: Any) -> Gradient: ...
+    def head_step(self, batch: Batch) -> Gradient: ...
 
-    def output_sensitivity(self, batch: Any, seed: int, n_tangents: int) -> Gradient: ...
+    def output_sensitivity(self, batch: Batch, seed: int, n_tangents: int) -> Gradient: ...
 
-    def activation_gradient(self, batch: Any, seed: int, n_tangents: int) -> Gradient: ...
+    def activation_gradient(self, batch: Batch, seed: int, n_tangents: int) -> Gradient: ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ def activation_step(
     config: TrainConfig,
     phases: Phases,
     step: int,
-    batch: Any,
+    batch: Batch,
     seed: int,
 ) -> Gradient:
     """The gradient of the step after ``step`` whole ones; those of the second phase write B.

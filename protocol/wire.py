@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from fwdllm.engine.errors import FwdllmError
 from fwdllm.protocol.aggregate import Term
@@ -34,7 +35,7 @@ _KINDS = {
 # In place of a number of layers: all of them.
 _ALL_LAYERS = 0xFFFF
 
-_DTYPES = [np.dtype("<f4"), np.dtype("<f8"), np.dtype("<u8"), np.dtype("<i8")]
+_DTYPES: list[np.dtype] = [np.dtype("<f4"), np.dtype("<f8"), np.dtype("<u8"), np.dtype("<i8")]
 
 
 class WireError(FwdllmError):
@@ -196,13 +197,13 @@ class _Writer:
     def __init__(self, kind: int) -> None:
         self._parts = [struct.pack("<BB", VERSION, kind)]
 
-    def put(self, format: str, *values: Any) -> None:
+    def put(self, format: str, *values: float) -> None:
         self._parts.append(struct.pack("<" + format, *values))
 
     def raw(self, data: bytes) -> None:
         self._parts.append(data)
 
-    def array(self, values: np.ndarray, dtype: Any) -> None:
+    def array(self, values: np.ndarray, dtype: DTypeLike) -> None:
         self.put("I", values.size)
         self.raw(np.ascontiguousarray(values, dtype).tobytes())
 
@@ -238,12 +239,12 @@ class _Reader:
         self._at = end
         return found
 
-    def array(self, dtype: Any) -> np.ndarray:
+    def array(self, dtype: DTypeLike) -> np.ndarray:
         dtype = np.dtype(dtype)
         raw = self.raw(self.take("I")[0] * dtype.itemsize)
         return np.frombuffer(raw, dtype).astype(dtype.newbyteorder("="))
 
-    def matrix(self, dtype: Any) -> np.ndarray:
+    def matrix(self, dtype: DTypeLike) -> np.ndarray:
         rows, columns = self.take("II")
         values = self.array(dtype)
         if values.size != rows * columns:

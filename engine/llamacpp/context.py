@@ -32,7 +32,6 @@ from fwdllm.engine.llamacpp.native import (
 )
 from fwdllm.engine.llamacpp.products import Operation, Relative, relative_products
 from fwdllm.kernels.api import HostKernels
-from fwdllm.kernels.cpu import num_threads
 
 # Where a graph begins: the rows of a table that tokens stand for (src/llama-graph.cpp).
 _TABLE, _TOKENS = b"token_embd.weight", b"inp_tokens"
@@ -102,6 +101,8 @@ class Context:
         ops: HostKernels,
         pooling: int | None = None,
     ) -> None:
+        from fwdllm.kernels.cpu import num_threads  # which a machine with a GPU can do without
+
         pooled = {} if pooling is None else {"embeddings": True, "pooling_type": pooling}
         self.model = model
         self.ops = ops
