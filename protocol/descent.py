@@ -6,7 +6,8 @@ import numpy as np
 
 from fwdllm.engine.adapters.adapter import Adapter
 from fwdllm.engine.directions import Directions
-from fwdllm.protocol.optimizers import OptimizerConfig, OptimizerState, apply
+from fwdllm.protocol.optimizers import OptimizerState, apply
+from fwdllm.protocol.settings import OptimizerConfig
 
 
 def descend(

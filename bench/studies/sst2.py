@@ -25,7 +25,8 @@ from fwdllm.engine.data.batch import Batch
 from fwdllm.engine.data.jsonl import labels_of, split
 from fwdllm.protocol.config import TrainConfig
 from fwdllm.protocol.local import StepResult, TrainState, train
-from fwdllm.protocol.optimizers import OptimizerConfig, OptimizerState, apply
+from fwdllm.protocol.optimizers import OptimizerState, apply
+from fwdllm.protocol.settings import OptimizerConfig
 from fwdllm.protocol.schedule import lr_factor
 from fwdllm.protocol.seeds import batch_indices
 

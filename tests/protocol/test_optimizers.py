@@ -8,7 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from fwdllm.protocol.optimizers import OptimizerConfig, OptimizerState, apply
+from fwdllm.protocol.optimizers import OptimizerState, apply
+from fwdllm.protocol.settings import OptimizerConfig
 
 torch = pytest.importorskip("torch")
 
