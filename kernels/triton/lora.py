@@ -103,6 +103,24 @@ def round_to_references(x: torch.Tensor, table: LaneTable) -> torch.Tensor:
 
 
 @triton.jit
+def _rows_of_part(starts, part_blocks, BM: tl.constexpr):
+    """The part that program_id(0) works in, its rows of a lane, and which of them there are.
+
+    Each part has part_blocks programs, enough for the longest one.
+    """
+    part = tl.program_id(0) // part_blocks
+    i = tl.load(starts + part) + (tl.program_id(0) % part_blocks) * BM + tl.arange(0, BM)
+    return part, i, i < tl.load(starts + part + 1)
+
+
+@triton.jit
+def _seed_of(seeds, lane, part, part_blocks):
+    """seeds: [n_lanes, n_parts]."""
+    n_parts = tl.num_programs(0) // part_blocks
+    return tl.load(seeds + lane * n_parts + part)
+
+
+@triton.jit
 def _down(
     x,
     factor,
@@ -115,67 +133,75 @@ def _down(
     n_in,
     rank,
     offset,
-    n_parts,
     chunk,
     part_blocks,
     TANGENTS: tl.constexpr,
-    PERTURBED: tl.constexpr,
-    NORMAL: tl.constexpr,
+    DRAWN: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
     BM: tl.constexpr,
-    BK: tl.constexpr,
     RANK: tl.constexpr,
 ):
-    part, lane = tl.program_id(0) // part_blocks, tl.program_id(1)
-    i = tl.load(starts + part) + (tl.program_id(0) % part_blocks) * BM + tl.arange(0, BM)
-    i_in = i[:, None] < tl.load(starts + part + 1)
-    seed = tl.load(seeds + lane * n_parts + part)
+    """u_l = x_l (A + c_l z(seed_l))^T; of a tangent u_l = x_l A^T + c_l x_0 z(seed_l)^T.
+
+    A program does that for BM rows of a part of a lane and ``chunk`` columns of x.
+    x: [n_lanes, n, n_in].  factor: A, float32 [rank, n_in].  mask: that of z, of the shape of A, or
+    None.  seeds, coefficients, starts: of a ``LaneTable``.  u: float32 [chunks, n_lanes, n, RANK],
+    for ``_up`` to add up; RANK is the power of two that rank is padded to.
+    z is at offset + r * n_in + k of the stream.  DRAWN: its distribution, or None for none.  WIDE:
+    positions need an int64.  ALIGNED: rows of A begin at multiples of 4, so four numbers of a
+    counter are four columns.
+    """
+    BK: tl.constexpr = 64
+    # Of float32 operands, which those of the adapter always are.
+    PRECISION: tl.constexpr = "tf32" if x.dtype.element_ty == tl.bfloat16 else "ieee"
+    lane = tl.program_id(1)
+    part, i, i_in = _rows_of_part(starts, part_blocks, BM)
+    i_in = i_in[:, None]
+    seed = _seed_of(seeds, lane, part, part_blocks)
     coefficient = tl.load(coefficients + lane)
     r = tl.arange(0, RANK)[:, None]
-    at = (lane * n + i).to(tl.int64)[:, None] * n_in
+    row = (lane * n + i).to(tl.int64)[:, None] * n_in
+    primal_row = i.to(tl.int64)[:, None] * n_in
     acc = tl.zeros([BM, RANK], tl.float32)
     begin = tl.program_id(2) * chunk
     for k0 in range(begin, min(begin + chunk, n_in), BK):
         k = k0 + tl.arange(0, BK)[None, :]
-        rows = tl.load(x + at + k, mask=i_in & (k < n_in), other=0.0).to(tl.float32)
+        rows = tl.load(x + row + k, mask=i_in & (k < n_in), other=0.0).to(tl.float32)
         inside = (r < rank) & (k < n_in)
         a = tl.load(factor + r * n_in + k, mask=inside, other=0.0)
-        if PERTURBED and coefficient != 0.0:
+        if DRAWN is not None and coefficient != 0.0:
             if ALIGNED:
-                quarter = (offset + far(r * n_in + k0, WIDE)) // 4 + tl.arange(0, BK // 4)[None, :]
-                z0, z1, z2, z3 = draw4(seed, quarter, NORMAL)
+                counter = (offset + far(r * n_in + k0, WIDE)) // 4
+                counter += tl.arange(0, BK // 4)[None, :]
+                z0, z1, z2, z3 = draw4(seed, counter, DRAWN == "normal")
                 z = in_turn(z0, z1, z2, z3)
             else:
-                z = draw(seed, offset + far(r * n_in + k, WIDE), NORMAL)
-            if MASKED:
+                z = draw(seed, offset + far(r * n_in + k, WIDE), DRAWN == "normal")
+            if mask is not None:
                 z *= tl.load(mask + r * n_in + k, mask=inside, other=0.0)
             z = tl.where(inside, coefficient * z, 0.0)
             if TANGENTS:
-                primal = tl.load(
-                    x + i.to(tl.int64)[:, None] * n_in + k, mask=i_in & (k < n_in), other=0.0
-                )
+                primal = tl.load(x + primal_row + k, mask=i_in & (k < n_in), other=0.0)
                 acc = dot(primal.to(tl.float32), tl.trans(z), acc, PRECISION)
             else:
                 a += z
         acc = dot(rows, tl.trans(a), acc, PRECISION)
-    rows_all = tl.num_programs(1) * n
-    to = (tl.program_id(2) * rows_all + lane * n + i).to(tl.int64)[:, None] * RANK
+    n_rows = tl.num_programs(1) * n
+    to = (tl.program_id(2) * n_rows + lane * n + i).to(tl.int64)[:, None] * RANK
     tl.store(u + to + tl.arange(0, RANK)[None, :], acc, mask=i_in)
 
 
 def down(
-    x: torch.Tensor, lora: LoRA, table: LaneTable, tangents: bool, normal: bool, perturbed: bool
+    x: torch.Tensor, lora: LoRA, table: LaneTable, *, tangents: bool, drawn: str | None
 ) -> torch.Tensor:
     """u = x A_l^T in parts that are still to be added: float32 [chunks, rows, RANK].
 
     RANK is the rank or more, zero beyond it. With tangents u of those is du.
-    perturbed: whether the direction of A is the stream itself, else it is left out.
+    drawn: the distribution of A's direction, or None to leave it out: it is not the stream itself.
     """
     rank, n_in = lora.a.shape
-    wide = pow2(rank, 8)
+    wide = _padded(rank)
     chunks = cdiv(n_in, _CHUNK)
     u = torch.empty(chunks, len(x), wide, dtype=torch.float32, device=DEVICE)
     # Float32 products are made by threads that have whole operands in registers.
@@ -194,23 +220,23 @@ def down(
         n_in,
         rank,
         lora.offset,
-        table.n_parts,
         _CHUNK,
         part_blocks,
         TANGENTS=tangents,
-        PERTURBED=perturbed,
-        NORMAL=normal,
+        DRAWN=drawn,
         WIDE=is_far(lora.offset + wide * n_in),
         ALIGNED=lora.offset % 4 == 0 and n_in % 4 == 0,
-        MASKED=lora.mask is not None,
-        PRECISION="tf32" if narrow else "ieee",
         BM=block_rows,
-        BK=64,
         RANK=wide,
         num_warps=4,
         num_stages=3 if narrow else 2,
     )
     return u
+
+
+def _padded(rank: int) -> int:
+    """Numbers that u has for a row."""
+    return pow2(rank, 8)
 
 
 @triton.jit
@@ -220,6 +246,19 @@ def _sum(u, at, mask, chunks, stride):
     for c in range(1, chunks):
         total += tl.load(u + c * stride + at, mask=mask, other=0.0)
     return total
+
+
+@triton.jit
+def _draw_four(seed, index, NORMAL: tl.constexpr, ALIGNED: tl.constexpr):
+    """Elements index .. index + 3 of the stream; ALIGNED: index is a multiple of 4."""
+    if ALIGNED:
+        z0, z1, z2, z3 = draw4(seed, index // 4, NORMAL)
+    else:
+        z0 = draw(seed, index, NORMAL)
+        z1 = draw(seed, index + 1, NORMAL)
+        z2 = draw(seed, index + 2, NORMAL)
+        z3 = draw(seed, index + 3, NORMAL)
+    return z0, z1, z2, z3
 
 
 @triton.jit
@@ -238,68 +277,68 @@ def _up(
     n_out,
     scale,
     offset,
-    n_parts,
     chunks,
-    u_stride,
     part_blocks,
     RANK: tl.constexpr,
-    RANK_WIDE: tl.constexpr,
+    RANK_PADDED: tl.constexpr,
     TANGENTS: tl.constexpr,
-    RELATIVE: tl.constexpr,
-    BIASED: tl.constexpr,
-    PERTURBED: tl.constexpr,
-    NORMAL: tl.constexpr,
+    DRAWN: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
-    MASKED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    part, lane = tl.program_id(0) // part_blocks, tl.program_id(1)
-    i = tl.load(starts + part) + (tl.program_id(0) % part_blocks) * BM + tl.arange(0, BM)
-    i_in = i < tl.load(starts + part + 1)
+    """y_l = product_l + bias + scale u_l (B + c_l z(seed_l))^T.
+
+    Of a tangent y_l = product_l + scale (u_l B^T + c_l u_0 z(seed_l)^T), without bias.
+    A program does that for BM rows of a part of a lane and BN outputs.
+    product, y: [n_lanes, n, n_out], which may be one.  u: of ``_down``, or None without LoRA: then
+    RANK is 0.  factor: B, float32 [n_out, RANK].  mask: that of z, of the shape of B, or None.
+    bias: float32 [n_out] or None.  seeds, coefficients, starts: of a ``LaneTable``.  references: of
+    that too if rows of the product are differences to those of another lane, which are added here;
+    else None.
+    z is at offset + o * RANK + r of the stream; DRAWN, WIDE and ALIGNED as in ``_down``, rows of B
+    for those of A.
+    """
+    lane = tl.program_id(1)
+    part, i, i_in = _rows_of_part(starts, part_blocks, BM)
     o = tl.program_id(2) * BN + tl.arange(0, BN)
     o_in = o < n_out
     both = i_in[:, None] & o_in[None, :]
     row = (lane * n + i).to(tl.int64)
     acc = tl.load(product + row[:, None] * n_out + o[None, :], mask=both, other=0.0)
     acc = acc.to(tl.float32)
-    if RELATIVE:
+    if references is not None:
         reference = tl.load(references + lane)
         if reference != lane:
             common = (reference * n + i).to(tl.int64)[:, None] * n_out + o[None, :]
             acc += tl.load(product + common, mask=both, other=0.0).to(tl.float32)
-    if BIASED and ((not TANGENTS) or lane == 0):
+    if bias is not None and ((not TANGENTS) or lane == 0):
         acc += tl.load(bias + o, mask=o_in, other=0.0)[None, :]
     if RANK > 0:
-        seed = tl.load(seeds + lane * n_parts + part)
+        seed = _seed_of(seeds, lane, part, part_blocks)
         coefficient = tl.load(coefficients + lane)
+        u_stride = (tl.num_programs(1) * n).to(tl.int64) * RANK_PADDED
         for four in tl.static_range(0, RANK, 4):
             # Elements r = four .. four + 3 of the rows o of B's direction.
             z0 = tl.zeros([BN], tl.float32)
             z1, z2, z3 = z0, z0, z0
-            if PERTURBED and coefficient != 0.0:
+            if DRAWN is not None and coefficient != 0.0:
                 index = offset + far(o * RANK + four, WIDE)
-                if ALIGNED:
-                    z0, z1, z2, z3 = draw4(seed, index // 4, NORMAL)
-                else:
-                    z0 = draw(seed, index, NORMAL)
-                    z1 = draw(seed, index + 1, NORMAL)
-                    z2 = draw(seed, index + 2, NORMAL)
-                    z3 = draw(seed, index + 3, NORMAL)
+                z0, z1, z2, z3 = _draw_four(seed, index, DRAWN == "normal", ALIGNED)
             for j in tl.static_range(4):
                 r = four + j
                 if r < RANK:
                     z = coefficient * (z0 if j == 0 else z1 if j == 1 else z2 if j == 2 else z3)
-                    if MASKED:
+                    if mask is not None:
                         z *= tl.load(mask + o * RANK + r, mask=o_in, other=0.0)
                     b = tl.load(factor + o * RANK + r, mask=o_in, other=0.0)
-                    mine = scale * _sum(u, row * RANK_WIDE + r, i_in, chunks, u_stride)
+                    mine = scale * _sum(u, row * RANK_PADDED + r, i_in, chunks, u_stride)
                     if TANGENTS:
                         acc += mine[:, None] * b[None, :]
                         if lane > 0:
-                            there = i.to(tl.int64) * RANK_WIDE + r
-                            primal = scale * _sum(u, there, i_in, chunks, u_stride)
+                            primal_at = i.to(tl.int64) * RANK_PADDED + r
+                            primal = scale * _sum(u, primal_at, i_in, chunks, u_stride)
                             acc += primal[:, None] * z[None, :]
                     else:
                         acc += mine[:, None] * (b + z)[None, :]
@@ -315,13 +354,12 @@ def up(
     *,
     tangents: bool,
     relative: bool,
-    normal: bool,
-    perturbed: bool,
+    drawn: str | None,
 ) -> torch.Tensor:
     """The product with everything that is added to it; in place unless it is ``relative``.
 
     u: of ``down``.  relative: rows of a lane are still differences to those of its reference.
-    perturbed: whether the direction of B is the stream itself, else it is left out.
+    drawn: the distribution of B's direction, or None to leave it out.
     """
     n_out = product.shape[1]
     y = torch.empty_like(product) if relative else product
@@ -341,26 +379,20 @@ def up(
         table.seeds,
         table.coefficients,
         table.starts,
-        table.references,
+        table.references if relative else None,
         y,
         table.n,
         n_out,
         1.0 if lora is None else float(lora.scale),
         offset,
-        table.n_parts,
         1 if u is None else len(u),
-        0 if u is None else u.shape[1] * u.shape[2],
         part_blocks,
         RANK=rank,
-        RANK_WIDE=pow2(rank, 8),
+        RANK_PADDED=_padded(rank),
         TANGENTS=tangents,
-        RELATIVE=relative,
-        BIASED=bias is not None,
-        PERTURBED=perturbed,
-        NORMAL=normal,
+        DRAWN=drawn,
         WIDE=is_far(offset + n_out * rank),
         ALIGNED=offset % 4 == 0 and rank % 4 == 0,
-        MASKED=mask is not None,
         BM=block_rows,
         BN=64,
         num_warps=4,

@@ -63,8 +63,7 @@ def matmul(
         table,
         tangents=lanes.n_tangents > 0,
         relative=relative,
-        normal=lanes.distribution == "normal",
-        perturbed=lora is not None and lora.basis_b is None,
+        drawn=None if lora is None or lora.basis_b is not None else lanes.distribution,
     )
     if lora is not None and u is not None and lora.basis_b is not None:
         _add_subspace(y, u, lora, lanes, table)
@@ -84,8 +83,9 @@ def _check(lora: LoRA, weight: DeviceWeight) -> None:
 
 def _bottleneck(x: torch.Tensor, lora: LoRA, lanes: Lanes, table: LaneTable) -> torch.Tensor:
     """u of ``down`` with the direction of A, whatever it is."""
-    normal, tangents = lanes.distribution == "normal", lanes.n_tangents > 0
-    u = down(x, lora, table, tangents, normal, perturbed=lora.basis_a is None)
+    tangents = lanes.n_tangents > 0
+    drawn = lanes.distribution if lora.basis_a is None else None
+    u = down(x, lora, table, tangents=tangents, drawn=drawn)
     if lora.basis_a is None or len(lora.basis_a) == 0:
         return u
     inside = x.float() @ constant(lora.basis_a).T
