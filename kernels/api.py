@@ -16,18 +16,12 @@ Not checked: contents of what is on a GPU already.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from fwdllm.kernels.types import Array as Array
 from fwdllm.kernels.types import Lanes, LoRA, QuantType, Weight
-
-if TYPE_CHECKING:
-    import torch
-
-# What operations return and take: an array of the kernels' own, which is NumPy's or on a GPU
-# PyTorch's. Code that is written for all kernels does with it what both can.
-Array: TypeAlias = "np.ndarray | torch.Tensor"
 
 
 class Matrix(Protocol):

@@ -8,12 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from fwdllm.kernels.api import Array
+    import torch
+
+# What operations take and return: an array of the kernels' own, which is NumPy's or on a GPU
+# PyTorch's. Code that is written for all kernels does with it what both can.
+Array: TypeAlias = "np.ndarray | torch.Tensor"
 
 
 class QuantType(IntEnum):

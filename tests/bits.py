@@ -38,7 +38,7 @@ TUNE = {
     "central": (DECODER, "--method central"),
     "forward-difference": (DECODER, "--method forward-difference"),
     "activation": (DECODER, "--method activation --rank 1 --alpha 1"),
-    "rademacher": (DECODER, "--directions rademacher --optimizer yogi"),
+    "rademacher": (DECODER, "--directions rademacher --optimizer yogi --eps 1e-8"),
     "lora-fa": (DECODER, "--directions lora-fa --optimizer momentum"),
     "lora-xs": (DECODER, "--directions lora-xs --schedule constant"),
     "subzero": (DECODER, "--directions subzero --dimension 3"),

@@ -30,8 +30,8 @@ from fwdllm.engine.directions import frozen_b
 from fwdllm.engine.estimators.activation import scaled
 from fwdllm.engine.settings import DirectionsConfig
 from fwdllm.protocol.optimizers import OptimizerState, apply
-from fwdllm.protocol.settings import OptimizerConfig
 from fwdllm.protocol.seeds import derive_seeds
+from fwdllm.protocol.settings import OptimizerConfig
 
 PERTURBATIONS, REPEATS, BATCH, HEAD_STEPS = (4, 16, 63), 5, 32, 60
 PAIR = ("attn_q", "attn_v")

@@ -26,9 +26,9 @@ from fwdllm.engine.data.jsonl import labels_of, split
 from fwdllm.protocol.config import TrainConfig
 from fwdllm.protocol.local import StepResult, TrainState, train
 from fwdllm.protocol.optimizers import OptimizerState, apply
-from fwdllm.protocol.settings import OptimizerConfig
 from fwdllm.protocol.schedule import lr_factor
 from fwdllm.protocol.seeds import batch_indices
+from fwdllm.protocol.settings import OptimizerConfig
 
 STEPS, BATCH, EVAL_EVERY, HEAD_RATE = 600, 32, 100, 1e-2
 
