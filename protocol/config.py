@@ -20,8 +20,9 @@ class TrainConfig:
     """Everything a run's numbers depend on besides the model and the data.
 
     steps: updates in all.  batch_size: examples per step (all of them if there are fewer).
-    perturbations: K, random directions per step.  method: the estimator of DESIGN section 5, or
-    "activation" (``fwdllm.engine.estimators.activation``).
+    perturbations: K, random directions per step.  method: the estimator, one of
+    ``fwdllm.engine.estimators.plan.METHODS`` or "activation"
+    (``fwdllm.engine.estimators.activation``).
     epsilon: its step length along a direction.  per_example: every example has K directions of its
     own.
     max_tokens: examples are cut to this many; None leaves it to the engine.

@@ -1,4 +1,7 @@
-"""The layers of DESIGN section 1, held by reading every import in the sources."""
+"""The layers: app, protocol, engine, kernels. A layer imports only itself and those after it.
+
+Held by reading every import in the sources.
+"""
 
 from __future__ import annotations
 

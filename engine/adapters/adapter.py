@@ -1,7 +1,7 @@
 """LoRA adapters: which linear layers are tuned, and one flat vector that holds every factor.
 
 The order of that vector is part of the protocol: a seed names a direction only together with
-the position of each parameter (DESIGN section 3). ``layout`` is the one place that decides it.
+the position of each parameter in it. ``layout`` is the one place that decides it.
 """
 
 from __future__ import annotations

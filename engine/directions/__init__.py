@@ -1,5 +1,6 @@
 """What direction of the adapter a seed names: v(seed) = M z(seed), for the stream z of the seed
-(DESIGN section 3) and a linear map M that differs from one kind of directions to the next.
+(``fwdllm.kernels.reference.random``) and a linear map M that differs from one kind of directions
+to the next.
 """
 
 from __future__ import annotations
