@@ -30,7 +30,7 @@ def private_sum(rows: np.ndarray, clip: float, sigma: float, noise_seed: int) ->
     return clipped.sum(axis=0) + sigma * clip * noise
 
 
-def epsilon(config: FederationConfig, available: Sequence[int]) -> float | None:
+def spent_epsilon(config: FederationConfig, available: Sequence[int]) -> float | None:
     """What published parts cost at ``config.delta``; None without noise.
 
     available: of each part, the clients of which config.per_round took part on average.

@@ -41,7 +41,7 @@ from fwdllm.protocol.ledger import NAME, Ledger
 from fwdllm.protocol.optimizers import OptimizerState, apply
 from fwdllm.protocol.plan import Assignment
 from fwdllm.protocol.presets import preset
-from fwdllm.protocol.privacy import epsilon
+from fwdllm.protocol.privacy import spent_epsilon
 from fwdllm.protocol.records import Meta
 from fwdllm.protocol.report import Report
 from fwdllm.protocol.seeds import MAX_ROUNDS, batch_indices
@@ -160,7 +160,7 @@ class Meter:
         assert event.accuracy is not None
         with Ledger(self._ledger) as ledger:
             traffic = ledger.traffic_by_client()
-            spent = epsilon(ledger.meta.config, ledger.available())
+            spent = spent_epsilon(ledger.meta.config, ledger.available())
         self.round = event.round
         self._on_row(
             Row(

@@ -38,7 +38,7 @@ _TABLE, _TOKENS = b"token_embd.weight", b"inp_tokens"
 _ABORTED = 2  # llama_decode in llama.h
 
 
-class Hook(Protocol):
+class ProductTap(Protocol):
     """What happens at products."""
 
     def wants(self, name: str) -> bool:
@@ -152,9 +152,9 @@ class Context:
             self._decode(listing)
         self._shapes[key] = _Shape(order.orders, relative_products(listing.operations))
 
-    def run(self, work: Call, hook: Hook) -> None:
+    def run(self, work: Call, tap: ProductTap) -> None:
         """Evaluate a call that is rehearsed, behind what its sequences have had before."""
-        self._decode(_Evaluation(work, self._layout, self._shapes[_shape_of(work)], hook, self.ops))
+        self._decode(_Evaluation(work, self._layout, self._shapes[_shape_of(work)], tap, self.ops))
 
     def logits(self, n: int) -> np.ndarray:
         """Of the outputs of the last call, in its order: float32 [n, n_vocab], llama.cpp's own."""
@@ -288,9 +288,9 @@ class _Evaluation:
     abort = _never
 
     def __init__(
-        self, work: Call, layout: Layout, shape: _Shape, hook: Hook, ops: HostKernels
+        self, work: Call, layout: Layout, shape: _Shape, tap: ProductTap, ops: HostKernels
     ) -> None:
-        self.work, self._layout, self._hook, self._ops = work, layout, hook, ops
+        self.work, self._layout, self._tap, self._ops = work, layout, tap, ops
         self._orders = iter(shape.orders)
         self._rows = np.empty(0, np.int64)
         self._products = {} if work.references is None else shape.products
@@ -301,7 +301,7 @@ class _Evaluation:
         self._kept = {
             product.source
             for product in self._products.values()
-            if product.restores or hook.wants(product.weight)
+            if product.restores or tap.wants(product.weight)
         }
         self._at = -1
         self._made: dict[int, Tensor] = {}  # what made inputs of products, by number
@@ -318,7 +318,7 @@ class _Evaluation:
             product = self._products.get(self._at)
             if product is not None and product.weight != weight:
                 raise ModelError("llama.cpp has changed its graph between two calls")
-            if product is not None or self._hook.wants(weight):
+            if product is not None or self._tap.wants(weight):
                 return True
         ids = _tokens(self._layout, node)
         if ids is not None:
@@ -343,7 +343,7 @@ class _Evaluation:
 
     def _multiplied(self, node: Tensor) -> None:
         weight, product = _name(_source(self._layout, node, 0)), self._products.get(self._at)
-        if not (wanted := self._hook.wants(weight)) and product is None:
+        if not (wanted := self._tap.wants(weight)) and product is None:
             return
         x, y = _matrix(_source(self._layout, node, 1)), _matrix(node)
         if not len(y):
@@ -361,7 +361,7 @@ class _Evaluation:
         if wanted:
             if len(x) != len(rows):
                 raise ModelError(f"llama.cpp's {weight} has rows of unknown meaning")
-            self._hook(weight, rows, x, y)
+            self._tap(weight, rows, x, y)
 
     def _rows_of(self, y: np.ndarray) -> np.ndarray:
         """Which rows of the call these are: all of the micro-batch, or its outputs."""

@@ -265,7 +265,7 @@ def _call(batch: Batch, part: _Part, outputs: np.ndarray) -> Call:
 
 
 class _Names:
-    """A hook that only listens."""
+    """A tap that only listens."""
 
     def __init__(self) -> None:
         self.found: set[str] = set()
@@ -278,7 +278,7 @@ class _Names:
 
 
 class _Terms:
-    """The hook that adds the adapter's term of each lane."""
+    """The tap that adds the adapter's term of each lane."""
 
     def __init__(
         self, adapter: Adapter | None, ops: HostKernels, variants: Variants, part: _Part

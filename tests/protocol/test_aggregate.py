@@ -25,7 +25,7 @@ from fwdllm.protocol.aggregate import (
 from fwdllm.protocol.federation import FederationConfig
 from fwdllm.protocol.pacing import enough, threshold, variance
 from fwdllm.protocol.plan import Assignment
-from fwdllm.protocol.privacy import epsilon, private_sum
+from fwdllm.protocol.privacy import private_sum, spent_epsilon
 from fwdllm.protocol.report import Report, expected_shapes, fault
 from fwdllm.protocol.space import HEAD, Layers, Space, covers
 
@@ -691,28 +691,34 @@ def test_epsilon_is_that_of_dp_accounting(
     for n in available:
         gaussian = dp_accounting.GaussianDpEvent(sigma)
         accountant.compose(dp_accounting.PoissonSampledDpEvent(min(1, per_round / n), gaussian))
-    assert epsilon(config, available) == pytest.approx(accountant.get_epsilon(delta), rel=1e-6)
+    assert spent_epsilon(config, available) == pytest.approx(
+        accountant.get_epsilon(delta), rel=1e-6
+    )
 
 
 def test_epsilon_grows_with_parts_and_falls_with_noise_and_clients() -> None:
     pytest.importorskip("dp_accounting")
     config, louder = make(**PRIVATE), make(**{**PRIVATE, "sigma": 5.0})
-    found = [epsilon(config, [100] * n) for n in (1, 2, 10, 100)]
+    found = [spent_epsilon(config, [100] * n) for n in (1, 2, 10, 100)]
     assert found == sorted(set(found))
-    assert epsilon(louder, [100] * 10) < epsilon(config, [100] * 10)
-    assert epsilon(config, [1000] * 10) < epsilon(config, [100] * 10)
-    assert epsilon(config, []) == pytest.approx(0, abs=1e-9)
+    assert spent_epsilon(louder, [100] * 10) < spent_epsilon(config, [100] * 10)
+    assert spent_epsilon(config, [1000] * 10) < spent_epsilon(config, [100] * 10)
+    assert spent_epsilon(config, []) == pytest.approx(0, abs=1e-9)
 
 
 def test_without_noise_there_is_no_epsilon() -> None:
-    assert epsilon(make(), [100]) is None
+    assert spent_epsilon(make(), [100]) is None
 
 
 def test_a_part_that_nobody_was_there_for_costs_nothing() -> None:
     pytest.importorskip("dp_accounting")
     config = make(**PRIVATE)
-    assert epsilon(config, [100, 0]) == epsilon(config, [0, 100, 0]) == epsilon(config, [100])
-    assert epsilon(config, [0, 0]) == epsilon(config, [])
+    assert (
+        spent_epsilon(config, [100, 0])
+        == spent_epsilon(config, [0, 100, 0])
+        == spent_epsilon(config, [100])
+    )
+    assert spent_epsilon(config, [0, 0]) == spent_epsilon(config, [])
 
 
 # What may not be used

@@ -32,7 +32,7 @@ from fwdllm.protocol.client import answer_all
 from fwdllm.protocol.federation import FederationConfig
 from fwdllm.protocol.ledger import Ledger, open_run
 from fwdllm.protocol.plan import Assignment
-from fwdllm.protocol.privacy import epsilon
+from fwdllm.protocol.privacy import spent_epsilon
 from fwdllm.protocol.records import Meta
 from fwdllm.protocol.report import Report
 from fwdllm.protocol.server import Closed, Server
@@ -222,7 +222,7 @@ class _Simulation:
             client_seconds=client_seconds(ledger),
             bytes_up=sum(row[4] for row in traffic),
             bytes_down=sum(row[3] for row in traffic),
-            epsilon=epsilon(self.config, ledger.available()),
+            epsilon=spent_epsilon(self.config, ledger.available()),
             adapter=adapter,
             run_dir=folder,
             seconds=seconds,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fwdllm.protocol import wire
 from fwdllm.protocol.ledger import Ledger
-from fwdllm.protocol.privacy import epsilon
+from fwdllm.protocol.privacy import spent_epsilon
 
 
 @dataclass(frozen=True)
@@ -72,5 +72,5 @@ def epsilons(ledger: Ledger) -> list[float | None]:
     found = []
     for closed in ledger.rounds():
         available += [n for _, _, n in ledger.parts(closed.round)]
-        found.append(epsilon(ledger.meta.config, available))
+        found.append(spent_epsilon(ledger.meta.config, available))
     return found

@@ -27,7 +27,7 @@ from fwdllm.http.adapter_bytes import as_file, to_bytes
 from fwdllm.http.api_error import ApiError
 from fwdllm.http.queue import Queue
 from fwdllm.http.schemas import Suffix
-from fwdllm.http.store import Store, StoredAdapter
+from fwdllm.http.store import AdapterRow, Store
 
 Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**64)]], Field(min_length=1, max_length=4096)]
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-3e38, le=3e38)]
@@ -149,7 +149,7 @@ class AdapterEngine:
             "n_tokens": probe.n_tokens,
         }
 
-    def update(self, id: str, body: UpdateRequest) -> StoredAdapter:
+    def update(self, id: str, body: UpdateRequest) -> AdapterRow:
         """Move an adapter along directions."""
         if len(body.seeds) != len(body.coefficients):
             raise ApiError(400, "there must be a coefficient for every seed", "coefficients")
@@ -186,7 +186,7 @@ class AdapterEngine:
         return Engine.load(self._model, memory_budget=self._memory_budget, **options)
 
 
-def find_adapter(store: Store, id: str) -> StoredAdapter:
+def find_adapter(store: Store, id: str) -> AdapterRow:
     """The adapter of an id. Errors: ApiError 404."""
     found = store.adapter(id)
     if found is None:

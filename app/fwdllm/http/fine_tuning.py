@@ -20,7 +20,7 @@ from fwdllm.http.context import Context, Served
 from fwdllm.http.files import examples_of, find, page
 from fwdllm.http.limits import MAX_RANK
 from fwdllm.http.schemas import NullIsDefault, Suffix
-from fwdllm.http.store import Event, Job, StoredAdapter
+from fwdllm.http.store import AdapterRow, Event, Job
 from fwdllm.http.worker import directions_of, work_folder
 from fwdllm.protocol.config import TrainConfig
 from fwdllm.tuning.recipes import recipe_for
@@ -298,7 +298,7 @@ def _event_object(event: Event) -> dict[str, Any]:
     }
 
 
-def _checkpoint_object(served: Context, job: Job, adapter: StoredAdapter) -> dict[str, Any]:
+def _checkpoint_object(served: Context, job: Job, adapter: AdapterRow) -> dict[str, Any]:
     metrics: dict[str, Any] = {"step": adapter.step}
     for kind in ("step", "eval"):
         event = served.store.event_of_key(job.number, f"{kind} {adapter.step}")

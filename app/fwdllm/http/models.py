@@ -21,7 +21,7 @@ from fwdllm.engine.llamacpp.native import Llama, call, llama_cpp, open_model, re
 from fwdllm.http import limits
 from fwdllm.http.adapter_bytes import as_file
 from fwdllm.http.api_error import ApiError
-from fwdllm.http.store import Store, StoredAdapter
+from fwdllm.http.store import AdapterRow, Store
 from fwdllm.kernels.cpu import num_threads
 
 T = TypeVar("T")
@@ -89,7 +89,7 @@ class Models:
 
         return asyncio.wrap_future(self._thread.submit(task))
 
-    def adapter_of(self, model: str | None) -> StoredAdapter | None:
+    def adapter_of(self, model: str | None) -> AdapterRow | None:
         """The adapter of a model, None for the base. Errors: ApiError 404."""
         model = self.default if model is None else model
         if model == self.base:
@@ -187,7 +187,7 @@ class _Session:
         self._loaded: dict[tuple[int, int], Any] = {}
         self._used: tuple[int, int] | None = None
 
-    def use(self, adapter: StoredAdapter | None) -> ServedLlama:
+    def use(self, adapter: AdapterRow | None) -> ServedLlama:
         key = None if adapter is None else (adapter.number, adapter.version)
         if key != self._used:
             self._set(None if adapter is None else self._load(adapter))
@@ -195,7 +195,7 @@ class _Session:
             self.llama.reset()  # keys and values are of the adapter before
         return self.llama
 
-    def _load(self, adapter: StoredAdapter) -> Any:
+    def _load(self, adapter: AdapterRow) -> Any:
         key = (adapter.number, adapter.version)
         handle = self._loaded.pop(key, None) or self._read(adapter)
         self._loaded[key] = handle
@@ -203,7 +203,7 @@ class _Session:
             llama_cpp.llama_adapter_lora_free(self._loaded.pop(next(iter(self._loaded))))
         return handle
 
-    def _read(self, adapter: StoredAdapter) -> Any:
+    def _read(self, adapter: AdapterRow) -> Any:
         with as_file(self._store.adapter_content(adapter.number)) as path:
             open_gguf_adapter(path, self._architecture)
             handle = call(llama_cpp.llama_adapter_lora_init, self.llama.model, os.fsencode(path))

@@ -19,7 +19,7 @@ from fwdllm.http.adapter_engine import (
 )
 from fwdllm.http.api_error import ApiError
 from fwdllm.http.context import Context, Served
-from fwdllm.http.store import StoredAdapter
+from fwdllm.http.store import AdapterRow
 
 router = APIRouter(prefix="/v1", tags=["perturbations"])
 
@@ -84,7 +84,7 @@ def evaluate(body: EvaluateRequest, served: Served) -> dict[str, Any]:
     return served.engine.evaluate(body.adapter, body)
 
 
-def adapter_object(served: Context, adapter: StoredAdapter) -> dict[str, Any]:
+def adapter_object(served: Context, adapter: AdapterRow) -> dict[str, Any]:
     """What is told of an adapter."""
     job = None if adapter.job is None else served.store.job_of_number(adapter.job).id
     return {

@@ -18,7 +18,7 @@ from typing import Any
 from fwdllm.engine.errors import ConfigError, FwdllmError
 from fwdllm.http.database import Database, StoreError
 
-__all__ = ["Event", "File", "Job", "Store", "StoreError", "StoredAdapter", "open_folder"]
+__all__ = ["AdapterRow", "Event", "File", "Job", "Store", "StoreError", "open_folder"]
 
 NAME = "server.sqlite"
 
@@ -80,7 +80,7 @@ class Event:
 
 
 @dataclass(frozen=True)
-class StoredAdapter:
+class AdapterRow:
     """An adapter without its content. model: the name it answers under.
 
     job: what made it, None if it was made by request.  step: of a checkpoint, None for a result.
@@ -220,7 +220,7 @@ class Store:
                 db.execute("UPDATE job SET error = ? WHERE number = ?", (error, number))
                 self.add_event(number, f"The job failed: {error}", level="error")
 
-    def finish_job(self, number: int, adapter: StoredAdapter) -> bool:
+    def finish_job(self, number: int, adapter: AdapterRow) -> bool:
         """End a running job with its result; False if it runs no longer."""
         events = self._events("WHERE job = ?", number)
         n_tokens = sum((event.data or {}).get("n_tokens", 0) for event in events)
@@ -289,7 +289,7 @@ class Store:
         *,
         job: int | None = None,
         step: int | None = None,
-    ) -> StoredAdapter:
+    ) -> AdapterRow:
         """Keep an adapter, a GGUF LoRA file; one of the same name stays as it is."""
         values = (_new_id("adapter"), time.time(), model, job, step, 0, n_parameters, content)
         with self._db.transaction() as db:
@@ -298,23 +298,23 @@ class Store:
         assert found is not None
         return found
 
-    def adapter(self, id: str) -> StoredAdapter | None:
+    def adapter(self, id: str) -> AdapterRow | None:
         """The adapter of this id."""
         return next(iter(self._adapters("WHERE id = ?", id)), None)
 
-    def adapter_of_model(self, model: str) -> StoredAdapter | None:
+    def adapter_of_model(self, model: str) -> AdapterRow | None:
         """The adapter that answers under this name."""
         return next(iter(self._adapters("WHERE model = ?", model)), None)
 
-    def adapter_of_number(self, number: int) -> StoredAdapter | None:
+    def adapter_of_number(self, number: int) -> AdapterRow | None:
         """The adapter of this number."""
         return next(iter(self._adapters("WHERE number = ?", number)), None)
 
-    def adapters(self) -> list[StoredAdapter]:
+    def adapters(self) -> list[AdapterRow]:
         """All adapters, newest first."""
         return self._adapters("ORDER BY number DESC")
 
-    def checkpoints(self, job: int) -> list[StoredAdapter]:
+    def checkpoints(self, job: int) -> list[AdapterRow]:
         """The adapters of a job's checkpoints, newest first."""
         return self._adapters("WHERE job = ? AND step IS NOT NULL ORDER BY step DESC", job)
 
@@ -326,7 +326,7 @@ class Store:
         """Bytes of all adapters."""
         return sum(adapter.n_bytes for adapter in self.adapters())
 
-    def update_adapter(self, adapter: StoredAdapter, content: bytes) -> StoredAdapter | None:
+    def update_adapter(self, adapter: AdapterRow, content: bytes) -> AdapterRow | None:
         """Replace the content of an adapter; None if it has been changed since it was read."""
         with self._db.transaction() as db:
             n = db.execute(
@@ -365,10 +365,10 @@ class Store:
         rows = self._db.all(f"SELECT {columns} FROM event {which}", *values)
         return [Event(*(*row[:4], row[4] and json.loads(row[4]))) for row in rows]
 
-    def _adapters(self, which: str, *values: Any) -> list[StoredAdapter]:
+    def _adapters(self, which: str, *values: Any) -> list[AdapterRow]:
         columns = "number, id, created, model, job, step, version, n_parameters, length(content)"
         rows = self._db.all(f"SELECT {columns} FROM adapter {which}", *values)
-        return [StoredAdapter(*row) for row in rows]
+        return [AdapterRow(*row) for row in rows]
 
 
 def open_folder(folder: Path) -> Path:
