@@ -44,3 +44,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'fwdllm.engine' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f"fwdllm.engine.{_MODULES[name]}"), name)
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
