@@ -33,7 +33,7 @@ format: .venv/installed-test
 
 # The site of docs/ and of the installed package's docstrings, in build/site; a warning is an error.
 docs: .venv/installed-test
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv build
