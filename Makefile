@@ -4,7 +4,7 @@ BIN := .venv/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find app engine kernels protocol bench -type f \
 	-not -name '*.pyc')
 
-.PHONY: demo test bench bench-gpu lint format clean
+.PHONY: demo test bench bench-gpu lint format docs clean
 
 demo: .venv/installed
 	$(BIN)/fwdllm demo
@@ -31,6 +31,10 @@ format: .venv/installed-test
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i kernels/cpu/*.cpp kernels/cpu/*.h
 
+# The site of docs/ and of the installed package's docstrings, in build/site; a warning is an error.
+docs: .venv/installed-test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
 	rm -rf .venv build
 
@@ -42,5 +46,5 @@ clean:
 	touch $@
 
 .venv/installed-test: .venv/bin/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet '.[test,lint]'
+	$(BIN)/python -m pip install --quiet '.[test,lint,docs]'
 	touch $@ .venv/installed

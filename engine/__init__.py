@@ -45,3 +45,7 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'fwdllm.engine' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f"fwdllm.engine.{_MODULES[name]}"), name)
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

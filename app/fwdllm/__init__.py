@@ -5,7 +5,8 @@
     result = fwdllm.tune("model.gguf", "data.jsonl", "adapter.gguf")
     print(result.loss_before, result.loss_after)
 
-Names are imported when they are first used, so that ``import fwdllm`` itself is quick.
+Names are imported when they are first used, so that ``import fwdllm`` itself is quick. So is the
+version read, from what is installed.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from fwdllm.tuning.recipes import Recipe, recipe
     from fwdllm.tuning.tune import TuneResult, tune
 
+    __version__: str
+
 __all__ = [
     "AdapterError",
     "ConfigError",
@@ -56,6 +59,7 @@ __all__ = [
     "SimulationResult",
     "TrainConfig",
     "TuneResult",
+    "__version__",
     "evaluate",
     "generate",
     "preset",
@@ -91,6 +95,14 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'fwdllm' has no attribute {name!r}")
-    module = import_module(f"fwdllm.{_MODULES.get(name, 'engine.errors')}")
-    value = globals()[name] = getattr(module, name)
+    if name == "__version__":
+        value = import_module("importlib.metadata").version("fwdllm")
+    else:
+        module = import_module(f"fwdllm.{_MODULES.get(name, 'engine.errors')}")
+        value = getattr(module, name)
+    globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

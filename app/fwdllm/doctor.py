@@ -24,7 +24,7 @@ _INSTRUCTIONS = re.compile(
 )
 _COMPILERS = ("cc", "clang", "nvcc")
 _LIBRARIES = ("numpy", "gguf", "llama-cpp-python", "torch", "triton")
-_FOR_DEVELOPERS = ("test", "lint")
+_FOR_DEVELOPERS = ("test", "lint", "docs")
 _SECONDS = 5.0  # a driver that hangs is a finding, too
 
 _LLAMA_CPP = {

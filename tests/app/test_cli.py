@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -17,7 +18,9 @@ import numpy as np
 import pytest
 from cli_runs import MODEL, QUICK, Cli, make_cli, pirate_rows, start_cli, write_rows
 from gguf import GGUFWriter
+from places import ROOT
 
+import fwdllm as package
 from fwdllm import LoRAConfig, demo
 from fwdllm.cli import commands, console
 from fwdllm.engine.adapters.io import save_gguf
@@ -84,6 +87,22 @@ def test_the_command_line_is_quick_to_import() -> None:
     assert "Fine-tune quantized language models" in run.stdout
     # Processor time, because other work may slow the clock down.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.6
+
+
+def test_the_version_is_that_of_the_project(fwdllm: Cli) -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    [version] = re.findall(r'^version = "(.+)"$', project, re.MULTILINE)
+    assert package.__version__ == version
+    outcome = fwdllm("--version")
+    assert (outcome.code, outcome.out, outcome.err) == (0, f"fwdllm {version}\n", "")
+
+
+def test_modules_list_what_they_import_when_it_is_used() -> None:
+    script = "import sys, fwdllm, fwdllm.engine; print(*dir(fwdllm), *dir(fwdllm.engine))"
+    script += "; assert 'numpy' not in sys.modules"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.stderr == ""
+    assert {*package.__all__, *package.engine.__all__} <= set(run.stdout.split())
 
 
 @pytest.mark.parametrize("command", ["tune", "eval", "generate", "inspect", "export", "demo"])

@@ -58,6 +58,25 @@ RunDir = Annotated[
 ]
 
 
+def print_version(wanted: bool) -> None:
+    """Print the version and exit, if that is wanted."""
+    if wanted:
+        from fwdllm import __version__
+
+        print(f"fwdllm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=print_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """What stands before a command."""
+
+
 @app.command()
 @takes(TrainConfig, LoRAConfig, DirectionsConfig)
 def tune(
