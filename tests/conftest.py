@@ -8,9 +8,13 @@ from collections.abc import Callable
 from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from places import SHARED
+
+if TYPE_CHECKING:
+    from cli_runs import Cli
 
 # Triton reads this when it is imported, in the processes that tests start, too. Its interpreter
 # runs on NumPy; with it set, a machine's GPU would not be tested.
@@ -54,3 +58,25 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     from llama_models import make_model
 
     return partial(make_model, tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than a short run."""
+    monkeypatch.setattr(
+        "fwdllm.tuning.run_directory.RunDirectory.plot", lambda self: self.path / "plot.png"
+    )
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of llama.cpp's threads wait for each other in a loop, long if others are at work."""
+    monkeypatch.setenv("FWDLLM_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def fwdllm(capfd: pytest.CaptureFixture[str]) -> Cli:
+    """Runs the command in this process."""
+    from cli_runs import make_cli
+
+    return make_cli(capfd)

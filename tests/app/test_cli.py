@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli_runs import MODEL, QUICK, Cli, make_cli, pirate_rows, start_cli, write_rows
+from cli_runs import MODEL, QUICK, Cli, pirate_rows, start_cli, write_rows
 from gguf import GGUFWriter
 from places import ROOT
 
@@ -44,11 +44,6 @@ TUNE_KEYS = {
 }
 
 
-@pytest.fixture
-def fwdllm(capfd: pytest.CaptureFixture[str]) -> Cli:
-    return make_cli(capfd)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("data") / "pirate.jsonl", pirate_rows(24))
@@ -63,14 +58,6 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("adapter") / "strong.gguf"
     save_gguf(engine.adapter, path)
     return path
-
-
-@pytest.fixture
-def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than a short run."""
-    monkeypatch.setattr(
-        "fwdllm.tuning.run_directory.RunDirectory.plot", lambda self: self.path / "plot.png"
-    )
 
 
 # What every command shares

@@ -28,12 +28,6 @@ from fwdllm.tuning.run_directory import RunDirectory, stop_on_interrupt, train_r
 SHORT = replace(CONFIG, steps=6, eval_every=2, checkpoint_every=2, warmup=1)
 
 
-@pytest.fixture
-def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than all the rest of a toy run."""
-    monkeypatch.setattr(RunDirectory, "plot", lambda self: self.path / "plot.png")
-
-
 def records(directory: Path) -> list[dict[str, Any]]:
     """The metrics without the times, which differ between runs."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()

@@ -37,16 +37,9 @@ from fwdllm.protocol.local import EvalResult, StepResult
 from fwdllm.resources import peak_rss_bytes
 from fwdllm.tuning.tune import Progress, Started, TuneResult, default_run_dir
 
+pytestmark = pytest.mark.usefixtures("no_plot")
 ENCODER = SHARED / "models" / "minilm-l6-v2.Q4_0.gguf"
 QUICK = TrainConfig(steps=4, batch_size=4, perturbations=2, learning_rate=0.01)
-
-
-@pytest.fixture(autouse=True)
-def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than a short run."""
-    monkeypatch.setattr(
-        "fwdllm.tuning.run_directory.RunDirectory.plot", lambda self: self.path / "plot.png"
-    )
 
 
 @pytest.fixture

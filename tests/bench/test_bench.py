@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_runs import MODEL, Cli, make_cli
+from cli_runs import MODEL, Cli
 
 from fwdllm.bench import synthetic
 from fwdllm.bench.inputs import open_decoder, random_ids
@@ -28,19 +28,9 @@ from fwdllm.engine.llamacpp import generation
 from fwdllm.kernels import cpu
 from fwdllm.kernels.types import SUPPORTED_TYPES, QuantType
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL_STEP = ("--examples", 2, "--tokens", 16, "-k", 2, "--rounds", 1)
 LORA = {"rank": 8, "targets": ["attn_q", "attn_v"]}
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of llama.cpp's threads wait for each other in a loop, long if others are at work."""
-    monkeypatch.setenv("FWDLLM_NUM_THREADS", "1")
-
-
-@pytest.fixture
-def fwdllm(capfd: pytest.CaptureFixture[str]) -> Cli:
-    return make_cli(capfd)
 
 
 @pytest.fixture(scope="module")

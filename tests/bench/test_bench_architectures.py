@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_runs import Cli, make_cli
+from cli_runs import Cli
 
 from fwdllm.bench import synthetic
 from fwdllm.bench.architectures import ARCHITECTURES, VOCAB, make_small
@@ -17,20 +17,10 @@ from fwdllm.engine.llamacpp import generation
 from fwdllm.engine.llamacpp.graph import negative_log_likelihood
 from fwdllm.kernels.types import SUPPORTED_TYPES, QuantType
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ENCODERS = ("modern-bert",)
 DECODERS = [name for name in ARCHITECTURES if name not in ENCODERS]
 TYPES = [QuantType.Q8_0, QuantType.Q4_0]
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of llama.cpp's threads wait for each other in a loop, long if others are at work."""
-    monkeypatch.setenv("FWDLLM_NUM_THREADS", "1")
-
-
-@pytest.fixture
-def fwdllm(capfd: pytest.CaptureFixture[str]) -> Cli:
-    return make_cli(capfd)
 
 
 def make(folder: Path, name: str, type: QuantType, seed: int = 0) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_runs import MODEL, Cli, make_cli, pirate_rows, start_cli, write_rows
+from cli_runs import MODEL, Cli, pirate_rows, start_cli, write_rows
 
 from fwdllm import Engine, LoRAConfig, Partition, evaluate, simulate
 from fwdllm.bench.shapes import Shape
@@ -29,11 +29,6 @@ INSTALLED = all(find_spec(name) for name in ("torch", "triton"))
 if INSTALLED:
     import_module("interpreter")
 needs_triton = pytest.mark.skipif(not INSTALLED, reason="no torch and triton")
-
-
-@pytest.fixture
-def fwdllm(capfd: pytest.CaptureFixture[str]) -> Cli:
-    return make_cli(capfd)
 
 
 @pytest.fixture(scope="module")

@@ -8,22 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from gguf_bytes import ARRAY, BOOL, STRING, U8, U32, array, gguf, pair, tensor, text
+from gguf_bytes import ARRAY, BOOL, STRING, U8, U32, array, gguf, open_bytes, pair, tensor, text
 
 from fwdllm.engine.errors import ModelError
 from fwdllm.engine.gguf import header as gguf_header
 from fwdllm.engine.gguf.file import GGUFFile
 
-
-@pytest.fixture
-def open_bytes(tmp_path: Path) -> Callable[[bytes], GGUFFile]:
-    def open_file(content: bytes) -> GGUFFile:
-        path = tmp_path / "model.gguf"
-        path.write_bytes(content)
-        return GGUFFile.open(path)
-
-    return open_file
-
+__all__ = ["open_bytes"]  # a fixture
 
 NONE = 2**64 - 1
 VECTOR = tensor("t", (4,))

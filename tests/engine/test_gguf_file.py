@@ -13,23 +13,28 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
-from gguf_bytes import ARRAY, BOOL, F32, STRING, U8, U32, array, gguf, pair, tensor, text
+from gguf_bytes import (
+    ARRAY,
+    BOOL,
+    F32,
+    STRING,
+    U8,
+    U32,
+    array,
+    gguf,
+    open_bytes,
+    pair,
+    tensor,
+    text,
+)
 from places import SHARED
 
 from fwdllm.engine.errors import ModelError
 from fwdllm.engine.gguf.file import GGUFFile
 
+__all__ = ["open_bytes"]  # a fixture
+
 MODELS = sorted((SHARED / "models").glob("*.gguf"))
-
-
-@pytest.fixture
-def open_bytes(tmp_path: Path) -> Callable[[bytes], GGUFFile]:
-    def open_file(content: bytes) -> GGUFFile:
-        path = tmp_path / "model.gguf"
-        path.write_bytes(content)
-        return GGUFFile.open(path)
-
-    return open_file
 
 
 def assert_same_value(mine: Any, theirs: Any) -> None:

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fwdllm.engine.gguf.file import GGUFFile
 
 U8, U32, F32, BOOL = 0, 4, 6, 7
 STRING, ARRAY = 8, 9
@@ -40,3 +46,15 @@ def gguf(
     head = magic + struct.pack("<IQQ", version, n_tensors, n_pairs)
     head += b"".join(pairs) + b"".join(tensors)
     return head + bytes(-len(head) % 32) + data
+
+
+@pytest.fixture
+def open_bytes(tmp_path: Path) -> Callable[[bytes], GGUFFile]:
+    """Writes the bytes to a file and opens that."""
+
+    def open_file(content: bytes) -> GGUFFile:
+        path = tmp_path / "model.gguf"
+        path.write_bytes(content)
+        return GGUFFile.open(path)
+
+    return open_file
