@@ -51,7 +51,7 @@ class GGUFFile:
         path = Path(path)
         try:
             found = path.stat()
-        except OSError:
+        except (OSError, ValueError):
             return _open(path, ())  # which says what is wrong
         return _open(path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
 
