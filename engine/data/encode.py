@@ -13,8 +13,8 @@ from fwdllm.engine.data.jsonl import Example, check_labels
 from fwdllm.engine.data.tokenizer import Tokenizer
 from fwdllm.engine.errors import DataError
 
-# Tokens of sequences that are kept: two lists of 8 bytes each, 64 MB.
-_MOST_KEPT = 1 << 22
+# Tokens of sequences that are kept, 12 MB: a number in a list takes 36 bytes, a truth value 8.
+_MOST_KEPT = 1 << 18
 
 
 class Encoding:
@@ -41,8 +41,10 @@ class Encoding:
             return found[1]
         tokens = self._example(example, max_tokens)
         self._n_kept += len(tokens.ids)
-        if self._n_kept <= _MOST_KEPT:
-            self._kept[key] = (example, tokens)
+        if self._n_kept > _MOST_KEPT:  # a server's examples do not come back
+            self._kept.clear()
+            self._n_kept = len(tokens.ids)
+        self._kept[key] = (example, tokens)
         return tokens
 
     def label(self, example: Example, label: str, max_tokens: int | None) -> Tokens:

@@ -158,6 +158,8 @@ def test_what_a_run_recorded_can_be_given_back(
     again = json.loads((tmp_path / "b.run" / "config.json").read_text())
     assert again == json.loads(recorded.read_text())
     assert again["train"]["weight_decay"] == 0.5
+    done = run("tune", MODEL, data, "-o", tmp_path / "d.gguf", "--config", recorded, "--exact")
+    assert (done.code, "the run had exact False, not True" in done.err) == (2, True)
     # An option wins over the file.
     third = tmp_path / "c.gguf"
     done = run("tune", MODEL, data, "-o", third, "--config", recorded, "--rank", "1")

@@ -9,7 +9,7 @@ import pytest
 from fwdllm.bench.shapes import Shape
 from fwdllm.bench.synthetic import make_decoder
 from fwdllm.engine import Engine, Example
-from fwdllm.engine.data.encode import encode_decoder, encode_label
+from fwdllm.engine.data.encode import Encoding, encode_decoder, encode_label
 from fwdllm.engine.data.tokenizer import Tokenizer
 from fwdllm.engine.errors import DataError
 from fwdllm.kernels.types import QuantType
@@ -100,3 +100,18 @@ def test_every_completion_of_the_demo_is_predicted(bundled: Path) -> None:
     assert batch.label_sequence.tolist() == sorted(batch.label_sequence.tolist())
     assert set(batch.label_sequence.tolist()) == {0, 1, 2}
     assert (batch.ids[batch.label_rows + 1] == batch.label_ids).all()
+
+
+def test_sequences_are_kept_while_there_is_room(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoding = Encoding(tokenizer, 512, False, ())
+    one, other = (Example(text=f"The cat sat on mat {i} all day.") for i in "ab")
+    tokens = encoding.example(one, None)
+    assert encoding.example(one, None) is tokens
+    assert len(encoding.example(one, 4).ids) == 4
+    assert encoding.example(one, None) is tokens
+    monkeypatch.setattr("fwdllm.engine.data.encode._MOST_KEPT", len(tokens.ids) + 4)
+    assert encoding.example(other, None).ids != tokens.ids
+    assert encoding.example(one, None) is not tokens
+    assert encoding.example(one, None).ids == tokens.ids

@@ -115,7 +115,14 @@ def tune(
     from fwdllm.resources import parse_bytes
     from fwdllm.tuning.run_directory import stop_on_interrupt
 
-    saved = read_settings(config, train=TrainConfig, lora=LoRAConfig, directions=DirectionsConfig)
+    recorded = {
+        "exact": exact,
+        "device": device,
+        "backend": "fwdllm" if backend == "auto" else backend,
+    }
+    saved = read_settings(
+        config, recorded, train=TrainConfig, lora=LoRAConfig, directions=DirectionsConfig
+    )
     train = {**saved["train"], **given(TrainConfig, settings)}
     defaults = recipe(model, data, train.get("method"), backend)
     train = {"steps": defaults.train.steps, **train}

@@ -4,27 +4,40 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.settings import settings_of, types_of
 
-# What a run has recorded of itself, which the command is told by its arguments and options.
-_OF_THE_RUN = ("model", "data", "held_out", "exact", "device", "backend")
+# What a run has recorded of its inputs, which the command is told by its arguments.
+_INPUTS = ("model", "data", "held_out")
 
 
-def read_settings(path: Path | None, **configs: type) -> dict[str, dict[str, Any]]:
+def read_settings(
+    path: Path | None, options: Mapping[str, Any] | None = None, **configs: type
+) -> dict[str, dict[str, Any]]:
     """Settings by table: of each of ``configs`` those that the file has; none without a file.
 
-    Errors: ConfigError for a file that cannot be read, and for a table or setting that is unknown.
+    options: of the command, that a run has recorded too and that have to be given as they were.
+    Errors: ConfigError for a file that cannot be read, for a table or setting that is unknown, and
+    for another value of an option.
     """
+    options = options or {}
     tables: dict[str, dict[str, Any]] = {name: {} for name in configs}
     if path is None:
         return tables
     found = _read(path)
     for name, table in found.items():
-        if path.suffix == ".json" and name in _OF_THE_RUN:
+        if path.suffix == ".json" and name in _INPUTS:
+            continue
+        if path.suffix == ".json" and name in options:
+            if table != options[name]:
+                raise ConfigError(
+                    f"{path}: the run had {name} {table}, not {options[name]}; "
+                    f"give --{name} as it was"
+                )
             continue
         if name not in configs or not isinstance(table, dict):
             raise ConfigError(f"{path}: tables are {', '.join(configs)}; there is no [{name}]")
