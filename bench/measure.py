@@ -22,7 +22,8 @@ from fwdllm.bench.inputs import linear_targets, open_decoder, random_ids
 from fwdllm.bench.worker import Answer, Worker
 from fwdllm.engine.backends import OWN
 from fwdllm.engine.errors import ConfigError, FwdllmError
-from fwdllm.engine.estimators.plan import plan
+from fwdllm.engine.settings import OWN_METHODS
+from fwdllm.engine.estimators.plan import n_lanes
 
 PROMPT_PEERS = ("llama.cpp", "plain", OWN)
 DIFFERENCE_PEERS = ("llama.cpp", "llama-cpp-python", "peft")
@@ -87,8 +88,7 @@ class StepConfig:
     @property
     def n_tokens(self) -> int:
         """Lane-tokens of a step; ConfigError for a method that does not exist."""
-        seeds = np.arange(self.perturbations, dtype=np.uint64)
-        return self.examples * self.tokens * len(plan(seeds, self.method).lanes)
+        return self.examples * self.tokens * n_lanes(self.method, self.perturbations)
 
 
 def measure_step(model: Path, config: StepConfig, peer: str | None, rounds: int) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def measure_step(model: Path, config: StepConfig, peer: str | None, rounds: int)
     _check_own(peer, config.backend)
     if config.examples < 1 or config.perturbations < 1:
         raise ConfigError("--examples and --perturbations must be at least 1")
-    if peer in DIFFERENCE_PEERS and config.method == "forward-ad":
+    if peer in DIFFERENCE_PEERS and config.method in OWN_METHODS:
         raise ConfigError(f"the peer {peer} takes differences: choose --method central")
     n_tokens = [config.n_tokens, config.n_tokens]
     file = open_decoder(model, config.tokens, config.backend)

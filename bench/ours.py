@@ -13,7 +13,7 @@ from fwdllm.bench.inputs import UPDATE_RATE, half_trained, prompt_batch, step_ba
 from fwdllm.bench.stopwatch import Stopwatch
 from fwdllm.engine import Engine, LoRAConfig
 from fwdllm.engine.directions import Dense
-from fwdllm.engine.estimators.plan import plan
+from fwdllm.engine.estimators.plan import n_lanes
 from fwdllm.engine.settings import Scope
 from fwdllm.kernels import cpu
 
@@ -115,9 +115,7 @@ class PlainStep:
         backend: str,
     ) -> None:
         self.engine = Engine.load(model, memory_budget=memory_budget, backend=backend)
-        seeds = np.arange(perturbations, dtype=np.uint64)
-        lanes = plan(seeds, method).lanes
-        self.batch = step_batch(ids, len(lanes))
+        self.batch = step_batch(ids, n_lanes(method, perturbations))
         self.facts = {"loss": float(self.engine.loss(self.batch).mean())}
 
     def run(self) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from fwdllm.engine.errors import ConfigError, UnsupportedError
 from fwdllm.engine.models import family_of
 from fwdllm.engine.models.dimensions import Dimensions
-from fwdllm.engine.settings import METHODS, TANGENT_METHODS
+from fwdllm.engine.settings import METHODS, OWN_METHODS
 
 if TYPE_CHECKING:
     from fwdllm.engine.gguf.file import GGUFFile
@@ -52,9 +52,9 @@ class Backend:
         return "forward-ad" if self.own else "central"
 
     def check_method(self, method: str) -> None:
-        """ConfigError for a method that needs tangents, if it has none."""
-        if method in TANGENT_METHODS and not self.own:
-            others = " or ".join(m for m in METHODS if m not in TANGENT_METHODS)
+        """ConfigError for a method that needs tangents or a way back, if it has none."""
+        if method in OWN_METHODS and not self.own:
+            others = " or ".join(m for m in METHODS if m not in OWN_METHODS)
             raise ConfigError(
                 f"method {method} needs a graph of our own, but {self.architecture} is computed by "
                 f"llama.cpp: use method {others}"

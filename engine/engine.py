@@ -23,7 +23,7 @@ from fwdllm.engine.errors import (
     DataError,
     ModelError,
 )
-from fwdllm.engine.estimators import activation, derivatives
+from fwdllm.engine.estimators import activation, backprop, derivatives
 from fwdllm.engine.estimators.activation import Gradient
 from fwdllm.engine.estimators.lanes import lane_losses
 from fwdllm.engine.estimators.plan import Probe
@@ -37,6 +37,7 @@ from fwdllm.engine.models import family_of
 from fwdllm.engine.models.graph import OwnGraph
 from fwdllm.engine.models.weights import Weights
 from fwdllm.engine.settings import DEFAULT_EPSILON, DirectionsConfig, LoRAConfig, Scope
+from fwdllm.kernels.api import BackwardKernels
 
 
 class Engine:
@@ -184,6 +185,12 @@ class Engine:
         self.adapter.theta[: self.adapter.n_lora] = 0
         self.directions = frozen_b(self.adapter, scope)
 
+    def check_method(self, method: str) -> None:
+        """ConfigError for a method that the model's graph or the device cannot compute."""
+        self.backend.check_method(method)
+        if method == "backprop" and not isinstance(self.ops, BackwardKernels):
+            raise ConfigError("the kernels of a GPU have no way back yet: use method forward-ad")
+
     def input_mean_squares(self, batch: Batch) -> dict[str, np.ndarray]:
         """Mean squares over a batch's rows of what adapted layers read: float64 [n_in] each."""
         tap = SquareSums()
@@ -220,7 +227,7 @@ class Engine:
         its own, see ``Probe`` and ``estimators.example_seeds``.
         A slope is NaN or infinite where a perturbed loss is; NumericsError if the loss itself is.
         """
-        self.backend.check_method(method)
+        self.check_method(method)
         directions = directions or self.directions
         return derivatives.of_batch(
             self.graph, batch, seeds, method, epsilon, directions, per_example
@@ -241,9 +248,14 @@ class Engine:
         [n_groups, n_seeds].  A group's numbers have the same bits in any company; those that are
         not finite, its loss included, are left for the caller to find.
         """
-        self.backend.check_method(method)
+        self.check_method(method)
         directions = directions or self.directions
         return derivatives.of_groups(self.graph, batch, sizes, seeds, method, epsilon, directions)
+
+    def gradient(self, batch: Batch) -> Gradient:
+        """The exact gradient by the adapter, and by a head; see ``estimators.backprop``."""
+        self.check_method("backprop")
+        return backprop.gradient(self.graph, batch)
 
     def head_step(self, batch: Batch) -> Gradient:
         """The gradient by the head alone, from one forward pass."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -68,6 +68,22 @@ class Graph(Protocol):
 
     def features(self, batch: Batch, variants: Variants = PLAIN) -> np.ndarray:
         """Pooled features of every sequence in every lane: float32 [lanes * sequences, width]."""
+        ...
+
+    def token_gradient(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """NLL of label tokens, float64 [n_labels], and of their mean the gradient by theta.
+
+        By the way back through the layers, which llama.cpp's graphs have not.
+        """
+        ...
+
+    def feature_gradient(
+        self, batch: Batch, cotangents: Callable[[Batch, np.ndarray], np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Pooled features, float32 [n_sequences, width], and the gradient by theta.
+
+        cotangents: of some sequences' features, the gradient of the loss by them.
+        """
         ...
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:

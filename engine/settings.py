@@ -16,9 +16,9 @@ from typing import Any, Protocol, TypeVar
 
 from fwdllm.engine.errors import ConfigError
 
-METHODS = ("forward-ad", "central", "forward-difference")
-# Of these and of ``estimators.activation``, those that need a graph with tangents.
-TANGENT_METHODS = ("forward-ad", "activation")
+METHODS = ("forward-ad", "central", "forward-difference", "backprop")
+# Of these and of ``estimators.activation``, those that need a graph of our own.
+OWN_METHODS = ("forward-ad", "backprop", "activation")
 DIRECTIONS = ("normal", "rademacher", "lora-fa", "lora-xs", "subzero", "sparse")
 
 # Step along a direction of unit variance per parameter; docs/decisions.md has the sweep.

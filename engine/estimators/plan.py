@@ -96,7 +96,7 @@ def plan(
     seeds = np.asarray(seeds, np.uint64)
     if seeds.ndim not in (1, 2) or len(seeds) == 0:
         raise ConfigError("directional derivatives need at least one seed")
-    if method not in METHODS:
+    if method not in METHODS or method == "backprop":
         raise ConfigError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
     if not (np.isfinite(epsilon) and epsilon > 0):
         raise ConfigError(f"epsilon must be a positive number, not {epsilon!r}")
@@ -112,6 +112,13 @@ def plan(
     tangents = method == "forward-ad"
     lanes = Lanes(seeds, coefficients.astype(np.float32), distribution, tangents)
     return Plan(lanes, method, epsilon, plain)
+
+
+def n_lanes(method: str, n_seeds: int) -> int:
+    """Lanes of a step along ``n_seeds`` directions; ConfigError for a method that does not exist."""
+    if method == "backprop":
+        return 1
+    return len(plan(np.arange(n_seeds, dtype=np.uint64), method).lanes)
 
 
 def example_seeds(seeds: np.ndarray, n_examples: int) -> np.ndarray:

@@ -107,6 +107,16 @@ class LlamaGraph:
             found[np.ix_(part.lanes, part.examples)] = features
         return found.reshape(-1, width)
 
+    def token_gradient(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """See ``Graph.token_gradient``."""
+        raise ConfigError("there is no way back through llama.cpp's graphs")
+
+    def feature_gradient(
+        self, batch: Batch, cotangents: Callable[[Batch, np.ndarray], np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See ``Graph.feature_gradient``."""
+        raise ConfigError("there is no way back through llama.cpp's graphs")
+
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Next-token logits after each token of one sequence: float32 [n_tokens, n_vocab]."""
         if self.pooling is not None:

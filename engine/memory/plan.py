@@ -22,6 +22,8 @@ _FLOAT = 4
 _INT8_PACKED = (32 + 4 + 8) / 32
 # kernels/cpu/cross_entropy.h: a partial softmax of 16 bytes for each 256 words of the vocabulary.
 _SOFTMAX_CHUNK, _SOFTMAX_BYTES = 256, 16
+# kernels/cpu/cross_entropy_vjp.h: words of the vocabulary whose probabilities exist at a time.
+_VOCABULARY_BLOCK = 2048
 # Bytes of the widest array of a block of rows: a few of them are about the size of an L3 cache, and
 # ``keep_freed_memory`` covers them. More rows than _MOST_ROWS make no product faster.
 _BLOCK_BYTES, _MOST_ROWS = 24 * 2**20, 2048
@@ -117,6 +119,52 @@ def _num_threads() -> int:
     return num_threads()
 
 
+def estimate_gradient(
+    args: Dimensions,
+    *,
+    weight_bytes: int,
+    n_trainable: int,
+    n_rows: int,
+    first_layer: int = 0,
+    block_rows: int | None = None,
+    longest: int | None = None,
+    n_labels: int | None = None,
+    optimizer_slots: int = 2,
+    encoder: bool = False,
+) -> dict[str, int]:
+    """Bytes of one step by the way back, as ``estimate_step``.
+
+    n_rows: tokens that go forward and back together; a batch of more takes them in turn.
+    first_layer: the first that is adapted, where the way back ends.
+
+    kept: what layers read, of all of them.  residual: the stream, and its cotangents.  attention,
+    feed_forward: activations and cotangents of a layer that is computed again, of whole examples
+    and of a block of rows.  loss: probabilities of a block of the vocabulary, and what is added
+    up of them.
+    """
+    wanted = block_rows or default_block_rows(args)
+    sequences = min(n_rows, max(wanted, longest or n_rows))
+    block = min(sequences, wanted)
+    labels = 0 if encoder else n_rows if n_labels is None else n_labels
+    query, key_value = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+    parts = {
+        "weights": weight_bytes,
+        "adapter": _FLOAT * n_trainable,
+        "optimizer": _FLOAT * n_trainable * optimizer_slots,
+        "update": _FLOAT * n_trainable * 6,
+        "kept": _FLOAT * n_rows * args.width * (args.n_layers - first_layer),
+        "residual": _FLOAT * n_rows * 2 * args.width,
+        "attention": _FLOAT * sequences * (6 * args.width + 4 * query + 4 * key_value)
+        + _FLOAT * _num_threads() * 2 * (longest or n_rows) * args.head_dim,
+        "feed_forward": _FLOAT * block * (6 * args.hidden + 4 * args.width),
+        "loss": _FLOAT * labels * (_VOCABULARY_BLOCK + 4 * args.width),
+    }
+    kept = parts["weights"] + parts["adapter"] + parts["optimizer"]
+    layer = parts["attention"] + parts["feed_forward"]
+    work = parts["kept"] + parts["residual"] + max(layer, parts["loss"]) + parts["adapter"]
+    return {**parts, "total": kept + max(work, parts["update"])}
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """How to run a step: rows of a block, lanes of a pass, bytes of weights to keep."""
@@ -178,6 +226,67 @@ def plan_step(
                 f"{budget / 2**20:.0f} MiB: use fewer or shorter examples"
             )
     return MemoryPlan(block, lanes, budget - needed(block, lanes))
+
+
+@dataclass(frozen=True)
+class GradientPlan:
+    """How to run a way back: rows of a block, rows of the batch at a time, weights to keep."""
+
+    block_rows: int
+    rows: int
+    weights: int | None
+
+
+def plan_gradient(
+    args: Dimensions,
+    budget: int | None,
+    *,
+    resident: int,
+    largest_layer: int,
+    n_trainable: int,
+    n_rows: int,
+    first_layer: int,
+    longest: int,
+    n_labels: int,
+    encoder: bool,
+) -> GradientPlan:
+    """The fastest way to keep a gradient within ``budget`` bytes resident, as ``plan_step``.
+
+    First the batch goes in several parts, down to an example at a time, then blocks get smaller.
+    """
+    block = default_block_rows(args)
+    # What is kept of more rows than these grows, and their products get no faster.
+    rows = min(n_rows, max(longest, _MOST_ROWS))
+    if budget is None:
+        return GradientPlan(block, rows, None)
+
+    def needed(rows: int, block: int) -> int:
+        estimate = estimate_gradient(
+            args,
+            weight_bytes=0,
+            n_trainable=n_trainable,
+            n_rows=rows,
+            first_layer=first_layer,
+            block_rows=block,
+            longest=longest,
+            n_labels=min(rows, n_labels),
+            encoder=encoder,
+        )
+        return resident + estimate["total"]
+
+    while needed(rows, block) + largest_layer > budget:
+        if rows > longest:
+            rows = max(longest, rows // 2)
+        elif block > _LEAST_ROWS:
+            block = max(_LEAST_ROWS, block // 2)
+        else:
+            least = needed(rows, block) + largest_layer
+            raise ConfigError(
+                f"this step needs about {least / 2**20:.0f} MiB of memory, more than the budget of "
+                f"{budget / 2**20:.0f} MiB: use shorter examples, or a method of forward passes "
+                "only, such as forward-ad"
+            )
+    return GradientPlan(block, rows, budget - needed(rows, block))
 
 
 def plan_gpu_step(args: Dimensions, free: int | None, n_rows: int, n_lanes: int) -> MemoryPlan:

@@ -69,10 +69,11 @@ class Residency:
             first += 1
         self._dropped = range(first, n)
 
-    def enter(self, layer: int) -> None:
-        """``layer`` is next: read ahead the one after it, while this one is in work."""
-        if self._dropped and layer + 1 < len(self._layers):
-            self._advise(layer + 1, mmap.MADV_WILLNEED)
+    def enter(self, layer: int, back: bool = False) -> None:
+        """``layer`` is next: read ahead the one after it, or back before it, while it is in work."""
+        ahead = layer - 1 if back else layer + 1
+        if self._dropped and 0 <= ahead < len(self._layers):
+            self._advise(ahead, mmap.MADV_WILLNEED)
 
     def leave(self, layer: int) -> None:
         """``layer`` is done: drop its pages, if they do not fit."""

@@ -25,7 +25,7 @@ Args = TypeVar("Args", bound=Dimensions)
 class Family(Generic[Args]):
     """The functions of one architecture, from embedding to output, and the ``Args`` they share.
 
-    unembed: of a decoder.  pool: of an encoder, which yields features, not next tokens.
+    unembed: of a decoder.  pool, pool_vjp: of an encoder, which yields features, not next tokens.
     """
 
     read_args: Callable[[GGUFFile], Args]
@@ -34,6 +34,7 @@ class Family(Generic[Args]):
     layer: Callable[[Args, Pass, int, Array], Array]
     unembed: Callable[[Args, Pass, Array], tuple[Array, Matrix]] | None = None
     pool: Callable[[Args, np.ndarray, np.ndarray], np.ndarray] | None = None
+    pool_vjp: Callable[[Args, np.ndarray, np.ndarray], np.ndarray] | None = None
 
     @property
     def encoder(self) -> bool:
@@ -45,7 +46,7 @@ FAMILIES: dict[str, Family[Any]] = {
     "llama": Family(llama.read_args, llama.shapes, llama.embed, llama.layer, llama.unembed),
     "qwen2": Family(qwen.read_qwen2, llama.shapes, llama.embed, llama.layer, llama.unembed),
     "qwen3": Family(qwen.read_qwen3, llama.shapes, llama.embed, llama.layer, llama.unembed),
-    "bert": Family(bert.read_args, bert.shapes, bert.embed, bert.layer, pool=bert.pool),
+    "bert": Family(bert.read_args, bert.shapes, bert.embed, bert.layer, None, bert.pool, bert.pool_vjp),
 }
 
 

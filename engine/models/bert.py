@@ -113,3 +113,13 @@ def pool(args: Args, x: np.ndarray, starts: np.ndarray) -> np.ndarray:
         return x[starts[:-1]]
     sums = np.add.reduceat(x, starts[:-1], axis=0, dtype=np.float64)
     return (sums / np.diff(starts)[:, None]).astype(np.float32)
+
+
+def pool_vjp(args: Args, features: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """From cotangents of features [n_sequences, width] those of the rows: float32 [rows, width]."""
+    lengths = np.diff(starts)
+    if args.pooling == "cls":
+        rows = np.zeros((starts[-1], features.shape[1]), np.float32)
+        rows[starts[:-1]] = features
+        return rows
+    return np.repeat((features / lengths[:, None]).astype(np.float32), lengths, axis=0)

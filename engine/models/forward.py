@@ -50,7 +50,7 @@ class Pass:
         self.exact = exact
         self.block_rows = block_rows
         self._tap = variants.tap
-        self._adapter = adapter
+        self.adapter = adapter
         self.theta: Array | None = None
         self._all_lanes = variants.lanes
         self.lanes = replace(Lanes.plain(), tangents=self._all_lanes.tangents)
@@ -94,7 +94,7 @@ class Pass:
 
     def linear(self, x: Array, name: str) -> Array:
         """x W^T + bias, with the adapter's term in each lane: float32 [rows, n_out]."""
-        target = self._adapter.target(name) if self._adapter else None
+        target = self.adapter.target(name) if self.adapter else None
         n_rows = len(x) // len(self.lanes)
         lanes = self.lanes.take(self._first_row, self._first_row + n_rows)
         lora, lanes = self._term(target, lanes)
@@ -116,11 +116,11 @@ class Pass:
 
     def _term(self, target: Target | None, lanes: Lanes) -> tuple[LoRA | None, Lanes]:
         """The adapter's factors for a target, and the lanes as far as they perturb it."""
-        if target is None or self._adapter is None:
+        if target is None or self.adapter is None:
             return None, lanes
         if self._directions is None or target.name not in self._moved:
             still = self._still if len(lanes) == len(self._still) else lanes.unperturbed()
-            return self._adapter.factors(target, self.theta), still
+            return self.adapter.factors(target, self.theta), still
         return self._directions.lora(target, self.theta), lanes
 
     @property

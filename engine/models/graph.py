@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from types import NoneType
 from typing import Any
@@ -15,13 +15,20 @@ from fwdllm.engine.data.batch import Batch, Tokens, pack, split
 from fwdllm.engine.directions.dense import Dense
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.graph import PLAIN, Tap, Variants
-from fwdllm.engine.memory.plan import MemoryPlan, plan_gpu_step, plan_step
+from fwdllm.engine.memory.plan import (
+    GradientPlan,
+    MemoryPlan,
+    plan_gpu_step,
+    plan_gradient,
+    plan_step,
+)
 from fwdllm.engine.memory.residency import Residency, resident_bytes
 from fwdllm.engine.models import Family
+from fwdllm.engine.models.backward import Backward
 from fwdllm.engine.models.dimensions import Dimensions
 from fwdllm.engine.models.forward import Pass
 from fwdllm.engine.models.weights import Weights
-from fwdllm.kernels.api import Array, Kernels
+from fwdllm.kernels.api import Array, BackwardKernels, Kernels
 
 _DENSE = (Dense, NoneType)
 
@@ -107,6 +114,97 @@ class OwnGraph:
         ]
         return np.concatenate(found, axis=1).reshape(-1, self.args.width)
 
+    def token_gradient(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """See ``Graph.token_gradient``."""
+        unembed = self.family.unembed
+        if unembed is None:
+            raise ConfigError("an encoder predicts no tokens; it learns from texts with labels")
+        losses = []
+
+        def cotangent(back: Backward, x: Array) -> Array:
+            rows, labels = back.batch.label_rows, back.batch.label_ids
+            last = back.leaf(self.ops.take(x, rows))
+            output, matrix = unembed(self.args, back, last)
+            nll, of_output = self._backward_kernels.cross_entropy_vjp(
+                output.value, matrix, labels, exact=self.exact
+            )
+            losses.append(nll)
+            back.pull_back(output, of_output / np.float32(batch.n_labels))
+            found = np.zeros_like(x)
+            found[rows] = last.cotangent
+            return found
+
+        gradient = self._gradient(batch, cotangent)
+        return np.concatenate(losses), gradient
+
+    def feature_gradient(
+        self, batch: Batch, cotangents: Callable[[Batch, np.ndarray], np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See ``Graph.feature_gradient``."""
+        pool, pool_vjp = self.family.pool, self.family.pool_vjp
+        if pool is None or pool_vjp is None:
+            raise ConfigError("a decoder has no pooled features; llama.cpp embeds with it")
+        features = []
+
+        def cotangent(back: Backward, x: Array) -> Array:
+            found = pool(self.args, x, back.starts)
+            features.append(found)
+            return pool_vjp(self.args, cotangents(back.batch, found), back.starts)
+
+        gradient = self._gradient(batch, cotangent)
+        return np.concatenate(features), gradient
+
+    def _gradient(
+        self, batch: Batch, cotangent: Callable[[Backward, Array], Array]
+    ) -> np.ndarray:
+        """The gradient by theta, float32 [n_lora] and zeros for a head.
+
+        cotangent: of the last layer's output, of one pass of some sequences after the other.
+        Forward only what layers read is kept; back each layer is computed again from that.
+        """
+        if self.adapter is None:
+            raise ConfigError("a gradient needs an adapter to be of")
+        first = min(target.layer for target in self.adapter.targets)
+        memory = self.plan_gradient(batch, first)
+        if self.residency:
+            self.residency.limit(memory.weights)
+        gradient = np.zeros_like(self.adapter.theta)
+        for part in split(batch, memory.rows):
+            self._add_gradient(part, first, memory.block_rows, cotangent, gradient)
+        return gradient
+
+    def _add_gradient(
+        self,
+        batch: Batch,
+        first: int,
+        block_rows: int,
+        cotangent: Callable[[Backward, Array], Array],
+        gradient: np.ndarray,
+    ) -> None:
+        """The same of some sequences, added to ``gradient``; nothing changes below ``first``."""
+        passes = self._split(batch, PLAIN, block_rows)
+        kept: list[list[Array]] = []
+
+        def keep(layer: int, xs: Sequence[Array]) -> None:
+            if layer >= first:
+                kept.append(list(xs))
+
+        outputs = self._outputs(passes, keep)
+        ways = [Backward.of(p, self._backward_kernels, gradient) for p in passes]
+        cotangents = [cotangent(back, x) for back, x in zip(ways, outputs, strict=True)]
+        if self.residency:
+            self.residency.leave(self.args.n_layers)
+        for layer in reversed(range(first, self.args.n_layers)):
+            if self.residency:
+                self.residency.enter(layer, back=True)
+            for i, (back, x) in enumerate(zip(ways, kept.pop(), strict=True)):
+                leaf = back.leaf(x, layer > first)
+                back.pull_back(self.family.layer(self.args, back, layer, leaf), cotangents[i])
+                if leaf.cotangent is not None:
+                    cotangents[i] = leaf.cotangent
+            if self.residency:
+                self.residency.leave(layer)
+
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """See ``Graph.logits``."""
         if self.family.unembed is None:
@@ -143,11 +241,35 @@ class OwnGraph:
             encoder=self.family.encoder,
         )
 
+    @property
+    def _backward_kernels(self) -> BackwardKernels:
+        if not isinstance(self.ops, BackwardKernels):
+            raise ConfigError("the kernels of a GPU have no way back yet: use method forward-ad")
+        return self.ops
+
+    def plan_gradient(self, batch: Batch, first_layer: int) -> GradientPlan:
+        """How a batch is to go forward and back to layer ``first_layer``."""
+        assert self.residency is not None and self.adapter is not None
+        return plan_gradient(
+            self.args,
+            self.memory_budget,
+            resident=self._resident,
+            largest_layer=self.residency.largest,
+            n_trainable=self.adapter.theta.size,
+            n_rows=batch.n_rows,
+            first_layer=first_layer,
+            longest=int(np.diff(batch.starts).max()),
+            n_labels=len(batch.label_ids),
+            encoder=self.family.encoder,
+        )
+
     def _passes(self, batch: Batch, variants: Variants) -> list[Pass]:
-        n_lanes = len(variants.lanes)
-        memory = self.plan(batch, n_lanes)
+        memory = self.plan(batch, len(variants.lanes))
         if self.residency:
             self.residency.limit(memory.weights)
+        return self._split(batch, variants, memory.block_rows)
+
+    def _split(self, batch: Batch, variants: Variants, block_rows: int) -> list[Pass]:
         return [
             Pass(
                 self.ops,
@@ -156,13 +278,20 @@ class OwnGraph:
                 self.adapter,
                 replace(variants, lanes=part.lanes(variants.lanes)),
                 self.exact,
-                memory.block_rows,
+                block_rows,
             )
-            for part in split(batch, memory.block_rows // n_lanes)
+            for part in split(batch, block_rows // len(variants.lanes))
         ]
 
-    def _outputs(self, passes: Sequence[Pass]) -> list[Array]:
-        """A layer is applied to all passes before the next one, so weights are visited once."""
+    def _outputs(
+        self,
+        passes: Sequence[Pass],
+        keep: Callable[[int, Sequence[Array]], None] = lambda layer, xs: None,
+    ) -> list[Array]:
+        """A layer is applied to all passes before the next one, so weights are visited once.
+
+        keep: sees what each layer is about to read.
+        """
         if self.adapter is not None:
             theta = self.ops.array(self.adapter.theta)
             for p in passes:
@@ -171,6 +300,7 @@ class OwnGraph:
         for layer in range(self.args.n_layers):
             if self.residency:
                 self.residency.enter(layer)
+            keep(layer, xs)
             for i, p in enumerate(passes):
                 xs[i] = self.family.layer(self.args, p, layer, p.enter(layer, xs[i]))
             if self.residency:

@@ -38,19 +38,25 @@ __all__ = [
     "add_lora",
     "array",
     "attention",
+    "attention_vjp",
     "compiler",
     "contiguous",
     "cross_entropy",
+    "cross_entropy_vjp",
     "dequantize",
     "embedding",
     "free_bytes",
     "from_relative",
     "gelu",
+    "gelu_vjp",
     "host",
     "isa",
     "isas",
     "layer_norm",
+    "layer_norm_vjp",
+    "lora_vjp",
     "matmul",
+    "matmul_vjp",
     "normal",
     "num_threads",
     "peak",
@@ -58,12 +64,14 @@ __all__ = [
     "rademacher",
     "repeated",
     "rms_norm",
+    "rms_norm_vjp",
     "rope",
     "seeded_axpy",
     "seeded_dot",
     "set_num_threads",
     "spread",
     "swiglu",
+    "swiglu_vjp",
     "take",
     "to_relative",
     "weight",
@@ -322,3 +330,93 @@ def gelu(x: np.ndarray, tangents: int = 0) -> np.ndarray:
     y = np.empty_like(x)
     _native.gelu(x, tangents=tangents, y=y)
     return y
+
+
+def matmul_vjp(
+    dy: np.ndarray, weight: Matrix, *, lora: LoRA | None = None, exact: bool = False
+) -> np.ndarray:
+    """dx = dy W + scale (dy B) A: float32 [rows, n_out] to [rows, n_in].
+
+    Without ``exact`` dy goes to int8 with a scale per 32 outputs, and so do the weights, whose own
+    scales lie along the inputs.
+    """
+    dx = np.empty((len(dy), weight.n_in), np.float32)
+    term = None if lora is None else _lora(lora)
+    _native.matmul_vjp(_f32(dy), _weight(weight), term, exact=exact, dx=dx)
+    return dx
+
+
+def lora_vjp(
+    x: np.ndarray, dy: np.ndarray, lora: LoRA, da: np.ndarray, db: np.ndarray
+) -> None:
+    """da += scale (dy B)^T x and db += scale dy^T (x A^T), in place, row after row."""
+    _native.lora_vjp(_f32(x), _f32(dy), _lora(lora), da, db)
+
+
+def cross_entropy_vjp(
+    x: np.ndarray, weight: Matrix, labels: np.ndarray, *, exact: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """``cross_entropy`` [rows] and the cotangents of x [rows, n_in], each of its row's loss."""
+    nll, dx = np.empty(len(x), np.float64), np.empty((len(x), weight.n_in), np.float32)
+    labels = np.ascontiguousarray(labels, np.int32)
+    _native.cross_entropy_vjp(_f32(x), _weight(weight), labels, exact=exact, nll=nll, dx=dx)
+    return nll, dx
+
+
+def rms_norm_vjp(x: np.ndarray, weight: np.ndarray, eps: float, dy: np.ndarray) -> np.ndarray:
+    """The cotangent of x of ``rms_norm``: float32 [rows, d]."""
+    dx = np.empty_like(x)
+    _native.rms_norm_vjp(x, weight, eps=eps, dy=dy, dx=dx)
+    return dx
+
+
+def layer_norm_vjp(x: np.ndarray, weight: np.ndarray, eps: float, dy: np.ndarray) -> np.ndarray:
+    """The cotangent of x of ``layer_norm``: float32 [rows, d]."""
+    dx = np.empty_like(x)
+    _native.layer_norm_vjp(x, weight, eps=eps, dy=dy, dx=dx)
+    return dx
+
+
+def swiglu_vjp(
+    gate: np.ndarray, up: np.ndarray, dy: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The cotangents of gate and up: float32 [rows, d] each."""
+    dgate, dup = np.empty_like(gate), np.empty_like(up)
+    _native.swiglu_vjp(gate, up, dy, dgate=dgate, dup=dup)
+    return dgate, dup
+
+
+def gelu_vjp(x: np.ndarray, dy: np.ndarray) -> np.ndarray:
+    """The cotangent of x of ``gelu``: float32 [rows, d]."""
+    dx = np.empty_like(x)
+    _native.gelu_vjp(x, dy, dx=dx)
+    return dx
+
+
+def attention_vjp(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    starts: np.ndarray,
+    dy: np.ndarray,
+    *,
+    head_dim: int,
+    scale: float,
+    causal: bool,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The cotangents of q, k and v; scores are computed again, some queries at a time."""
+    dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
+    _native.attention_vjp(
+        q,
+        k,
+        v,
+        starts,
+        head_dim=head_dim,
+        scale=scale,
+        causal=causal,
+        dy=dy,
+        dq=dq,
+        dk=dk,
+        dv=dv,
+    )
+    return dq, dk, dv

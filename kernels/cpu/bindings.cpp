@@ -303,28 +303,133 @@ void gelu(Matrix x, int64_t tangents, Out<float, 2> y) {
     kernels().gelu(x.data(), (int64_t)x.size(), tangents, y.data());
 }
 
-void attention(Matrix q, Matrix k, Matrix v, In<int32_t, 1> starts, int64_t head_dim, float scale,
-               bool causal, int64_t tangents, Out<float, 2> y) {
+struct AttentionShape {
+    int64_t n_seq, n_heads, n_kv;
+};
+
+AttentionShape attention_shape(const Matrix& q, const Matrix& k, const Matrix& v,
+                               const In<int32_t, 1>& starts, int64_t head_dim) {
     const int64_t rows = (int64_t)q.shape(0), n_seq = (int64_t)starts.shape(0) - 1;
     require(head_dim > 0 && q.shape(1) % head_dim == 0 && k.shape(1) % head_dim == 0,
             "rows are not whole heads");
     const int64_t n_heads = (int64_t)q.shape(1) / head_dim, n_kv = (int64_t)k.shape(1) / head_dim;
     require(n_kv > 0 && n_heads % n_kv == 0, "query heads are not a multiple of key/value heads");
-    require((int64_t)k.shape(0) == rows && (int64_t)v.shape(0) == rows &&
-                v.shape(1) == k.shape(1) && (int64_t)y.shape(0) == rows && y.shape(1) == q.shape(1),
-            "q, k, v and y differ in shape");
+    require((int64_t)k.shape(0) == rows && (int64_t)v.shape(0) == rows && v.shape(1) == k.shape(1),
+            "q, k and v differ in shape");
     require(n_seq >= 0 && starts.data()[0] == 0 && starts.data()[n_seq] == rows,
             "starts run from 0 to the number of rows");
     for (int64_t s = 0; s < n_seq; ++s)
         require(starts.data()[s] < starts.data()[s + 1], "starts do not ascend");
+    return {n_seq, n_heads, n_kv};
+}
+
+void attention(Matrix q, Matrix k, Matrix v, In<int32_t, 1> starts, int64_t head_dim, float scale,
+               bool causal, int64_t tangents, Out<float, 2> y) {
+    const auto [n_seq, n_heads, n_kv] = attention_shape(q, k, v, starts, head_dim);
+    require(y.shape(0) == q.shape(0) && y.shape(1) == q.shape(1), "q and y differ in shape");
     require(tangents >= 0 && n_seq % (1 + tangents) == 0, "tangents have other sequences");
-    const int64_t n_primal = n_seq / (1 + tangents), primal = rows / (1 + tangents);
+    const int64_t n_primal = n_seq / (1 + tangents);
+    const int64_t primal = (int64_t)q.shape(0) / (1 + tangents);
     for (int64_t s = 0; s + n_primal <= n_seq; ++s)
         require(starts.data()[s] + primal == starts.data()[s + n_primal],
                 "tangents have other sequences");
     nb::gil_scoped_release release_gil;
     kernels().attention(q.data(), k.data(), v.data(), starts.data(), n_seq, n_heads, n_kv, head_dim,
                         scale, causal, tangents, y.data());
+}
+
+// Cotangents: of outputs, dy, to those of inputs. What a cotangent is of has its shape.
+
+template <typename A, typename B>
+void require_alike(const A& a, const B& b, const char* what) {
+    require(a.shape(0) == b.shape(0) && a.shape(1) == b.shape(1), what);
+}
+
+void matmul_vjp(Matrix dy, const WeightArgument& weight, const LoraArgument* lora, bool exact,
+                Out<float, 2> dx) {
+    const Weight& w = weight.weight;
+    require((int64_t)dy.shape(1) == w.n_out, "dy is [rows, n_out]");
+    require(dx.shape(0) == dy.shape(0) && (int64_t)dx.shape(1) == w.n_in, "dx is [rows, n_in]");
+    LoRA term{};
+    if (lora) term = lora->of(w.n_in, w.n_out);
+    nb::gil_scoped_release release_gil;
+    kernels().matmul_vjp(dy.data(), (int64_t)dy.shape(0), w, lora ? &term : nullptr, exact,
+                         dx.data());
+}
+
+void lora_vjp(Matrix x, Matrix dy, const LoraArgument& lora, Out<float, 2> da, Out<float, 2> db) {
+    require(x.shape(0) == dy.shape(0), "x and dy differ in rows");
+    const int64_t n_in = (int64_t)x.shape(1), n_out = (int64_t)dy.shape(1);
+    const LoRA term = lora.of(n_in, n_out);
+    require_alike(da, lora.a.values, "da is [rank, n_in]");
+    require_alike(db, lora.b.values, "db is [n_out, rank]");
+    nb::gil_scoped_release release_gil;
+    kernels().lora_vjp(x.data(), dy.data(), (int64_t)x.shape(0), n_in, n_out, term, da.data(),
+                       db.data());
+}
+
+void cross_entropy_vjp(Matrix x, const WeightArgument& weight, In<int32_t, 1> labels, bool exact,
+                       Out<double, 1> nll, Out<float, 2> dx) {
+    const Weight& w = weight.weight;
+    require((int64_t)x.shape(1) == w.n_in, "x is [rows, n_in]");
+    require_alike(x, dx, "x and dx differ in shape");
+    require(labels.shape(0) == x.shape(0) && nll.shape(0) == x.shape(0),
+            "one label and result a row");
+    for (size_t i = 0; i < labels.shape(0); ++i)
+        require(labels.data()[i] >= 0 && labels.data()[i] < w.n_out,
+                "a label is outside the vocabulary");
+    nb::gil_scoped_release release_gil;
+    kernels().cross_entropy_vjp(x.data(), (int64_t)x.shape(0), w, labels.data(), exact, nll.data(),
+                                dx.data());
+}
+
+void rms_norm_vjp(Matrix x, Vector weight, float eps, Matrix dy, Out<float, 2> dx) {
+    require(weight.shape(0) == x.shape(1), "x is [rows, d], weight is [d]");
+    require_alike(x, dy, "x and dy differ in shape");
+    require_alike(x, dx, "x and dx differ in shape");
+    nb::gil_scoped_release release_gil;
+    kernels().rms_norm_vjp(x.data(), dy.data(), (int64_t)x.shape(0), (int64_t)x.shape(1),
+                           weight.data(), eps, dx.data());
+}
+
+void layer_norm_vjp(Matrix x, Vector weight, float eps, Matrix dy, Out<float, 2> dx) {
+    require(weight.shape(0) == x.shape(1), "x is [rows, d], weight is [d]");
+    require_alike(x, dy, "x and dy differ in shape");
+    require_alike(x, dx, "x and dx differ in shape");
+    nb::gil_scoped_release release_gil;
+    kernels().layer_norm_vjp(x.data(), dy.data(), (int64_t)x.shape(0), (int64_t)x.shape(1),
+                             weight.data(), eps, dx.data());
+}
+
+void swiglu_vjp(Matrix gate, Matrix up, Matrix dy, Out<float, 2> dgate, Out<float, 2> dup) {
+    require_alike(gate, up, "gate and up differ in shape");
+    require_alike(gate, dy, "gate and dy differ in shape");
+    require_alike(gate, dgate, "gate and dgate differ in shape");
+    require_alike(gate, dup, "gate and dup differ in shape");
+    nb::gil_scoped_release release_gil;
+    kernels().swiglu_vjp(gate.data(), up.data(), dy.data(), (int64_t)gate.size(), dgate.data(),
+                         dup.data());
+}
+
+void gelu_vjp(Matrix x, Matrix dy, Out<float, 2> dx) {
+    require_alike(x, dy, "x and dy differ in shape");
+    require_alike(x, dx, "x and dx differ in shape");
+    nb::gil_scoped_release release_gil;
+    kernels().gelu_vjp(x.data(), dy.data(), (int64_t)x.size(), dx.data());
+}
+
+void attention_vjp(Matrix q, Matrix k, Matrix v, In<int32_t, 1> starts, int64_t head_dim,
+                   float scale, bool causal, Matrix dy, Out<float, 2> dq, Out<float, 2> dk,
+                   Out<float, 2> dv) {
+    const AttentionShape shape = attention_shape(q, k, v, starts, head_dim);
+    require_alike(q, dy, "q and dy differ in shape");
+    require_alike(q, dq, "q and dq differ in shape");
+    require_alike(k, dk, "k and dk differ in shape");
+    require_alike(v, dv, "v and dv differ in shape");
+    nb::gil_scoped_release release_gil;
+    kernels().attention_vjp(q.data(), k.data(), v.data(), dy.data(), starts.data(), shape.n_seq,
+                            shape.n_heads, shape.n_kv, head_dim, scale, causal, dq.data(),
+                            dk.data(), dv.data());
 }
 
 }  // namespace
@@ -378,4 +483,15 @@ NB_MODULE(_native, m) {
     m.def("gelu", &gelu, "x"_a, "tangents"_a, "y"_a);
     m.def("attention", &attention, "q"_a, "k"_a, "v"_a, "starts"_a, "head_dim"_a, "scale"_a,
           "causal"_a, "tangents"_a, "y"_a);
+
+    m.def("matmul_vjp", &matmul_vjp, "dy"_a, "weight"_a, "lora"_a.none(), "exact"_a, "dx"_a);
+    m.def("lora_vjp", &lora_vjp, "x"_a, "dy"_a, "lora"_a, "da"_a.noconvert(), "db"_a.noconvert());
+    m.def("cross_entropy_vjp", &cross_entropy_vjp, "x"_a, "weight"_a, "labels"_a, "exact"_a,
+          "nll"_a, "dx"_a);
+    m.def("rms_norm_vjp", &rms_norm_vjp, "x"_a, "weight"_a, "eps"_a, "dy"_a, "dx"_a);
+    m.def("layer_norm_vjp", &layer_norm_vjp, "x"_a, "weight"_a, "eps"_a, "dy"_a, "dx"_a);
+    m.def("swiglu_vjp", &swiglu_vjp, "gate"_a, "up"_a, "dy"_a, "dgate"_a, "dup"_a);
+    m.def("gelu_vjp", &gelu_vjp, "x"_a, "dy"_a, "dx"_a);
+    m.def("attention_vjp", &attention_vjp, "q"_a, "k"_a, "v"_a, "starts"_a, "head_dim"_a, "scale"_a,
+          "causal"_a, "dy"_a, "dq"_a, "dk"_a, "dv"_a);
 }

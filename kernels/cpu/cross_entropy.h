@@ -131,28 +131,33 @@ inline PartialSoftmax whole_softmax(const PartialSoftmax* chunks, int64_t n_chun
     return {total, max};
 }
 
-void cross_entropy(const float* x, int64_t rows, const int32_t* references, int64_t tangents,
-                   const Weight& w, const int32_t* labels, bool exact, double* nll) {
+// nll [rows] of a product, and whole [rows], the softmax of each row's logits.
+template <typename Product>
+inline void losses(const Product& product, int64_t rows, int64_t tangents, const int32_t* labels,
+                   PartialSoftmax* whole, double* nll) {
     const int64_t primal = rows / (1 + tangents);
-    const int64_t n_chunks = ceil_div(w.n_out, kVocabChunk);
+    const int64_t n_chunks = ceil_div(product.w.n_out, kVocabChunk);
     Buffer softmax_buffer(n_chunks * rows * (int64_t)sizeof(PartialSoftmax)),
-        label_buffer(rows * 4), sum_buffer(primal * 8);
+        label_buffer(rows * 4);
     auto* softmaxes = (PartialSoftmax*)softmax_buffer.data;
     auto* label_logit = (float*)label_buffer.data;
-    auto* sums = (double*)sum_buffer.data;
-    with_product(x, rows, tangents > 0 ? primal : 0, references, w, exact,
-                 [&](const auto& product) {
-                     partial_softmaxes(product, rows, tangents, labels, softmaxes, label_logit);
-                 });
+    partial_softmaxes(product, rows, tangents, labels, softmaxes, label_logit);
     for (int64_t r = 0; r < rows; ++r) {
-        const PartialSoftmax whole = whole_softmax(softmaxes + r, n_chunks, rows);
-        if (r < primal) {
-            nll[r] = __builtin_log(whole.sum) + whole.max - label_logit[r];
-            sums[r] = whole.sum;
-        } else {
-            nll[r] = whole.sum / sums[r % primal] - label_logit[r];
-        }
+        whole[r] = whole_softmax(softmaxes + r, n_chunks, rows);
+        if (r < primal)
+            nll[r] = __builtin_log(whole[r].sum) + whole[r].max - label_logit[r];
+        else
+            nll[r] = whole[r].sum / whole[r % primal].sum - label_logit[r];
     }
+}
+
+void cross_entropy(const float* x, int64_t rows, const int32_t* references, int64_t tangents,
+                   const Weight& w, const int32_t* labels, bool exact, double* nll) {
+    Buffer whole(rows * (int64_t)sizeof(PartialSoftmax));
+    const int64_t refined = tangents > 0 ? rows / (1 + tangents) : 0;
+    with_product(x, rows, refined, references, w, exact, [&](const auto& product) {
+        losses(product, rows, tangents, labels, (PartialSoftmax*)whole.data, nll);
+    });
 }
 
 }  // namespace

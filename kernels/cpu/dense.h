@@ -2,7 +2,7 @@
 // product. Activations are packed once per call into tiles of kRows rows; weights are decoded
 // once, piece by piece along K, into panels of kDenseOutputs that serve every tile. A row's
 // result depends on that row and the weights only, and its reduction order is fixed: that is
-// batch invariance.
+// batch invariance. The matrix is a Weight, or the transpose of one, see transposed.h.
 #pragma once
 
 #include <cstdint>
@@ -133,18 +133,18 @@ inline void multiply_dense(const uint32_t* tile, const uint32_t* panel, int64_t 
             store(c + r * kDenseOutputs + v * kWidth, acc[r][v]);
 }
 
-// A product of packed activations with W. run() calls sink(row0, n_rows, out0, n_outs, tile,
+// A product of packed activations with w [n_out, n_in]. run() calls sink(row0, n_rows, out0, n_outs, tile,
 // stride) for all tiles of outputs out0 .. out0+n, rows ascending. The tile of a row that has a
 // reference holds the product of the difference.
-template <typename E>
+template <typename E, typename W>
 struct DenseProduct {
-    const Weight& w;
+    const W& w;
     int64_t rows;
     const int32_t* references;
     Buffer tiles, zeros;
     static constexpr int panel_outputs = kDenseOutputs;
 
-    DenseProduct(const float* x, int64_t rows, const int32_t* references, const Weight& w)
+    DenseProduct(const float* x, int64_t rows, const int32_t* references, const W& w)
         : w(w),
           rows(rows),
           references(references),

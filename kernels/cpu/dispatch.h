@@ -88,6 +88,12 @@ struct Kernels {
                           const float* scales);
     void (*cross_entropy)(const float* x, int64_t rows, const int32_t* references, int64_t tangents,
                           const Weight& w, const int32_t* labels, bool exact, double* nll);
+    void (*matmul_vjp)(const float* dy, int64_t rows, const Weight& w, const LoRA* lora, bool exact,
+                       float* dx);
+    void (*lora_vjp)(const float* x, const float* dy, int64_t rows, int64_t n_in, int64_t n_out,
+                     const LoRA& lora, float* da, float* db);
+    void (*cross_entropy_vjp)(const float* x, int64_t rows, const Weight& w, const int32_t* labels,
+                              bool exact, double* nll, float* dx);
     void (*rms_norm)(const float* x, int64_t rows, int64_t d, const float* weight, float eps,
                      int64_t tangents, float* y);
     void (*layer_norm)(const float* x, int64_t rows, int64_t d, const float* weight,
@@ -100,6 +106,17 @@ struct Kernels {
     void (*attention)(const float* q, const float* k, const float* v, const int32_t* starts,
                       int64_t n_seq, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim,
                       float scale, bool causal, int64_t tangents, float* y);
+    void (*rms_norm_vjp)(const float* x, const float* dy, int64_t rows, int64_t d,
+                         const float* weight, float eps, float* dx);
+    void (*layer_norm_vjp)(const float* x, const float* dy, int64_t rows, int64_t d,
+                           const float* weight, float eps, float* dx);
+    void (*swiglu_vjp)(const float* gate, const float* up, const float* dy, int64_t n, float* dgate,
+                       float* dup);
+    void (*gelu_vjp)(const float* x, const float* dy, int64_t n, float* dx);
+    void (*attention_vjp)(const float* q, const float* k, const float* v, const float* dy,
+                          const int32_t* starts, int64_t n_seq, int64_t n_heads, int64_t n_kv_heads,
+                          int64_t head_dim, float scale, bool causal, float* dq, float* dk,
+                          float* dv);
     double (*peak)(Peak kind);
 };
 

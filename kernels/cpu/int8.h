@@ -16,16 +16,16 @@
 namespace fwdllm::FWDLLM_ISA {
 namespace {
 
-template <typename Codec>
+template <typename Codec, typename W>
 struct Int8Product {  // run() is that of DenseProduct
-    const Weight& w;
+    const W& w;
     int64_t rows, refined;
     const int32_t* references;
     Buffer tiles, rests, zeros;
     static constexpr int panel_outputs = kInt8Outputs;
 
     Int8Product(const float* x, int64_t rows, int64_t refined, const int32_t* references,
-                const Weight& w)
+                const W& w)
         : w(w),
           rows(rows),
           refined(refined),
@@ -64,10 +64,7 @@ struct Int8Product {  // run() is that of DenseProduct
         const int64_t groups = w.n_in / 32, n_panels = ceil_div(n, kInt8Outputs);
         auto* panels =
             (PanelGroup<Codec>*)thread_scratch(n_panels * groups * sizeof(PanelGroup<Codec>));
-        for (int64_t p = 0; p < n_panels; ++p)
-            pack_panel_int8<Codec>(w, out0 + p * kInt8Outputs,
-                                   min_of<int64_t>(kInt8Outputs, n - p * kInt8Outputs),
-                                   panels + p * groups);
+        pack_panels_int8(w, out0, n, panels);
         constexpr int size = kRows * kInt8Outputs;
         alignas(64) float c[size], c_rest[size];
         for (int64_t row0 = 0; row0 < rows; row0 += kRows) {

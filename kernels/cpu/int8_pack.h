@@ -186,5 +186,12 @@ inline void pack_panel_int8(const Weight& w, int64_t out0, int64_t n, PanelGroup
     }
 }
 
+// The panels of outputs out0 .. out0+n, one after the other.
+template <typename Codec>
+inline void pack_panels_int8(const Weight& w, int64_t out0, int64_t n, PanelGroup<Codec>* panels) {
+    for (int64_t j = 0; j < n; j += kInt8Outputs, panels += w.n_in / 32)
+        pack_panel_int8<Codec>(w, out0 + j, min_of<int64_t>(kInt8Outputs, n - j), panels);
+}
+
 }  // namespace
 }  // namespace fwdllm::FWDLLM_ISA

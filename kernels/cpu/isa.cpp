@@ -5,12 +5,15 @@
 // The headers use no templates of the standard library: the linker could keep the AVX-512 copy of
 // a shared inline function for every instruction set.
 #include "attention.h"
+#include "attention_vjp.h"
 #include "cross_entropy.h"
+#include "cross_entropy_vjp.h"
 #include "decode.h"
 #include "dispatch.h"
 #include "layers.h"
 #include "lora.h"
 #include "matmul.h"
+#include "matmul_vjp.h"
 #include "peak.h"
 #include "random.h"
 #include "relative.h"
@@ -32,12 +35,20 @@ const Kernels table = {FWDLLM_TEXT(FWDLLM_ISA),
                        to_relative,
                        from_relative,
                        cross_entropy,
+                       matmul_vjp,
+                       lora_vjp,
+                       cross_entropy_vjp,
                        rms_norm,
                        layer_norm,
                        rope,
                        swiglu,
                        gelu,
                        attention,
+                       rms_norm_vjp,
+                       layer_norm_vjp,
+                       swiglu_vjp,
+                       gelu_vjp,
+                       attention_vjp,
                        peak};
 
 }  // namespace fwdllm::FWDLLM_ISA

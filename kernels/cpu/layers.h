@@ -1,5 +1,6 @@
-// Row-wise operations: norms, rotary embedding, activations; and the directional derivatives of
-// those that are not linear, each with what it needs of the primal computed once.
+// Row-wise operations: norms, rotary embedding, activations; and of those that are not linear the
+// directional derivatives, each with what it needs of the primal computed once, and the cotangents
+// of their inputs, dx from dy. Rotary embedding's is itself, turned the other way.
 #pragma once
 
 #include <cstdint>
@@ -51,6 +52,26 @@ void rms_norm(const float* x, int64_t rows, int64_t d, const float* weight, floa
     });
 }
 
+// dx = scale (w dy - x scale^2 mean(x w dy)), scale = 1 / sqrt(mean(x^2) + eps).
+void rms_norm_vjp(const float* x, const float* dy, int64_t rows, int64_t d, const float* weight,
+                  float eps, float* dx) {
+    for_each_row(rows, [=](int64_t r) {
+        const float *from = x + r * d, *cotangent = dy + r * d;
+        VF squares = {}, products = {};
+        for (int64_t i = 0; i < d; i += kWidth) {
+            const int64_t m = min_of<int64_t>(kWidth, d - i);
+            const VF v = load_first(from + i, m);
+            squares = fmadd(v, v, squares);
+            products =
+                fmadd(v, load_first(cotangent + i, m) * load_first(weight + i, m), products);
+        }
+        const float scale = 1.0f / __builtin_sqrtf(sum(squares) / (float)d + eps);
+        const float along = scale * scale * sum(products) / (float)d;
+        for (int64_t i = 0; i < d; ++i)
+            dx[r * d + i] = (cotangent[i] * weight[i] - from[i] * along) * scale;
+    });
+}
+
 inline float mean_of(const float* x, int64_t n) {
     VF total = {};
     for (int64_t i = 0; i < n; i += kWidth)
@@ -81,6 +102,32 @@ void layer_norm(const float* x, int64_t rows, int64_t d, const float* weight, co
             for (int64_t i = 0; i < d; ++i)
                 y[t * d + i] = (dx[i] - dmean - (from[i] - mean) * along) * scale * weight[i];
         }
+    });
+}
+
+// dx = scale (g - mean(g) - c scale^2 mean(c g)), g = w dy, c = x - mean(x).
+void layer_norm_vjp(const float* x, const float* dy, int64_t rows, int64_t d, const float* weight,
+                    float eps, float* dx) {
+    for_each_row(rows, [=](int64_t r) {
+        const float *from = x + r * d, *cotangent = dy + r * d;
+        const float mean = mean_of(from, d);
+        VF squares = {}, products = {}, total = {};
+        for (int64_t i = 0; i < d; i += kWidth) {
+            const int64_t m = min_of<int64_t>(kWidth, d - i);
+            float centred[kWidth] = {};
+            store_first(centred, load_first(from + i, m) - splat(mean), m);
+            const VF c = load(centred);
+            const VF g = load_first(cotangent + i, m) * load_first(weight + i, m);
+            squares = fmadd(c, c, squares);
+            products = fmadd(c, g, products);
+            total += g;
+        }
+        const float scale = 1.0f / __builtin_sqrtf(sum(squares) / (float)d + eps);
+        const float along = scale * scale * sum(products) / (float)d;
+        const float common = sum(total) / (float)d;
+        for (int64_t i = 0; i < d; ++i)
+            dx[r * d + i] =
+                (cotangent[i] * weight[i] - common - (from[i] - mean) * along) * scale;
     });
 }
 
@@ -130,20 +177,46 @@ void swiglu(const float* gate, const float* up, int64_t n, int64_t tangents, flo
     });
 }
 
-// The tanh approximation, as llama.cpp computes it: 0.5 x (1 + tanh(t)) = x sigmoid(2 t).
+void swiglu_vjp(const float* gate, const float* up, const float* dy, int64_t n, float* dgate,
+                float* dup) {
+    for_each_vector(n, [=](int64_t i, int64_t m) {
+        const VF g = load_first(gate + i, m), cotangent = load_first(dy + i, m);
+        const VF s = sigmoid(g);
+        const VF slope = s * fmadd(g, splat(1.0f) - s, splat(1.0f));
+        store_first(dgate + i, slope * load_first(up + i, m) * cotangent, m);
+        store_first(dup + i, g * s * cotangent, m);
+    });
+}
+
+// The tanh approximation, as llama.cpp computes it: 0.5 x (1 + tanh(t)) = x sigmoid(2 t), of which
+// this is the sigmoid.
+inline VF gelu_gate(VF x) {
+    const VF cubic = x * splat(0.79788456f) * fmadd(splat(0.044715f) * x, x, splat(1.0f));
+    return sigmoid(cubic + cubic);
+}
+
+// d/dx x sigmoid(2 t), with 2 dt/dx = 2 sqrt(2 / pi) (1 + 3 0.044715 x^2).
+inline VF gelu_slope(VF x, VF gate) {
+    const VF twice = splat(1.59576912f) * fmadd(splat(0.134145f) * x, x, splat(1.0f));
+    return fmadd(x * gate * (splat(1.0f) - gate), twice, gate);
+}
+
 void gelu(const float* x, int64_t n, int64_t tangents, float* y) {
     const int64_t primal = n / (1 + tangents);
     for_each_vector(primal, [=](int64_t i, int64_t m) {
-        const VF v = load_first(x + i, m);
-        const VF cubic = v * splat(0.79788456f) * fmadd(splat(0.044715f) * v, v, splat(1.0f));
-        const VF s = sigmoid(cubic + cubic);
+        const VF v = load_first(x + i, m), s = gelu_gate(v);
         store_first(y + i, v * s, m);
         if (tangents == 0) return;
-        // d/dx 2 cubic = 2 sqrt(2 / pi) (1 + 3 0.044715 x^2)
-        const VF twice = splat(1.59576912f) * fmadd(splat(0.134145f) * v, v, splat(1.0f));
-        const VF slope = fmadd(v * s * (splat(1.0f) - s), twice, s);
+        const VF slope = gelu_slope(v, s);
         for (int64_t t = i + primal; t < n; t += primal)
             store_first(y + t, slope * load_first(x + t, m), m);
+    });
+}
+
+void gelu_vjp(const float* x, const float* dy, int64_t n, float* dx) {
+    for_each_vector(n, [=](int64_t i, int64_t m) {
+        const VF v = load_first(x + i, m);
+        store_first(dx + i, gelu_slope(v, gelu_gate(v)) * load_first(dy + i, m), m);
     });
 }
 

@@ -21,13 +21,13 @@ inline void with_product(const float* x, int64_t rows, [[maybe_unused]] int64_t 
                          const int32_t* references, const Weight& w, bool exact, const F& f) {
 #if defined(__AVX512BF16__)
     const bool fast = !exact && w.type != F32 && w.type != F16;
-    if (fast) f(DenseProduct<BFloat16>(x, rows, references, w));
+    if (fast) f(DenseProduct<BFloat16, Weight>(x, rows, references, w));
 #else
     const bool fast = !exact && with_codec(w.type, [&](auto codec) {
-        f(Int8Product<decltype(codec)>(x, rows, refined, references, w));
+        f(Int8Product<decltype(codec), Weight>(x, rows, refined, references, w));
     });
 #endif
-    if (!fast) f(DenseProduct<Float32>(x, rows, nullptr, w));
+    if (!fast) f(DenseProduct<Float32, Weight>(x, rows, nullptr, w));
 }
 
 }  // namespace

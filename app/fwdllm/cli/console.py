@@ -106,6 +106,16 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
+# What each method does, for one line at the start of a run.
+_METHODS = {
+    "backprop": "exact gradients, forward and back; --method forward-ad goes forward only",
+    "forward-ad": "exact slopes along random directions, by tangents that go forward",
+    "central": "slopes along random directions, by differences of losses",
+    "forward-difference": "slopes along random directions, by differences to one loss",
+    "activation": "gradients estimated from perturbed activations",
+}
+
+
 class _Follower:
     """Turns events into what ``tuning_progress`` shows."""
 
@@ -148,6 +158,7 @@ class _Follower:
             f"{begun}{event.n_trainable:,} parameters, {event.n_examples:,} examples, "
             f"{event.n_held_out:,} held out"
         )
+        self._say(f"method {event.method}: {_METHODS[event.method]}")
 
     def _show(self, step: int) -> None:
         self._bar.update(self._task, completed=step, status=self._status())

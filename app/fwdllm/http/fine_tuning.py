@@ -22,7 +22,7 @@ from fwdllm.http.limits import MAX_RANK
 from fwdllm.http.schemas import NullIsDefault, Suffix
 from fwdllm.http.store import AdapterRow, Event, Job
 from fwdllm.http.worker import directions_of, work_folder
-from fwdllm.protocol.config import TrainConfig
+from fwdllm.protocol.config import AUTO, TrainConfig
 from fwdllm.tuning.recipes import recipe_for
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
@@ -233,13 +233,13 @@ def _resolved(body: JobRequest, backend: Backend, n_labels: int, n_examples: int
     given = body.fwdllm
     method = body.method.supervised.hyperparameters if body.method else None
     theirs = method or body.hyperparameters or Hyperparameters()
-    recipe = recipe_for(backend, n_labels, given.of(TrainConfig).get("method"))
+    recipe = recipe_for(backend, n_labels, given.of(TrainConfig).get("method", AUTO))
     changes: dict[str, Any] = {}
     if theirs.batch_size != "auto":
         changes["batch_size"] = theirs.batch_size
     if theirs.learning_rate_multiplier != "auto":
         changes["learning_rate"] = recipe.train.learning_rate * theirs.learning_rate_multiplier
-    changes |= given.of(TrainConfig)
+    changes |= {**given.of(TrainConfig), "method": recipe.train.method}
     batch_size = min(changes.get("batch_size", recipe.train.batch_size), n_examples)
     per_epoch = max(1, math.ceil(n_examples / max(1, batch_size)))
     if theirs.n_epochs != "auto":

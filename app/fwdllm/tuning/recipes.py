@@ -12,7 +12,7 @@ from fwdllm.engine.data.jsonl import labels_of, read_jsonl
 from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.engine.settings import LoRAConfig
 from fwdllm.hub import local_path
-from fwdllm.protocol.config import TrainConfig
+from fwdllm.protocol.config import AUTO, TrainConfig
 
 DEFAULT_STEPS = 200
 
@@ -33,24 +33,28 @@ class Recipe(NamedTuple):
 def recipe(
     model: str | os.PathLike[str],
     data: str | os.PathLike[str],
-    method: str | None = None,
+    method: str = AUTO,
     backend: str = "auto",
+    device: str = "cpu",
 ) -> Recipe:
     """The defaults for a model, JSONL data and a method of ``TrainConfig``.
 
-    method: None is, with a graph of our own, "activation" for an encoder that learns labels and
-    "forward-ad" otherwise; with llama.cpp "central".  backend: see ``Engine.load``.
+    method: "auto" is what learns most: "backprop" with a graph of our own on a processor; on a GPU,
+    whose kernels have no way back, "activation" for an encoder that learns labels and "forward-ad"
+    otherwise; with llama.cpp "central".  backend, device: see ``Engine.load``.
     Errors: ModelError, DataError, ConfigError.
     """
     chosen = choose(GGUFFile.open(local_path(model)), backend)
     labels = labels_of(read_jsonl(Path(data))) if chosen.encoder else ()
-    return recipe_for(chosen, len(labels), method)
+    return recipe_for(chosen, len(labels), method, device)
 
 
-def recipe_for(backend: Backend, n_labels: int, method: str | None = None) -> Recipe:
+def recipe_for(
+    backend: Backend, n_labels: int, method: str = AUTO, device: str = "cpu"
+) -> Recipe:
     """As ``recipe``, for a model and a number of labels."""
-    if method is None:
-        method = "activation" if backend.encoder and backend.own else backend.method
+    if method == AUTO:
+        method = _method(backend, device)
     backend.check_method(method)
     if method != "activation":
         lora = LoRAConfig(targets=_targets(backend.linear))
@@ -61,6 +65,14 @@ def recipe_for(backend: Backend, n_labels: int, method: str | None = None) -> Re
         DEFAULT_STEPS, batch_size=32, perturbations=62, method=method, learning_rate=1e-2
     )
     return Recipe(LoRAConfig(rank, float(rank), targets), train)
+
+
+def _method(backend: Backend, device: str) -> str:
+    if not backend.own:
+        return "central"
+    if device == "cpu":
+        return "backprop"
+    return "activation" if backend.encoder else "forward-ad"
 
 
 def _targets(linear: Iterable[str]) -> tuple[str, ...]:

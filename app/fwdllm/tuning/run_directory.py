@@ -29,7 +29,7 @@ from fwdllm.protocol.config import TrainConfig
 from fwdllm.protocol.local import (
     CheckpointDue,
     Event,
-    ForwardEngine,
+    TrainingEngine,
     StepResult,
     TrainState,
     n_trainable,
@@ -42,6 +42,7 @@ from fwdllm.tuning import checkpoints
 
 # What a run depends on that earlier versions had no choice of and did not record.
 _UNRECORDED = {"device": "cpu", "backend": "fwdllm"}
+_UNRECORDED_TRAIN = {"max_gradient_norm": None}
 
 
 class RunDirectory:
@@ -93,7 +94,7 @@ class RunDirectory:
         """Release the directory; nothing can be written after."""
         self._resources.close()
 
-    def restore(self, engine: ForwardEngine, config: TrainConfig) -> TrainState:
+    def restore(self, engine: TrainingEngine, config: TrainConfig) -> TrainState:
         """Load the checkpoint, if any, into the adapter; gives the state to train from.
 
         ConfigError if the checkpoint is of another shape or optimizer.
@@ -168,7 +169,11 @@ class RunDirectory:
         except ValueError as error:
             raise ConfigError(f"{self._config} is damaged: {error}") from error
         unrecorded = {name: _UNRECORDED[name] for name in _UNRECORDED.keys() & config.keys()}
-        changed = difference({**unrecorded, **saved}, json.loads(json.dumps(config)))
+        saved = {**unrecorded, **saved}
+        if isinstance(saved.get("train"), dict):
+            known = _UNRECORDED_TRAIN.keys() & config["train"].keys()
+            saved["train"] = {**{name: _UNRECORDED_TRAIN[name] for name in known}, **saved["train"]}
+        changed = difference(saved, json.loads(json.dumps(config)))
         if changed is not None:
             raise ConfigError(
                 f"{changed} in the run in {self.path}; resume with the same value or start "
@@ -191,7 +196,7 @@ class RunDirectory:
 
 def train_recorded(
     run: RunDirectory,
-    engine: ForwardEngine,
+    engine: TrainingEngine,
     config: TrainConfig,
     examples: Sequence[Any],
     held_out: Sequence[Any],

@@ -21,7 +21,7 @@ from fwdllm.engine.files import fingerprint, sha256
 from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.engine.settings import DirectionsConfig, LoRAConfig
 from fwdllm.hub import local_path
-from fwdllm.protocol.config import TrainConfig
+from fwdllm.protocol.config import AUTO, TrainConfig
 from fwdllm.protocol.local import Event, StepResult, n_trainable
 from fwdllm.resources import peak_rss_bytes
 from fwdllm.tuning.recipes import recipe
@@ -48,6 +48,7 @@ class Started:
 
     step: int
     steps: int
+    method: str
     n_trainable: int
     n_examples: int
     n_held_out: int
@@ -101,7 +102,7 @@ def tune(
     on_event: Callable[[Progress], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TuneResult:
-    """Tune a LoRA adapter with forward passes only.
+    """Tune a LoRA adapter, by exact gradients or with forward passes only.
 
     model: a GGUF file, or hf://owner/repo/file.gguf.  data: JSONL, see ``engine.data.jsonl``.
     output: NAME.gguf for a GGUF LoRA file, NAME or NAME/ for a PEFT folder.
@@ -125,9 +126,10 @@ def tune(
     """
     began = time.perf_counter()
     check_output(output)
-    if lora is None or train is None:
-        defaults = recipe(model, data, train.method if train else None, backend)
+    if lora is None or train is None or train.method == AUTO:
+        defaults = recipe(model, data, train.method if train else AUTO, backend, device)
         lora, train = lora or defaults.lora, train or defaults.train
+        train = dataclasses.replace(train, method=defaults.train.method)
     train = dataclasses.replace(train, eval_every=train.eval_every or train.steps)
     task = _prepare(
         model,
@@ -231,6 +233,7 @@ def _prepare(
         )
 
     engine = new_engine()
+    engine.check_method(train.method)
     for part in (examples, kept):
         for start in range(0, len(part), _CHECK_AT_ONCE):
             engine.encode(part[start : start + _CHECK_AT_ONCE], train.max_tokens)
@@ -277,6 +280,7 @@ def _follow(
     started = Started(
         step,
         train.steps,
+        train.method,
         n_trainable(task.engine),
         len(task.examples),
         len(task.held_out),

@@ -1,0 +1,239 @@
+"""The way back through a layer: from the gradient of a loss by what it gives to that by what it
+reads, and by the adapter's factors.
+
+Graphs are written once, in the operations of a ``Pass``. In a ``Backward`` one they are given
+``Node``s in place of arrays, and what they compute is written down instead: each operation's value
+is computed when something on the way back first asks for it, so that what nothing needs, the last
+product of a layer above all, is not computed again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from fwdllm.engine.models.forward import Pass
+from fwdllm.engine.models.rotary import Rotary
+from fwdllm.kernels.api import Array, BackwardKernels
+
+_Vjp: TypeAlias = Callable[[Array], None]
+
+
+class Node:
+    """A value between the operations of a layer, float32 [rows, width].
+
+    wanted: whether its cotangent, the gradient of the loss by it, is of use to anyone.
+    """
+
+    def __init__(
+        self,
+        tape: list[Node],
+        shape: Sequence[int],
+        compute: Callable[[], Array],
+        vjp: _Vjp | None,
+        wanted: bool,
+    ) -> None:
+        self.shape = tuple(shape)
+        self.wanted = wanted
+        self.cotangent: Array | None = None
+        self._tape = tape
+        self._compute = compute
+        self._vjp = vjp
+        self._value: Array | None = None
+        tape.append(self)
+
+    @property
+    def value(self) -> Array:
+        """The array itself."""
+        if self._value is None:
+            self._value = self._compute()
+        return self._value
+
+    def add(self, cotangent: Array) -> None:
+        """One more share of the cotangent. Never in place: an array may be the share of several."""
+        self.cotangent = cotangent if self.cotangent is None else self.cotangent + cotangent
+
+    def pull_back(self) -> None:
+        """Hand the cotangent on to what this was computed from, and forget both its arrays."""
+        if self._vjp is None:
+            return
+        if self.cotangent is not None and self.wanted:
+            self._vjp(self.cotangent)
+        self._value = self.cotangent = None
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __add__(self, other: Node) -> Node:
+        def vjp(cotangent: Array) -> None:
+            self.add(cotangent)
+            other.add(cotangent)
+
+        def compute() -> Array:
+            return self.value + other.value
+
+        return Node(self._tape, self.shape, compute, vjp, self.wanted or other.wanted)
+
+    def reshape(self, *shape: Any) -> Node:
+        """The same elements in another shape, as of arrays."""
+        wanted = shape[0] if isinstance(shape[0], tuple) else shape
+        known = math.prod(n for n in wanted if n >= 0)
+        new = tuple(n if n >= 0 else math.prod(self.shape) // known for n in wanted)
+        return Node(
+            self._tape,
+            new,
+            lambda: self.value.reshape(new),
+            lambda cotangent: self.add(cotangent.reshape(self.shape)),
+            self.wanted,
+        )
+
+
+class Backward(Pass):
+    """A pass on nodes, of one plain lane. A new one is made from what makes a ``Pass``.
+
+    gradient: float32, of the shape of the adapter's theta; its factors' gradients are added there.
+    """
+
+    gradient: np.ndarray
+    _vjps: BackwardKernels
+    _tape: list[Node]
+
+    @classmethod
+    def of(cls, p: Pass, ops: BackwardKernels, gradient: np.ndarray) -> Backward:
+        """The way back of a pass that went forward. ops: the kernels of that pass."""
+        back = cls(ops, p.weights, p.batch, p.adapter, exact=p.exact, block_rows=p.block_rows)
+        back.theta, back.gradient, back._vjps, back._tape = p.theta, gradient, ops, []
+        return back
+
+    def leaf(self, x: Array, wanted: bool = True) -> Node:
+        """An array that operations start from."""
+        return Node(self._tape, x.shape, lambda: x, None, wanted)
+
+    def pull_back(self, output: Node, cotangent: Array) -> None:
+        """Bring an output's cotangent back to all that it was computed from."""
+        tape, self._tape = self._tape, []
+        output.add(cotangent)
+        for node in reversed(tape):
+            node.pull_back()
+
+    def linear(self, x: Node, name: str) -> Node:  # type: ignore[override]
+        """See ``Pass.linear``. The cotangents of the adapter's factors go to ``gradient``."""
+        matrix = self.weights.matrix(name)
+        target = self.adapter.target(name) if self.adapter else None
+        lora, shares = None, None
+        if target is not None and self.adapter is not None:
+            lora = self.adapter.factors(target, self.theta)
+            shares = self.adapter.factors(target, self.gradient)
+
+        def compute() -> Array:
+            bias = self.weights.vector_or_none(f"{name}.bias")
+            return self.ops.matmul(x.value, matrix, bias=bias, lora=lora, exact=self.exact)
+
+        def vjp(dy: Array) -> None:
+            if lora is not None and shares is not None:
+                self._vjps.lora_vjp(x.value, dy, lora, shares.a, shares.b)
+            if x.wanted:
+                x.add(self._vjps.matmul_vjp(dy, matrix, lora=lora, exact=self.exact))
+
+        shape = (len(x), matrix.n_out)
+        return Node(self._tape, shape, compute, vjp, x.wanted or lora is not None)
+
+    def rms_norm(self, x: Node, name: str, eps: float) -> Node:  # type: ignore[override]
+        """See ``Pass.rms_norm``."""
+        weight = self.weights.vector(f"{name}.weight")
+        return self._unary(
+            x,
+            lambda x: self.ops.rms_norm(x, weight, eps),
+            lambda x, dy: self._vjps.rms_norm_vjp(x, weight, eps, dy),
+        )
+
+    def layer_norm(self, x: Node, name: str, eps: float) -> Node:  # type: ignore[override]
+        """See ``Pass.layer_norm``."""
+        weight, bias = (self.weights.vector(f"{name}.{part}") for part in ("weight", "bias"))
+        return self._unary(
+            x,
+            lambda x: self.ops.layer_norm(x, weight, bias, eps),
+            lambda x, dy: self._vjps.layer_norm_vjp(x, weight, eps, dy),
+        )
+
+    def rope(  # type: ignore[override]
+        self, x: Node, rotary: Rotary, head_dim: int, interleaved: bool
+    ) -> Node:
+        """See ``Pass.rope``; back is the other way round."""
+        cos, sin = rotary.tables(int(self.positions.max()) + 1)
+
+        def turned(x: Array, sin: np.ndarray) -> Array:
+            return self.ops.rope(x, self.positions, cos, sin, head_dim, interleaved)
+
+        return self._unary(x, lambda x: turned(x, sin), lambda x, dy: turned(dy, -sin))
+
+    def gelu(self, x: Node) -> Node:  # type: ignore[override]
+        """See ``Pass.gelu``."""
+        return self._unary(x, self.ops.gelu, self._vjps.gelu_vjp)
+
+    def swiglu(self, gate: Node, up: Node) -> Node:  # type: ignore[override]
+        """See ``Pass.swiglu``."""
+
+        def vjp(dy: Array) -> None:
+            for x, cotangent in zip(
+                (gate, up), self._vjps.swiglu_vjp(gate.value, up.value, dy), strict=True
+            ):
+                x.add(cotangent)
+
+        def compute() -> Array:
+            return self.ops.swiglu(gate.value, up.value)
+
+        return Node(self._tape, gate.shape, compute, vjp, gate.wanted or up.wanted)
+
+    def attention(  # type: ignore[override]
+        self, q: Node, k: Node, v: Node, head_dim: int, causal: bool
+    ) -> Node:
+        """See ``Pass.attention``."""
+        options: dict[str, Any] = {
+            "head_dim": head_dim,
+            "scale": head_dim**-0.5,
+            "causal": causal,
+        }
+
+        def compute() -> Array:
+            return self.ops.attention(q.value, k.value, v.value, self.starts, **options)
+
+        def vjp(dy: Array) -> None:
+            found = self._vjps.attention_vjp(q.value, k.value, v.value, self.starts, dy, **options)
+            for x, cotangent in zip((q, k, v), found, strict=True):
+                x.add(cotangent)
+
+        return Node(self._tape, q.shape, compute, vjp, any(x.wanted for x in (q, k, v)))
+
+    def in_blocks(  # type: ignore[override]
+        self, x: Node, f: Callable[[Node], Node]
+    ) -> Node:
+        """See ``Pass.in_blocks``: each block goes all the way back before the next one."""
+
+        def compute() -> Array:
+            raise AssertionError("blocks end a layer, whose result the way back does not read")
+
+        def vjp(dy: Array) -> None:
+            dx = np.empty_like(dy)
+            for i in range(0, len(x), self.block_rows):
+                rows = slice(i, i + self.block_rows)
+                leaf = self.leaf(x.value[rows])
+                self.pull_back(f(leaf), dy[rows])
+                dx[rows] = leaf.cotangent
+            x.add(dx)
+
+        return Node(self._tape, x.shape, compute, vjp, True)
+
+    def _unary(
+        self, x: Node, f: Callable[[Array], Array], vjp: Callable[[Array, Array], Array]
+    ) -> Node:
+        return Node(
+            self._tape,
+            x.shape,
+            lambda: f(x.value),
+            lambda dy: x.add(vjp(x.value, dy)),
+            x.wanted,
+        )
