@@ -147,7 +147,7 @@ def test_what_a_run_recorded_can_be_given_back(
     run: Cli = make_cli(capfd)
     data = write_rows(tmp_path / "data.jsonl", pirate_rows(12))
     first, second = tmp_path / "a.gguf", tmp_path / "b.gguf"
-    options = ["--steps", "3", "--batch-size", "2", "-k", "2", "--optimizer", "adamw"]
+    options = ["--steps", "3", "--batch-size", "2", "--optimizer", "adamw"]
     options += ["--weight-decay", "0.5", "--rank", "2", "--alpha", "3", "--layers", "1-2"]
     options += ["--directions", "subzero", "--dimension", "4", "--held-out", "3"]
     assert run("tune", MODEL, data, "-o", first, *options).code == 0

@@ -289,13 +289,14 @@ def test_tune(engine: Engine, smollm2: Path, tmp_path: Path, method: str) -> Non
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_a_memory_budget_holds(smollm2: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["backprop", "forward-ad"])
+def test_a_memory_budget_holds(smollm2: Path, tmp_path: Path, method: str) -> None:
     data = write_rows(tmp_path / "data.jsonl", [{"text": text} for text in TEXTS])
     budget = 190 * 2**20
 
     def run(name: str, *options: object) -> tuple[int, bytes]:
         output = tmp_path / f"{name}.gguf"
-        settings = ("--steps", 1, "-k", 2, "--held-out", 1, "--json")
+        settings = ("--steps", 1, "--method", method, "--held-out", 1, "--json")
         process = start_cli(["tune", smollm2, data, "-o", output, *settings, *options])
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err

@@ -101,6 +101,7 @@ def test_a_job_is_started_watched_and_used(server: Server, browser: Any, tmp_pat
         tab.fill("#job-steps", "30")
         tab.fill("#job-suffix", "pirate")
         tab.click("#job-advanced summary")
+        tab.select_option("#job-method", "forward-ad")
         tab.fill('[name="perturbations"]', "4")
         tab.fill('[name="batch_size"]', "4")
         tab.fill('[name="learning_rate"]', "0.01")

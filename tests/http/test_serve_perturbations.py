@@ -88,7 +88,7 @@ def theta(engine: Engine) -> np.ndarray:
         ({"targets": ["attn_v"], "layers": [0]}, "rademacher"),
     ],
 )
-@pytest.mark.parametrize("method", ["forward-ad", "central", "forward-difference"])
+@pytest.mark.parametrize("method", ["forward-ad", "central", "forward-difference", "backprop"])
 def test_slopes_are_those_of_an_engine_here(
     server: Server,
     tmp_path: Path,
@@ -296,12 +296,12 @@ def test_examples_with_labels_that_the_head_does_not_know_are_refused(classifier
 
 def test_an_encoder_is_tuned_on_labels(classifier: Server) -> None:
     file = classifier.upload(lines(*LABELLED * 8))
-    settings = {"steps": 6, "batch_size": 8, "perturbations": 4, "eval_every": 3}
+    settings = {"steps": 6, "batch_size": 8, "eval_every": 3}
     id = classifier.create_job(settings, training_file=file)
     job = classifier.await_status(id, "succeeded")
     told = [e["data"] for e in classifier.events(id) if e["data"]]
     assert [data["valid_accuracy"] for data in told if "valid_accuracy" in data]
-    assert job["fwdllm"]["method"] == "activation"
+    assert job["fwdllm"]["method"] == "backprop"
     text = classifier.upload(lines({"text": "no label"}))
     body = {"model": job["model"], "training_file": text, "fwdllm": SETTINGS}
     error = error_of(classifier.http.post("/v1/fine_tuning/jobs", json=body))

@@ -210,7 +210,7 @@ def test_a_stop_breaks_answers_off(tmp_path: Path) -> None:
 
 
 def test_what_a_job_needs_no_more_is_deleted(server: Server) -> None:
-    id = server.create_job({"steps": 2, "batch_size": 2, "perturbations": 2})
+    id = server.create_job({"steps": 2, "batch_size": 2})
     server.await_status(id, "succeeded")
     [folder] = (server.state / "jobs").iterdir()
     deadline = time.monotonic() + 30
@@ -244,7 +244,7 @@ def test_models_do_not_share_keys_and_values(tmp_path: Path) -> None:
 
 def test_a_job_that_has_ended_can_be_forgotten(server: Server) -> None:
     before = set(server.state.glob("jobs/*"))
-    id = server.create_job({"steps": 2, "batch_size": 2, "perturbations": 2})
+    id = server.create_job({"steps": 2, "batch_size": 2})
     error_of(server.http.delete(f"/v1/fine_tuning/jobs/{id}"))
     model = server.await_status(id, "succeeded")["fine_tuned_model"]
     assert server.http.delete(f"/v1/fine_tuning/jobs/{id}").status_code == 200

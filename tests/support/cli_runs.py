@@ -20,7 +20,7 @@ MODEL = asset("fwdllm-tiny.gguf")
 TRAIN = asset("pirate.train.jsonl")
 
 # A run of a second or two: the bundled model learns something in a handful of steps.
-QUICK = ("--steps", "4", "--batch-size", "4", "-k", "2", "--lr", "0.01", "--held-out", "4")
+QUICK = ("--steps", "4", "--batch-size", "4", "--lr", "0.01", "--held-out", "4")
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ ENVIRONMENT = {"NO_COLOR": "1"}
 # A job of two seconds or so that learns something.
 SETTINGS: dict[str, Any] = {
     "steps": 24,
+    "method": "forward-ad",
     "perturbations": 2,
     "batch_size": 4,
     "optimizer": "momentum",

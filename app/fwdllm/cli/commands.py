@@ -37,7 +37,7 @@ from fwdllm.engine.settings import DirectionsConfig, LoRAConfig
 from fwdllm.protocol.config import TrainConfig
 
 app = typer.Typer(
-    help="Fine-tune quantized language models with forward passes only.",
+    help="Fine-tune quantized language models where they run.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -49,7 +49,12 @@ app.add_typer(federate, name="federate")
 Data = Annotated[Path, typer.Argument(metavar="DATA", help="JSONL file of examples.")]
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="GGUF LoRA file or PEFT folder.")]
 MaxTokens = Annotated[
-    int | None, typer.Option("--max-tokens", help="Cut examples to this many tokens.")
+    int | None,
+    typer.Option(
+        "--max-tokens",
+        help="Cut examples, or with --generate answers, to this many tokens.",
+        show_default="all, or 256 of an answer",
+    ),
 ]
 Exact = Annotated[bool, typer.Option("--exact", help="fp32 arithmetic: slower, without rounding.")]
 RunDir = Annotated[
@@ -113,6 +118,7 @@ def tune(
     from fwdllm import recipe
     from fwdllm import tune as tune_model
     from fwdllm.resources import parse_bytes
+    from fwdllm.tuning.recipes import check_given
     from fwdllm.tuning.run_directory import stop_on_interrupt
 
     recorded = {
@@ -123,8 +129,10 @@ def tune(
     saved = read_settings(
         config, recorded, train=TrainConfig, lora=LoRAConfig, directions=DirectionsConfig
     )
-    train = {**saved["train"], **given(TrainConfig, settings)}
+    asked = given(TrainConfig, settings)
+    train = {**saved["train"], **asked}
     defaults = recipe(model, data, train.get("method", "auto"), backend, device)
+    check_given(defaults.train.method, asked)
     train = {"steps": defaults.train.steps, **train, "method": defaults.train.method}
     train.setdefault("eval_every", max(1, train["steps"] // 10))
     with stop_on_interrupt() as should_stop, tuning_progress() as on_event:
@@ -169,9 +177,22 @@ def evaluate(
     exact: Exact = False,
     device: Device = "cpu",
     backend: Backend = "auto",
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Have answers generated, and count those that match.")
+    ] = False,
+    match: Annotated[
+        str | None,
+        typer.Option(
+            help="What of an answer counts: the group of a regular expression.",
+            show_default="#### (-?[0-9.,]+)",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Print the loss of a model on examples, and its accuracy if they have labels."""
+    if generate:
+        _evaluate_answers(model, data, adapter, match, max_tokens, json)
+        return
     from fwdllm import evaluate as evaluate_model
 
     result = evaluate_model(
@@ -189,6 +210,34 @@ def evaluate(
     print(f"loss {result.loss:.4f} on {result.n_tokens:,} tokens of {result.n_examples:,} examples")
     if result.accuracy is not None:
         print(f"accuracy {result.accuracy:.1%}")
+
+
+def _evaluate_answers(
+    model: str,
+    data: Path,
+    adapter: Path | None,
+    pattern: str | None,
+    max_tokens: int | None,
+    json: bool,
+) -> None:
+    from fwdllm.answers import ANSWER_TOKENS, GSM8K, Answered, evaluate_answers
+
+    def show(answered: Answered) -> None:
+        verdict = "right" if answered.right else f"expected {answered.expected}"
+        print(f"line {answered.line}: {answered.found}, {verdict}", file=sys.stderr)
+
+    result = evaluate_answers(
+        model,
+        data,
+        adapter=adapter,
+        pattern=GSM8K if pattern is None else pattern,
+        max_tokens=ANSWER_TOKENS if max_tokens is None else max_tokens,
+        on_answer=show,
+    )
+    if json:
+        print_json(dataclasses.asdict(result))
+    else:
+        print(f"exact match {result.exact_match:.1%}, {result.n_right} of {result.n_examples}")
 
 
 @app.command()

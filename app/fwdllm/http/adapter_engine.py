@@ -74,7 +74,7 @@ class EvaluateRequest(_Strict):
     seeds: Seeds
     scope: ScopeRequest = ScopeRequest()
     distribution: Literal["normal", "rademacher"] = "normal"
-    method: Literal["forward-ad", "central", "forward-difference"] | None = None
+    method: Literal["forward-ad", "central", "forward-difference", "backprop"] | None = None
     epsilon: Annotated[float, Field(gt=0, le=1)] = DEFAULT_EPSILON
     per_example: bool = False
     max_tokens: Annotated[int, Field(ge=2, le=2**20)] | None = None

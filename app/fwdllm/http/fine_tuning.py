@@ -23,7 +23,7 @@ from fwdllm.http.schemas import NullIsDefault, Suffix
 from fwdllm.http.store import AdapterRow, Event, Job
 from fwdllm.http.worker import directions_of, work_folder
 from fwdllm.protocol.config import AUTO, TrainConfig
-from fwdllm.tuning.recipes import recipe_for
+from fwdllm.tuning.recipes import check_given, recipe_for
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 
@@ -234,6 +234,7 @@ def _resolved(body: JobRequest, backend: Backend, n_labels: int, n_examples: int
     method = body.method.supervised.hyperparameters if body.method else None
     theirs = method or body.hyperparameters or Hyperparameters()
     recipe = recipe_for(backend, n_labels, given.of(TrainConfig).get("method", AUTO))
+    check_given(recipe.train.method, given.of(TrainConfig))
     changes: dict[str, Any] = {}
     if theirs.batch_size != "auto":
         changes["batch_size"] = theirs.batch_size

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from fwdllm.engine.backends import Backend, choose
 from fwdllm.engine.data.jsonl import labels_of, read_jsonl
+from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.engine.settings import LoRAConfig
 from fwdllm.hub import local_path
@@ -21,6 +22,10 @@ _TARGETS = (LoRAConfig().targets, ("attn_qkv",), ("ssm_in", "ssm_out"))
 
 # More bottlenecks than this cost more tangents than they earn.
 _MAX_ACTIVATION_RANK = 8
+
+
+# Settings of what a gradient is estimated from.
+_OF_DIRECTIONS = ("perturbations", "epsilon", "per_example")
 
 
 class Recipe(NamedTuple):
@@ -65,6 +70,16 @@ def recipe_for(
         DEFAULT_STEPS, batch_size=32, perturbations=62, method=method, learning_rate=1e-2
     )
     return Recipe(LoRAConfig(rank, float(rank), targets), train)
+
+
+def check_given(method: str, given: Iterable[str]) -> None:
+    """ConfigError for settings of random directions, given to a method that has none."""
+    for name in given:
+        if method == "backprop" and name in _OF_DIRECTIONS:
+            raise ConfigError(
+                f"method backprop goes along no random directions, so {name} has no meaning: "
+                "leave it out, or choose method forward-ad"
+            )
 
 
 def _method(backend: Backend, device: str) -> str:

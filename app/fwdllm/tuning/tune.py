@@ -243,6 +243,8 @@ def _prepare(
                 f"activation perturbs no weights, so {directions.kind} has no meaning"
             )
         engine.use_activations(directions.scope)
+    elif train.method == "backprop" and directions.kind == "rademacher":
+        raise ConfigError("method backprop draws no directions, so rademacher has no meaning")
     else:
         engine.use_directions(directions, train.seed, examples[:_MASK_EXAMPLES])
     settings = {
