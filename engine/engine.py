@@ -235,8 +235,7 @@ class Engine:
         epsilon: float = DEFAULT_EPSILON,
         directions: Directions | None = None,
     ) -> list[Probe]:
-        """``directional_derivatives`` of groups of examples with seeds of their own, in shared
-        passes.
+        """``directional_derivatives`` of groups with seeds of their own, in shared passes.
 
         sizes: number of examples in each group; groups follow each other in the batch.  seeds:
         uint64 [n_groups, n_seeds].  The bits of a group's results do not depend on the other

@@ -52,8 +52,7 @@ class Batch:
 
     @property
     def n_labels(self) -> int:
-        """Number of losses that the mean is over: label tokens, or sequences if they have classes.
-        """
+        """Number of losses that the mean is over: label tokens, or sequences with classes."""
         return len(self.label_ids) if self.classes is None else len(self.classes)
 
     def sums_by_sequence(self, values: np.ndarray) -> np.ndarray:
@@ -78,8 +77,7 @@ class Batch:
         return replace(lanes, seeds=seeds[:, first], starts=starts)
 
     def sequences(self, first: int, end: int) -> Batch:
-        """Sequences first .. end as a batch, whose ``first`` and ``first_row`` refer to this one.
-        """
+        """Sequences first .. end as a batch that refers to this one by first and first_row."""
         rows = slice(self.starts[first], self.starts[end])
         labels = (self.label_sequence >= first) & (self.label_sequence < end)
         return Batch(

@@ -160,8 +160,7 @@ class Context:
         self._shapes[key] = _Shape(order.orders, relative_products(listing.operations))
 
     def run(self, work: Call, tap: ProductTap) -> None:
-        """Evaluate a call that was rehearsed; its tokens follow those its sequences have already.
-        """
+        """Evaluate a rehearsed call; its tokens follow those that its sequences have already."""
         self._decode(_Evaluation(work, self._layout, self._shapes[_shape_of(work)], tap, self.ops))
 
     def logits(self, n: int) -> np.ndarray:

@@ -164,8 +164,7 @@ class _Session:
         apply_adapter(self.model, self.context, path)
 
     def decode(self, ids: Sequence[int], outputs: bool = False) -> None:
-        """Append tokens to the sequence; ``outputs``: results for all of them, not only the last.
-        """
+        """Append tokens to the sequence. outputs: results for all of them, not only the last."""
         batch = llama_cpp.llama_batch_init(len(ids), 0, 1)
         try:
             past = self._n_past()

@@ -86,8 +86,7 @@ def read_layout(header: Path) -> Layout:
 
 
 def _struct(header: str) -> type[Tensor]:
-    """struct ggml_tensor for ctypes, from the text of ggml.h. ValueError if it is not understood.
-    """
+    """struct ggml_tensor for ctypes, from the text of ggml.h. ValueError if not understood."""
     found = re.search(r"struct ggml_tensor \{(.*?)\n *\};", header, re.DOTALL)
     if not found:
         raise ValueError("its header has no struct ggml_tensor")

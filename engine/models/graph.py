@@ -182,8 +182,7 @@ class OwnGraph:
         return xs
 
     def _key(self, batch: Batch, variants: Variants) -> Hashable | None:
-        """The key of this pass for ``Kernels.repeated``: all that decides which kernels run on
-        which shapes.
+        """The pass's key for ``Kernels.repeated``: what decides which kernels run on which shapes.
 
         None if the pass reads arrays that are not among the inputs passed to ``repeated``.
         """
