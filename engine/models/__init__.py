@@ -1,4 +1,4 @@
-"""Model families: what an architecture's name in a GGUF file means."""
+"""Model families: the graph for each architecture name in a GGUF file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Args = TypeVar("Args", bound=Dimensions)
 class Family(Generic[Args]):
     """The functions of one architecture, from embedding to output, and the ``Args`` they share.
 
-    unembed: of a decoder.  pool: of an encoder, which yields features, not next tokens.
+    unembed: only of a decoder.  pool: only of an encoder, which yields features, not next tokens.
     """
 
     read_args: Callable[[GGUFFile], Args]
@@ -40,7 +40,7 @@ class Family(Generic[Args]):
         return self.pool is not None
 
 
-# Their arguments differ, so a family goes with what its own ``read_args`` has returned.
+# Any, because Args differ: a family must get what its own ``read_args`` has returned.
 FAMILIES: dict[str, Family[Any]] = {
     "llama": Family(llama.read_args, llama.shapes, llama.embed, llama.layer, llama.unembed),
     "qwen2": Family(qwen.read_qwen2, llama.shapes, llama.embed, llama.layer, llama.unembed),
