@@ -80,7 +80,7 @@ class Space:
         return self.directions(layers).dot(vector[: self.n_coordinates], seeds)
 
     def head_dot(self, gradient: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-        """gradient . z(seed) for every seed: float64 [k].  gradient: the head's, float32 [n_head]."""
+        """gradient . z(seed) for every seed: float64 [k]. gradient: float32 [n_head]."""
         return self.adapter.ops.seeded_dot(
             gradient, seeds, offset=self.adapter.n_lora, distribution=self.distribution
         )
