@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 
 class ForwardEngine(ActivationEngine, Protocol):
-    """What the trainer needs of an engine; ``fwdllm.engine.Engine`` is one.
+    """What the trainer needs from an engine; ``fwdllm.engine.Engine`` implements it.
 
-    adapter.theta: float32 [n_lora + n_head], updated in place; adapter.n_lora.
-    directions: what seeds mean, see ``fwdllm.engine.directions``.
+    adapter: has theta, float32 [n_lora + n_head], updated in place, and n_lora.
+    directions: which direction a seed stands for, see ``fwdllm.engine.directions``.
     """
 
     @property
@@ -60,7 +60,10 @@ class ForwardEngine(ActivationEngine, Protocol):
 
 @dataclass
 class TrainState:
-    """step: updates completed.  optimizer: its averages. With theta, all a run resumes from."""
+    """What a run resumes from, together with theta.
+
+    step: updates completed.  optimizer: the optimizer's running averages.
+    """
 
     step: int
     optimizer: OptimizerState
@@ -74,11 +77,12 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One update. step: completed ones, this included.  loss: of the batch before it, in nats.
+    """One update.
 
-    derivatives: of the accepted contributions; empty, as there are too many to keep, where every
-    example or activation has its own.  lr: the adapter's rate.  gradient_norm: L2 of
-    the forward gradient, head included.  n_tokens: lane-tokens forwarded.
+    step: updates completed, including this one.  loss: of the batch before the update, in nats.
+    derivatives: of the accepted contributions; empty where every example or activation has its own,
+    as those are too many to keep.  lr: the adapter's learning rate.  gradient_norm: L2 norm of the
+    gradient estimate, head included.  n_tokens: tokens forwarded, counted in every lane.
     """
 
     step: int
@@ -120,10 +124,10 @@ def train(
 ) -> Iterator[Event]:
     """Train from ``state`` to ``config.steps``, updating ``state`` and the adapter in place.
 
-    At every event ``state`` and the adapter are those after ``state.step`` whole steps, so a
-    caller may save them, or stop for good, at any of them. The held-out set is evaluated
-    before the first step too, and again where a run resumes on an evaluation step: checkpoints
-    come before evaluations, so the earlier result may not have been written.
+    At every event, ``state`` and the adapter are as they are after ``state.step`` complete steps,
+    so a caller may save them, or stop, at any event. The held-out set is also evaluated before the
+    first step, and again if a run resumes at an evaluation step: checkpoints come before
+    evaluations, so the earlier result may not have been written.
 
     DataError without examples; NumericsError as ``train_step``.
     """
@@ -145,8 +149,8 @@ def train_step(
 ) -> StepResult:
     """One update of the adapter: estimate the gradient with forward passes, then descend.
 
-    NumericsError if no contribution is usable or the update is not finite; theta may then be
-    spoilt and must not be saved.
+    NumericsError if no contribution is usable or the update is not finite; theta may then hold
+    non-finite values and must not be saved.
     """
     chosen = batch_indices(config.seed, state.step, len(examples), config.batch_size)
     seeds = derive_seeds(config.seed, state.step, config.perturbations)
@@ -173,7 +177,7 @@ def train_step(
 
 @dataclass(frozen=True)
 class _Found:
-    """What a step learned; gradient: float32 [n_trainable]. The rest is as in StepResult."""
+    """A step's estimate. gradient: float32 [n_trainable].  Other fields: as in StepResult."""
 
     loss: float
     gradient: np.ndarray
@@ -186,7 +190,7 @@ def _by_activations(
     engine: ForwardEngine, config: TrainConfig, state: TrainState, batch: Batch, seed: int
 ) -> _Found:
     phases = Phases.of(config, engine.adapter.head is not None)
-    if state.step == phases.both:  # averages of A's zeros would make its first steps too long
+    if state.step == phases.both:  # averages over zero gradients of A: too long first steps
         state.optimizer = TrainState.initial(config, engine).optimizer
     found = activation_step(engine, config, phases, state.step, batch, seed)
     gradient = [engine.directions.project(found.values)]
@@ -233,7 +237,10 @@ def _by_perturbations(
 
 
 def n_trainable(engine: ForwardEngine) -> int:
-    """What the optimizer sees: coordinates of the directions, then the head's parameters."""
+    """Number of values the optimizer updates.
+
+    The coordinates of the directions come first, then the head's parameters.
+    """
     adapter = engine.adapter
     return engine.directions.size + adapter.theta.size - adapter.n_lora
 
@@ -241,11 +248,11 @@ def n_trainable(engine: ForwardEngine) -> int:
 def forward_gradient(
     engine: ForwardEngine, contributions: Sequence[Contribution], per_perturbation: int = 1
 ) -> np.ndarray:
-    """mean_k derivative_k z(seed_k) over coordinates, zero over a head: float32 [n_trainable].
+    """mean_k derivative_k z(seed_k) in the coordinates, zero for a head: float32 [n_trainable].
 
     FwdLLM's estimator (arXiv 2308.13894) in the coordinates of ``engine.directions``: unbiased, as
-    E[z z^T] = I for both distributions.  per_perturbation: contributions that make one whole
-    perturbation, each of an example's share of the loss.
+    E[z z^T] = I for both distributions.  per_perturbation: contributions that together make one
+    perturbation: 1, or the number of examples if each has directions of its own.
     """
     directions = engine.directions
     seeds = np.array([c.seed for c in contributions], np.uint64)
@@ -259,7 +266,7 @@ def forward_gradient(
 def _update(
     engine: ForwardEngine, config: TrainConfig, state: TrainState, gradient: np.ndarray
 ) -> float:
-    """Apply the gradient, advance the state and give the adapter's learning rate."""
+    """Apply the gradient, advance the state and return the adapter's learning rate."""
     factor = lr_factor(state.step, config.steps, config.warmup, config.schedule)
     lr = config.learning_rate * factor
     head_lr = lr if config.head_learning_rate is None else config.head_learning_rate * factor

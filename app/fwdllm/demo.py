@@ -19,7 +19,7 @@ ANSWER_TOKENS = 24
 
 @dataclass(frozen=True)
 class Demo:
-    """The settings of the demo. question: put to the model before and after."""
+    """The settings of the demo. question: asked before and after tuning."""
 
     lora: LoRAConfig
     train: TrainConfig
@@ -63,10 +63,10 @@ def run_demo(
     on_event: Callable[[Progress], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> DemoResult:
-    """Tune the bundled model on the bundled data and let both answer a question.
+    """Tune the bundled model on the bundled data and ask it a question before and after.
 
-    folder: gets the run and adapter.gguf; None is demo-run, or demo-run-2, ... if that exists.
-    settings: None is ``DEMO``.  on_event, should_stop, errors: as ``tune``.
+    folder: where the run and adapter.gguf are written; None: demo-run, or demo-run-2, ... if that
+    exists.  settings: None: ``DEMO``.  on_event, should_stop, errors: as ``tune``.
     """
     settings = settings or DEMO
     folder = folder or _new_folder()

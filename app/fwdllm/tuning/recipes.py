@@ -1,4 +1,4 @@
-"""Which method and which settings suit a model; docs/estimators.md has what they come from."""
+"""Which method and settings suit a model; docs/estimators.md has the measurements behind them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from fwdllm.protocol.config import TrainConfig
 
 DEFAULT_STEPS = 200
 
-# What is adapted: the first of these that a model has all of, else everything.
+# Layers to adapt: the first of these tuples that a model has completely, else all linear layers.
 _TARGETS = (LoRAConfig().targets, ("attn_qkv",), ("ssm_in", "ssm_out"))
 
-# More bottlenecks than this cost more tangents than they earn.
+# A higher rank would need more tangents than it is worth.
 _MAX_ACTIVATION_RANK = 8
 
 
@@ -38,8 +38,8 @@ def recipe(
 ) -> Recipe:
     """The defaults for a model, JSONL data and a method of ``TrainConfig``.
 
-    method: None is, with a graph of our own, "activation" for an encoder that learns labels and
-    "forward-ad" otherwise; with llama.cpp "central".  backend: see ``Engine.load``.
+    method: None: on fwdllm's own backend "activation" for an encoder and "forward-ad" otherwise; on
+    llama.cpp "central".  backend: see ``Engine.load``.
     Errors: ModelError, DataError, ConfigError.
     """
     chosen = choose(GGUFFile.open(local_path(model)), backend)
@@ -48,7 +48,7 @@ def recipe(
 
 
 def recipe_for(backend: Backend, n_labels: int, method: str | None = None) -> Recipe:
-    """As ``recipe``, for a model and a number of labels."""
+    """As ``recipe``, for a model's backend and a number of labels."""
     if method is None:
         method = "activation" if backend.encoder and backend.own else backend.method
     backend.check_method(method)
