@@ -1,9 +1,10 @@
-"""Small models, of random weights, of architectures that only llama.cpp has a graph for.
+"""Small models with random weights, of architectures that run only on llama.cpp's graphs.
 
-The tables say what llama.cpp wants of each (its ``src/models/*.cpp``): tensors, by name and
-shape with rows last but one, and metadata. Each kind of thing that differs between families is
-in one of them: fused and single matrices, biases, soft caps, scales, sliding windows, learned
-positions, parallel residuals, experts, a recurrent state, an encoder.
+The tables have what llama.cpp expects of each architecture (its ``src/models/*.cpp``): metadata,
+and tensors by name and shape; a matrix's shape ends with n_out, n_in. Every feature in which model
+families differ is in one of the architectures: fused and single matrices, biases, soft caps,
+scales, sliding windows, learned positions, parallel residuals, experts, a recurrent state, an
+encoder.
 """
 
 from __future__ import annotations
@@ -26,17 +27,18 @@ LAYERS, VOCAB, CONTEXT = 2, 512, 512
 # Rows of 256 are whole blocks of every type.
 WIDTH, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 256, 512, 4, 2, 64
 KV = KV_HEADS * HEAD_DIM
-WINDOW = 16  # so short that a test's sequences leave it
+WINDOW = 16  # shorter than the tests' sequences
 EXPERTS, EXPERTS_USED, EXPERT_HIDDEN = 4, 2, 256
-# Mamba: llama.cpp insists on an inner size of twice the width.
+# Mamba: llama.cpp requires an inner size of twice the width.
 INNER, STATE, STEP_RANK, KERNEL = 2 * WIDTH, 16, 16, 4
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """layer: tensors of each layer.  metadata: besides the dimensions, and instead of them.
+    """What a model file of an architecture needs.
 
-    gguf_name: the name llama.cpp knows it by, if that is another.
+    model: tensors outside the layers.  layer: tensors of each layer.  metadata: added to
+    ``_DIMENSIONS``, or replacing them.  gguf_name: llama.cpp's name, if it differs.
     """
 
     model: Shapes
@@ -46,7 +48,7 @@ class Architecture:
 
 
 def _biased(tensors: Shapes) -> dict[str, tuple[int, ...]]:
-    """With a bias for each weight."""
+    """The tensors, and a bias for each weight."""
     biases = {name.replace(".weight", ".bias"): shape[:1] for name, shape in tensors.items()}
     return {**tensors, **biases}
 
@@ -66,7 +68,7 @@ _QKV: Shapes = {
 }
 _ATTENTION_OUTPUT: Shapes = {"attn_output.weight": (WIDTH, WIDTH)}
 _ATTENTION: Shapes = {**_QKV, **_ATTENTION_OUTPUT}
-# Without groups of heads, as every model that has it.
+# Without grouped KV heads: q, k and v have the same size.
 _FUSED_ATTENTION: Shapes = {"attn_qkv.weight": (3 * WIDTH, WIDTH), **_ATTENTION_OUTPUT}
 _MLP: Shapes = {"ffn_up.weight": (HIDDEN, WIDTH), "ffn_down.weight": (WIDTH, HIDDEN)}
 _GATED_MLP: Shapes = {"ffn_gate.weight": (HIDDEN, WIDTH), **_MLP}
@@ -125,7 +127,7 @@ ARCHITECTURES = {
             **_RMS,
             "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0,
-            "attention.sliding_window": WINDOW,  # of every other layer
+            "attention.sliding_window": WINDOW,  # on every other layer
         },
     ),
     "phi3": Architecture(
@@ -194,7 +196,7 @@ ARCHITECTURES = {
             **_LAYER_NORM,
             **_UNGROUPED,
             "attention.causal": False,
-            "attention.sliding_window": WINDOW,  # of all layers but the first of three
+            "attention.sliding_window": WINDOW,  # on all layers but the first of every three
             "rope.freq_base": 160000.0,
             "rope.freq_base_swa": 10000.0,
             "pooling_type": 1,  # the mean
@@ -202,13 +204,13 @@ ARCHITECTURES = {
     ),
 }
 
-# What is multiplied element by element, or added: ends of names, and means. A negative ssm_a lets
-# the state decay.
+# Tensors that are multiplied element by element, or added: by the end of the name, the mean of the
+# random values. With a negative ssm_a the state decays.
 _VECTORS = {".bias": 0.0, "norm.weight": 1.0, "ssm_d": 1.0, "ssm_a": -1.0}
 _VECTOR_STD = 0.1
 
-# Matrices that stay float32: llama.cpp's converter never quantizes these, and the rows of ssm_dt
-# are shorter than blocks.
+# Matrices that stay float32: llama.cpp's converter never quantizes them, and rows of ssm_dt are
+# shorter than a block.
 _FLOAT32 = ("position_embd", "ffn_gate_inp", "ffn_gate_inp_shexp", "ssm_conv1d", "ssm_dt")
 
 # Where a block's output joins the residual stream.
@@ -216,9 +218,9 @@ _RESIDUAL = ("attn_output", "ffn_down", "ffn_down_exps", "ffn_down_shexp", "ssm_
 
 
 def make_named(path: str | os.PathLike[str], name: str, type: QuantType, seed: int = 0) -> None:
-    """Write the model of a name of ``SHAPES`` or of ``ARCHITECTURES``, all matrices of ``type``.
+    """Write the model with a name in ``SHAPES`` or ``ARCHITECTURES``, all matrices of ``type``.
 
-    Errors: those of ``make_decoder``; ConfigError, listing the names, for any other.
+    Errors: those of ``make_decoder``; ConfigError, listing the names, for an unknown name.
     """
     if name in SHAPES:
         make_decoder(path, SHAPES[name], type, seed)
@@ -232,11 +234,11 @@ def make_named(path: str | os.PathLike[str], name: str, type: QuantType, seed: i
 def make_small(
     path: str | os.PathLike[str], name: str, type: QuantType = QuantType.Q8_0, seed: int = 0
 ) -> None:
-    """Write a model of an architecture of ``ARCHITECTURES``: 2 layers, 512 tokens, some MB.
+    """Write a model of an architecture in ``ARCHITECTURES``: 2 layers, 512 tokens, a few MB.
 
-    Weights are random, of a size at which activations and logits keep theirs; what llama.cpp's
-    converter keeps in float32 is float32, all other matrices are of ``type``. The tokenizer is
-    the bundled model's first 512 tokens. "modern-bert" is an encoder, the others are decoders.
+    Weights are random, scaled so that activations and logits stay in range. Matrices that
+    llama.cpp's converter keeps in float32 are float32, all others are of ``type``. The tokenizer
+    has the bundled model's first 512 tokens. "modern-bert" is an encoder, the others are decoders.
     Errors: ConfigError for an unknown name, or a folder that does not exist. A write that fails
     leaves no file.
     """
@@ -278,7 +280,7 @@ def _kind(tensor: str) -> str:
 
 
 def _std(kind: str, n_in: int, tied: bool) -> float:
-    """Standard deviation of a matrix that keeps activations and logits at their size."""
+    """Standard deviation of a matrix's weights with which activations and logits stay in range."""
     if kind.endswith("_embd") and not tied:
         return 1.0
     return (0.5 if kind in _RESIDUAL else 1.0) / math.sqrt(n_in)

@@ -1,10 +1,10 @@
 """``make bench-gpu``: all there is to measure on a GPU, in one run of a few minutes.
 
-Runs from the sources on a machine with torch, triton and NumPy; nothing is installed or built. With
-transformers and PEFT their steps are measured too, as peers. Writes bench-gpu.json and the same as
-tables, bench-gpu.md; each part is written when it is done, and one that fails says so.
+Runs from the sources on a machine with torch, triton and NumPy; nothing is installed or built. If
+transformers and PEFT are installed, their steps are measured too, as peers. Writes bench-gpu.json,
+and the same as tables to bench-gpu.md, after each part; a part that fails is recorded as failed.
 
-Under TRITON_INTERPRET=1 only --small shows, on a CPU, that all parts work.
+Under TRITON_INTERPRET=1, use --small: it shows on a CPU that all parts work.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ PARTS = ("checks", "kernels", "recording", "step", "peers")
 
 
 def use_sources() -> None:
-    """Import fwdllm from the repository, without its packages' own imports of all the rest."""
-    # This folder is in the path, and transformers would take kernels.py for a package it knows.
+    """Make fwdllm importable from the repository, without running its packages' __init__.py."""
+    # This folder is on sys.path, and transformers would import kernels.py as the package "kernels".
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT / "bench"]
     for name, folder in PACKAGES.items():
         module = types.ModuleType(name)
@@ -43,7 +43,7 @@ def use_sources() -> None:
 
 
 def measure(small: bool, rounds: int, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Every part in turn. keep: is given the result so far after each."""
+    """Run all parts in turn. keep: called with the result so far after each part."""
     from fwdllm.bench import gpu_checks, gpu_kernels, gpu_peers, gpu_step
     from fwdllm.bench.shapes import SHAPES, Shape
     from fwdllm.engine.settings import LoRAConfig

@@ -1,7 +1,7 @@
-"""That the kernels compute on this GPU what the reference specifies, and a model what it should.
+"""Checks of the kernels on this GPU against the reference, and of a small model's derivatives.
 
-The tests hold every operation to the reference under Triton's interpreter; this is the same on the
-compiled kernels, in a few seconds, for machines where the tests cannot run.
+The tests compare every operation with the reference under Triton's interpreter. This does the same
+for the compiled kernels, in a few seconds, on machines where the tests cannot run.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _operations(small: bool) -> Iterator[tuple[str, float, float]]:
         weight = Weight(random_weights(rng, type, n_out, n_in, n_in**-0.5), type, n_out, n_in)
         wrong = ops.dequantize(weight) != reference.dequantize(weight)
         yield f"decode {type.name}, elements that differ", int(wrong.sum()), 0
-        # Fewer and more rows than the routes' crossover.
+        # Row counts below and above the one where ``matmul`` changes its route.
         for rows in (12,) if small else (1, 40, 600):
             x = random(rows, n_in)
             want = reference.matmul(x, weight)
@@ -102,7 +102,7 @@ def _cross_entropy(x: np.ndarray, output: Weight, labels: np.ndarray, lanes: Lan
 
 
 def _models(small: bool) -> Iterator[tuple[str, float, float]]:
-    """Slopes of a small model with bfloat16 products beside those with float32."""
+    """Correlation of a small model's derivatives with bfloat16 and with float32 matmuls."""
     shape = Shape(1, 64, 2, 1, 32, 64, 128) if small else Shape(4, 512, 8, 4, 64, 1024, 4096)
     model = StepModel.make(shape, QuantType.Q4_0, LoRAConfig(rank=4))
     _, batch = random_batch(shape, 2, 5 if small else 50)
@@ -114,5 +114,5 @@ def _models(small: bool) -> Iterator[tuple[str, float, float]]:
 
 
 def _error(got: Any, want: np.ndarray) -> float:
-    """Relative, in the Frobenius norm."""
+    """Relative error in the Frobenius norm."""
     return float(np.linalg.norm(ops.host(got) - want) / (np.linalg.norm(want) + 1e-30))

@@ -1,7 +1,7 @@
-"""Speed of every Triton kernel on this GPU, beside what the card was seen to do in the same run.
+"""Speed of every Triton kernel on this GPU, beside the card's limits measured in the same run.
 
-Times are those of CUDA events, medians, with the second-level cache emptied before each call. Needs
-torch, triton and NumPy only.
+Times are medians, measured with CUDA events; the L2 cache is flushed before each call. Needs torch,
+triton and NumPy only.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ DEFAULT_TYPES = (QuantType.Q4_0, QuantType.Q4_K, QuantType.Q6_K, QuantType.Q8_0)
 DEFAULT_ROWS = (1, 16, 64, 256, 1024, 4096)
 
 _GIGA = 1e9
-# More than any card's second-level cache.
+# More than any card's L2 cache.
 _FLUSH_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the inputs: a 7B model's. n_out, n_in: of products."""
+    """Sizes of the inputs; the defaults are a 7B model's. n_out, n_in: of matmuls."""
 
     n_out: int = 4096
     n_in: int = 11008
@@ -59,8 +59,8 @@ class Sizes:
 class Case:
     """One kernel on one input; the fields are those of ``kernel_cases.Case``.
 
-    baseline: what its overhead is taken against.  of: a limit, by its name in "peaks", or a call
-    that does the same work.
+    baseline: the call relative to which the overhead is measured.  of: a limit, by its name in
+    "peaks", or another implementation to compare with.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Case:
 
 
 class Clock:
-    """Seconds a call takes on the device."""
+    """Measures how many seconds a call takes on the device."""
 
     def __init__(self) -> None:
         size = 1 if INTERPRETED else _FLUSH_BYTES
@@ -84,7 +84,7 @@ class Clock:
             call()
             return time.perf_counter() - begin
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # Also what keeps the device busy while the call is being queued.
+        # Flushes the cache, and keeps the device busy while the call is queued.
         self._cache.zero_()
         start.record()
         call()
@@ -93,7 +93,7 @@ class Clock:
         return start.elapsed_time(end) / 1e3
 
     def in_turn(self, calls: Sequence[Call], rounds: int) -> list[list[float]]:
-        """Seconds of each round, [call][round]; the calls take turns, after one that is warm."""
+        """Seconds of each call in each round, [call][round]: one warm-up, then calls in turn."""
         for call in calls:
             self.seconds(call)
         rows = [[self.seconds(call) for call in calls] for _ in range(rounds)]
@@ -107,10 +107,10 @@ def measure_gpu_kernels(
     on_case: Callable[[str], None],
     sizes: Sizes | None = None,
 ) -> dict[str, Any]:
-    """All cases; the result is as that of ``bench.kernels.measure_kernels``.
+    """Measure all cases; the result has the form of ``bench.kernels.measure_kernels``'s.
 
-    "fraction" is that of a limit of the card, or for products that of the vendor's of bfloat16
-    matrices of the same shape, "of" says which.
+    "fraction" is the share of a limit of the card, named by "of"; for matmuls it is the speed
+    relative to the vendor's bfloat16 matmul of the same shape.
     """
     sizes, clock = sizes or Sizes(), Clock()
     peaks = _peaks(clock, sizes, rounds)
@@ -129,7 +129,7 @@ def measure_gpu_kernels(
 
 
 def machine() -> dict[str, str]:
-    """The card and what drives it."""
+    """Names of the card and versions of torch and triton."""
     import triton
 
     name = "interpreter" if INTERPRETED else torch.cuda.get_device_name()
@@ -163,7 +163,7 @@ def _ratio(above: Sequence[float], below: Sequence[float]) -> float:
 
 
 def _peaks(clock: Clock, sizes: Sizes, rounds: int) -> dict[str, float]:
-    """What the card does, in 10^9 a second: bytes a copy reads and writes, bfloat16 operations."""
+    """The card's limits in 10^9 a second: bytes read and written by a copy, bfloat16 operations."""
     a = torch.empty(sizes.copied, dtype=torch.int8, device=DEVICE)
     b = torch.empty_like(a)
     n = sizes.square
@@ -186,7 +186,7 @@ def _cases(types: Sequence[QuantType], rows: Sequence[int], sizes: Sizes) -> Ite
 
 
 def _products(type: QuantType, rows: Sequence[int], sizes: Sizes) -> Iterator[Case]:
-    """Both routes for every number of rows, and the one that is taken."""
+    """Matmuls by both routes and by the route that is chosen, for every number of rows."""
     weight = random_device_weight(type, sizes.n_out, sizes.n_in)
     w = decoded(weight, torch.bfloat16)
     shape = f"{type.name} {sizes.n_out}x{sizes.n_in}"
@@ -205,7 +205,7 @@ def _products(type: QuantType, rows: Sequence[int], sizes: Sizes) -> Iterator[Ca
 
 
 def _lanes(rows: int, sizes: Sizes) -> Iterator[Case]:
-    """The seeded LoRA term of so many lanes over none."""
+    """Matmuls with a seeded LoRA in several lanes; overhead over plain matmuls."""
     weight = random_device_weight(QuantType.Q4_0, sizes.n_out, sizes.n_in)
     x = _random(rows, sizes.n_in)
     a, b = _random(sizes.rank, sizes.n_in), _random(sizes.n_out, sizes.rank)
@@ -291,7 +291,7 @@ def _loss(sizes: Sizes) -> Iterator[Case]:
 
 
 def pairs(n: int) -> Lanes:
-    """n lanes of central differences."""
+    """n lanes: both sides of n / 2 central differences."""
     signs = np.tile(np.array([1e-3, -1e-3], np.float32), n // 2)
     return Lanes(np.repeat(np.arange(n // 2, dtype=np.uint64), 2), signs)
 
@@ -303,7 +303,7 @@ def tangents(n: int) -> Lanes:
 
 
 def random_device_weight(type: QuantType, n_out: int, n_in: int) -> DeviceWeight:
-    """A matrix of random blocks on the device."""
+    """A weight of random quantized blocks on the device."""
     data = random_weights(np.random.default_rng(0), type, n_out, n_in, 1 / math.sqrt(n_in))
     return ops.weight(Weight(data, type, n_out, n_in))
 

@@ -1,8 +1,8 @@
-"""What a step on a GPU is measured against: PyTorch, transformers and PEFT on decoded weights.
+"""Peers of a step on a GPU: PyTorch, transformers and PEFT with decoded weights.
 
-Backpropagation through the model and Algorithm 1 of MeZO (arXiv 2305.17333), each as it takes
-who tunes with these libraries, on the same weights, adapter and tokens. This module imports
-nothing of the repository, so that it also runs where only PyTorch and these libraries are.
+Backpropagation and Algorithm 1 of MeZO (arXiv 2305.17333), as users of these libraries would run
+them, on the same weights, adapter and tokens. This module imports nothing from the repository, so
+that it also runs where only PyTorch and these libraries are installed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 EPSILON = 1e-3  # MeZO's
-RATE = 1e-6  # small enough that thousands of steps leave the model as it is
+RATE = 1e-6  # so small that thousands of steps hardly change the model
 
 _OUTER_MODULES = {
     "token_embd": "model.embed_tokens",
@@ -45,16 +45,16 @@ _PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes")
 
 @dataclass(frozen=True)
 class PeerModel:
-    """Shapes of a llama decoder, and where its decoded weights and its adapter come from.
+    """Shapes of a llama decoder, and functions that return its decoded weights and its adapter.
 
     weight: maps the name of a GGUF tensor, such as "blk.0.attn_q.weight" or
     "output_norm.weight", to a bfloat16 tensor on the device, [n_out, n_in] or [n]. If the
-    embedding is tied, "output.weight" is "token_embd.weight". It must not be an inference
-    tensor: those cannot be saved for a backward pass.
+    embedding is tied, "output.weight" is "token_embd.weight". The result must not be an inference
+    tensor, which cannot be saved for a backward pass.
     factors: maps a name such as "blk.0.attn_q" to the float32 matrices A [rank, n_in] and
-    B [n_out, rank], which add alpha / rank * B A to the weight.  targets: the GGUF names of what
-    is adapted in every layer, such as ("attn_q", "attn_v").
-    Rows of q and k, of weights and of B, are in the order of transformers, not of GGUF.
+    B [n_out, rank], which add alpha / rank * B A to the weight.  targets: GGUF names of the
+    adapted matrices of every layer, such as ("attn_q", "attn_v").
+    In weights and in B, rows of q and k are in the order of transformers, not of GGUF.
     """
 
     n_layers: int
@@ -74,33 +74,33 @@ class PeerModel:
     targets: tuple[str, ...]
 
 
-# A step of a side. It returns facts for the report, as they were before its update.
+# A step of a side. It returns figures for the report, from before its update.
 Step = Callable[[], dict[str, Any]]
-# Makes a step from a model with an adapter, ids int64 [examples, tokens], and perturbations.
+# Makes a step. Arguments: a model with an adapter, ids int64 [examples, tokens], perturbations.
 Side = Callable[[Any, torch.Tensor, int], Step]
 
 
 def measure_peers(
     model: PeerModel, ids: torch.Tensor, perturbations: int, rounds: int, device: str
 ) -> dict[str, Any]:
-    """Time and memory of a step of every side: one to warm up, then ``rounds`` timed ones.
+    """Time and memory of a step of every side: one warm-up step, then ``rounds`` timed ones.
 
     ids: int64 [examples, tokens]; every token but the first of each is a label, and the loss is
     the mean over labels.  perturbations: seeds of a step of MeZO.
     Returns JSON-able values: the ``versions`` of packages, and for each side ``seconds``
-    (median), ``seconds_range`` (least and most), ``peak_bytes`` (of PyTorch's allocations in a
-    step, the side's model among them, less what the caller held before; None on a CPU),
+    (median), ``seconds_range`` (lowest and highest), ``peak_bytes`` (PyTorch's peak allocation in
+    a step, with the side's model, without what the caller held before; None on a CPU),
     ``loss`` (float, before the first step) and for MeZO ``slopes`` (of the first step, one per
     seed). A side that could not be run has only ``skipped``, the reason.
-    All bf16 sides start at one loss, the compiled one to the rounding of bfloat16, which fused
-    operations do less often; the nf4 sides, with other weights, start at another.
+    All bf16 sides start at the same loss; the compiled one differs by rounding, because fused
+    operations round to bfloat16 less often. The nf4 sides have other weights and another loss.
     """
     held = _allocated(device)
     ids = ids.to(device)
     results: dict[str, Any] = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # names that transformers 5.23 changes
-        # The compiled side comes last of all: it is the likeliest to go wrong.
+        warnings.simplefilter("ignore", FutureWarning)  # renamed in transformers 5.23
+        # The compiled side comes last: it is the most likely to fail.
         for nf4, sides in ((True, _NF4_SIDES), (False, _BF16_SIDES)):
             results |= _measure(model, nf4, sides, ids, perturbations, rounds, held)
             _free()
@@ -116,10 +116,10 @@ def _measure(
     rounds: int,
     held: int,
 ) -> dict[str, Any]:
-    """Results of sides that take the same weights, which are in memory once."""
+    """Results of sides that share one model in memory."""
     try:
         peer = build(model, nf4)
-    except Exception as error:  # whatever other people's software does, ours is still measured
+    except Exception as error:  # a peer that fails must not stop the benchmark
         return {name: {"skipped": _reason(error)} for name in sides}
     results: dict[str, Any] = {}
     for name, side in sides.items():
@@ -128,13 +128,13 @@ def _measure(
             results[name] = _timed(side(peer, ids, perturbations), rounds, ids.device, held)
         except Exception as error:
             results[name] = {"skipped": _reason(error)}
-        peer.zero_grad(set_to_none=True)  # a step cut short has left gradients
+        peer.zero_grad(set_to_none=True)  # a step that failed may have left gradients
         _free()
     return results
 
 
 def _timed(step: Step, rounds: int, device: torch.device, held: int) -> dict[str, Any]:
-    facts = step()  # to warm up: libraries choose, load and compile their kernels
+    facts = step()  # warm-up: libraries choose, load and compile kernels
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     seconds = []
@@ -153,10 +153,10 @@ def _timed(step: Step, rounds: int, device: torch.device, held: int) -> dict[str
 
 
 def build(model: PeerModel, nf4: bool) -> Any:
-    """A PEFT model of transformers' llama on the device of the weights, without our factors.
+    """A PEFT model of transformers' llama on the weights' device; see ``set_factors`` for A and B.
 
-    nf4: the layers' matrices become 4-bit NormalFloats of bitsandbytes, computed with in
-    bfloat16; embedding, norms and output stay as they are, as in QLoRA (arXiv 2305.14314).
+    nf4: the layers' matrices become bitsandbytes' 4-bit NormalFloats, with matmuls in bfloat16;
+    embedding, norms and output are not quantized, as in QLoRA (arXiv 2305.14314).
     Errors: ImportError if a package is missing.
     """
     import peft
@@ -176,13 +176,13 @@ def build(model: PeerModel, nf4: bool) -> Any:
         tie_word_embeddings=False,
         attn_implementation="sdpa",
     )
-    with torch.device("meta"):  # no memory for weights that are replaced
+    with torch.device("meta"):  # allocates nothing for weights that are replaced below
         llama = transformers.LlamaForCausalLM(config)
     for name, module in _modules(model.n_layers):
         _set_weight(llama, module, model.weight(f"{name}.weight"), nf4)
-    rotary = type(llama.model.rotary_emb)(config)  # the tables were on meta, too
+    rotary = type(llama.model.rotary_emb)(config)  # its tables were on the meta device, too
     llama.model.rotary_emb = rotary.to(llama.lm_head.weight.device)
-    llama.is_loaded_in_4bit = nf4  # where PEFT looks before it adapts such layers
+    llama.is_loaded_in_4bit = nf4  # PEFT reads this to adapt 4-bit layers
     lora = peft.LoraConfig(
         r=model.rank,
         lora_alpha=model.alpha,
@@ -193,7 +193,7 @@ def build(model: PeerModel, nf4: bool) -> Any:
 
 
 def _modules(n_layers: int) -> Iterator[tuple[str, str]]:
-    """Names of all that has a weight: GGUF's, without ".weight", and transformers'."""
+    """Names of all modules with a weight: GGUF's, without ".weight", and transformers'."""
     yield from _OUTER_MODULES.items()
     for layer in range(n_layers):
         for suffix, module in _LAYER_MODULES.items():
@@ -209,14 +209,14 @@ def _set_weight(llama: Any, name: str, weight: torch.Tensor, nf4: bool) -> None:
 
 
 def _nf4_linear(weight: torch.Tensor) -> nn.Module:
-    # Not by a statement, whose types mypy would look for where the package is not.
+    # Not an import statement: mypy would need the package's types, and it may not be installed.
     bitsandbytes = importlib.import_module("bitsandbytes")
     n_out, n_in = weight.shape
     linear = bitsandbytes.nn.Linear4bit(
         n_in, n_out, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta"
     )
     values = bitsandbytes.nn.Params4bit(weight, quant_type="nf4", module=linear)
-    linear.weight = values.to(weight.device)  # quantizes, although it goes nowhere
+    linear.weight = values.to(weight.device)  # quantizes, although the device does not change
     return linear
 
 
@@ -242,10 +242,10 @@ def batch_loss(peer: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _backprop(peer: Any, ids: torch.Tensor, perturbations: int, checkpointing: bool) -> Step:
-    """A step of gradient descent, which has no use for perturbations."""
+    """A step of gradient descent; ``perturbations`` is not used."""
     if checkpointing:
         peer.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-    peer.train(checkpointing)  # all that depends on the mode: there is no dropout
+    peer.train(checkpointing)  # only checkpointing depends on the mode: there is no dropout
     optimizer = torch.optim.SGD(trainable(peer), lr=RATE)
 
     def step() -> dict[str, Any]:
@@ -277,8 +277,8 @@ def _mezo(peer: Any, ids: torch.Tensor, perturbations: int) -> Step:
 def _compiled_mezo(peer: Any, ids: torch.Tensor, perturbations: int) -> Step:
     """A step of MeZO with compiled layers.
 
-    They share one compilation. With ``fullgraph`` a layer that cannot be compiled is an error
-    instead of slow.
+    All layers share one compilation. With ``fullgraph``, a layer that cannot be compiled is an
+    error, instead of running slowly.
     """
     for layer in peer.get_base_model().model.layers:
         layer.compile(fullgraph=True)
@@ -289,10 +289,10 @@ def _compiled_mezo(peer: Any, ids: torch.Tensor, perturbations: int) -> Step:
 def central_slopes(
     peer: Any, parameters: Sequence[nn.Parameter], ids: torch.Tensor, seeds: Sequence[int]
 ) -> list[float]:
-    """Slope of the loss along the direction of each seed; the parameters end where they began.
+    """The derivative of the loss along the direction of each seed, by central differences.
 
-    Central differences, two forward passes per seed. In place, parameters come back to a
-    rounding error.
+    Two forward passes per seed. Parameters are perturbed in place and restored up to rounding
+    errors.
     """
     above, below = [], []
     for seed in seeds:
@@ -301,7 +301,7 @@ def central_slopes(
         perturb(parameters, seed, -2 * EPSILON)
         below.append(batch_loss(peer, ids))
         perturb(parameters, seed, EPSILON)
-    # Read at the end: the GPU never waits for Python between passes.
+    # Losses are read at the end, so that the GPU does not wait for Python between passes.
     difference = torch.stack(above).double() - torch.stack(below).double()
     return (difference / (2 * EPSILON)).tolist()
 
@@ -346,7 +346,7 @@ def _version(package: str) -> str:
 
 
 def _free() -> None:
-    """Give back what is no longer used, so that the next side's peak is its own."""
+    """Free unused memory, so that it does not count in the next side's peak."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

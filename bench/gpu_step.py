@@ -1,4 +1,4 @@
-"""A tuning step of a model of random weights on this GPU, through the engine's own graph.
+"""A tuning step of a model with random weights on this GPU, with the engine's own graph.
 
 Needs torch, triton and NumPy only: the weights go to the GPU without a file.
 """
@@ -31,12 +31,12 @@ from fwdllm.kernels.triton.decode import decoded
 from fwdllm.kernels.triton.runtime import DEVICE, DeviceWeight
 from fwdllm.kernels.types import QuantType, Weight
 
-# Small enough that thousands of steps along random directions leave the model as it is.
+# So small that thousands of steps along random directions hardly change the model.
 _UPDATE_RATE = 1e-6
 
 
 class RandomWeights:
-    """Random tensors of a llama decoder on the device, as ``engine.models.weights`` has them."""
+    """Random tensors of a llama decoder on the device, in place of ``engine.models.weights``."""
 
     def __init__(self, shape: Shape, type: QuantType) -> None:
         rng = np.random.default_rng(0)
@@ -65,7 +65,7 @@ class RandomWeights:
 
 @dataclass(frozen=True)
 class StepModel:
-    """A model with an adapter as in mid-training."""
+    """A model with an adapter whose B is random, not zero, as if half trained."""
 
     shape: Shape
     args: llama.Args
@@ -107,7 +107,7 @@ class StepModel:
 
 
 def random_batch(shape: Shape, examples: int, tokens: int) -> tuple[np.ndarray, Batch]:
-    """Token ids [examples, tokens], and as a batch where all but the first are labels."""
+    """Token ids [examples, tokens], and their batch; all tokens but each first are labels."""
     ids = np.random.default_rng(0).integers(0, shape.n_vocab, (examples, tokens))
     return ids, pack([Tokens(row, [True] * tokens) for row in ids.tolist()])
 
@@ -115,7 +115,7 @@ def random_batch(shape: Shape, examples: int, tokens: int) -> tuple[np.ndarray, 
 def slopes(
     model: StepModel, batch: Batch, seeds: np.ndarray, method: str, exact: bool = False
 ) -> tuple[float, np.ndarray]:
-    """The loss and its slope along every seed."""
+    """The loss, and its derivative along every seed's direction."""
     p = plan(seeds, method)
     graph, directions = model.graph(exact), Dense(model.adapter)
     most = graph.plan(batch, len(p.lanes)).lanes
@@ -155,9 +155,9 @@ def measure_gpu_step(
 def measure_recording(
     model: StepModel, batch: Batch, perturbations: int, rounds: int
 ) -> dict[str, Any]:
-    """Seconds of forward-AD slopes launched kernel by kernel, and as a recording.
+    """Seconds of forward-AD derivatives, launched kernel by kernel and as a recording.
 
-    "difference": the largest between their slopes.
+    "difference": the largest absolute difference between the derivatives of the two.
     """
     seeds = np.arange(perturbations, dtype=np.uint64)
     found: dict[str, Any] = {}
@@ -165,7 +165,7 @@ def measure_recording(
     for name, recorded in (("kernel by kernel", False), ("recorded", True)):
         recording.enabled = recorded
         try:
-            slopes(model, batch, seeds, "forward-ad")  # the second time it is recorded
+            slopes(model, batch, seeds, "forward-ad")  # the second time, the pass is recorded
             values.append(slopes(model, batch, seeds, "forward-ad")[1])
             found[name] = timed(lambda: slopes(model, batch, seeds, "forward-ad"), rounds)
             if recorded and not recording.enabled:
@@ -176,7 +176,7 @@ def measure_recording(
 
 
 def timed(step: Callable[[], tuple[float, np.ndarray]], rounds: int) -> dict[str, Any]:
-    """Median seconds of a step on the wall clock, after one that is warm, and its peak bytes."""
+    """Median wall-clock seconds of a step and its peak bytes, after one warm-up step."""
     loss, _ = step()
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
@@ -184,7 +184,7 @@ def timed(step: Callable[[], tuple[float, np.ndarray]], rounds: int) -> dict[str
     seconds = []
     for _ in range(rounds):
         start = time.perf_counter()
-        step()  # which ends with losses on the host
+        step()  # ends with losses on the host, so the GPU is done
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else None
     return {

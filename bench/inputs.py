@@ -1,4 +1,4 @@
-"""What the sides of a measurement work on: random tokens, and an adapter as in mid-training."""
+"""Inputs for the sides of a measurement: random tokens, and an adapter as if half trained."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fwdllm.engine.data.batch import Batch, Tokens, pack
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.gguf.file import GGUFFile
 
-# Small enough that thousands of steps along random directions leave the model as it is.
+# So small that thousands of steps along random directions hardly change the model.
 UPDATE_RATE = 1e-6
 
 
 def open_decoder(path: Path, tokens: int, backend: str) -> GGUFFile:
-    """A model file that a backend can run and that reads ``tokens`` tokens.
+    """A model file that a backend can run and whose context has room for ``tokens`` tokens.
 
     Errors: ConfigError, ModelError.
     """
@@ -46,7 +46,7 @@ def linear_targets(file: GGUFFile) -> tuple[str, ...]:
 
 
 def prompt_batch(ids: Sequence[int], copies: int) -> Batch:
-    """``copies`` sequences that read all ids but the last and predict that one."""
+    """``copies`` equal sequences of all ids but the last; the last id is the only label."""
     n = len(ids) - 1
     return Batch(
         ids=np.tile(np.array(ids[:-1], np.int32), copies),
@@ -59,7 +59,7 @@ def prompt_batch(ids: Sequence[int], copies: int) -> Batch:
 
 
 def step_batch(ids: Sequence[Sequence[int]], copies: int) -> Batch:
-    """The sequences ``copies`` times over; every token but the first of each is a label."""
+    """The sequences, repeated ``copies`` times; every token but the first of each is a label."""
     return pack([Tokens(list(s), [True] * len(s)) for s in ids] * copies)
 
 

@@ -1,4 +1,4 @@
-"""Every kernel on inputs of the sizes it meets in a model of a billion parameters."""
+"""Every kernel on inputs of the sizes in a model of a billion parameters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LANES, RANK = 8, 8
 TANGENTS = LANES - 1
 N_VOCAB, WIDTH, HEADS, KV_HEADS, HEAD_DIM = 32000, 2048, 32, 4, 64
 LOSS_ROWS = 256
-LAYER_ROWS = 2048  # 16 MiB an array: memory is measured, not a cache
+LAYER_ROWS = 2048  # 16 MiB an array: measures memory, not a cache
 N_NORMALS, N_SEEDS = 1 << 20, 32
 
 _GIGA = 1e9
@@ -35,9 +35,10 @@ class Case:
     """One kernel on one input.
 
     name: unique; AxBxC is a matrix of A outputs and B inputs on C rows.  kernel: the function.
-    unit, work: 10^9 of what, and how many a call does.  limit: what bounds it: "int8" or "fp32"
-    operations, "read" of memory, "normal" (the random generator) or "none".  prepare: makes the
-    inputs and returns the call.  baseline: the same for what its overhead is taken against.
+    work: of one call, in 10^9 units.  unit: of the rate, work / seconds.  limit: what bounds the
+    rate: "int8" or "fp32" operations, "read" (of memory), "normal" (the random generator), "none".
+    prepare: makes the inputs and returns the call.  baseline: the same for the call relative to
+    which the overhead is measured.
     """
 
     name: str
@@ -50,7 +51,7 @@ class Case:
 
 
 def cases(types: Sequence[QuantType], rows: Sequence[int]) -> Iterator[Case]:
-    """Every case; types and rows are those of matrix products."""
+    """Every case. types, rows: of matmuls."""
     yield generator()
     for name, prepare in (("seeded_axpy", _seeded_axpy), ("seeded_dot", _seeded_dot)):
         work = N_NORMALS * N_SEEDS / _GIGA
@@ -107,7 +108,7 @@ def _layers() -> Iterator[Case]:
     )
     for name, arrays, prepare in kernels:  # arrays read and written
         yield Case(f"{name} {LAYER_ROWS}x{WIDTH}", name, "GB/s", arrays * array, "read", prepare)
-        if name == "rope":  # linear: tangents are rows like others
+        if name == "rope":  # rope is linear: it treats tangents like other rows
             continue
         with_tangents = partial(prepare, tangents=TANGENTS)
         name_t = f"{name} {LAYER_ROWS}x{WIDTH}, {TANGENTS} tangents"
@@ -116,7 +117,7 @@ def _layers() -> Iterator[Case]:
 
 def _attention_case(sequences: int, tokens: int, tangents: int = 0) -> Case:
     pairs = sequences * tokens * (tokens + 1) // 2
-    # Scores and sums, a product each; of a tangent two each.
+    # One matmul for scores and one for weighted sums; a tangent needs two for each.
     work = 4 * pairs * HEADS * HEAD_DIM * (1 + 2 * tangents) / _GIGA
     name = f"attention {sequences}x{tokens}, {HEADS}/{KV_HEADS} heads of {HEAD_DIM}"
     if tangents:

@@ -1,7 +1,7 @@
 """Speed of every kernel under each instruction set, beside this machine's own limits.
 
-The instruction set is chosen when ``fwdllm.kernels.cpu`` is imported, so each has a process of
-its own.
+The instruction set is chosen when ``fwdllm.kernels.cpu`` is imported, so each instruction set is
+measured in its own process.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from fwdllm.engine.errors import ConfigError
 from fwdllm.kernels import cpu
 from fwdllm.kernels.types import QuantType
 
-# A round repeats its call for so long, to be measured well beside the clock and wake-ups.
+# A round repeats its call for this long, so that clock resolution and wake-ups do not matter.
 ROUND_SECONDS = 0.02
 
 
 class Kernels:
-    """A side of ``bench.worker``: each ``run`` measures the next case, and None ends them.
+    """A side of ``bench.worker``: each ``run`` measures the next case; None after the last.
 
-    types: names.  rows: of matrix products.  facts: instruction set, threads and limits.
+    types: names of tensor types.  rows: of matmuls.  facts: instruction set, threads and limits.
     """
 
     def __init__(self, types: Sequence[str], rows: Sequence[int], rounds: int) -> None:
@@ -61,7 +61,7 @@ class Kernels:
         return found
 
     def _limit(self, kind: str) -> str:
-        """What a case of this kind runs into under this instruction set."""
+        """The limit that applies to a case of this kind under this instruction set."""
         if kind != "int8":
             return kind
         if cpu.isa == "avx512_bf16":
@@ -70,10 +70,10 @@ class Kernels:
 
 
 def time_in_turn(calls: Sequence[Call], rounds: int) -> list[list[float]]:
-    """Seconds a call took in each round, [call][round]; calls take turns within a round."""
+    """Seconds of each call in each round, [call][round]; calls take turns within a round."""
     repeats = []
     for call in calls:
-        call()  # fresh memory is mapped, threads start
+        call()  # warm-up: memory is mapped, threads are started
         repeats.append(max(1, math.ceil(ROUND_SECONDS / _seconds(call, 1))))
     seconds: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
@@ -96,12 +96,14 @@ def measure_kernels(
     rounds: int,
     on_case: Callable[[str], None],
 ) -> dict[str, Any]:
-    """All cases under each instruction set, the best one if none is named.
+    """Measure all cases under each instruction set.
 
-    types: tensor types, () for the default.  on_case: told the name of each finished case.
-    The result has "peaks" and "kernels" by instruction set: rates in 10^9 a second, "fraction"
-    of the limit "of" it, and the "overhead" of lanes with a seeded LoRA over none.
-    Errors: ConfigError for a name that does not exist.
+    isas: instruction sets; (): only the best.  types: tensor types; (): ``DEFAULT_TYPES``.
+    rows: of matmuls, multiples of ``LANES``.  on_case: called with the name of each finished case.
+    The result has "peaks" and "kernels" by instruction set. Rates are in 10^9 a second. "fraction"
+    is the share of the limit named by "of"; "overhead" is the extra time of lanes with a seeded
+    LoRA over a plain matmul.
+    Errors: ConfigError for an unknown name, or for rounds or rows out of range.
     """
     if rounds < 1 or any(n < LANES or n % LANES for n in rows):
         raise ConfigError(f"--rounds must be at least 1 and --rows a multiple of {LANES}")

@@ -33,7 +33,7 @@ VERSION = f"llama-cpp-python {llama_cpp.__version__}"
 
 
 class Prompt:
-    """A prompt of all ids but the last, with the logits after it."""
+    """A pass over all ids but the last, with the logits for the last."""
 
     def __init__(self, model: str, ids: Sequence[int], threads: int) -> None:
         self.ids = ids[:-1]
@@ -61,10 +61,10 @@ class Prompt:
 
 
 class Step:
-    """Perturbed inference as llama.cpp allows it: a LoRA file written and read for every lane.
+    """Perturbed inference with llama.cpp's means: a LoRA file is written and read for every lane.
 
-    reopen: whether each lane opens the model, too, as llama-cpp-python's documented way to apply
-    a LoRA does.  folder: for the file, best in memory.
+    reopen: whether each lane also opens the model, which is llama-cpp-python's documented way to
+    apply a LoRA.  folder: for the file, preferably in memory.
     """
 
     def __init__(
@@ -105,13 +105,13 @@ class Step:
 
 
 class ReopenedModel:
-    """The documented way: a ``Llama`` takes its LoRA when it is made, and reads one sequence."""
+    """The documented way: a ``Llama`` gets its LoRA when it is made; one sequence at a time."""
 
     def __init__(self, model: str, ids: Sequence[Sequence[int]], threads: int) -> None:
         self.model, self.ids, self.threads = model, ids, threads
 
     def loss(self, adapter: Path) -> float:
-        """Mean over all label tokens in nats."""
+        """Mean loss over all label tokens in nats."""
         n = max(map(len, self.ids))
         llama = Llama(
             self.model,
@@ -136,7 +136,7 @@ class ReopenedModel:
 
 
 class OpenModel:
-    """The fastest way, by the C interface: the model stays open, the examples are one batch."""
+    """The fastest way, through the C API: the model stays open, all examples are one batch."""
 
     def __init__(self, model: str, ids: Sequence[Sequence[int]], threads: int) -> None:
         self.labels = step_batch(ids, 1).label_ids
@@ -146,7 +146,7 @@ class OpenModel:
         self.batch = _fill_batch(ids)
 
     def loss(self, adapter: Path) -> float:
-        """Mean over all label tokens in nats."""
+        """Mean loss over all label tokens in nats."""
         with self._adapted(adapter):
             llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
             if call(llama_cpp.llama_decode, self.context, self.batch):
@@ -157,7 +157,7 @@ class OpenModel:
 
     @contextmanager
     def _adapted(self, file: Path) -> Iterator[None]:
-        """Apply the LoRA file to the context, and take it off again."""
+        """A context in which the LoRA file is applied."""
         adapter = call(llama_cpp.llama_adapter_lora_init, self.model.handle, os.fsencode(file))
         if not adapter:
             raise AdapterError(f"llama.cpp cannot use the adapter: {reason()}")
@@ -184,7 +184,7 @@ def _open_context(model: NativeModel, ids: Sequence[Sequence[int]], threads: int
 
 
 def _fill_batch(ids: Sequence[Sequence[int]]) -> Any:
-    """All sequences, with logits where the next token is a label."""
+    """A batch of all sequences, with logits wherever there is a next token."""
     batch = llama_cpp.llama_batch_init(sum(map(len, ids)), 0, 1)
     i = 0
     for sequence, tokens in enumerate(ids):
@@ -200,5 +200,5 @@ def _fill_batch(ids: Sequence[Sequence[int]]) -> Any:
 
 
 def _mean_nll(logits: np.ndarray, labels: np.ndarray) -> float:
-    """In nats; logits [n, n_vocab] are overwritten."""
+    """Mean loss in nats; logits [n, n_vocab] are overwritten."""
     return float(negative_log_likelihood(logits, labels).mean())

@@ -1,8 +1,8 @@
-"""Measurements of whole passes and steps: this engine, and a peer in turn with it.
+"""Measurements of whole passes and steps: this engine and a peer, in turns.
 
-Results are JSON values. "settings" says what was measured. Times are medians over rounds,
-"..._range" their lowest and highest. "ratio" is how many times as fast as the peer this engine
-is, the median of each round's.
+Results are JSON values. "settings" says what was measured. Times are medians over rounds;
+"..._range" has the lowest and the highest. "ratio" is this engine's speed over the peer's, the
+median over rounds.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ _PEFT_STEP = "fwdllm.bench.peft_peer:Step"
 def measure_prompt(
     model: Path, tokens: int, lanes: int, backend: str, peer: str | None, rounds: int
 ) -> dict[str, Any]:
-    """A prompt of random tokens under ``lanes`` variants of an adapter; all their tokens count.
+    """Measure a prompt of random tokens under ``lanes`` variants of an adapter.
 
-    lanes: 1, or an even number for central differences.  backend: see ``Engine.load``.
+    Tokens are counted in every lane.  lanes: 1, or an even number for central differences.
+    backend: see ``Engine.load``.
     Errors: ConfigError, ModelError.
     """
     _check(peer, PROMPT_PEERS, rounds)
@@ -71,8 +72,10 @@ def measure_prompt(
 
 @dataclass(frozen=True)
 class StepConfig:
-    """One step of tuning. targets: None for every linear layer.  scope: layers that are perturbed,
-    None for all.  memory_budget: in bytes.  backend: see ``Engine.load``.
+    """One step of tuning.
+
+    targets: matrices to adapt; None: every linear layer's.  scope: layers to perturb; None: all.
+    memory_budget: in bytes.  backend: see ``Engine.load``.
     """
 
     examples: int = 4
@@ -92,9 +95,9 @@ class StepConfig:
 
 
 def measure_step(model: Path, config: StepConfig, peer: str | None, rounds: int) -> dict[str, Any]:
-    """Directional derivatives of random examples and an update of the adapter.
+    """Measure directional derivatives of random examples and an update of the adapter.
 
-    The result has a "breakdown", seconds by operation, of one more step.
+    "breakdown" in the result has the seconds of one further step by operation.
     Errors: ConfigError, ModelError.
     """
     _check(peer, STEP_PEERS, rounds)
@@ -142,7 +145,7 @@ def measure_step(model: Path, config: StepConfig, peer: str | None, rounds: int)
 
 
 def _open_peft(options: Mapping[str, Any]) -> Worker:
-    """PyTorch and PEFT with the weights decoded to the type that is faster on this machine."""
+    """The PEFT peer, with weights decoded to whichever type is faster on this machine."""
     for package in ("torch", "transformers", "peft", "psutil"):
         if find_spec(package) is None:
             raise ConfigError(f"the peer peft needs the package {package}; install fwdllm[test]")
@@ -151,7 +154,7 @@ def _open_peft(options: Mapping[str, Any]) -> Worker:
         try:
             with Worker(_PEFT_STEP, {**options, "dtype": dtype}) as worker:
                 seconds[dtype] = worker.run().seconds
-        except FwdllmError as error:  # one of them may not fit the memory
+        except FwdllmError as error:  # one of the types may not fit the memory
             reason = error
     if not seconds:
         raise reason
@@ -159,7 +162,7 @@ def _open_peft(options: Mapping[str, Any]) -> Worker:
 
 
 def _memory_folder() -> str | None:
-    """A folder for temporary files that is not on a disk, if the system has one."""
+    """A folder for temporary files in memory, or None if the system has none."""
     folder = Path("/dev/shm")
     return str(folder) if folder.is_dir() else None
 
@@ -177,7 +180,7 @@ def _check_own(peer: str | None, backend: str) -> None:
 
 
 def _alternate(workers: Sequence[Worker], rounds: int) -> list[list[Answer]]:
-    """What each side answered in each round: [worker][round]."""
+    """Run all sides in turns; their answers, [worker][round]."""
     answers: list[list[Answer]] = [[] for _ in workers]
     for _ in range(rounds):
         for worker, mine in zip(workers, answers, strict=True):
@@ -194,7 +197,7 @@ def _result(
     n_tokens: Sequence[int],
     work: Sequence[int],
 ) -> dict[str, Any]:
-    """work: of each side in a round, in a unit they share."""
+    """The result of a measurement. work: of each side in a round, in a common unit."""
     machine = {name: workers[0].facts[name] for name in ("isa", "threads")}
     ours, *others = [
         {**{k: v for k, v in worker.facts.items() if k not in machine}, **_figures(mine, n)}

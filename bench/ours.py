@@ -21,8 +21,8 @@ from fwdllm.kernels import cpu
 class Prompt:
     """One prompt under ``lanes`` variants of a new adapter of rank 8 on q and v.
 
-    With one lane there is no adapter. plain: as many copies of the prompt instead, through the
-    model without an adapter.
+    With one lane there is no adapter.  plain: run ``lanes`` copies of the prompt through the model
+    without an adapter instead.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class Prompt:
 class Step:
     """Directional derivatives of a batch along ``perturbations`` seeds, and an update.
 
-    lora: rank and targets.  scope: layers that are perturbed, None for all.  memory_budget: in
-    bytes.  backend: see ``Engine.load``.
+    lora: rank and targets.  scope: layers to perturb; None: all.  memory_budget: in bytes.
+    backend: see ``Engine.load``.
     """
 
     def __init__(
@@ -85,11 +85,11 @@ class Step:
         return {"derivatives": probe.derivative.tolist()}
 
     def breakdown(self) -> dict[str, float]:
-        """Seconds of one more step by operation, largest first."""
+        """Run one further step; its seconds by operation, largest first."""
         watch = Stopwatch(cpu)
         watch.name_tensors(self.engine.file)
         assert self.engine.adapter is not None
-        # In this engine, because a second one would not fit the same memory budget.
+        # Changes this engine, because a second one would not fit into the same memory budget.
         graph: Any = self.engine.graph
         graph.ops = watch.kernels
         self.engine.adapter = replace(self.engine.adapter, ops=watch.kernels)
@@ -101,7 +101,7 @@ class Step:
 
 
 class PlainStep:
-    """As many rows through the model without an adapter: the examples once for every lane."""
+    """The same number of rows without an adapter: the examples, repeated once for every lane."""
 
     def __init__(
         self,
@@ -123,5 +123,5 @@ class PlainStep:
 
 
 def machine() -> dict[str, Any]:
-    """What a figure depends on beside the model: instruction set and threads."""
+    """The instruction set and number of threads, on which figures depend."""
     return {"isa": cpu.isa, "threads": cpu.num_threads()}

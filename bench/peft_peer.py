@@ -1,8 +1,8 @@
 """MeZO with PyTorch and PEFT as a side of a measurement; see ``bench.worker``.
 
-The model is the GGUF file's with its weights decoded, as it takes who tunes with these
-libraries; the step is Algorithm 1 of MeZO (arXiv 2305.17333): the adapter is perturbed in place
-from a seed, and one forward pass follows the other.
+The model has the GGUF file's weights decoded, as users of these libraries would run it. The step is
+Algorithm 1 of MeZO (arXiv 2305.17333): the adapter is perturbed in place from a seed, with one
+forward pass after another.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _OUTER_NAMES = {
 
 
 class Step:
-    """Slopes of the batch's loss along ``perturbations`` seeds, and an update.
+    """Derivatives of the batch's loss along ``perturbations`` seeds, and an update.
 
     lora: rank and targets.  dtype: of the decoded weights, "bfloat16" or "float32"; PEFT keeps
     the adapter in float32.  folder: for the adapter's file.
@@ -104,9 +104,9 @@ class Step:
 
 
 def decode(engine: Engine, dtype: torch.dtype) -> Any:
-    """The engine's model as one of transformers, decoded tensor by tensor.
+    """The engine's model as a transformers model, decoded tensor by tensor.
 
-    Errors: ConfigError if it does not fit the free memory or scales RoPE.
+    Errors: ConfigError if the decoded model does not fit the free memory, or has scaled RoPE.
     """
     args, file = engine.args, engine.file
     assert isinstance(args, llama.Args)  # a decoder, as ``open_decoder`` has checked
@@ -127,13 +127,13 @@ def decode(engine: Engine, dtype: torch.dtype) -> Any:
         rope_parameters={"rope_type": "default", "rope_theta": args.rotary.base},
         tie_word_embeddings="output.weight" not in file.tensors,
     )
-    with torch.device("meta"):  # no memory for weights that are replaced
+    with torch.device("meta"):  # allocates nothing for weights that are replaced below
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     state = {_name(name): _decoded(engine, name, dtype) for name in file.tensors}
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its tables were meta, too
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its tables were on meta, too
     return model
 
 

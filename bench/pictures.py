@@ -1,4 +1,4 @@
-"""Measurements as pictures, in the style of ``fwdllm.tuning.plot``."""
+"""Plots of measurements, in the style of ``fwdllm.tuning.plot``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 _OURS, _PEER, _TEXT, _GRID = "#4c78a8", "#e4572e", "#444444", "#e6e6e6"
 _COLORS = (_OURS, _PEER, "#54a24b", "#b279a2", "#9d755d", "#777777")
 _BAR_INCHES = 0.28
-_MARKED = 20  # lines of fewer points show them
+_MARKED = 20  # lines with fewer points get markers
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
@@ -31,7 +31,7 @@ def curves(
     path: Path,
     log: bool = False,
 ) -> None:
-    """Draw lines through points, and levels as dotted ones, as a PNG. log: of the x axis."""
+    """Draw a PNG of lines through points, and levels as dotted lines. log: logarithmic x axis."""
     figure = Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)  # no global state and no window system, unlike pyplot
     axes = figure.add_subplot()
@@ -109,7 +109,7 @@ def _draw_sides(result: Mapping[str, Any]) -> Figure:
 
 
 def _figure(bars: Sequence[int]) -> tuple[Figure, list[Axes]]:
-    """One plot below the other, each as high as its number of bars needs."""
+    """Plots one below the other, each as high as its number of bars requires."""
     heights = [_BAR_INCHES * n + 0.8 for n in bars]
     figure = Figure(figsize=(7.2, sum(heights)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)  # no global state and no window system, unlike pyplot

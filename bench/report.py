@@ -1,4 +1,4 @@
-"""Measurements for people: tables, files of them, and how two files differ."""
+"""Reports of measurements: tables for the terminal, saved results, comparison of two results."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from fwdllm.engine.backends import OWN
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.files import atomic_write
 
-# What was measured, and what follows from other figures.
+# Entries without figures of their own: settings, and values that follow from other figures.
 _NOT_COMPARED = ("settings", "fraction", "overhead")
 
 _FILE_WIDTH = 120
 
 
 def save(result: Mapping[str, Any], path: Path) -> None:
-    """Write a result as JSON, to be compared with later."""
+    """Write a result as JSON, for later comparison."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def load(path: Path, command: str) -> dict[str, Any]:
-    """A saved result of the same command; ConfigError if it is something else."""
+    """A saved result of ``command``; ConfigError if the file is something else."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -38,13 +38,13 @@ def load(path: Path, command: str) -> dict[str, Any]:
 
 
 def compare(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, float]:
-    """new / old for every figure that both results have, by its path such as "peer.seconds"."""
+    """new / old for every figure in both results, by path, such as "peer.seconds"."""
     before = dict(figures(old))
     return {name: value / before[name] for name, value in figures(new) if before.get(name)}
 
 
 def figures(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Every number of a result that can be compared, with its path."""
+    """The path and value of every number of a result that can be compared."""
     for name, value in result.items():
         if name in _NOT_COMPARED:
             continue
@@ -70,7 +70,7 @@ def render_comparison(new: Mapping[str, Any], old: Mapping[str, Any], path: Path
 
 
 def render_protocol(result: Mapping[str, Any]) -> RenderableType:
-    """A result of ``bench.protocol``."""
+    """A result of ``bench.protocol`` as a table."""
     table = _table("", "figure")
     low, high = result["ratio_range"]
     rows = {
@@ -89,7 +89,7 @@ def render_protocol(result: Mapping[str, Any]) -> RenderableType:
 
 
 def render_serve(result: Mapping[str, Any]) -> RenderableType:
-    """A result of ``bench.serve``."""
+    """A result of ``bench.serve`` as a table."""
     table = _table("latency", "requests", "p50", "p95", "longest")
     for part, text in (("without", "without a job"), ("with", "with a job")):
         for kind, found in result[part].items():
@@ -109,7 +109,7 @@ def render_serve(result: Mapping[str, Any]) -> RenderableType:
 
 
 def render_sides(result: Mapping[str, Any]) -> RenderableType:
-    """A result of ``bench.measure``."""
+    """A result of ``bench.measure`` as tables."""
     peer = result["peer"]
     table = _table("", "tokens/s", "lowest to highest", "seconds", "memory", "loss")
     ours = "fwdllm" if result["settings"]["backend"] == OWN else "fwdllm by llama.cpp"
@@ -132,7 +132,7 @@ def render_sides(result: Mapping[str, Any]) -> RenderableType:
 
 
 def render_kernels(result: Mapping[str, Any]) -> RenderableType:
-    """A result of ``bench.kernels``."""
+    """A result of ``bench.kernels`` as tables."""
     parts: list[RenderableType] = [_settings(result)]
     for isa, found in result["kernels"].items():
         peaks = [f"{kind} {rate:,.1f}" for kind, rate in result["peaks"][isa].items() if rate]
@@ -178,7 +178,7 @@ def _range(bounds: tuple[float, float], form: str) -> str:
 
 
 def show(*parts: RenderableType) -> None:
-    """Print on stdout; a file or pipe gets whole lines."""
+    """Print on stdout; in a file or pipe, lines are ``_FILE_WIDTH`` wide."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=_FILE_WIDTH)

@@ -1,7 +1,7 @@
 """``fwdllm serve`` under load: latencies of many clients, without and with a tuning job.
 
-The clients run on the same machine as the server, as apps on a laptop do, and each sends its next
-request when it has the answer to the last one.
+The clients run on the same machine as the server, like apps on a laptop. Each client sends its next
+request when it has received the answer to the last one.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ import numpy as np
 from fwdllm.demo import asset
 from fwdllm.engine.errors import ConfigError
 
-# An answer of a sentence or two.
+# The length of an answer: a sentence or two.
 _ANSWER_TOKENS = 32
 _JOBS = 3
 _QUESTIONS = ("What does a cow say?", "What is the sun?", "Tell me about the sea.")
 
-# More steps than fit in a measurement: the job runs from its first to its last second.
+# More steps than fit in a measurement, so that the job never ends before the measurement.
 _ENDLESS_STEPS = 100_000
 
 
 def measure_serve(model: Path | None, clients: int, seconds: float, rounds: int) -> dict[str, Any]:
-    """Latencies in seconds of requests by kind, in turn without and with a job that tunes.
+    """Latencies in seconds by kind of request, in turns without and with a tuning job.
 
-    model: None is the bundled one.  clients: at once.  seconds: of each part, of which there are
-    two in each of ``rounds``.  "ratio" is the p95 with the job over that without.  "jobs_lost":
-    accepted jobs that the server did not know in the end.  Errors: ConfigError.
+    model: None: the bundled model.  clients: number of concurrent clients.  seconds: of each part;
+    a round has two parts, without and with the job.  In the result, "ratio" is the p95 latency with
+    the job over that without; "jobs_lost" counts accepted jobs that the server did not list at the
+    end.  Errors: ConfigError.
     """
     if min(clients, rounds) < 1 or not seconds > 0:
         raise ConfigError("clients, rounds and seconds must be above 0")
@@ -70,12 +71,12 @@ def measure_serve(model: Path | None, clients: int, seconds: float, rounds: int)
     }
 
 
-# Gives the status and the latency in seconds.
+# Sends a request; returns the status and the latency in seconds.
 _Ask: TypeAlias = Callable[[httpx.AsyncClient, str], Awaitable[tuple[int, float]]]
 
 
 class _Load:
-    """What was seen. seconds: latencies by part and kind.  statuses: how often each."""
+    """Figures of the clients. seconds: latencies by part and kind.  statuses: count of each."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, dict[str, list[float]]] = {
@@ -91,7 +92,7 @@ async def _measure(url: str, clients: int, seconds: float, rounds: int) -> _Load
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as client:
         jobs = await _queue_jobs(client)
-        # The time in which the others wait for the running one is that of the whole measurement.
+        # While jobs are not paused, the first one runs and the others wait in the queue.
         await asyncio.sleep(_settle(seconds))
         load.steps_alone = await _pace(client, jobs[0], seconds / 2)
         for _ in range(rounds):
@@ -113,7 +114,7 @@ async def _measure(url: str, clients: int, seconds: float, rounds: int) -> _Load
 
 
 def _settle(seconds: float) -> float:
-    """For the worker to start and read its data."""
+    """Seconds to wait for the worker to start and read its data."""
     return min(5.0, seconds)
 
 
@@ -186,7 +187,7 @@ def _question(text: str) -> dict[str, Any]:
 
 
 async def _pace(client: httpx.AsyncClient, job: str, seconds: float) -> float:
-    """Steps a second of a job."""
+    """Steps per second of a job."""
     first, began = await _steps(client, job), time.perf_counter()
     await asyncio.sleep(seconds)
     return (await _steps(client, job) - first) / (time.perf_counter() - began)
@@ -225,7 +226,7 @@ def _summary(found: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 
 def _first_answer(url: str) -> float:
-    """When the server had answered a question for the first time, as ``time.perf_counter``."""
+    """Ask a question; the time of the answer, by ``time.perf_counter``."""
     with httpx.Client(base_url=url, timeout=None) as client:
         client.post("/v1/chat/completions", json=_question(_QUESTIONS[0])).raise_for_status()
         return time.perf_counter()

@@ -1,6 +1,6 @@
 """Shapes of well-known decoders, and random weights for them.
 
-Needs NumPy only, for machines where no more is installed.
+Needs only NumPy, for machines where nothing else is installed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fwdllm.kernels.types import SUPPORTED_TYPES, QuantType, row_bytes
 
 @dataclass(frozen=True)
 class Shape:
-    """Dimensions of a decoder. tied: whether the embedding is the output matrix too.
+    """Dimensions of a decoder. tied: whether the embedding is also the output matrix.
 
     architecture: "llama", "qwen2" or "qwen3".
     """
@@ -49,14 +49,14 @@ SHAPES = {
 
 
 def type_named(name: str) -> QuantType:
-    """A supported tensor type; ConfigError, listing them, for any other name."""
+    """The tensor type of a name; ConfigError, listing the supported types, for other names."""
     types = {type.name: type for type in SUPPORTED_TYPES}
     if name.upper() not in types:
         raise ConfigError(f"there is no tensor type {name!r}; these are: {', '.join(types)}")
     return types[name.upper()]
 
 
-# Bytes of a block, and where its fp16 scale (and the fp16 scale of its mins) lie.
+# Bytes of a block, and the offsets of its fp16 scale and of the fp16 scale of its mins.
 _BLOCKS = {
     QuantType.Q4_0: (18, 0, None),
     QuantType.Q4_1: (20, 0, 2),
@@ -66,8 +66,8 @@ _BLOCKS = {
     QuantType.Q6_K: (210, 208, None),
 }
 
-# For random bytes: standard deviation of a weight per unit of scale, and the ratio of the scale
-# of the mins to it that makes the mean zero (6-bit scales and mins average 31.5).
+# For blocks of random bytes: the standard deviation of a weight for a scale of 1, and the ratio of
+# the mins' scale to the scale with which the mean is zero (6-bit scales and mins average 31.5).
 _SPREAD = {
     QuantType.Q4_0: (4.6, 0.0),
     QuantType.Q4_1: (4.6, -7.5),
@@ -81,7 +81,7 @@ _SPREAD = {
 def random_weights(
     rng: np.random.Generator, type: QuantType, n_out: int, n_in: int, std: float
 ) -> np.ndarray:
-    """A random matrix in the block format of ``type``, of about ``std``: uint8 [n_out, bytes]."""
+    """A random matrix in the format of ``type``, uint8 [n_out, bytes]. std: approximate."""
     if type not in _BLOCKS:
         values = rng.standard_normal((n_out, n_in), np.float32)
         values *= np.float32(std)
@@ -100,10 +100,10 @@ def random_weights(
 
 
 def std_of(shape: Shape, name: str, n_in: int) -> float:
-    """Standard deviation of a matrix that keeps activations and logits at their size."""
+    """Standard deviation of a matrix's weights with which activations and logits stay in range."""
     if name == "token_embd.weight" and not shape.tied:
         return 1.0
-    # Halved where a block's output joins the residual stream, to keep that in range.
+    # Halved where a block's output joins the residual stream, so that the sum stays in range.
     gain = 0.5 if name.endswith(("attn_output.weight", "ffn_down.weight")) else 1.0
     return gain / math.sqrt(n_in)
 

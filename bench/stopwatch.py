@@ -1,4 +1,4 @@
-"""Where the time of a pass goes: kernels that time every call."""
+"""The time of a pass by operation: kernels that time every call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.kernels.api import Array, Kernels, Matrix
 from fwdllm.kernels.types import LoRA
 
-# What an operation is shown as; others go by their own name.
+# The names under which operations are shown; others are shown under their own name.
 _OPERATIONS = {
     "rms_norm": "norms",
     "layer_norm": "norms",
@@ -27,10 +27,11 @@ _OPERATIONS = {
 
 
 class Stopwatch:
-    """Seconds of every operation of ``kernels``, a stand-in for ``ops``.
+    """Times every operation. kernels: use it in place of ``ops``.  seconds: by operation.
 
-    Matmuls go by the kind of their tensor, such as attn_q. One with an adapter is done without
-    it first: what it takes longer with it is "lora".
+    spent: seconds of all calls.
+    Matmuls are listed by the kind of their tensor, such as attn_q. A matmul with an adapter is also
+    run without the adapter; the difference in time is "lora".
     """
 
     def __init__(self, ops: Kernels) -> None:
@@ -50,7 +51,7 @@ class Stopwatch:
         self.kernels = cast(Kernels, timed)
 
     def name_tensors(self, file: GGUFFile) -> None:
-        """Learn where the matrices of the file lie, to know them in calls."""
+        """Note the addresses of the file's matrices, to find the names of matrices in calls."""
         names = [name for name, tensor in file.tensors.items() if len(tensor.shape) == 2]
         places = sorted((_address(file.weight(name).data), name) for name in names)
         self._addresses = [address for address, _ in places]

@@ -1,8 +1,8 @@
-"""Models of true shape with random weights, for parity tests and benchmarks.
+"""Models of real shapes with random weights, for parity tests and benchmarks.
 
-Weights are random blocks of the wanted type, scaled so that activations keep their size; the
-tokenizer is the bundled model's, padded to the vocabulary. llama.cpp loads the files too.
-Memory stays at about the largest tensor, whatever the size of the file.
+Weights are random blocks of the wanted type, scaled so that activations stay in range. The
+tokenizer is the bundled model's, padded to the size of the vocabulary. llama.cpp loads the files
+too. Writing needs about as much memory as the largest tensor, whatever the size of the file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Metadata = Mapping[str, bool | int | float | str]
 
 
 class Matrix(NamedTuple):
-    """A tensor to be drawn. shape: rows last but one; before them, experts. std: of a weight."""
+    """A random tensor to write. shape: [n_out, n_in] or [experts, n_out, n_in]."""
 
     name: str
     shape: tuple[int, ...]
@@ -71,9 +71,10 @@ def write_model(
     type: QuantType,
     rng: np.random.Generator,
 ) -> None:
-    """Write a GGUF file of random matrices of ``type``, each drawn when it is written.
+    """Write a GGUF file of random matrices of ``type``, each generated when it is written.
 
-    metadata: without the architecture's prefix.  small: further tensors, as they are.
+    metadata: keys without the architecture's prefix.  tensors: the random matrices.  small: further
+    tensors with their values, written unchanged.
     Errors: ConfigError if rows are not whole blocks of the type, or the folder does not exist.
     A write that fails leaves no file.
     """
@@ -109,7 +110,7 @@ def _check_blocks(tensors: Sequence[Matrix], type: QuantType) -> None:
 
 
 def _append(file: BinaryIO, tensor: np.ndarray) -> None:
-    """Write a tensor from an aligned position to the next one behind it."""
+    """Write a tensor at the next aligned position, and pad after it."""
     _align(file)
     file.write(tensor.data)
     _align(file)

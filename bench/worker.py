@@ -1,8 +1,8 @@
-"""Sides of a measurement, each in a process of its own, so that its peak memory is its own.
+"""Sides of a measurement, each in a separate process, so that peak memory is known for each.
 
-A side is a class "module:Name": making one loads what it needs, works once to warm up and keeps
-what it found out in ``facts`` (JSON values); ``run()`` does the work again. While one side
-works, the others wait in a read of their pipe and take no processor time.
+A side is a class, named "module:Name". Its constructor loads what is needed, does the work once to
+warm up and puts figures about itself into ``facts`` (JSON values); ``run()`` does the work again.
+While one side works, the others block in a read of their pipe and use no CPU time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fwdllm.resources import peak_rss_bytes
 
 @dataclass(frozen=True)
 class Answer:
-    """value: what the side returned, JSON.  seconds: it took.  peak_rss_bytes: of the process."""
+    """value: returned by the side, JSON.  seconds: of the call.  peak_rss_bytes: the process's."""
 
     value: Any
     seconds: float
@@ -32,7 +32,7 @@ class Answer:
 
 
 class Worker:
-    """A process that holds one side; ``facts`` are the side's, once it is loaded and warm."""
+    """A process with one side. facts: the side's, after its warm-up."""
 
     def __init__(
         self, side: str, options: Mapping[str, Any], environment: Mapping[str, str] | None = None
@@ -62,15 +62,15 @@ class Worker:
         return self._process.pid
 
     def run(self) -> Answer:
-        """Let the side do its work once."""
+        """Make the side do its work once."""
         return self._ask("run")
 
     def call(self, method: str) -> Any:
-        """What another method of the side returns."""
+        """Call another method of the side; returns its value."""
         return self._ask(method).value
 
     def close(self) -> None:
-        """End the process; one that is still at work is killed."""
+        """End the process; if it is still busy after 5 seconds, it is killed."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -85,7 +85,7 @@ class Worker:
         from fwdllm.engine.errors import FwdllmError
 
         assert self._process.stdin is not None and self._process.stdout is not None
-        with suppress(BrokenPipeError):  # the answer will be missing, too
+        with suppress(BrokenPipeError):  # reported below: no answer will come either
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         line = self._process.stdout.readline()
@@ -101,9 +101,9 @@ class Worker:
 
 
 def serve(side: str) -> None:
-    """Answer requests on stdin, a line of JSON each, until it ends: options, then methods."""
+    """Answer requests, one JSON line each, until stdin ends: first options, then method names."""
     module, name = side.split(":")
-    # What libraries print must not get between the answers.
+    # Output that libraries print must not mix with the answers, so it goes to stderr.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     target: Any = None
@@ -117,7 +117,7 @@ def serve(side: str) -> None:
             else:
                 value = getattr(target, request)()
         except Exception as error:
-            from fwdllm.cli.console import explain  # its imports would count as the side's memory
+            from fwdllm.cli.console import explain  # late: imports count in the side's memory
 
             sentence = explain(error)
             if sentence is None:
@@ -132,5 +132,5 @@ def serve(side: str) -> None:
 if __name__ == "__main__":
     try:
         serve(sys.argv[1])
-    except KeyboardInterrupt:  # it reaches all processes of the terminal; the parent reports it
+    except KeyboardInterrupt:  # Ctrl-C reaches all processes; the parent reports it
         raise SystemExit(130) from None

@@ -1,7 +1,7 @@
 """Quantized models, LoRA adapters, losses and directional derivatives by forward passes.
 
-Names are imported when they are first used, so that what needs one module of the engine does not
-depend on llama.cpp.
+Names are imported when they are first used, so that code that needs only one module of the engine
+does not load llama.cpp.
 """
 
 from __future__ import annotations

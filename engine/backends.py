@@ -1,4 +1,4 @@
-"""What computes with a model file, a graph of our own or llama.cpp: decided by its header."""
+"""The backend of a model file, our own graph or llama.cpp, chosen by the file's header."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ OWN, LLAMA_CPP = "fwdllm", "llama.cpp"
 BACKENDS = ("auto", OWN, LLAMA_CPP)
 
 _ENCODERS, _ENCODER_DECODERS = ("t5encoder",), ("t5",)
-# Matrices of blocks that llama.cpp convolves with or looks up in.
+# Matrices of layers that llama.cpp uses as convolution kernels or lookup tables, not in a matmul.
 _NOT_MULTIPLIED = ("ssm_conv1d", "shortconv.conv", "attn_rel_b")
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What computes with a file, and what the file is.
+    """The backend of a file, and facts about its model.
 
-    name: ``OWN`` or ``LLAMA_CPP``.  reason: what the file has that our graphs have not, None if
-    there is nothing.  args: what the graph of our own has read of the file, or its dimensions.
-    encoder: it yields features, not next tokens.  linear: (n_out, n_in) of each layer that an
-    adapter can be for, by tensor name without ".weight".
+    name: ``OWN`` or ``LLAMA_CPP``.  reason: why no graph of our own can compute the model; None if
+    one can, or if llama.cpp was asked for by name.  args: the arguments of our own graph, or for
+    llama.cpp the model's dimensions.  encoder: whether the model yields features, not next tokens.
+    linear: (n_out, n_in) of each linear layer that an adapter can target, by tensor name without
+    ".weight".
     """
 
     name: str
@@ -43,12 +44,12 @@ class Backend:
 
     @property
     def own(self) -> bool:
-        """Whether it is a graph of our own, with tangents and memory budgets."""
+        """Whether the backend is our own graph, which has tangents and memory budgets."""
         return self.name == OWN
 
     @property
     def method(self) -> str:
-        """The method for directional derivatives that suits it."""
+        """The best method for directional derivatives that this backend has."""
         return "forward-ad" if self.own else "central"
 
     def check_method(self, method: str) -> None:
@@ -129,7 +130,7 @@ def _dimensions(file: GGUFFile, arch: str) -> Dimensions:
 
 
 def _largest(file: GGUFFile, key: str, default: int) -> int:
-    """A number, or the largest of one for each layer."""
+    """Metadata ``key``, an integer, or the largest if there is one for each layer."""
     values = file.metadata.get(key, default)
     if isinstance(values, np.ndarray) and values.size and values.dtype.kind in "iu":
         return int(values.max())

@@ -1,4 +1,4 @@
-"""The engine: a quantized model, its adapter, and losses of both under many perturbations."""
+"""The engine: a quantized model with an adapter, and its losses under many perturbations."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ from fwdllm.kernels.api import BackwardKernels
 class Engine:
     """A model with an adapter. Make one with ``Engine.load``; the fields are read-only.
 
-    file: the GGUF file.  backend: what computes with it, and what it is; architecture, args
-    and encoder are its.  adapter: trainable parameters, or None.  labels: names of classes, () if
-    there are none.  device: see ``devices.kernels_of``, and ops, its kernels.  memory_budget: bytes
+    file: the GGUF file.  backend: see ``backends.Backend``; architecture, args and encoder are
+    taken from it.  adapter: trainable parameters, or None.  labels: names of classes, () if there
+    are none.  device: see ``devices.kernels_of``.  ops: the device's kernels.  memory_budget: bytes
     the process may have resident in a pass, mapped weights included, or None.
     """
 
@@ -102,7 +102,7 @@ class Engine:
         labels: class names; an encoder gets a linear head for them.  seed: of a new adapter's
         A.  exact: fp32 arithmetic instead of int8 activations.  memory_budget: bytes the process
         may have resident in a pass, mapped weights included: layers that do not fit are dropped
-        behind the pass and read again in the next.  device: "cpu", or "cuda" for a GPU.
+        after use and read again in the next pass.  device: "cpu", or "cuda" for a GPU.
         backend: "fwdllm", our own graph and kernels; "llama.cpp", its graph and kernels, for any
         architecture that it knows, with differences of losses only; or "auto", our own graph where
         there is one.
@@ -143,7 +143,7 @@ class Engine:
 
     @property
     def directions(self) -> Directions:
-        """What seeds mean where nothing else is said; at first normal numbers for all of theta."""
+        """The directions that seeds name by default; at first ``Dense``, all of theta."""
         if self.adapter is None:
             raise ConfigError("directions need an adapter to perturb")
         if self._directions is None:
@@ -157,9 +157,9 @@ class Engine:
     def use_directions(
         self, config: DirectionsConfig, seed: int, examples: Sequence[Example]
     ) -> None:
-        """Let seeds mean ``config`` from now on; see ``make_directions``.
+        """Use the directions of ``config`` by default from now on; see ``make_directions``.
 
-        examples: what a mask is chosen by.
+        examples: data by which "sparse" chooses its mask.
         """
         if self.adapter is None:
             raise ConfigError("directions need an adapter to perturb")
@@ -174,7 +174,7 @@ class Engine:
         )
 
     def use_activations(self, scope: Scope | None = None) -> None:
-        """Get ready for ``activation_gradient``: factors zero, and only A learns from now on.
+        """Prepare for ``activation_gradient``: set A and B to zero, and train only A from now on.
 
         Errors: ConfigError if the adapter's rank is more than ``activation.check_rank`` allows.
         """
@@ -192,7 +192,7 @@ class Engine:
             raise ConfigError("the kernels of a GPU have no way back yet: use method forward-ad")
 
     def input_mean_squares(self, batch: Batch) -> dict[str, np.ndarray]:
-        """Mean squares over a batch's rows of what adapted layers read: float64 [n_in] each."""
+        """Mean squares, over a batch's rows, of adapted layers' inputs: float64 [n_in] by name."""
         tap = SquareSums()
         self.graph.watch(batch, tap)
         return {name: total / batch.n_rows for name, total in tap.sums.items()}
@@ -224,7 +224,7 @@ class Engine:
 
         seeds: uint64 [n_seeds].  method, epsilon: see ``estimators.plan``.  directions: what
         v(seed) is, by default ``self.directions``.  per_example: every example has a direction of
-        its own, see ``Probe`` and ``estimators.example_seeds``.
+        its own, see ``Probe`` and ``estimators.plan.example_seeds``.
         A slope is NaN or infinite where a perturbed loss is; NumericsError if the loss itself is.
         """
         self.check_method(method)
@@ -242,11 +242,11 @@ class Engine:
         epsilon: float = DEFAULT_EPSILON,
         directions: Directions | None = None,
     ) -> list[Probe]:
-        """``directional_derivatives`` of groups of examples, each along its own, in shared passes.
+        """``directional_derivatives`` of groups with seeds of their own, in shared passes.
 
-        sizes: examples of each group, which follow each other in the batch.  seeds: uint64
-        [n_groups, n_seeds].  A group's numbers have the same bits in any company; those that are
-        not finite, its loss included, are left for the caller to find.
+        sizes: number of examples in each group; groups follow each other in the batch.  seeds:
+        uint64 [n_groups, n_seeds].  The bits of a group's results do not depend on the other
+        groups. Results that are not finite, the loss included, are returned: the caller must check.
         """
         self.check_method(method)
         directions = directions or self.directions
@@ -258,15 +258,15 @@ class Engine:
         return backprop.gradient(self.graph, batch)
 
     def head_step(self, batch: Batch) -> Gradient:
-        """The gradient by the head alone, from one forward pass."""
+        """The gradient with respect to the head only, from one forward pass."""
         return activation.head_alone(self.graph, batch)
 
     def activation_gradient(self, batch: Batch, seed: int, n_tangents: int) -> Gradient:
-        """The gradient by A from perturbed bottlenecks; see ``estimators.activation.gradient``."""
+        """An estimate of the gradient with respect to A; see ``estimators.activation.gradient``."""
         return activation.gradient(self.graph, batch, seed, n_tangents, self.directions.targets)
 
     def output_sensitivity(self, batch: Batch, seed: int, n_tangents: int) -> Gradient:
-        """What layers' outputs do to the loss; see ``estimators.activation.sensitivity``."""
+        """How layers' outputs change the loss; see ``estimators.activation.sensitivity``."""
         return activation.sensitivity(self.graph, batch, seed, n_tangents, self.directions.targets)
 
     def evaluate(self, examples: Sequence[Example], max_tokens: int | None = None) -> Evaluation:
@@ -311,7 +311,7 @@ class Engine:
             self.encoding.labels = head.labels
 
     def tokenize(self, example: Example, max_tokens: int | None) -> Tokens:
-        """One example as ``encode`` packs it. Errors: DataError."""
+        """The tokens of one example, as ``encode`` uses them. Errors: DataError."""
         return self.encoding.example(example, max_tokens)
 
     def _own_graph(self) -> OwnGraph:

@@ -16,7 +16,7 @@ class ModelError(FwdllmError):
 
 
 class UnsupportedError(ModelError):
-    """A sound model file that has something our own graphs do not know. reason: what."""
+    """A valid model file with something that our own graphs do not support. reason: what it is."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}")

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, locked, and told apart."""
+"""Files: atomic writes, locks, transactions and fingerprints."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def check_destination(path: Path) -> None:
 
 
 def is_unused(folder: Path, *beginnings: str) -> bool:
-    """Whether there is no more in a folder than a process leaves that dies at its start.
+    """Whether a folder has only what a process leaves behind when it dies at its start.
 
-    That is files whose names begin so, and empty folders.
+    That is files whose names start with one of ``beginnings``, and empty folders.
     """
     return all(
         path.name.startswith(beginnings) or (path.is_dir() and not any(path.iterdir()))
@@ -86,7 +86,7 @@ def lock(path: Path) -> sqlite3.Connection:
 
 @contextlib.contextmanager
 def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    """Within, what is written reaches the disk at the end, all of it or nothing.
+    """Commit all that is written inside this context at its end, or on an exception none of it.
 
     connection: with ``isolation_level=None``. A transaction within another one is part of it.
     """

@@ -1,4 +1,4 @@
-"""What computes a model's outputs: the interface of our own graphs and of llama.cpp's."""
+"""The interface that computes a model's outputs, implemented by our own graphs and llama.cpp's."""
 
 from __future__ import annotations
 
@@ -15,21 +15,25 @@ from fwdllm.kernels.types import Lanes
 
 
 class Tap(Protocol):
-    """Sees what adapted layers read and give, and may change what they give.
+    """A hook that sees the inputs and outputs of adapted layers, and may change the outputs.
 
-    layer: the first where a tap makes lanes differ, None if it only looks on.
+    layer: the first layer where the tap makes lanes differ, None if it changes nothing.
     """
 
     @property
     def layer(self) -> int | None: ...
 
     def __call__(self, target: Target, rows: slice, x: np.ndarray, y: np.ndarray) -> None:
-        """x: float32 [n_lanes * n, n_in] and y: [n_lanes * n, n_out] of n rows of the batch."""
+        """Called after the matmul of an adapted layer; y may be changed in place.
+
+        rows: which n rows of the batch these are.  x: the input, float32 [n_lanes * n, n_in].
+        y: the output, [n_lanes * n, n_out].
+        """
         ...
 
 
 class SquareSums:
-    """A tap that adds up what layers read, squared. sums: float64 [n_in] by target."""
+    """A tap that sums the squares of layers' inputs over rows. sums: float64 [n_in] by target."""
 
     layer = None
 
@@ -43,7 +47,10 @@ class SquareSums:
 
 @dataclass(frozen=True)
 class Variants:
-    """What a pass evaluates beside the plain model: lanes, what their seeds mean, and a tap."""
+    """What a pass evaluates: lanes, the directions that their seeds name, and a tap.
+
+    directions: None if no lane is perturbed by a seed.
+    """
 
     lanes: Lanes = field(default_factory=Lanes.plain)
     directions: Directions | None = None
@@ -54,16 +61,19 @@ PLAIN = Variants()
 
 
 class Graph(Protocol):
-    """Two there are: ``models.graph.OwnGraph`` and ``llamacpp.graph.LlamaGraph``.
+    """A model's computation: ``models.graph.OwnGraph`` or ``llamacpp.graph.LlamaGraph``.
 
-    adapter: at work in every pass; it may be exchanged between them, None is the plain model.
-    Errors of passes: ConfigError for what the model or the graph does not have.
+    adapter: applied in every pass, None for the model alone; it may be replaced between passes.
+    Passes raise ConfigError for what the model or the graph does not support.
     """
 
     adapter: Adapter | None
 
     def token_losses(self, batch: Batch, variants: Variants = PLAIN) -> np.ndarray:
-        """NLL of label tokens in every lane, slopes in tangents: float64 [n_lanes, n_labels]."""
+        """NLL of each label token in each lane, derivatives of it in tangents.
+
+        Returns float64 [n_lanes, n_labels].
+        """
         ...
 
     def features(self, batch: Batch, variants: Variants = PLAIN) -> np.ndarray:
@@ -91,13 +101,13 @@ class Graph(Protocol):
         ...
 
     def watch(self, batch: Batch, tap: Tap) -> None:
-        """Let a tap look on at a plain pass."""
+        """Run one unperturbed pass with a tap that changes nothing."""
         ...
 
     def max_lanes(self, batch: Batch, n_lanes: int) -> int:
-        """How many of n_lanes go through the model at once within the memory budget."""
+        """How many of n_lanes fit into one pass within the memory budget."""
         ...
 
     def lane_tokens(self, n_rows: int, n_lanes: int, first: int) -> int:
-        """Rows of all lanes that a pass computes if they differ from layer ``first`` on."""
+        """Rows, summed over lanes, that a pass computes if lanes differ from layer ``first`` on."""
         ...

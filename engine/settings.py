@@ -1,8 +1,8 @@
 """Settings: what each is for and which values it takes, said once.
 
 Configurations are dataclasses whose fields carry a ``Setting``. The command line, the HTTP server
-and files of settings are made from it, and ``check`` holds values to it. Nothing here is slow to
-import, so that the command line can show its help at once.
+and files of settings are generated from it, and ``check`` checks values against it. Nothing here is
+slow to import, so that the command line can show its help at once.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ DIRECTIONS = ("normal", "rademacher", "lora-fa", "lora-xs", "subzero", "sparse")
 DEFAULT_EPSILON = 1e-3
 
 _KINDS = {kind.__name__: kind for kind in (int, float, bool, str, tuple)}
-# Beyond all floats.
+# Larger than every finite float.
 _LARGEST = 2**1024
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a field is.
+    """Describes a field of a configuration.
 
-    help: a sentence, with the unit if there is one.  low, high: of numbers; they are values
-    themselves unless ``open`` has "l" or "h".  choices: of strings.  flags: of the command line,
-    "--name" if there are none.  shown: the default as people are told it, where a recipe has it.
+    help: a sentence, with the unit if there is one.  low, high: bounds of a number; they are
+    allowed values themselves unless ``open`` has "l" or "h".  choices: the allowed strings.  flags:
+    of the command line, "--name" if there are none.  shown: the default as help texts give it, if
+    it depends on the recipe; else None.
     """
 
     help: str
@@ -64,7 +65,7 @@ def settings_of(config: type) -> Mapping[str, Setting]:
 
 
 def types_of(config: type) -> Mapping[str, tuple[type, bool]]:
-    """Of each setting int, float, bool, str or tuple, and whether it may be None."""
+    """The type of each setting (int, float, bool, str or tuple), and whether it may be None."""
     found = {}
     for field in dataclasses.fields(config):
         if "setting" in field.metadata:
@@ -74,7 +75,7 @@ def types_of(config: type) -> Mapping[str, tuple[type, bool]]:
 
 
 def check(config: Any) -> None:
-    """ConfigError for the first value that is not what its setting takes."""
+    """ConfigError for the first value that its setting does not allow."""
     kinds = types_of(type(config))
     for name, known in settings_of(type(config)).items():
         value, (kind, optional) = getattr(config, name), kinds[name]
@@ -175,7 +176,7 @@ class Scope:
         return layers if self.targets is None else f"{_listed(self.targets)} of {layers}"
 
     def of(self, targets: Sequence[T]) -> tuple[T, ...]:
-        """Those inside of an adapter's targets, in their order; ConfigError if there are none."""
+        """Those of an adapter's targets that are in the scope; ConfigError if there are none."""
         inside = tuple(t for t in targets if self._has(t))
         if not inside:
             raise ConfigError(f"nothing of the adapter is in the scope of {self}")
@@ -195,7 +196,8 @@ def _listed(values: Sequence[object]) -> str:
 class DirectionsConfig:
     """Which directions a run uses; ``engine.directions.make`` makes them.
 
-    kind: of DIRECTIONS.  dimension: of subzero's subspaces.  keep: sparse's share, 0 to 1.
+    kind: one of DIRECTIONS.  dimension: of subzero's subspaces.  keep: share of the parameters that
+    sparse trains, above 0 and at most 1.
     scope: the part of the adapter that is trained.  Errors: ConfigError.
     """
 
@@ -212,7 +214,7 @@ class DirectionsConfig:
 
 
 def is_whole(value: object) -> bool:
-    """Whether it is an integer, which True is not."""
+    """Whether it is an int and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -1,16 +1,16 @@
-"""The operations that kernels offer: the one interface between them and what calls them.
+"""The operations that kernels offer: the one interface between kernels and code that calls them.
 
 ``fwdllm.kernels.reference`` (NumPy, the specification), ``fwdllm.kernels.cpu`` (C++) and
 ``fwdllm.kernels.triton`` (GPUs) are modules with the functions of ``Kernels``; the first two, whose
 arrays are the host's, also have those of ``HostKernels`` and ``BackwardKernels``.
 
 Activations are [rows, width], float32, on a GPU also bfloat16. Rows of lanes are equal slices, one
-lane after the other (see ``Lanes``). Operations that are not linear take ``tangents``, a number:
+lane after the other (see ``Lanes``). Operations that are not linear take a number ``tangents``:
 rows are then 1 + tangents equal slices, a primal and directional derivatives of it, and so is the
-result. ``exact`` asks for products of float32; without it they may be of int8 or bfloat16.
+result. ``exact`` asks for matmuls in float32; without it they may be in int8 or bfloat16.
 
-What does not fit in shape raises ValueError, an index that is outside ValueError or IndexError.
-Not checked: contents of what is on a GPU already.
+Shapes that do not fit raise ValueError, an index out of range ValueError or IndexError. Contents of
+arrays that are on a GPU already are not checked.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ class Matrix(Protocol):
 
 
 class Kernels(Protocol):
-    """What all kernels have."""
+    """Operations that all kernels have."""
 
-    # Where arrays are.
+    # Moving arrays.
 
     def weight(self, weight: Weight) -> Matrix:
-        """A weight where the kernels keep it: as it is, or copied to the GPU."""
+        """A weight as the kernels keep it: as it is, or copied to the GPU."""
 
     def array(self, x: np.ndarray) -> Array:
-        """An array where the kernels keep it while a pass lasts."""
+        """An array in the kernels' memory, for use during a pass."""
 
     def host(self, x: Array) -> np.ndarray:
-        """An array of the kernels as NumPy's: float32 for bfloat16, which NumPy lacks."""
+        """An array of the kernels as a NumPy array; bfloat16, which NumPy lacks, as float32."""
 
     def free_bytes(self) -> int | None:
-        """Free memory of the GPU; None where arrays are the host's."""
+        """Free memory of the GPU; None if arrays are in host memory."""
 
     def repeated(
         self,
@@ -67,11 +67,12 @@ class Kernels(Protocol):
         inputs: Sequence[np.ndarray],
         run: Callable[[], list[Array]],
     ) -> list[Array]:
-        """What ``run`` returns; a GPU may record the kernels it launches and launch those again.
+        """What ``run`` returns; on a GPU its kernel launches may be recorded and replayed.
 
-        key: equal for passes that differ in the contents of ``inputs`` alone; None is never
-        recorded.  size: elements that layers work on, for large passes gain nothing.  inputs: all
-        arrays that ``run`` reads and that change. The result is valid until the next call.
+        key: equal for passes that differ only in the contents of ``inputs``; with None the pass is
+        never recorded.  size: elements of a layer's activations, because recording is of no use for
+        large passes.  inputs: all arrays that ``run`` reads and that differ between passes. The
+        result is valid until the next call.
         """
 
     # The random stream, as NumPy arrays.
@@ -111,7 +112,7 @@ class Kernels(Protocol):
     ) -> np.ndarray:
         """g . v(seeds[k])[offset : offset + n] for each k: float64 [k]; g float32 [n]."""
 
-    # Products with quantized matrices.
+    # Matmuls with quantized matrices.
 
     def dequantize(self, weight: Matrix) -> np.ndarray:
         """The whole matrix: float32 [n_out, n_in]."""
@@ -152,7 +153,7 @@ class Kernels(Protocol):
         the derivatives of the losses of lane 0.
         """
 
-    # What stands between the products.
+    # Operations between the matmuls.
 
     def rms_norm(self, x: Array, weight: np.ndarray, eps: float, tangents: int = 0) -> Array:
         """x / sqrt(mean(x^2) + eps) * weight along rows; weight float32 [width]."""
@@ -174,8 +175,8 @@ class Kernels(Protocol):
         """Pair i of each head (a, b) becomes (a cos - b sin, a sin + b cos) at [position, i].
 
         x: [rows, n_heads * head_dim].  positions: int32 [rows].  cos, sin: float32 [n_positions,
-        rotated / 2]; dimensions from ``rotated`` on stay.  interleaved: a pair is dimensions
-        (2i, 2i + 1), as in llama files, else (i, i + rotated / 2).
+        rotated / 2]; dimensions from ``rotated`` on are unchanged.  interleaved: a pair is
+        dimensions (2i, 2i + 1), as in llama files, else (i, i + rotated / 2).
         """
 
     def attention(
@@ -194,7 +195,7 @@ class Kernels(Protocol):
 
         q: [rows, n_heads * head_dim].  k, v: [rows, n_kv_heads * head_dim]; query head h reads
         head h // (n_heads / n_kv_heads).  starts: int32 [n_sequences + 1], where sequences begin,
-        from 0 to rows; with tangents those of the primal and the same again of each tangent.
+        from 0 to rows; with tangents first the primal's sequences, then those of each tangent.
         causal: a row sees itself and the rows before it.
         """
 
@@ -207,23 +208,23 @@ class Kernels(Protocol):
     # Rows.
 
     def spread(self, x: Array, lanes: Lanes, exact: bool = False) -> Array:
-        """Rows of every lane, of plain rows x: copies of them, zero in tangents.
+        """The rows of all lanes, from the plain rows x: copies of x, or zeros for tangents.
 
-        exact: without it a GPU keeps the rows of tangents in bfloat16 from here on.
+        exact: without it, and with tangents, a GPU keeps all rows in bfloat16 from here on.
         """
 
     def contiguous(self, x: Array) -> Array:
-        """x in one piece, itself if it is."""
+        """x as a contiguous array; x itself if it is one."""
 
     def take(self, x: Array, rows: np.ndarray) -> Array:
-        """These rows of x, by number."""
+        """The rows of x with these numbers."""
 
 
 @runtime_checkable
 class HostKernels(Kernels, Protocol):
-    """What kernels have that work in the host's memory: what surrounds a product of llama.cpp's.
+    """Operations that only kernels in host memory have, for use around matmuls of llama.cpp.
 
-    A GPU's lack it: llama.cpp computes on the processor here.
+    GPU kernels lack them, because llama.cpp computes on the CPU here.
     """
 
     def add_lora(self, y: np.ndarray, x: np.ndarray, lora: LoRA, lanes: Lanes) -> None:
@@ -233,11 +234,12 @@ class HostKernels(Kernels, Protocol):
         """
 
     def to_relative(self, x: np.ndarray, references: np.ndarray) -> np.ndarray:
-        """x[r] = (x[r] - x[references[r]]) s[r] where that is another row, in place; gives s.
+        """x[r] = (x[r] - x[references[r]]) s[r] if the reference is another row; returns s.
 
-        x: float32 [rows, width].  references: int32 [rows], earlier rows that are their own.
-        s: float32 [rows], powers of two that bring the largest of a row to 1 .. 2; 1 if that is 0
-        or no number. What rows have in common is then rounded once by the product that reads them.
+        x: float32 [rows, width], changed in place.  references: int32 [rows]; a reference is an
+        earlier row, or r itself, and must be its own reference.  s: float32 [rows], powers of two
+        that bring a row's largest magnitude to 1 .. 2; 1 if it is almost 0 or almost infinite. What
+        rows have in common is then rounded once by the matmul that reads them.
         """
 
     def from_relative(self, y: np.ndarray, references: np.ndarray, scales: np.ndarray) -> None:

@@ -15,13 +15,13 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-# What operations take and return: an array of the kernels' own, which is NumPy's or on a GPU
-# PyTorch's. Code that is written for all kernels does with it what both can.
+# What operations take and return: arrays of NumPy, or on a GPU tensors of PyTorch. Code for all
+# kernels uses only operations that both have.
 Array: TypeAlias = "np.ndarray | torch.Tensor"
 
 
 class QuantType(IntEnum):
-    """The tensor types of GGUF files that there are kernels for, by ggml's numbers."""
+    """Tensor types of GGUF files that the kernels support, with ggml's numbers."""
 
     F32 = 0
     F16 = 1
@@ -89,11 +89,11 @@ class LoRA:
 
     a: float32 [rank, n_in].  b: float32 [n_out, rank].  offset: the position in the stream of a
     seed where the direction of A begins; that of B follows it. Both factors are row-major.
-    Each element of a factor has its own number of the stream, times mask where there is one:
-    float32 [rank * n_in + n_out * rank], A's elements first.
-    With a basis_a float32 [q, n_in] the direction of A is Z basis_a instead, Z [rank, q] the
-    numbers of the stream; with basis_b float32 [q, n_out] that of B is (Z basis_b)^T, so it also
-    has rank * q numbers. An empty basis (q = 0) holds a factor still.
+    Without a basis, each element of a factor's direction is one number of the stream.
+    mask: float32 [rank * n_in + n_out * rank], A's elements first; multiplies these numbers.
+    basis_a: float32 [q, n_in]; the direction of A is then Z basis_a, where Z [rank, q] are numbers
+    of the stream.  basis_b: float32 [q, n_out]; the direction of B is then (Z basis_b)^T, also with
+    a Z [rank, q]. An empty basis (q = 0) freezes its factor.
     """
 
     a: Array
@@ -113,15 +113,16 @@ class LoRA:
 
 @dataclass(frozen=True, eq=False)
 class Lanes:
-    """Row groups of one batched forward; lane l perturbs theta by coefficients[l] * v(seeds[l]).
+    """Groups of rows in one forward pass; lane l perturbs theta by coefficients[l] * v(seeds[l]).
 
-    Rows of lane l are the l-th of n_lanes equal slices. A coefficient of 0 is a plain lane.
-    seeds: uint64 [n_lanes], or [n_lanes, n_parts] where parts of a lane's rows, such as the
-    examples of a batch, have directions of their own; starts: int32 [n_parts + 1] are their rows.
-    coefficients: float32 [n_lanes].
+    The rows of lane l are the l-th of n_lanes equal slices. A lane with a coefficient of 0 is
+    plain: unperturbed.
+    seeds: uint64 [n_lanes], or [n_lanes, n_parts] if parts of a lane's rows, such as the
+    examples of a batch, have directions of their own.  starts: int32 [n_parts + 1], the rows of
+    each part.  coefficients: float32 [n_lanes].
     tangents: lane 0 is plain and the others are derivatives of it, along coefficients[l] *
     v(seeds[l]): rows of lane l hold d/dt of lane 0's rows at theta + t coefficients[l] v(seeds[l]).
-    Lane 0, or all there is while no tangent has begun, is rounded with more care then.
+    Lane 0 is then rounded more precisely, also while it is the only lane of the pass.
     """
 
     seeds: np.ndarray
@@ -135,17 +136,17 @@ class Lanes:
 
     @property
     def n_tangents(self) -> int:
-        """Lanes that are derivatives of lane 0."""
+        """Number of lanes that are derivatives of lane 0."""
         return len(self) - 1 if self.tangents else 0
 
     @cached_property
     def references(self) -> np.ndarray:
         """The lane whose activations each lane is quantized relative to: int32 [n_lanes].
 
-        That is lane 0 if it is plain, else the first of the neighbours with the same seeds; a
-        lane that is its own reference is quantized directly, as tangents are. What lanes have in
-        common is then rounded once and cancels in differences of losses, whatever other seeds are
-        there.
+        That is lane 0 if it is plain, else the first of the adjacent lanes with the same seeds. A
+        lane that is its own reference is quantized directly, as all tangents are. What lanes have
+        in common is then rounded once and cancels in differences of losses, whatever other seeds
+        are in the pass.
         """
         own = np.arange(len(self), dtype=np.int32)
         if self.tangents:
@@ -157,7 +158,7 @@ class Lanes:
         return np.maximum.accumulate(np.where(starts, own, 0)).astype(np.int32)
 
     def take(self, first: int, end: int) -> Lanes:
-        """The lanes for rows first .. end of each lane's rows."""
+        """The lanes for a block of rows: first .. end of each lane."""
         if self.starts is None:
             return self
         begin = int(np.searchsorted(self.starts, first, side="right")) - 1
@@ -166,7 +167,7 @@ class Lanes:
         return replace(self, seeds=self.seeds[:, begin:stop], starts=starts)
 
     def unperturbed(self) -> Lanes:
-        """As many lanes, for factors that are not perturbed."""
+        """The same number of lanes, all with coefficient 0."""
         n = len(self)
         return Lanes(
             np.zeros(n, np.uint64), np.zeros(n, np.float32), self.distribution, self.tangents

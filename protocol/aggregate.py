@@ -1,7 +1,8 @@
 """From clients' reports to one gradient.
 
-Scalars become terms, coefficients of seeds, which are all that clients need to follow the server.
-Terms come in two halves, whose gradients tell the variance (``fwdllm.protocol.pacing``).
+Scalars become terms: seeds with coefficients. Clients need only the terms to follow the server.
+Terms come in two halves; the variance is computed from the halves' gradients
+(``fwdllm.protocol.pacing``).
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ Answer: TypeAlias = "tuple[Assignment, Report]"
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """sum_k coefficients[k] z(seeds[k]) in a scope: part of a sum that ``weight`` divides.
+    """sum_k coefficients[k] z(seeds[k]) in a scope: one summand of a weighted mean.
 
-    half: 0 or 1.  seeds: uint64 [k].  coefficients: float32 [k].
+    half: 0 or 1.  layers: the scope.  seeds: uint64 [k].  coefficients: float32 [k].
+    weight: what this term adds to the divisor of the mean.
     """
 
     half: int
@@ -36,7 +38,7 @@ class Term:
 
 
 def terms_of(config: FederationConfig, answers: Sequence[Answer], part: int) -> list[Term]:
-    """The terms of a part's accepted answers, which must be in order of clients."""
+    """The terms of a part's accepted answers. answers: must be sorted by client."""
     if config.seeds == "shared" and config.upload == "scalars":
         return _shared_terms(config, answers)
     found = []
@@ -56,8 +58,9 @@ def private_terms(
 ) -> list[Term]:
     """As ``terms_of``, with differential privacy: noise is added even if nobody has answered.
 
-    seeds, head_seeds: uint64, what all clients of the part were asked for.  n_expected: clients
-    that sums are divided by.  noise_seed: of the noise, which nobody but the server may know.
+    seeds, head_seeds: uint64, the seeds that all clients of the part were given.  n_expected: the
+    number of clients by which sums are divided.  noise_seed: seed of the noise; only the server may
+    know it.
     """
     rows = [np.concatenate([r.derivatives[0], r.head_derivatives[0]]) for _, r in answers]
     size = len(seeds) + len(head_seeds)
@@ -69,7 +72,11 @@ def private_terms(
 def _own_terms(
     config: FederationConfig, layers: Layers, answers: Sequence[Answer], part: int
 ) -> list[Term]:
-    """Halves are every other client, or of a single client every other seed."""
+    """Terms of clients with seeds of their own.
+
+    Every other client goes to the other half; of a single client, every other seed. A single client
+    with a single seed goes to the half of the part's parity.
+    """
     step = config.client_learning_rate if config.upload == "steps" else 1.0
     rows = []
     for assignment, report in answers:
@@ -102,7 +109,7 @@ def _own_terms(
 
 
 def _shared_terms(config: FederationConfig, answers: Sequence[Answer]) -> list[Term]:
-    """Scalars of a seed are combined over clients."""
+    """Terms of clients with the same seeds: the scalars of each seed are combined over clients."""
     found: list[Term] = []
     scopes = list(dict.fromkeys(assignment.layers for assignment, _ in answers))
     for layers in [*scopes, HEAD] if answers else []:
@@ -120,7 +127,10 @@ def _shared_terms(config: FederationConfig, answers: Sequence[Answer]) -> list[T
 
 
 def _halves(layers: Layers, seeds: np.ndarray, sums: np.ndarray, weight: float) -> list[Term]:
-    """Terms of every other seed. sums: over clients, whose weights add up to ``weight``."""
+    """Two terms, each with every other seed.
+
+    sums: of each seed, the sum over clients.  weight: the sum of the clients' weights.
+    """
     return [
         Term(h, layers, seeds[h::2], sums[h::2].astype(np.float32), weight * len(seeds[h::2]))
         for h in (0, 1)
@@ -129,10 +139,10 @@ def _halves(layers: Layers, seeds: np.ndarray, sums: np.ndarray, weight: float) 
 
 
 def combine(config: FederationConfig, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Values of clients, [n_clients, k], by coordinate: float64 [k].
+    """Clients' values [n_clients, k] combined coordinate by coordinate: float64 [k].
 
-    The mean by weights; the trimmed mean and the median count all clients alike, as a weight is
-    what a hostile client would choose.
+    The mean is weighted. The trimmed mean and the median ignore weights, because a hostile client
+    could choose a large one.
     """
     values = values.astype(np.float64)
     if config.aggregate == "mean":
@@ -146,9 +156,9 @@ def combine(config: FederationConfig, values: np.ndarray, weights: np.ndarray) -
 def mean_vector(
     config: FederationConfig, space: Space, answers: Sequence[Answer]
 ) -> np.ndarray | None:
-    """The gradient of clients that upload weights: float32 [space.size], or None without any.
+    """The gradient where clients upload weights: float32 [space.size], or None without answers.
 
-    A coordinate is combined over the clients whose scope has it, and zero if none has.
+    A coordinate is combined over the clients whose scope includes it; it is zero if there are none.
     """
     if not answers:
         return None
@@ -168,7 +178,7 @@ def mean_vector(
 
 @dataclass(eq=False)
 class Sums:
-    """Terms of a round added up. halves: float32 [2, space.size]; weights by half and scope."""
+    """The sums of a round's terms. halves: float32 [2, space.size].  weights: by half and scope."""
 
     space: Space
     halves: np.ndarray = field(init=False)
@@ -178,7 +188,7 @@ class Sums:
         self.halves = np.zeros((2, self.space.size), np.float32)
 
     def add(self, terms: Iterable[Term]) -> None:
-        """Terms in the order in which the server met them, so that bits are its own."""
+        """Add terms. Bits match the server's only if the order of the terms is the server's."""
         for term in terms:
             self.space.add(self.halves[term.half], term.layers, term.seeds, term.coefficients)
             key = (term.half, term.layers)
@@ -189,7 +199,7 @@ class Sums:
         return self._mean(self.halves[0] + self.halves[1], (0, 1))
 
     def half_gradients(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Those of the two halves, or None where a part of the adapter is in one of them alone."""
+        """The gradients of the two halves; None unless both cover the same units, at least one."""
         covered = [
             [unit for unit in self.space.units() if self._weight(unit, (half,)) > 0]
             for half in (0, 1)

@@ -21,8 +21,8 @@ from fwdllm.protocol.space import HEAD, Layers, Space
 if TYPE_CHECKING:
     from fwdllm.engine.data.jsonl import Example
 
-# Lane-rows of clients that go through the model together: enough to amortize decoding the weights,
-# and some hundred MB of activations at a width of 1,000.
+# Rows of all lanes in one shared forward pass over several clients: enough to amortize decoding the
+# weights, and a few hundred MB of activations at a width of 1,000.
 _LANE_ROWS = 1 << 15
 
 Examples: TypeAlias = "Sequence[Example]"
@@ -32,9 +32,9 @@ _Work: TypeAlias = "tuple[Assignment, list[Tokens]]"
 
 
 class ClientEngine(Protocol):
-    """What a client needs of an engine; see ``fwdllm.engine.Engine``.
+    """What a client needs from an engine; see ``fwdllm.engine.Engine``.
 
-    adapter: an ``Adapter``, which an ``Engine`` need not have.
+    adapter: an ``Adapter``; must not be None, although an ``Engine``'s may be.
     """
 
     @property
@@ -56,9 +56,9 @@ class ClientEngine(Protocol):
 def answer(
     engine: ClientEngine, space: Space, assignment: Assignment, examples: Examples
 ) -> Report:
-    """The report of one client, with 0 seconds. Errors: DataError.
+    """The report of one client; its ``seconds`` is 0. Errors: DataError.
 
-    The engine's adapter is the server's, and is so again when this returns.
+    The engine's adapter must equal the server's; it is restored before this returns.
     """
     return next(answer_all(engine, space, [assignment], lambda client: examples))
 
@@ -69,9 +69,9 @@ def answer_all(
     assignments: Sequence[Assignment],
     examples_of: Callable[[int], Examples],
 ) -> Iterator[Report]:
-    """Reports of many clients, in order and with the bits each would have alone.
+    """Reports of many clients, in order, each bit for bit as if the client ran alone.
 
-    examples_of: gives those of a client.  Clients that upload scalars share passes.
+    examples_of: gives a client's examples.  Clients that upload scalars share forward passes.
     """
     if space.config.upload == "scalars":
         yield from _scalars(engine, space, assignments, examples_of)
@@ -112,7 +112,7 @@ def _scalars(
 def _local_training(
     engine: ClientEngine, space: Space, assignment: Assignment, examples: Examples
 ) -> Report:
-    """Local steps on the client's scope, from the server's adapter, which is put back after."""
+    """Local steps on the client's scope from the server's adapter, which is restored after."""
     config, theta = space.config, engine.adapter.theta
     by_weights = config.upload == "weights"
     before = theta.copy()
@@ -165,7 +165,7 @@ def _coordinates(space: Space, theta: np.ndarray) -> np.ndarray:
 def _batch(
     engine: ClientEngine, space: Space, assignment: Assignment, examples: Examples, step: int
 ) -> list[Tokens]:
-    """The tokens of a client's batch of a local step; one it has no more than once."""
+    """The tokenized batch of a client's local step."""
     config: FederationConfig = space.config
     at = assignment.first_step + step
     chosen = batch_indices(assignment.batch_seed, at, len(examples), config.batch_size)
@@ -208,7 +208,7 @@ def _probes(
 
 
 def _slopes(space: Space, probe: Probe, head_seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Slopes along seeds and along head_seeds, as they are uploaded: float32."""
+    """Derivatives along the probe's seeds and along head_seeds, as uploaded: float32."""
     head = np.zeros(0)
     if probe.head_gradient is not None:
         head = space.head_dot(probe.head_gradient, head_seeds)

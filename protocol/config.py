@@ -22,9 +22,10 @@ AUTO = "auto"
 class TrainConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
     """Everything a run's numbers depend on besides the model and the data.
 
-    The fields say what they are, see ``engine.settings.settings_of``; those of the estimator, the
-    optimizer and the schedule are inherited.  per_example: every example has directions of its own.
-    eval_every, checkpoint_every: steps between them, and after the last step; 0 is never.
+    Each field carries its own description, see ``engine.settings.settings_of``. The fields of the
+    estimator, the optimizer and the schedule are inherited.
+    per_example: every example has directions of its own.  eval_every, checkpoint_every: steps
+    between evaluations and between checkpoints, with one more after the last step; 0: never.
 
     Raises ConfigError on a value that makes no sense.
     """

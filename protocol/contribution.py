@@ -32,7 +32,7 @@ class Rejection:
 def accept(
     contributions: Iterable[Contribution],
 ) -> tuple[list[Contribution], list[Rejection]]:
-    """Split contributions into those an update may use and those it may not, in order."""
+    """Split contributions into usable and rejected ones; both keep the order."""
     accepted: list[Contribution] = []
     rejected: list[Rejection] = []
     for contribution in contributions:

@@ -21,8 +21,8 @@ def descend(
 ) -> None:
     """Move ``adapter.theta`` against ``gradient`` and advance ``state``, both in place.
 
-    gradient: float32 [directions.size + n_head], coordinates and then the head's own.
-    lr, head_lr: rates of the two.
+    gradient: float32 [directions.size + n_head], by the directions' coordinates first, then by the
+    head's parameters.  lr, head_lr: learning rates of the coordinates and of the head.
     """
     theta, n_lora = adapter.theta, adapter.n_lora
     rates: float | np.ndarray = lr

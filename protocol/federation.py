@@ -18,7 +18,7 @@ from fwdllm.protocol.settings import (
 SEEDS = ("own", "shared", "pool")
 UPLOADS = ("scalars", "steps", "weights")
 AGGREGATES = ("mean", "trimmed", "median")
-# The server has no weights of the model, so what needs them or data is left out.
+# The server holds no model weights, so directions that need weights or data are left out.
 FEDERATED_DIRECTIONS = ("normal", "rademacher", "lora-fa", "subzero")
 
 MAX_PARTS = 64
@@ -29,21 +29,24 @@ MAX_CLIENTS = 1 << 22
 class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
     """Everything a run's numbers depend on besides the model, the clients and their data.
 
-    The fields say what they are, see ``engine.settings.settings_of``; the estimator's, the server's
-    optimizer's and the schedule's are inherited. Where there is more to say:
-    upload: what a client sends: "scalars", directional derivatives at the server's own adapter;
-    "steps", those met on local_steps of SGD at client_learning_rate, which the server can follow;
-    "weights", how far local_steps of client_optimizer moved its share of the adapter.
+    Each field carries its own description, see ``engine.settings.settings_of``. The fields of the
+    estimator, the server's optimizer and the schedule are inherited. Some need more words:
+    upload: what a client sends. "scalars": directional derivatives at the server's adapter.
+    "steps": directional derivatives along local_steps of SGD at client_learning_rate, from which
+    the server can repeat the steps. "weights": how far local_steps of client_optimizer moved the
+    client's share of the adapter.
     seeds: "own", every client has directions of its own; "shared", all have the same; "pool", each
     local step draws from pool_size seeds fixed for the run (FedKSeed).
-    head_perturbations: of a classification head, which cost no forward pass as its gradient is
-    exact.  split: together the clients cover all layers (Spry).
-    aggregate: "mean", or by coordinate "trimmed" (without the trim share at either end) or
-    "median"; these two want shared seeds or weights.
+    head_perturbations: directions of a classification head; they cost no forward pass, because the
+    head's gradient is exact.  split: each client trains some layers, together all layers (Spry).
+    aggregate: "mean"; or, coordinate by coordinate, "median" or "trimmed": the mean without the
+    share ``trim`` at either end. "median" and "trimmed" need shared seeds or uploaded weights.
     pacing: ask for more perturbations of the same adapter, in at most max_parts parts, until the
-    variance is at most variance_threshold; None is the median of the first calibration_rounds.
-    clip, sigma, delta: differential privacy of a client (DPZero); clip bounds the L2 norm of its
-    scalars, and their sum gets noise of deviation sigma * clip. sigma of 0 is none.
+    variance is at most variance_threshold.  variance_threshold: None: the median variance of the
+    first calibration_rounds.
+    clip, sigma, delta: client-level differential privacy (DPZero). clip bounds the L2 norm of a
+    client's scalars; the sum over clients gets noise of standard deviation sigma * clip. A sigma of
+    0 means no privacy.
 
     Raises ConfigError on a value that makes no sense.
     """
@@ -158,7 +161,7 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
         ]
 
     def client_optimizer_config(self) -> OptimizerConfig:
-        """The clients' optimizer, for local steps; without weight decay, as the papers have it."""
+        """The clients' optimizer for local steps; without weight decay, as in the papers."""
         return OptimizerConfig(
             optimizer=self.client_optimizer,
             learning_rate=self.client_learning_rate,

@@ -1,10 +1,11 @@
-"""The record of a run: one SQLite file from which every state of the adapter can be made again.
+"""The record of a run: one SQLite file from which every state of the adapter can be rebuilt.
 
-Every round, assignment, contribution, rejection and update is in it, in messages of
-``protocol.wire``, and each round's hash covers the round before. What has been accepted is on disk
-when ``accept`` returns, or the batch it is in; a crash at any instant loses nothing of that.
+It holds every round, assignment, contribution, rejection and update; messages are encoded by
+``protocol.wire``. Each round's hash covers the hash of the round before. An accepted contribution
+is on disk when ``accept`` returns, or, inside ``Ledger.batch``, when the batch ends; a crash later
+does not lose it.
 
-The file names the seed of differential privacy's noise, so it is the server's own.
+The file holds the seed of differential privacy's noise, so only the server may read it.
 """
 
 from __future__ import annotations
@@ -65,8 +66,9 @@ class LedgerError(FwdllmError):
 def open_run(folder: Path, meta: Meta, resume: bool | None) -> Ledger:
     """The ledger in a run's folder, writable.
 
-    resume: whether the run is there already; None is either. One that is there must be the same but
-    for its secret.  Errors: ConfigError, LedgerError.
+    meta: an existing run must have the same, apart from the secret noise_seed.
+    resume: True: the run must exist. False: it must not. None: either.
+    Errors: ConfigError, LedgerError.
     """
     path = folder / NAME
     if resume and not path.is_file():
@@ -119,13 +121,13 @@ class Ledger:
 
     @staticmethod
     def create(path: Path, meta: Meta) -> Ledger:
-        """A new ledger; LedgerError if there is a file already. It appears whole or not at all."""
+        """A new ledger, created atomically; LedgerError if the file already exists."""
         temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
         held = _lock(path)
         try:
             if path.exists():
                 raise LedgerError(f"{path} already holds a run; resume it or name another folder")
-            # It holds a secret and what clients sent.
+            # Mode 0600: the file holds a secret and clients' contributions.
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             db = sqlite3.connect(temporary, isolation_level=None)
             try:
@@ -163,7 +165,7 @@ class Ledger:
         n_available: int,
         assignments: Sequence[tuple[int, bytes, int]],
     ) -> None:
-        """Record a part before anybody is asked. assignments: client, message, bytes down."""
+        """Record a part before clients are asked. assignments: client, message, bytes down."""
         with self._transaction() as db:
             db.execute("INSERT INTO part VALUES (?, ?, ?, ?)", (round, part, now, n_available))
             db.executemany(
@@ -172,7 +174,7 @@ class Ledger:
             )
 
     def client_of(self, node: str) -> int:
-        """The number of a node's client: those of nodes not seen before follow in order."""
+        """The client number of a node; a node not seen before gets the next free number."""
         found = self._all("SELECT client FROM node WHERE name = ?", node)
         if found:
             return int(found[0][0])
@@ -181,7 +183,7 @@ class Ledger:
             return int(db.execute(query, (node,)).fetchall()[0][0])
 
     def set_bytes_down(self, round: int, part: int, client: int, n_bytes: int) -> None:
-        """What was really sent with an assignment, if it was not what had been expected."""
+        """Correct the number of bytes sent with an assignment, which ``open_part`` estimated."""
         with self._transaction() as db:
             db.execute(
                 "UPDATE assignment SET bytes_down = ? WHERE round = ? AND part = ? AND client = ?",
@@ -199,7 +201,10 @@ class Ledger:
     def reject(
         self, round: int, part: int, client: int, now: float, reason: str, n_bytes: int
     ) -> None:
-        """Record a contribution that is not used; one of equal particulars only once."""
+        """Record a contribution that is not used.
+
+        Rejections that differ only in the time of arrival are recorded once.
+        """
         with self._transaction() as db:
             db.execute(
                 "INSERT OR IGNORE INTO rejection VALUES (NULL, ?, ?, ?, ?, ?, ?)",
@@ -207,7 +212,7 @@ class Ledger:
             )
 
     def close_round(self, closed: Round, snapshot: bytes | None) -> None:
-        """Record an update, chained to the rounds before it, and the state after it if given."""
+        """Record a round with its hash. snapshot: the state after it, or None."""
         digest = None if snapshot is None else hashlib.sha256(snapshot).digest()
         closed = dataclasses.replace(closed, snapshot=digest)
         row = dataclasses.astuple(dataclasses.replace(closed, hash=self.chain(closed)))
@@ -289,7 +294,7 @@ class Ledger:
         )
 
     def last_round_of(self, client: int) -> int | None:
-        """The last round to which a client contributed: it had the state before it."""
+        """The last round to which a client contributed; it held the state at that round's start."""
         query = "SELECT max(round) FROM contribution WHERE client = ?"
         found: int | None = self._all(query, client)[0][0]
         return found
@@ -301,7 +306,10 @@ class Ledger:
         return found[0][0] if found else None
 
     def messages_size(self, first: int) -> int | None:
-        """Bytes of the updates of rounds from ``first`` on; None if one has no message."""
+        """Bytes of the update messages of rounds from ``first`` on, each with its 4-byte length.
+
+        None if a round has no message.
+        """
         count, whole, size = self._all(
             "SELECT count(*), count(message), sum(length(message) + 4) FROM round WHERE round >= ?",
             first,
@@ -309,12 +317,12 @@ class Ledger:
         return None if whole < count else int(size or 0)
 
     def snapshot(self) -> bytes | None:
-        """The state of the latest snapshot, if there is one; LedgerError if it was changed."""
+        """The state of the latest snapshot, or None; LedgerError if the snapshot was changed."""
         rounds = self._all("SELECT round FROM snapshot ORDER BY round DESC LIMIT 1")
         return self._checked_snapshot(rounds[0][0]) if rounds else None
 
     def check_snapshots(self) -> None:
-        """LedgerError if one was changed."""
+        """LedgerError if a snapshot was changed."""
         for (round,) in self._all("SELECT round FROM snapshot ORDER BY round"):
             self._checked_snapshot(round)
 
@@ -326,15 +334,15 @@ class Ledger:
         return state
 
     def rejections(self) -> list[tuple[int, int, int, str]]:
-        """Round, part, client and reason of each."""
+        """Round, part, client and reason of each rejection."""
         return self._all("SELECT round, part, client, reason FROM rejection ORDER BY id")
 
     def evaluations(self) -> list[tuple[int, float, float | None, int]]:
-        """Rounds, loss, accuracy and examples of each."""
+        """For each evaluation: number of rounds before it, loss, accuracy, number of examples."""
         return self._all("SELECT * FROM evaluation ORDER BY round")
 
     def traffic(self) -> list[tuple[int, int, int, int]]:
-        """Of each round: the round, clients asked, bytes down and bytes up, rejected ones too."""
+        """For each round: the round, clients asked, bytes down, bytes up (rejected ones too)."""
         return self._all(
             "SELECT a.round, count(*), sum(a.bytes_down), coalesce(sum(length(c.message)), 0)"
             " + (SELECT coalesce(sum(n_bytes), 0) FROM rejection r WHERE r.round = a.round)"
@@ -343,7 +351,7 @@ class Ledger:
         )
 
     def traffic_by_client(self) -> list[tuple[int, int, int, int, int]]:
-        """Of each client: the client, times asked, answers accepted, bytes down and bytes up."""
+        """For each client: the client, times asked, answers accepted, bytes down and bytes up."""
         return self._all(
             "SELECT a.client, count(*), count(c.message), sum(a.bytes_down),"
             " coalesce(sum(length(c.message)), 0)"
@@ -353,7 +361,10 @@ class Ledger:
         )
 
     def chain(self, closed: Round) -> bytes:
-        """The hash of a round: SHA-256 over that before it and all that led to its update."""
+        """The hash of a round: SHA-256 over the previous round's hash and this round's data.
+
+        The data: parts, assignments, contributions, update, figures, theta hash, snapshot hash.
+        """
         before = self._all("SELECT hash FROM round WHERE round = ?", closed.round - 1)
         digest = hashlib.sha256(before[0][0] if before else self._meta.encode())
         for part, _, n_available in self.parts(closed.round):
@@ -387,9 +398,9 @@ class Ledger:
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[None]:
-        """Within, what is written reaches the disk at the end, all of it or nothing.
+        """A context in which all writes are one transaction, which reaches the disk at its end.
 
-        A millisecond for many contributions, and not for each.
+        A commit takes about a millisecond: one for many contributions instead of one for each.
         """
         with self._transaction():
             yield

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 class TrainingEngine(ActivationEngine, Protocol):
     """What the trainer needs of an engine; ``fwdllm.engine.Engine`` is one.
 
-    adapter.theta: float32 [n_lora + n_head], updated in place; adapter.n_lora.
-    directions: what seeds mean, see ``fwdllm.engine.directions``.
+    adapter: has theta, float32 [n_lora + n_head], updated in place, and n_lora.
+    directions: which direction a seed stands for, see ``fwdllm.engine.directions``.
     """
 
     @property
@@ -63,7 +63,10 @@ class TrainingEngine(ActivationEngine, Protocol):
 
 @dataclass
 class TrainState:
-    """step: updates completed.  optimizer: its averages. With theta, all a run resumes from."""
+    """What a run resumes from, together with theta.
+
+    step: updates completed.  optimizer: the optimizer's running averages.
+    """
 
     step: int
     optimizer: OptimizerState
@@ -77,7 +80,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One update. step: completed ones, this included.  loss: of the batch before it, in nats.
+    """One update.
 
     derivatives: of the accepted contributions; empty, as there are too many to keep, where every
     example or activation has its own, or none.  lr: the adapter's rate.  gradient_norm: L2 of
@@ -123,10 +126,10 @@ def train(
 ) -> Iterator[Event]:
     """Train from ``state`` to ``config.steps``, updating ``state`` and the adapter in place.
 
-    At every event ``state`` and the adapter are those after ``state.step`` whole steps, so a
-    caller may save them, or stop for good, at any of them. The held-out set is evaluated
-    before the first step too, and again where a run resumes on an evaluation step: checkpoints
-    come before evaluations, so the earlier result may not have been written.
+    At every event, ``state`` and the adapter are as they are after ``state.step`` complete steps,
+    so a caller may save them, or stop, at any event. The held-out set is also evaluated before the
+    first step, and again if a run resumes at an evaluation step: checkpoints come before
+    evaluations, so the earlier result may not have been written.
 
     DataError without examples; NumericsError as ``train_step``.
     """
@@ -148,8 +151,8 @@ def train_step(
 ) -> StepResult:
     """One update of the adapter: find or estimate the gradient, then descend.
 
-    NumericsError if no contribution is usable or the update is not finite; theta may then be
-    spoilt and must not be saved.
+    NumericsError if no contribution is usable or the update is not finite; theta may then hold
+    non-finite values and must not be saved.
     """
     chosen = batch_indices(config.seed, state.step, len(examples), config.batch_size)
     seeds = derive_seeds(config.seed, state.step, config.perturbations)
@@ -181,7 +184,7 @@ def train_step(
 
 @dataclass(frozen=True)
 class _Found:
-    """What a step learned; gradient: float32 [n_trainable]. The rest is as in StepResult."""
+    """A step's estimate. gradient: float32 [n_trainable].  Other fields: as in StepResult."""
 
     loss: float
     gradient: np.ndarray
@@ -194,7 +197,7 @@ def _by_activations(
     engine: TrainingEngine, config: TrainConfig, state: TrainState, batch: Batch, seed: int
 ) -> _Found:
     phases = Phases.of(config, engine.adapter.head is not None)
-    if state.step == phases.both:  # averages of A's zeros would make its first steps too long
+    if state.step == phases.both:  # averages over zero gradients of A: too long first steps
         state.optimizer = TrainState.initial(config, engine).optimizer
     return _of_gradient(
         engine, activation_step(engine, config, phases, state.step, batch, seed)
@@ -258,11 +261,11 @@ def n_trainable(engine: TrainingEngine) -> int:
 def forward_gradient(
     engine: TrainingEngine, contributions: Sequence[Contribution], per_perturbation: int = 1
 ) -> np.ndarray:
-    """mean_k derivative_k z(seed_k) over coordinates, zero over a head: float32 [n_trainable].
+    """mean_k derivative_k z(seed_k) in the coordinates, zero for a head: float32 [n_trainable].
 
     FwdLLM's estimator (arXiv 2308.13894) in the coordinates of ``engine.directions``: unbiased, as
-    E[z z^T] = I for both distributions.  per_perturbation: contributions that make one whole
-    perturbation, each of an example's share of the loss.
+    E[z z^T] = I for both distributions.  per_perturbation: contributions that together make one
+    perturbation: 1, or the number of examples if each has directions of its own.
     """
     directions = engine.directions
     seeds = np.array([c.seed for c in contributions], np.uint64)
@@ -276,7 +279,7 @@ def forward_gradient(
 def _update(
     engine: TrainingEngine, config: TrainConfig, state: TrainState, gradient: np.ndarray
 ) -> float:
-    """Apply the gradient, advance the state and give the adapter's learning rate."""
+    """Apply the gradient, advance the state and return the adapter's learning rate."""
     factor = lr_factor(state.step, config.steps, config.warmup, config.schedule)
     lr = config.learning_rate * factor
     head_lr = lr if config.head_learning_rate is None else config.head_learning_rate * factor

@@ -1,6 +1,6 @@
 """First-order optimizers over one flat float32 vector, with the semantics of torch.optim.
 
-Every operation is an elementwise float32 one, correctly rounded by IEEE 754, so an update
+All array operations are elementwise in float32 and correctly rounded (IEEE 754), so an update
 gives the same bits on every run. Weight decay is added to the gradient (L2), as in torch's
 SGD and Adam; "adamw" shrinks the weights instead.
 """
@@ -37,7 +37,7 @@ class OptimizerState:
     def from_arrays(
         config: OptimizerConfig, n: int, arrays: dict[str, np.ndarray]
     ) -> OptimizerState:
-        """The inverse of ``to_arrays``; ValueError if the arrays are another optimizer's."""
+        """The inverse of ``to_arrays``; ValueError if the arrays belong to another optimizer."""
         state = OptimizerState.initial(config, n)
         if set(arrays) != {"step", *state.slots}:
             raise ValueError(f"{config.optimizer} has no state of {', '.join(sorted(arrays))}")
@@ -121,9 +121,11 @@ def yogi(
     gradient: np.ndarray,
     learning_rate: float | np.ndarray,
 ) -> None:
-    """FedYogi (Reddi et al. 2021, algorithm 2): the square grows and falls by sums, not averages.
+    """FedYogi (Reddi et al. 2021, algorithm 2).
 
-    eps is the paper's tau, the degree of adaptivity; 1e-3 there.
+    Unlike adam's, the second moment changes by (1 - beta2) g^2, up or down, whatever its size.
+
+    eps: the paper's tau, the degree of adaptivity; the paper uses 1e-3.
     """
     mean, square = state.slots["mean"], state.slots["square"]
     mean *= config.beta1

@@ -16,9 +16,10 @@ from fwdllm.protocol.federation import FederationConfig
 
 
 def variance(sums: Sums) -> float | None:
-    """The unbiased variance of the two halves' gradients, mean over coordinates.
+    """The unbiased variance of the two halves' gradients, averaged over coordinates.
 
-    None where they cannot be compared. FwdLLM takes the mean over one layer, here it is over all.
+    None if the halves cannot be compared, see ``Sums.half_gradients``. FwdLLM averages over one
+    layer; this averages over all.
     """
     halves = sums.half_gradients()
     if halves is None:
@@ -28,9 +29,9 @@ def variance(sums: Sums) -> float | None:
 
 
 def threshold(config: FederationConfig, first: Sequence[float]) -> float | None:
-    """The variance at which a round may end, or None while it is not known.
+    """The largest variance at which a round may end, or None during calibration.
 
-    first: variances after the first part of rounds so far, oldest first.
+    first: for each round so far, the variance after its first part; oldest first.
     """
     if config.variance_threshold is not None:
         return config.variance_threshold
@@ -42,7 +43,10 @@ def threshold(config: FederationConfig, first: Sequence[float]) -> float | None:
 def enough(
     config: FederationConfig, part: int, found: float | None, first: Sequence[float]
 ) -> bool:
-    """Whether a round may end after ``part``, whose pooled variance is ``found``."""
+    """Whether a round may end after ``part``.
+
+    found: the variance over all parts so far.  first: see ``threshold``.
+    """
     if not config.pacing or part + 1 >= config.max_parts:
         return True
     limit = threshold(config, first)

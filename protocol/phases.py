@@ -1,9 +1,9 @@
-"""When a run by activation perturbation does what: head first, then B, then A.
+"""The phases of a run with activation perturbation: first the head, then B, then A.
 
-B says which way a layer's outputs should move. What is good for the loss shows only under a head
-that has learned something, so a head learns alone first. Then B is measured, as a mean over steps
-that change nothing but the head; theta carries it, so a checkpoint of theta is all there is to
-resume. For the rest of the run B stays and A learns, from zero.
+B sets the directions in which a layer's outputs can move. Which directions lower the loss can be
+seen only with a head that has learned something, so a head is trained alone first. Then B is
+measured: an average of estimates over steps that train only the head. B is stored in theta, so a
+checkpoint needs nothing else. For the rest of the run B is frozen and A is trained, from zero.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from fwdllm.protocol.config import TrainConfig
 if TYPE_CHECKING:
     from fwdllm.engine.data.batch import Batch
 
-# Shares of a run; of 600 steps on SST-2, 30 and 30 were enough (docs/estimators.md).
+# Shares of a run's steps; on SST-2, 30 and 30 of 600 were enough (docs/estimators.md).
 _HEAD_SHARE = _MEASURE_SHARE = 0.05
 
 
 class ActivationEngine(Protocol):
-    """What these steps need of an engine; see ``fwdllm.engine.Engine``.
+    """What these steps need from an engine; see ``fwdllm.engine.Engine``.
 
-    adapter: an ``Adapter``, which an ``Engine`` need not have.
+    adapter: an ``Adapter``; must not be None, although an ``Engine``'s may be.
     """
 
     @property
@@ -41,14 +41,14 @@ class ActivationEngine(Protocol):
 
 @dataclass(frozen=True)
 class Phases:
-    """head, measure: steps of the first two phases."""
+    """Lengths of the first two phases. head, measure: numbers of steps."""
 
     head: int
     measure: int
 
     @property
     def both(self) -> int:
-        """Steps before A learns."""
+        """Number of steps before A is trained."""
         return self.head + self.measure
 
     @staticmethod
@@ -66,9 +66,10 @@ def activation_step(
     batch: Batch,
     seed: int,
 ) -> Gradient:
-    """The gradient of the step after ``step`` whole ones; those of the second phase write B.
+    """The gradient of one step. step: steps completed before it.
 
-    Values are zero until A learns.
+    In the second phase this also writes B into theta. ``Gradient.values`` is zero until the third
+    phase, in which A is trained.
     """
     adapter = engine.adapter
     measured = step - phases.head

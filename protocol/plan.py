@@ -1,7 +1,7 @@
 """Who does what in a part of a round: a pure function of the settings and the server's state.
 
-A round asks for perturbations of one state of the adapter, in one part or, where pacing wants
-more, in several; every part asks clients anew.
+All perturbations of a round are at the same state of the adapter. A round has one part, or several
+if pacing wants more perturbations; clients are chosen again for each part.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fwdllm.protocol.federation import MAX_CLIENTS, FederationConfig
 from fwdllm.protocol.seeds import client_keys, derive_seeds, head_seeds
 from fwdllm.protocol.space import Layers, Space
 
-# Seeds of a part are those from here on; 64 parts fit the 2^28 of a round.
+# Seed indices reserved for each part: part p starts at p * 2^22. 64 parts fit a round's 2^28.
 _PART_SEEDS = 1 << 22
 
 
@@ -26,8 +26,8 @@ class Assignment:
 
     layers: its scope.  seeds: uint64 [local_steps, perturbations]; head_seeds: uint64
     [local_steps, head_perturbations], without columns where there is no head.
-    batch_seed, first_step: its batches are those of these steps of the order ``batch_indices``
-    gives its own examples.
+    batch_seed, first_step: the batch of local step i is
+    ``batch_indices(batch_seed, first_step + i, ...)`` of the client's own examples.
     """
 
     round: int
@@ -52,8 +52,8 @@ def plan_part(
 ) -> list[Assignment]:
     """Assignments of a part, by client; none if no client is chosen.
 
-    clients: numbers of those that can be asked, below 2^22.  gradient: the last one, float32
-    [space.size], or None before the first update.  asked, secret: see ``choose``.
+    clients: numbers of the clients that can be asked, below 2^22.  gradient: of the last update,
+    float32 [space.size], or None before the first update.  asked, secret: see ``choose``.
     """
     chosen = choose(config, round, part, clients, asked, secret)
     if not chosen:
@@ -79,9 +79,9 @@ def choose(
 ) -> list[int]:
     """Clients of a part, ascending: per_round of them at random, those least asked first.
 
-    asked: how often a client has been in this round.
-    Under differential privacy each takes part with probability per_round / len(clients), which is
-    what the accountant assumes, by the seed ``secret``, as who took part must not be known.
+    asked: how often each client has been asked in this round.
+    Under differential privacy each client takes part with probability per_round / len(clients), as
+    the accountant assumes. The draw uses the seed ``secret``: nobody else may know who took part.
     """
     clients = sorted(clients)
     if not clients:
@@ -104,7 +104,8 @@ def choose(
 def deal(layers: Sequence[int], n_clients: int, round: int) -> list[Layers]:
     """Scopes of clients that cover all layers (Spry, arXiv 2405.15551, section 3.1).
 
-    Layers go round: fewer clients than layers have several each, more share them.
+    Layers are dealt in turn: with fewer clients than layers, a client gets several layers; with
+    more, several clients share a layer.
     """
     n = len(layers)
     if n_clients <= n:
@@ -113,14 +114,14 @@ def deal(layers: Sequence[int], n_clients: int, round: int) -> list[Layers]:
 
 
 def shared_seeds(config: FederationConfig, round: int, part: int) -> np.ndarray:
-    """Seeds that all clients of a part have: uint64 [local_steps, perturbations]."""
+    """The seeds common to all clients of a part: uint64 [local_steps, perturbations]."""
     shape = (config.local_steps, config.perturbations)
     drawn = derive_seeds(config.seed, round, shape[0] * shape[1], part * _PART_SEEDS)
     return drawn.reshape(shape)
 
 
 def shared_head_seeds(config: FederationConfig, space: Space, round: int, part: int) -> np.ndarray:
-    """As ``shared_seeds``, of a head: uint64 [local_steps, head_perturbations or 0]."""
+    """As ``shared_seeds``, for a head: uint64 [local_steps, head_perturbations or 0]."""
     shape = (config.local_steps, config.head_perturbations if space.adapter.n_head else 0)
     drawn = head_seeds(config.seed, round, shape[0] * shape[1], part * _PART_SEEDS)
     return drawn.reshape(shape)
@@ -158,9 +159,10 @@ def _discriminate(
     scopes: Sequence[Layers],
     gradient: np.ndarray,
 ) -> list[np.ndarray]:
-    """Of each scope's seeds those along the last gradient (FwdLLM, section 3.3).
+    """For each scope, keep the seeds whose directions fit the last gradient best.
 
-    All directions are about equally long, so the products order them as cosines do.
+    FwdLLM, section 3.3. All directions have about the same length, so dot products give the same
+    order as cosines.
     """
     shape = (config.local_steps, config.perturbations)
     each = shape[0] * shape[1]
@@ -170,7 +172,7 @@ def _discriminate(
         members = [i for i, scope in enumerate(scopes) if scope == layers]
         seeds = own[members].ravel()
         order = np.argsort(-space.dot(gradient, layers, seeds), kind="stable")
-        # Dealt like cards, so that every client has good ones.
+        # Seeds are dealt to clients in turn, best first, so that every client gets good ones.
         best = seeds[order[: len(members) * each]].reshape(each, len(members)).T
         for i, kept in zip(members, best, strict=True):
             found[i] = np.ascontiguousarray(kept).reshape(shape)

@@ -1,6 +1,6 @@
-"""Settings of the papers, by name; each says what its paper used and what differs here.
+"""Settings from papers, by name; comments say what each paper used and what differs here.
 
-Learning rates are ours: they depend on the adapter and the model, and the papers' are for theirs.
+The learning rates are not the papers', because they depend on the adapter and the model.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from fwdllm.protocol.federation import FederationConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
     # FwdLLM (arXiv 2308.13894): central differences with h = 0.01, batch 8 of 64 tokens, 100 of
-    # 1,000 clients a round, perturbations picked 1 of 10 by the cosine with the last gradient,
-    # more of them until the variance is below a threshold (0.1 to 0.2 there, in units of its
-    # gradients; calibrated here), SGD with linear warmup and decay.
+    # 1,000 clients a round, each perturbation the best of 10 by the cosine with the last
+    # gradient, more perturbations until the variance is below a threshold (0.1 to 0.2 in the paper,
+    # in units of its gradients; calibrated here), SGD with linear warmup and decay.
     "fwdllm": {
         "per_round": 100,
         "perturbations": 1,
@@ -44,7 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "beta2": 0.99,
         "schedule": "constant",
     },
-    # Spry's per-epoch mode: clients make local steps of AdamW on their layers and upload those.
+    # Spry's per-epoch mode: clients train their layers by local AdamW steps and upload weights.
     "spry-epoch": {
         "per_round": 10,
         "upload": "weights",
@@ -61,8 +61,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "beta2": 0.99,
         "schedule": "constant",
     },
-    # P-RGE (arXiv 2409.15520): many perturbations of LoRA-FA in one batched pass of
-    # both sides of a central difference; here the same for all clients.
+    # P-RGE (arXiv 2409.15520): many perturbations of LoRA-FA, both sides of their central
+    # differences in one batched pass; here all clients have the same perturbations.
     "p-rge": {
         "per_round": 100,
         "seeds": "shared",
@@ -88,8 +88,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "head_learning_rate": 1.0,
         "schedule": "constant",
     },
-    # FedKSeed (arXiv 2312.06353): local steps along a pool of K = 4,096 seeds, 200 of them a
-    # round there, 5% of the clients, scalars of all steps go up.
+    # FedKSeed (arXiv 2312.06353): local steps along seeds from a pool of K = 4,096; in the paper
+    # 200 steps a round and 5% of the clients; clients upload the scalars of all steps.
     "fedkseed": {
         "per_round": 50,
         "upload": "steps",
@@ -120,7 +120,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 1.0,
         "schedule": "constant",
     },
-    # DPZero (arXiv 2310.09639): shared signs, the clipped scalar with Gaussian noise.
+    # DPZero (arXiv 2310.09639): shared +-1 directions, clipped scalars with Gaussian noise.
     "dpzero": {
         "per_round": 100,
         "seeds": "shared",
@@ -139,7 +139,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str, **changes: Any) -> FederationConfig:
-    """The settings of a preset with changes; ``rounds`` must be among them. Errors: ConfigError."""
+    """A preset's settings with changes, which must include ``rounds``. Errors: ConfigError."""
     if name not in PRESETS:
         raise ConfigError(f"presets are {', '.join(PRESETS)}; there is no {name!r}")
     known = FederationConfig.__dataclass_fields__

@@ -1,9 +1,10 @@
 """Differential privacy on the scalars (DPZero, arXiv 2310.09639), accounted by dp-accounting.
 
-A client's scalars of a part are clipped together to L2 norm ``clip``; the server adds them up with
-Gaussian noise of deviation ``sigma * clip`` on each sum and divides by a fixed number. Each client
-takes part with a fixed probability, so a part is a Poisson-sampled Gaussian mechanism and what is
-protected is a client with all its data. The server is trusted; what it publishes is protected.
+All scalars that a client sends in a part are clipped as one vector to L2 norm ``clip``. The server
+sums over clients, adds Gaussian noise of standard deviation ``sigma * clip`` to each sum and
+divides by a fixed number. Each client takes part with a fixed probability, so a part is a
+Poisson-sampled Gaussian mechanism. The unit of privacy is a client with all its data. The server is
+trusted; the guarantee is for what the server publishes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fwdllm.protocol.federation import FederationConfig
 def private_sum(rows: np.ndarray, clip: float, sigma: float, noise_seed: int) -> np.ndarray:
     """The sum of clipped rows [n, k] with noise: float64 [k].
 
-    noise_seed: a 64-bit number that the server alone knows and uses once.
+    noise_seed: a 64-bit number, known only to the server and used only once.
     """
     rows = rows.astype(np.float64)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
@@ -31,9 +32,10 @@ def private_sum(rows: np.ndarray, clip: float, sigma: float, noise_seed: int) ->
 
 
 def spent_epsilon(config: FederationConfig, available: Sequence[int]) -> float | None:
-    """What published parts cost at ``config.delta``; None without noise.
+    """The privacy loss epsilon of all parts so far, at ``config.delta``; None without noise.
 
-    available: of each part, the clients of which config.per_round took part on average.
+    available: for each part, the number of clients that could be asked; on average,
+    config.per_round of them took part.
 
     ConfigError where dp-accounting is not installed.
     """

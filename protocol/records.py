@@ -1,4 +1,4 @@
-"""What a ledger says of a run as a whole, and of each of its rounds."""
+"""What a ledger records about a run as a whole, and about each round."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Meta:
-    """What a run is. model: see ``fingerprint``.  adapter_seed: of the empty adapter.
+    """The description of a run.
 
-    noise_seed: secret, of differential privacy's noise.
+    adapter_seed: seed of the empty adapter.  model: see ``engine.files.fingerprint``.
+    noise_seed: seed of differential privacy's noise; secret.
     """
 
     config: FederationConfig
@@ -40,7 +41,7 @@ class Meta:
         model: dict[str, Any],
         noise_seed: int,
     ) -> Meta:
-        """The description of a run that starts from an empty adapter like this one."""
+        """The description of a run whose empty adapter has the shape of ``adapter``."""
         a = adapter
         return Meta(
             config, a.architecture, a.config, a.targets, a.head, adapter_seed, model, noise_seed
@@ -53,12 +54,12 @@ class Meta:
         )
 
     def difference(self, other: Meta) -> str | None:
-        """Where two descriptions differ but for their secrets, see ``difference``."""
+        """Where two descriptions differ, noise_seed aside; see the function ``difference``."""
         mine = dataclasses.replace(self, noise_seed=other.noise_seed)
         return difference(json.loads(mine.to_json()), json.loads(other.to_json()))
 
     def to_json(self) -> str:
-        """With the versions a reader must know."""
+        """As JSON, with the versions that ``from_json`` checks."""
         versions = {"format": FORMAT, "layout_version": LAYOUT_VERSION}
         fields = {**dataclasses.asdict(self), "config": self.config.recorded()}
         return json.dumps({**versions, **fields})
@@ -83,11 +84,13 @@ class Meta:
 
 @dataclass(frozen=True)
 class Round:
-    """A closed round. message: its update, None of weights.  loss: mean of the clients' losses.
+    """A closed round.
 
-    first_variance, variance: after its first part and at its end.  theta: SHA-256 of the adapter
-    after it, snapshot: of the state, where it is kept.  hash: over all of the run up to here that
-    leads to a state; not the times, rejections, evaluations and bytes sent.
+    closed: time.  message: the encoded update, None where clients upload weights.  loss: mean of
+    the clients' losses.  first_variance, variance: after the first part and at the end.
+    theta: SHA-256 of the adapter's parameters after the round.  snapshot: SHA-256 of the state
+    after the round, None if the state is not kept.  hash: covers everything up to this round that
+    determines the state; not times, rejections, evaluations and bytes sent.
     """
 
     round: int

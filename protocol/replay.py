@@ -1,4 +1,4 @@
-"""Checks of a ledger: that nothing in it has changed, and that it gives its adapter again."""
+"""Checks of a ledger: that nothing in it was changed, and that a replay gives its adapter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fwdllm.protocol.server import update_of
 
 
 def verify(ledger: Ledger) -> None:
-    """LedgerError for a damaged file, or the first round that is not what was written."""
+    """LedgerError for a damaged file, or for the first round that is missing or was changed."""
     ledger.check_file()
     for at, closed in enumerate(ledger.rounds()):
         if closed.round != at:
@@ -25,8 +25,8 @@ def verify(ledger: Ledger) -> None:
 def replay(ledger: Ledger, on_round: Callable[[Round], None] = lambda closed: None) -> Replica:
     """The state after the last round, from an empty adapter and the contributions alone.
 
-    LedgerError for the first round whose update or adapter is not the recorded one. The bits are
-    those of the machine that replays: another instruction set may round normals differently.
+    LedgerError for the first round whose update or adapter differs from the recorded one. That can
+    also happen on a machine with another instruction set, which may round normals differently.
     """
     replica = Replica(ledger.meta.config, ledger.meta.empty_adapter())
     for closed in ledger.rounds():

@@ -1,4 +1,4 @@
-"""The state that updates move: the server's, a client's copy of it, or one that is replayed."""
+"""The state that updates change: on the server, in a client's copy, or in a replay."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _SEED_BYTES = 12
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """What a round does to the adapter, given its state before.
+    """What a round does to the adapter, given the state before the round.
 
-    terms: those of its gradient, in order.  head: the head's part of the gradient itself, float32
-    [n_head], where it is smaller than its terms, which are left out then.  vector: the whole
-    gradient, float32 [space.size], where clients upload weights. Without any of them the round
-    changed nothing.
+    terms: of the round's gradient, in order.  head: the head's part of the gradient, float32
+    [n_head], if that takes fewer bytes than the head's terms, which are then left out.
+    vector: the whole gradient, float32 [space.size], where clients upload weights. Without terms,
+    head and vector the round changed nothing.
     """
 
     round: int
@@ -37,7 +37,7 @@ class Update:
 
     @staticmethod
     def of(round: int, terms: Sequence[Term], gradient: np.ndarray, n_head: int) -> Update:
-        """The smaller form of an update by terms. gradient: what they come to."""
+        """The update in whichever form is smaller. gradient: the gradient that the terms give."""
         n_seeds = sum(len(term.seeds) for term in terms if term.layers == HEAD)
         if n_seeds * _SEED_BYTES <= 4 * n_head:
             return Update(round, tuple(terms))
@@ -50,9 +50,10 @@ class Update:
 
 
 class Replica:
-    """An adapter after ``round`` rounds. theta: of the adapter, changed in place.
+    """An adapter after ``round`` rounds.
 
-    optimizer: the server's averages.  gradient: of the last round that had one, or None.
+    theta: the adapter's parameters, changed in place.  optimizer: state of the server's optimizer.
+    gradient: of the last round that had one, or None.
     """
 
     def __init__(self, config: FederationConfig, adapter: Adapter) -> None:
@@ -70,7 +71,7 @@ class Replica:
         """Step to the state after ``update``.
 
         gradient: of the update, if it is known already.  ValueError for an update of another
-        round; NumericsError, with everything as it was, if the step is not finite.
+        round; NumericsError, with the state unchanged, if the step is not finite.
         """
         if update.round != self.round:
             raise ValueError(f"an update of round {update.round} does not follow {self.round}")
@@ -90,7 +91,7 @@ class Replica:
         return gradient
 
     def rates(self) -> tuple[float, float]:
-        """Learning rates of the next update, of the adapter and of the head."""
+        """Learning rates of the next update: the adapter's and the head's."""
         config = self.config
         factor = lr_factor(self.round, config.rounds, config.warmup, config.schedule)
         base = config.learning_rate
@@ -104,7 +105,7 @@ class Replica:
         return arrays if self.gradient is None else {**arrays, "gradient": self.gradient}
 
     def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Take a state of ``to_arrays``; ValueError if it is of another run."""
+        """Load a state from ``to_arrays``; ValueError if its arrays do not fit this run."""
         missing = {"theta", "round"} - set(arrays)
         if missing:
             raise ValueError(f"a state has no {min(missing)}")

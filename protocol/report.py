@@ -16,12 +16,13 @@ from fwdllm.protocol.space import Space
 class Report:
     """A client's answer to an assignment.
 
-    n_examples: in its batches.  n_tokens: lane-tokens forwarded.  seconds: of its own clock.
-    loss: mean of its batches in nats, at their start.
+    n_examples: in the client's batches.  n_tokens: tokens forwarded, counted in every lane.
+    seconds: by the client's own clock.
+    loss: mean over the batches in nats, each at the adapter before its local step.
     derivatives: float32 [local_steps, perturbations], head_derivatives: float32 [local_steps,
-    head_perturbations], slopes of the loss along the assignment's seeds.
-    vector: float32, how far its share of the adapter came towards the gradient, before - after in
-    the order of ``Space.pack``, where clients upload weights; None elsewhere.
+    head_perturbations]; directional derivatives of the loss along the assignment's seeds.
+    vector: float32, the client's share of the adapter before training minus the same after it, in
+    the order of ``Space.pack``; None unless clients upload weights.
     """
 
     round: int

@@ -1,6 +1,6 @@
 """Which seeds, examples and clients a step uses: pure functions of (run seed, step).
 
-Both come from one Philox stream keyed by the run seed. Its 64-bit counter is split into
+All come from one Philox stream keyed by the run seed. Its 64-bit counter is split into
 purpose (2 bits), round or epoch (32 bits) and index (28 bits), so no two draws of a run ever
 share a counter.
 """
@@ -18,19 +18,22 @@ _PERTURBATIONS, _SHUFFLE, _CLIENTS, _HEAD = range(4)
 def derive_seeds(run_seed: int, round: int, count: int, first: int = 0) -> np.ndarray:
     """The perturbation seeds first .. first + count of one round: uint64 [count].
 
-    A round can ask for more perturbations of the same state by going on where it stopped.
+    For more perturbations of the same round, raise ``first`` by the count drawn so far.
     ValueError outside 0 <= run_seed < 2**64, 0 <= round < 2**32, 0 <= first + count <= 2**28.
     """
     return _draw(run_seed, _PERTURBATIONS, round, count, first)
 
 
 def head_seeds(run_seed: int, round: int, count: int, first: int = 0) -> np.ndarray:
-    """As ``derive_seeds``, of directions of a classification head."""
+    """As ``derive_seeds``, for directions of a classification head."""
     return _draw(run_seed, _HEAD, round, count, first)
 
 
 def client_keys(run_seed: int, round: int, count: int, first: int = 0) -> np.ndarray:
-    """A random number of each client in a round: uint64 [count]. Errors as ``derive_seeds``."""
+    """One random number for each client of a round: uint64 [count].
+
+    Errors: as ``derive_seeds``.
+    """
     return _draw(run_seed, _CLIENTS, round, count, first)
 
 
@@ -39,7 +42,8 @@ def batch_indices(run_seed: int, step: int, n_examples: int, batch_size: int) ->
 
     Each epoch is its own permutation of all examples; epochs follow each other without a gap,
     so every batch is full and every example is used exactly once per epoch. A batch across the
-    border of two epochs may hold an example twice. ValueError if there is nothing to draw from.
+    border of two epochs may hold an example twice. ValueError if n_examples or batch_size is below
+    1 or step below 0.
     """
     if n_examples < 1 or batch_size < 1 or step < 0:
         raise ValueError(

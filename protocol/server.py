@@ -1,8 +1,8 @@
 """The server of a run: plans rounds, takes reports, makes updates, and writes all of it down.
 
-It has no sockets and no clock: a transport asks ``open_part`` whom to ask, hands what comes back to
-``receive``, and calls ``close_part`` when everybody has answered or the deadline has passed. A
-server made from a ledger goes on where the last one stopped, bit for bit.
+It has no sockets and no clock. A transport gets assignments from ``open_part``, passes each answer
+to ``receive``, and calls ``close_part`` when all clients have answered or the deadline has passed.
+A server made from a ledger goes on where the previous one stopped, bit for bit.
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ from fwdllm.protocol.wire import WireError
 
 @dataclass(frozen=True)
 class Closed:
-    """A round that has ended. loss: mean of clients' losses; None, as variance, if unknown.
+    """A round that has ended.
 
-    n_asked, n_accepted: clients.  n_perturbations: scalars of the adapter used.  n_tokens:
-    lane-tokens of clients, seconds of them.  moved: whether the adapter did.
+    n_asked, n_accepted: clients asked and reports accepted, over all parts.  n_perturbations:
+    perturbations of the adapter in the accepted reports, without the head's.  n_tokens, seconds:
+    sums over the accepted reports.  loss: mean of the clients' losses, None without any.
+    variance: see ``pacing.variance``.  moved: whether the adapter changed.
     """
 
     round: int
@@ -56,7 +58,7 @@ class Closed:
 
 
 class Server:
-    """See the module. round: how many are closed.  replica: the state after them."""
+    """See the module. round: number of closed rounds.  replica: the state after them."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger, self.config = ledger, ledger.meta.config
@@ -100,9 +102,11 @@ class Server:
         return self.ledger.arrivals(self.round, self._part)
 
     def open_part(self, clients: Sequence[int], now: float) -> list[Assignment]:
-        """Whom to ask now: of the open part those who have not answered, else of a new one.
+        """The assignments to send now: those of the open part that have no answer yet.
 
-        clients: those that can be asked; a part waits for others only until it is closed.
+        Opens a new part if none is open.  clients: those that can be asked. Assignments of other
+        clients are not returned, but count as unanswered until the part is closed.
+        ValueError if all rounds are done.
         """
         if self.done:
             raise ValueError("all rounds are done")
@@ -116,10 +120,11 @@ class Server:
         ]
 
     def synchronize(self, client: int) -> bytes:
-        """What brings a client to the state its assignment is about, if it is not there already.
+        """A message that brings a client to the current state, which its assignment is about.
 
-        The updates since the round it last contributed to, or the state, whichever is smaller. A
-        client that has never contributed starts from the empty adapter.
+        It holds the updates since the round that the client last contributed to, or the whole
+        state, whichever is smaller. A client that has never contributed starts from the empty
+        adapter.
         """
         first = self._base(client)
         size = self.ledger.messages_size(first)
@@ -128,28 +133,31 @@ class Server:
         return wire.encode_many([r.message or b"" for r in self.ledger.rounds(first)])
 
     def synchronization_size(self, client: int) -> int:
-        """Bytes of ``synchronize``, without making it."""
+        """The size in bytes of ``synchronize``'s message, without making it."""
         size = self.ledger.messages_size(self._base(client))
         return 6 + (self._state_size if size is None else min(size, self._state_size))
 
     def forget(self, client: int) -> None:
-        """A client has lost its state, and has the empty adapter alone."""
+        """Note that a client has lost its state and holds only the empty adapter."""
         self._holders.discard(client)
         self._lost.add(client)
 
     def forget_all(self) -> None:
-        """As ``forget``, for all clients that have not contributed since."""
+        """As ``forget``, for all clients, each until it contributes again."""
         self._holders, self._all_lost = set(), True
 
     def sent(self, assignment: Assignment, n_bytes: int) -> None:
-        """A client was sent so many bytes for an assignment, once more if it was sent before."""
+        """Note that n_bytes were sent for an assignment; they add to those of earlier sends."""
         a = assignment
         key = (a.round, a.part, a.client)
         self._bytes_sent[key] = self._bytes_sent.get(key, 0) + n_bytes
         self.ledger.set_bytes_down(*key, self._bytes_sent[key])
 
     def receive(self, client: int, data: bytes, now: float) -> str | None:
-        """Take a client's report, or reject it and say why. Either is on disk on return."""
+        """Accept a client's report (None), or reject it (the reason).
+
+        Either way it is recorded: on disk on return, or at the end of ``Ledger.batch``.
+        """
         reason, round, part = self._examine(client, data)
         if reason is None:
             self.ledger.accept(round, part, client, now, data)
@@ -160,9 +168,10 @@ class Server:
         return reason
 
     def close_part(self, now: float) -> Closed | None:
-        """End the open part: None if the round goes on with another one, else what it came to.
+        """End the open part. None if the round needs another part, else the closed round.
 
-        After a LedgerError the server is where a new one made of the ledger would be.
+        After a LedgerError the server is in the state of a new server made from the ledger.
+        ValueError if no part is open.
         """
         if self._part < 0 or self._part_is_closed:
             raise ValueError("there is no open part to close")
@@ -180,7 +189,7 @@ class Server:
         self._take(answers, part)
         self._part_is_closed = True
         is_last = part + 1 >= config.max_parts
-        # Less a little, as 0.28 * 25 is above 7.
+        # The 1e-9 is for rounding errors: 0.28 * 25 is slightly above 7.
         if len(answers) < math.ceil(config.quorum * len(asked) - 1e-9) and not is_last:
             return None
         firsts = [r.first_variance for r in self.ledger.rounds() if r.first_variance is not None]
@@ -194,7 +203,7 @@ class Server:
 
     def _public_state(self) -> dict[str, np.ndarray]:
         arrays = self.replica.to_arrays()
-        arrays.pop("gradient", None)  # only the server chooses seeds by it
+        arrays.pop("gradient", None)  # only the server needs it, to choose seeds
         return arrays
 
     def _base(self, client: int) -> int:
@@ -230,7 +239,10 @@ class Server:
         self._part, self._part_is_closed = part, False
 
     def _examine(self, client: int, data: bytes) -> tuple[str | None, int, int]:
-        """Why a report is not used, if so, and the round and part that it is of or came in."""
+        """Why a report is rejected, or None, and its round and part.
+
+        Reports that cannot be decoded, were not asked for or came before: the open round and part.
+        """
         here = self.round, max(self._part, 0)
         most = self._largest_report
         if len(data) > most:
@@ -257,7 +269,7 @@ class Server:
 
     @property
     def _largest_report(self) -> int:
-        """Bytes of the largest report that the open part may get."""
+        """Size in bytes of the largest valid report."""
         config, n_head = self.config, self.replica.space.adapter.n_head
         if config.upload == "weights":
             return wire.report_size(((0, 0), (0, 0), self.replica.space.size))
@@ -269,7 +281,7 @@ class Server:
         return answers_of(self.ledger, round, part)
 
     def _take(self, answers: Sequence[Answer], part: int) -> None:
-        """Pool a part's answers with those of the round's parts before it."""
+        """Add a part's answers to those of the round's earlier parts."""
         if self.config.upload == "weights":
             self._variances.append(None)
             return
@@ -324,7 +336,7 @@ class Server:
         self._sums, self._terms, self._variances = None, [], []
 
     def _resume_round(self) -> None:
-        """Take up the open round, if there is one: all parts but its last are closed."""
+        """Resume the open round, if there is one: only its last part is still open."""
         self._between_rounds()
         parts = self.ledger.parts(self.round)
         for part, _, _ in parts[:-1]:
@@ -344,7 +356,7 @@ def answers_of(ledger: Ledger, round: int, part: int) -> list[Answer]:
 def part_terms(
     ledger: Ledger, space: Space, round: int, part: int, answers: Sequence[Answer]
 ) -> list[Term]:
-    """The terms of a part; with differential privacy, those with its noise."""
+    """The terms of a part; with differential privacy, noise included."""
     config = ledger.meta.config
     if config.sigma == 0:
         return terms_of(config, answers, part)
@@ -360,7 +372,7 @@ def part_terms(
 
 
 def update_of(ledger: Ledger, replica: Replica, round: int) -> tuple[Update, np.ndarray | None]:
-    """A closed round's update and its gradient, made again from its contributions."""
+    """A closed round's update and gradient, computed again from its contributions."""
     parts = [part for part, _, _ in ledger.parts(round)]
     if ledger.meta.config.upload == "weights":
         answers = [answer for part in parts for answer in answers_of(ledger, round, part)]

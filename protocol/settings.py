@@ -1,4 +1,4 @@
-"""What runs on one machine and federations can both be told: groups of settings they inherit.
+"""Groups of settings that local runs and federated runs have in common, for them to inherit.
 
 Nothing here is slow to import.
 """
@@ -14,19 +14,19 @@ from fwdllm.engine.settings import DEFAULT_EPSILON, METHODS, setting
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw", "yogi")
 SCHEDULES = ("linear", "constant")
 
-# What the counter layout of ``protocol.seeds`` has room for.
+# Limits from the counter layout of ``protocol.seeds``.
 MAX_RUN_SEED = 2**64 - 1
 MAX_ROUNDS = 2**32
 MAX_INDEX = 2**28
 
-# Where nothing else is said: FedYogi's tau (Reddi et al. 2021), torch's decay of AdamW.
+# Optimizers' own defaults: FedYogi's tau (Reddi et al. 2021), torch's weight decay of AdamW.
 _EPS = {"yogi": 1e-3}
 _WEIGHT_DECAY = {"adamw": 0.01}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EstimatorConfig:
-    """What a gradient is estimated from."""
+    """How a gradient is estimated."""
 
     batch_size: int = setting(
         8,
@@ -53,11 +53,12 @@ class EstimatorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """What makes a step of a gradient.
+    """How a gradient becomes a step.
 
-    learning_rate: before a schedule.  head_learning_rate: of a classification head, None is the
-    same.  momentum is read by "momentum"; beta1, beta2 and eps by "adam", "adamw" and "yogi";
-    weight_decay by all. An eps or weight_decay of None is the optimizer's own.
+    learning_rate: the base rate, which the schedule multiplies.  head_learning_rate: the same for a
+    classification head; None: learning_rate.  momentum: for "momentum".  beta1, beta2, eps: for
+    "adam", "adamw" and "yogi".  weight_decay: for all.  An eps or weight_decay of None means the
+    optimizer's default.
     """
 
     optimizer: str = setting(
@@ -91,17 +92,17 @@ class OptimizerConfig:
 
     @property
     def eps_in_use(self) -> float:
-        """eps, or the optimizer's own."""
+        """eps, or the optimizer's default."""
         return _EPS.get(self.optimizer, 1e-8) if self.eps is None else self.eps
 
     @property
     def weight_decay_in_use(self) -> float:
-        """weight_decay, or the optimizer's own."""
+        """weight_decay, or the optimizer's default."""
         own = _WEIGHT_DECAY.get(self.optimizer, 0.0)
         return own if self.weight_decay is None else self.weight_decay
 
     def recorded(self) -> dict[str, Any]:
-        """As JSON values, without what only this version knows the meaning of."""
+        """As JSON values, with defaults filled in, because another version's may differ."""
         in_use = {"eps": self.eps_in_use, "weight_decay": self.weight_decay_in_use}
         return {**dataclasses.asdict(self), **in_use}
 

@@ -1,6 +1,7 @@
-"""What seeds of a federated run mean: coordinates of directions, and then the head's parameters.
+"""The vector space of a federated run: which vector a seed stands for in a scope.
 
-A scope is a tuple of layers, None for all of the adapter, or HEAD for the classification head.
+A vector has the coordinates of the directions first, then the head's parameters. A scope is a tuple
+of layers, None for all layers of the adapter, or HEAD for the classification head.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ class Space:
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
-        """The adapted ones, ascending."""
+        """The layers that have an adapter, ascending."""
         return tuple(sorted({t.layer for t in self.adapter.targets}))
 
     def directions(self, layers: Layers) -> Directions:
-        """What seeds mean in a scope of layers."""
+        """The directions that seeds stand for in a scope."""
         if layers not in self._directions:
             scope = Scope(layers)
             config = DirectionsConfig(self.config.directions, self.config.dimension, scope=scope)
@@ -79,31 +80,31 @@ class Space:
         return self.directions(layers).dot(vector[: self.n_coordinates], seeds)
 
     def head_dot(self, gradient: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-        """gradient . z(seed) of the head's parameters, float32 [n_head], for every seed."""
+        """gradient . z(seed) for every seed: float64 [k]. gradient: float32 [n_head]."""
         return self.adapter.ops.seeded_dot(
             gradient, seeds, offset=self.adapter.n_lora, distribution=self.distribution
         )
 
     def units(self) -> list[Layers]:
-        """Scopes that do not overlap and of which all others are made, the head's the last."""
+        """The smallest scopes: disjoint; all other scopes are unions of them. HEAD is the last."""
         parts: list[Layers] = [(layer,) for layer in self.layers] if self.config.split else [None]
         return [*parts, HEAD] if self.adapter.n_head else parts
 
     def ranges(self, layers: Layers) -> list[tuple[int, int]]:
-        """Where a scope is in a vector: starts and ends."""
+        """Where a scope lies in a vector: (start, end) pairs."""
         if layers == HEAD:
             return [(self.n_coordinates, self.size)]
         directions = self.directions(layers)
         if layers is None or not isinstance(directions, Dense):
             return [(0, self.n_coordinates)]
-        return directions.ranges  # split runs have coordinates that are parameters
+        return directions.ranges  # in split runs coordinates are parameters
 
     def pack(self, vector: np.ndarray, layers: Layers) -> np.ndarray:
-        """What a client with a scope uploads of a vector: the scope's part, then the head's."""
+        """The part of a vector that a client with a scope uploads: the scope's, then the head's."""
         return np.concatenate([vector[start:end] for start, end in self._ranges(layers)])
 
     def unpack(self, packed: np.ndarray, layers: Layers) -> np.ndarray:
-        """The inverse of ``pack``, zero where it left something out."""
+        """The inverse of ``pack``; elements that ``pack`` left out are zero."""
         out, at = np.zeros(self.size, np.float32), 0
         for start, end in self._ranges(layers):
             out[start:end] = packed[at : at + end - start]
@@ -111,7 +112,7 @@ class Space:
         return out
 
     def packed_size(self, layers: Layers) -> int:
-        """Elements of what ``pack`` gives."""
+        """Number of elements that ``pack`` returns."""
         return sum(end - start for start, end in self._ranges(layers))
 
     def _ranges(self, layers: Layers) -> list[tuple[int, int]]:
@@ -119,7 +120,7 @@ class Space:
 
 
 def covers(layers: Layers, unit: Layers) -> bool:
-    """Whether a scope has a unit of ``Space.units`` in it."""
+    """Whether a scope includes a unit of ``Space.units``."""
     if HEAD in (layers, unit):
         return layers == unit
     return layers is None or (unit is not None and unit[0] in layers)

@@ -1,8 +1,8 @@
-"""What crosses the network and what the ledger keeps, as bytes.
+"""Messages as bytes, for the network and for the ledger.
 
-Little-endian throughout. A message is its version, its kind, and the fields of its kind in order;
-an array is its length (uint32) and its elements. Nothing may be missing or left over, so hostile
-bytes are refused before anything is made of them; floats travel as they are, bit for bit.
+All numbers are little-endian. A message is a version (uint8), a kind (uint8) and the fields of that
+kind in order; an array is its length (uint32) and its elements. Missing or extra bytes are an
+error, so malformed messages are refused before they are used. Floats are kept bit for bit.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _KINDS = {
     _MANY: "a list of messages",
 }
 
-# In place of a number of layers: all of them.
+# In place of the number of layers: means all layers.
 _ALL_LAYERS = 0xFFFF
 
 _DTYPES: list[np.dtype] = [np.dtype("<f4"), np.dtype("<f8"), np.dtype("<u8"), np.dtype("<i8")]
@@ -43,7 +43,7 @@ class WireError(FwdllmError):
 
 
 def encode_assignment(assignment: Assignment) -> bytes:
-    """An assignment, without its client, which is whom it is sent to."""
+    """An assignment as bytes; without the client number, as the receiver is the client."""
     a, out = assignment, _Writer(_ASSIGNMENT)
     out.put("IHQI", a.round, a.part, a.batch_seed, a.first_step)
     out.layers(a.layers)
@@ -64,9 +64,9 @@ def decode_assignment(data: bytes, client: int = 0) -> Assignment:
 
 
 def encode_report(report: Report) -> bytes:
-    """A client's report: 34 bytes, and 4 for each scalar or weight."""
+    """A client's report as bytes: 34, and 4 for each scalar or weight."""
     r, out = report, _Writer(_REPORT)
-    with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite and is refused
+    with np.errstate(over="ignore"):  # values beyond float32 become infinite and are refused
         seconds, loss = float(np.float32(r.seconds)), float(np.float32(r.loss))
     n_tokens = min(r.n_tokens, 2**32 - 1)
     out.put("IHIIff", r.round, r.part, r.n_examples, n_tokens, seconds, loss)
@@ -101,13 +101,16 @@ def decode_report(data: bytes) -> Report:
 
 
 def report_size(shapes: tuple[tuple[int, ...], tuple[int, ...], int]) -> int:
-    """Bytes of a report of these shapes, see ``report.expected_shapes``."""
+    """Size in bytes of an encoded report. shapes: see ``report.expected_shapes``."""
     slopes, head, vector = shapes
     return 34 + 4 * (slopes[0] * slopes[1] + head[0] * head[1] + vector)
 
 
 def encode_update(update: Update) -> bytes:
-    """What a client needs to follow a round: seeds and coefficients. ValueError for a vector."""
+    """An update as bytes: what a client needs to follow a round.
+
+    ValueError for an update with a vector.
+    """
     if update.vector is not None:
         raise ValueError("an update of weights is sent as the state it leads to")
     out = _Writer(_UPDATE)
@@ -140,7 +143,7 @@ def decode_update(data: bytes) -> Update:
 
 
 def encode_state(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Arrays of ``Replica.to_arrays``: vectors and numbers."""
+    """The arrays of ``Replica.to_arrays``, vectors and scalars, as bytes."""
     out = _Writer(_STATE)
     out.put("B", len(arrays))
     for name, array in arrays.items():
@@ -170,7 +173,7 @@ def decode_state(data: bytes) -> dict[str, np.ndarray]:
 
 
 def encode_many(messages: Sequence[bytes]) -> bytes:
-    """Messages in one, each 4 bytes longer."""
+    """Several messages in one; each takes 4 bytes more."""
     out = _Writer(_MANY)
     out.put("I", len(messages))
     for message in messages:

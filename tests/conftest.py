@@ -33,7 +33,10 @@ if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than processors: a quarter of the time tests wait for servers and their polling."""
+    """One more than processors: tests of servers and federations wait most of their time.
+
+    Another would cost as much as it gains: each imports all tests, in twelve seconds.
+    """
     return min(8, (os.cpu_count() or 1) + 1)
 
 

@@ -5,8 +5,8 @@
     result = fwdllm.tune("model.gguf", "data.jsonl", "adapter.gguf")
     print(result.loss_before, result.loss_after)
 
-Names are imported when they are first used, so that ``import fwdllm`` itself is quick. So is the
-version read, from what is installed.
+Names are imported when they are first used, so that ``import fwdllm`` itself is quick. The version
+is also read at first use, from the installed package's metadata.
 """
 
 from __future__ import annotations

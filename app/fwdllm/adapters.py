@@ -44,10 +44,10 @@ def check_output(name: _Path) -> None:
 
 
 def write_adapter(engine: Engine, name: _Path) -> Path:
-    """Write the engine's adapter under this name, see ``is_peft``; gives the path.
+    """Write the engine's adapter under this name, see ``is_peft``; returns the path.
 
-    Errors: ConfigError if there is no place for it, NumericsError if it is not finite. No
-    partial file is left, whatever happens; a full disk is an OSError.
+    Errors: ConfigError if it cannot be written there, NumericsError if its values are not finite,
+    OSError for a full disk. No partial file is left, whatever happens.
     """
     assert engine.adapter is not None
     check_output(name)
@@ -67,7 +67,7 @@ def write_adapter(engine: Engine, name: _Path) -> Path:
 
 
 def export(adapter: _Path, output: _Path, model: _Path) -> Path:
-    """Convert an adapter of a model, GGUF or PEFT, to the format of ``output``; gives its path.
+    """Convert an adapter of a model, GGUF or PEFT, to the format of ``output``; returns its path.
 
     Errors: ModelError, AdapterError, ConfigError, and as ``write_adapter``.
     """
@@ -77,7 +77,7 @@ def export(adapter: _Path, output: _Path, model: _Path) -> Path:
 
 @contextlib.contextmanager
 def as_gguf(adapter: _Path, model: _Path) -> Iterator[Path]:
-    """A GGUF file of the adapter: itself, or a temporary one made of a PEFT folder."""
+    """The adapter as a GGUF file: its own path, or a temporary file if it is a PEFT folder."""
     path = Path(adapter)
     if not path.is_dir() and path.suffix != ".safetensors":
         yield path
@@ -87,7 +87,7 @@ def as_gguf(adapter: _Path, model: _Path) -> Iterator[Path]:
 
 
 def _base_model(engine: Engine) -> str:
-    """What PEFT calls the base model: its Hugging Face name where the file knows it."""
+    """The base model's name for PEFT: on Hugging Face if the file has it, else its own name."""
     metadata = engine.file.metadata
     url = metadata.get("general.base_model.0.repo_url", "")
     if isinstance(url, str) and url.startswith("https://huggingface.co/"):

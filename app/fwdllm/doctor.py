@@ -18,7 +18,7 @@ from rich.table import Table
 
 from fwdllm.engine.llamacpp import probe
 
-# Of the processor's flags, those that kernels are written for, here and in llama.cpp.
+# The processor flags for which this package or llama.cpp has kernels.
 _INSTRUCTIONS = re.compile(
     r"avx2|fma|f16c|avx_vnni\w*|avx512\w+|amx_\w+|asimddp|asimdhp|i8mm|bf16|sve2?"
 )
@@ -36,16 +36,17 @@ _LLAMA_CPP = {
 
 
 def examine() -> dict[str, Any]:
-    """A report on this machine as JSON values; llama.cpp is tried anew in a child process.
+    """A report on this machine as JSON values; llama.cpp is tested again in a child process.
 
-    ok: whether our kernels and llama.cpp work.  versions: of fwdllm, Python and the system.
-    processor: name, cpus, instructions (those of its flags that kernels exist for).  kernels: ours:
-    isa (the instruction set in use), isas (those this machine could use), threads, compiler, and
-    error, None if they work.  memory: total_bytes, available_bytes (None where the system is mute),
-    limit_bytes (of a container; None for none).  compilers: first line of --version by command.
-    llama_cpp: state (of ``engine.llamacpp.probe``), meaning, reason, library (its folder), system
-    (what it says of itself).  libraries: versions, None for what is not installed.  gpus: as
-    NVIDIA's driver names them.  extras: of each optional part, the packages missing for it.
+    ok: whether this package's kernels and llama.cpp work.  versions: of fwdllm, Python and the
+    system.  processor: name, cpus, instructions (the processor flags that kernels exist for).
+    kernels: this package's: isa (the instruction set in use), isas (those this machine could use),
+    threads, compiler, and error (None if the kernels work).  memory: total_bytes and
+    available_bytes (None if the system does not tell), limit_bytes (a container's limit; None
+    without one).  compilers: first line of --version by command.
+    llama_cpp: state (see ``engine.llamacpp.probe``), meaning, reason, library (its folder), system
+    (llama.cpp's description of its build).  libraries: versions, None if not installed.  gpus: as
+    NVIDIA's driver names them.  extras: for each optional part, the packages that are missing.
     """
     found, kernels = probe.examine(), _kernels()
     return {
@@ -75,7 +76,7 @@ def examine() -> dict[str, Any]:
 
 
 def render(report: Mapping[str, Any]) -> RenderableType:
-    """A report of ``examine`` for people."""
+    """The report of ``examine`` as text for the terminal."""
     processor, kernels, memory = report["processor"], report["kernels"], report["memory"]
     llama = report["llama_cpp"]
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -175,7 +176,7 @@ def _gpus() -> list[str]:
 
 
 def _extras() -> dict[str, list[str]]:
-    """The optional parts that pyproject.toml declares for users: packages of each not installed."""
+    """For each of pyproject.toml's extras for users: its packages that are not installed."""
     found: dict[str, list[str]] = {}
     for line in metadata.requires("fwdllm") or ():
         extra = re.search(r"""extra == ["'](\w+)["']""", line)
@@ -200,7 +201,7 @@ def _first_line(command: Sequence[str]) -> str:
 
 
 def _output(command: Sequence[str]) -> str:
-    """What a command prints; "" if it is not there, fails or hangs."""
+    """What a command prints; "" if it does not exist, fails or hangs."""
     if shutil.which(command[0]) is None:
         return ""
     try:

@@ -11,7 +11,7 @@ SCHEME = "hf://"
 
 
 def local_path(model: str | os.PathLike[str]) -> Path:
-    """The file of a model; one on the Hub is downloaded once, into the Hub's own cache.
+    """The local file of a model. A file on the Hub is downloaded once, into the Hub's own cache.
 
     Errors: ConfigError for a name that is not hf://owner/repo/file.gguf or if huggingface_hub
     is not installed, ModelError if the download fails. Whether a path exists is not checked.

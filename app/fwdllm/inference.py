@@ -30,8 +30,8 @@ def evaluate(
     """Loss, and accuracy for labelled texts, of a model on a JSONL file.
 
     model: a GGUF file or hf://owner/repo/file.gguf.  adapter: a GGUF file or PEFT folder.
-    max_tokens: cut examples to this many; without it one longer than the model's context is an
-    error.  exact: fp32 arithmetic.  device: "cpu", or "cuda" for an NVIDIA GPU.
+    max_tokens: cut examples to this many; without it an example longer than the model's context is
+    an error.  exact: fp32 arithmetic.  device: "cpu", or "cuda" for an NVIDIA GPU.
     backend: "auto", "fwdllm" or "llama.cpp", see ``Engine.load``.
     Errors: ModelError, DataError, AdapterError, ConfigError, NumericsError.
     """

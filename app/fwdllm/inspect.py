@@ -1,4 +1,4 @@
-"""What is in a model file, what of it can be tuned, and what that takes."""
+"""What is in a model file, which layers can be tuned, and how much memory that takes."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _FLOAT_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 def inspect_model(model: str | os.PathLike[str]) -> dict[str, Any]:
     """A report on a GGUF file as JSON values; only its header is read.
 
-    architecture, name, file, file_bytes, n_parameters: what it is.  backend: what computes with it,
-    "fwdllm" or "llama.cpp"; reason: why it is llama.cpp, else None.  shapes: layers, width,
-    heads, kv_heads, head_dim, hidden, vocab, context.  tensor_types: of each type its name,
-    count, bytes, and whether there are kernels of ours for it.  targets: of each tunable linear
-    layer its name, shape (n_out, n_in) and the number of layers that have it.  n_trainable:
+    architecture, name, file, file_bytes, n_parameters: of the model.  backend: what runs the model,
+    "fwdllm" or "llama.cpp".  reason: why the backend is llama.cpp, else None.  shapes: layers,
+    width, heads, kv_heads, head_dim, hidden, vocab, context.  tensor_types: for each type its name,
+    count, bytes, and whether this package has kernels for it.  targets: for each tunable linear
+    layer its name, shape (n_out, n_in) and the number of blocks that have it.  n_trainable:
     parameters of a default adapter (an encoder's for two labels), without a head.  step_memory:
     bytes of a step that goes forward only by purpose, see ``estimate_step``, and gradient_memory
     of one that comes back, see ``estimate_gradient``; None where llama.cpp decides.  step: what
     that step is.
 
-    Errors: ModelError, for a damaged file.
+    Errors: ModelError for a damaged file.
     """
     file = GGUFFile.open(local_path(model))
     backend = choose(file)
@@ -119,7 +119,7 @@ def _size(shape: tuple[int, ...]) -> int:
 
 
 def render(report: Mapping[str, Any]) -> RenderableType:
-    """A report of ``inspect_model`` for people."""
+    """The report of ``inspect_model`` as text for the terminal."""
     shapes, step = report["shapes"], report["step"]
     facts = _table()
     facts.add_row("architecture", report["architecture"])

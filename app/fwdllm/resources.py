@@ -1,4 +1,4 @@
-"""Memory: what this process has used of it, and amounts of it as people write them."""
+"""Memory: how much this process uses or has used, and amounts of memory as people write them."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def parse_bytes(text: str) -> int:
 
 
 def rss_bytes() -> int | None:
-    """What this process has resident, mapped weights included; None where the system is mute."""
+    """Resident bytes of this process, with mapped weights; None if the system does not tell."""
     return _of_status("VmRSS")
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process has had resident, mapped weights included."""
+    """The most bytes this process has had resident, mapped weights included."""
     # getrusage would count what the parent process had resident before exec, too.
     peak = _of_status("VmHWM")
     if peak is None:

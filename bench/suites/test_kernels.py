@@ -1,4 +1,4 @@
-"""Every kernel under pytest-benchmark, which keeps and compares its own records:
+"""Every kernel under pytest-benchmark, which can save and compare results:
 
     python -m pytest bench/suites --benchmark-only [--benchmark-autosave] [-k matmul]
 

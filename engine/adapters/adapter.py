@@ -20,14 +20,15 @@ from fwdllm.engine.settings import LoRAConfig, is_whole
 from fwdllm.kernels.api import Array, Kernels
 from fwdllm.kernels.types import LoRA
 
-# Raised whenever ``layout`` or the place of the head changes; ledgers and files carry it.
+# Incremented whenever ``layout`` or the place of the head in theta changes; it is stored in ledgers
+# and adapter files.
 LAYOUT_VERSION = 1
 
 _BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)")
 
 
 class Map(Protocol):
-    """What an update needs of ``engine.directions.Directions``."""
+    """The part of ``engine.directions.Directions`` that an update needs."""
 
     def combine(self, seeds: np.ndarray, coefficients: np.ndarray) -> np.ndarray: ...
 
@@ -192,7 +193,7 @@ class Adapter:
         return self._by_name.get(name)
 
     def factors(self, target: Target, theta: Array | None = None) -> LoRA:
-        """Views of the factors of a target. theta: a copy that kernels have of it, to view."""
+        """Views of the factors of a target. theta: the kernels' copy of theta to view instead."""
         theta = self.theta if theta is None else theta
         rank = self.config.rank
         b_offset = target.offset + rank * target.n_in
@@ -219,7 +220,7 @@ class Adapter:
         coefficients: Sequence[float] | np.ndarray,
         directions: Map | None = None,
     ) -> None:
-        """theta[:n_lora] += sum_k coefficients[k] * v(seeds[k]), in place; the head stays.
+        """theta[:n_lora] += sum_k coefficients[k] * v(seeds[k]), in place; the head is unchanged.
 
         seeds: uint64 [k].  coefficients: float32 [k].  directions: what v is, by default normal
         numbers for all of theta.  Errors: NumericsError for a coefficient that is not finite,

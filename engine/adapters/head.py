@@ -28,8 +28,8 @@ def class_losses(
 ) -> np.ndarray:
     """-log p of the classes: float64 [n_lanes, n].
 
-    features: float32 [n_lanes * n, width].  classes: int32 [n].  tangents: the last lanes that are
-    derivatives of the first; their slopes are (p - y) . W dh.
+    features: float32 [n_lanes * n, width].  classes: int32 [n].  tangents: how many lanes, at the
+    end, are derivatives of the first; they get derivatives of the loss, (p - y) . W dh.
     """
     assert adapter.head_weight is not None
     n, at = len(classes), np.arange(len(classes))
@@ -43,9 +43,10 @@ def class_losses(
 
 
 def head_gradient(adapter: Adapter, features: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """Gradient of the mean loss by the head: dW = mean (p - y) h^T, db = mean (p - y).
+    """Gradient of the mean loss with respect to the head: dW = mean (p - y) h^T, db = mean (p - y).
 
-    features: float32 [n, width].  classes: int32 [n].  Returns float32 [n_head], as theta ends.
+    features: float32 [n, width].  classes: int32 [n].  Returns float32 [n_head], in the order of
+    the head's part of theta.
     """
     error = np.exp(log_probabilities(adapter, features))
     error[np.arange(len(classes)), classes] -= 1

@@ -34,7 +34,7 @@ SUFFIX_B = ".weight.lora_b"
 
 
 def save_gguf(adapter: Adapter, path: str | Path) -> None:
-    """Write a GGUF LoRA file, in one step; equal adapters give equal bytes.
+    """Write a GGUF LoRA file atomically; equal adapters give equal bytes.
 
     Errors: NumericsError if the adapter holds values that are not finite, ConfigError if the
     folder does not exist.
@@ -58,7 +58,7 @@ def save_gguf(adapter: Adapter, path: str | Path) -> None:
 
 
 def _append(path: Path, tensors: Sequence[np.ndarray]) -> None:
-    """Write the data of tensors behind a GGUF header, each from and to an aligned position.
+    """Append the data of tensors to a GGUF header; each starts and ends at an aligned position.
 
     GGUFWriter would call ndarray.tofile, which does not notice that the disk is full.
     """

@@ -1,8 +1,8 @@
 """PEFT adapters: a folder with adapter_model.safetensors and adapter_config.json.
 
 Names and formats: https://huggingface.co/docs/peft/developer_guides/checkpoint. A
-classification head goes into a file of its own, because PEFT's classifiers sit on other
-features than ours and must not be loaded in its place.
+classification head goes into a file of its own, because PEFT's classifiers read other
+features than ours: one must not be loaded as the other.
 """
 
 from __future__ import annotations
@@ -138,9 +138,10 @@ def row_order(
 ) -> np.ndarray:
     """int [n_out]: row i of the GGUF tensor is row ``order[i]`` of the Hugging Face tensor.
 
-    Hugging Face rotates the two halves of a head against each other, llama.cpp's "llama"
-    architecture neighbouring pairs, so its converter interleaves the halves of the q and k
-    rows (``permute`` in llama.cpp's convert_hf_to_gguf.py). Other rows stay where they are.
+    RoPE rotates pairs of elements of a head. Hugging Face pairs an element of the first half
+    with one of the second; llama.cpp's "llama" architecture pairs neighbours. So llama.cpp's
+    converter interleaves the halves of the q and k rows (``permute`` in its
+    convert_hf_to_gguf.py). Other rows stay where they are.
     Errors: AdapterError if the rows are not whole heads.
     """
     heads = {"attn_q": n_heads, "attn_k": n_kv_heads}.get(suffix)
@@ -203,7 +204,7 @@ def _target_modules(adapter: Adapter) -> list[str]:
 
 def _save_head(adapter: Adapter, path: Path) -> None:
     if adapter.head is None:
-        path.unlink(missing_ok=True)  # of an adapter saved here before
+        path.unlink(missing_ok=True)  # left by an adapter saved here before
         return
     labels = adapter.head.labels
     weight, bias = np.split(adapter.theta[adapter.n_lora :], [adapter.head.n_weight])

@@ -1,7 +1,7 @@
-"""An adapter as a file holds it, named factor pairs, and its assembly into an ``Adapter``.
+"""An adapter as read from a file (named pairs of factors), and its assembly into an ``Adapter``.
 
-Both file formats meet here, so that "does it fit this model" is decided once. What a file
-claims is not trusted: whatever does not fit is an AdapterError.
+Both file formats are assembled here, so that one place decides whether an adapter fits a model.
+What a file claims is not trusted: whatever does not fit is an AdapterError.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class StoredAdapter:
     """Factors by the GGUF name of the tensor they adapt, without ".weight".
 
     path: the file, for messages.  pairs: name -> (A [rank, n_in], B [n_out, rank]).  alpha:
-    None where the file leaves the scale at 1.  head: with its values, the weight and then the
-    bias, float32 [head.size].
+    None if the file leaves the scale at 1.  head: or None.  head_values: the head's weight and
+    then its bias, float32 [head.size].
     """
 
     path: Path
@@ -98,7 +98,7 @@ def _check_fit(
 
 
 def _check_head(stored: StoredAdapter, shapes: Mapping[str, tuple[int, int]]) -> None:
-    # Every block reads the model's own width, and that is what a head reads.
+    # A head reads features of the model's width, which is n_in of some layer in every block.
     if stored.head and all(stored.head.n_in != n_in for _, n_in in shapes.values()):
         raise AdapterError(
             f"{stored.path} has a classification head on {stored.head.n_in} features, which "

@@ -1,4 +1,4 @@
-"""A batch: token rows of several sequences, and what the loss is taken on."""
+"""A batch: token rows of several sequences, and the tokens or classes that the loss counts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class Batch:
     label_rows: int32 [n_labels], rows whose output predicts the next token; label_ids: int32
     [n_labels], that token; label_sequence: int32 [n_labels], its sequence.
     classes: int32 [n_sequences] for classification by a head, else None.
-    first, first_row: places of the first sequence and its row in the batch these were split from.
+    first, first_row: index of the first sequence, and of its first row, in the batch that this one
+    was split from.
     """
 
     ids: np.ndarray
@@ -51,11 +52,11 @@ class Batch:
 
     @property
     def n_labels(self) -> int:
-        """What losses are means over: label tokens, or sequences with a class."""
+        """Number of losses that the mean is over: label tokens, or sequences with classes."""
         return len(self.label_ids) if self.classes is None else len(self.classes)
 
     def sums_by_sequence(self, values: np.ndarray) -> np.ndarray:
-        """Of what labels have, float64 [n, n_labels], the sums of sequences: [n, n_sequences]."""
+        """Sum values of labels by sequence: float64 [n, n_labels] to [n, n_sequences]."""
         if self.classes is not None:
             return values
         sums = np.zeros((len(values), self.n_sequences))
@@ -63,9 +64,10 @@ class Batch:
         return sums
 
     def lanes(self, lanes: Lanes) -> Lanes:
-        """Lanes of a whole batch for these sequences of it, if they have seeds of their own.
+        """The lanes of the whole batch, restricted to the sequences of this one.
 
-        Neighbours with equal seeds are one part, so that a direction is generated once for them.
+        Only seeds per sequence ([n_lanes, n_sequences]) need it. Adjacent sequences with equal
+        seeds become one part, so that their direction is generated once.
         """
         if lanes.seeds.ndim == 1:
             return lanes
@@ -75,7 +77,7 @@ class Batch:
         return replace(lanes, seeds=seeds[:, first], starts=starts)
 
     def sequences(self, first: int, end: int) -> Batch:
-        """Sequences first .. end as a batch that knows its place in this one."""
+        """Sequences first .. end as a batch that refers to this one by first and first_row."""
         rows = slice(self.starts[first], self.starts[end])
         labels = (self.label_sequence >= first) & (self.label_sequence < end)
         return Batch(
@@ -113,7 +115,10 @@ def pack(sequences: Sequence[Tokens]) -> Batch:
 
 
 def pack_many(sequences: Sequence[Tokens], max_rows: int) -> list[Batch]:
-    """The sequences in order as batches of at most ``max_rows`` rows, or of one sequence."""
+    """Pack sequences, in order, into batches of at most ``max_rows`` rows.
+
+    A sequence longer than that is a batch alone.
+    """
     batches, start, rows = [], 0, 0
     for i, t in enumerate(sequences):
         if rows + len(t.ids) > max_rows and i > start:
@@ -125,7 +130,10 @@ def pack_many(sequences: Sequence[Tokens], max_rows: int) -> list[Batch]:
 
 
 def split(batch: Batch, max_rows: int) -> list[Batch]:
-    """The sequences in order as batches of at most ``max_rows`` rows, or of one sequence."""
+    """Split a batch, in order, into batches of at most ``max_rows`` rows.
+
+    A sequence longer than that is a batch alone.
+    """
     bounds = [0]
     for i in range(1, batch.n_sequences):
         if batch.starts[i + 1] - batch.starts[bounds[-1]] > max_rows:

@@ -13,16 +13,16 @@ from fwdllm.engine.data.jsonl import Example, check_labels
 from fwdllm.engine.data.tokenizer import Tokenizer
 from fwdllm.engine.errors import DataError
 
-# Tokens of sequences that are kept, 12 MB: a number in a list takes 36 bytes, a truth value 8.
+# Most tokens in the cache of encoded examples, 12 MB: an int in a list takes 36 bytes, a bool 8.
 _MOST_KEPT = 1 << 18
 
 
 class Encoding:
-    """How a model reads examples.
+    """Turns examples into the tokens that a model reads.
 
-    context: tokens that it takes at most.  encoder: whether it yields features, not next tokens.
-    labels: names of classes for an encoder's head.  The sequences of examples are kept while there
-    is room, as a run comes back to them in every epoch.
+    context: the model's maximum number of tokens.  encoder: whether the model yields features, not
+    next tokens.  labels: names of classes for an encoder's head. Encoded examples are cached while
+    there is room, because a run needs them again in every epoch.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Encoding:
     ) -> None:
         self.tokenizer, self.context, self.encoder = tokenizer, context, encoder
         self.labels = labels
-        # By identity, so the example has to stay, too.
+        # The key has the id() of an example, so the example must be kept alive, too.
         self._kept: dict[tuple[int, int | None, tuple[str, ...]], tuple[Example, Tokens]] = {}
         self._n_kept = 0
 
@@ -41,14 +41,14 @@ class Encoding:
             return found[1]
         tokens = self._example(example, max_tokens)
         self._n_kept += len(tokens.ids)
-        if self._n_kept > _MOST_KEPT:  # a server's examples do not come back
+        if self._n_kept > _MOST_KEPT:  # a server's examples are not needed again
             self._kept.clear()
             self._n_kept = len(tokens.ids)
         self._kept[key] = (example, tokens)
         return tokens
 
     def label(self, example: Example, label: str, max_tokens: int | None) -> Tokens:
-        """An example with a label as what is predicted of it. Errors: DataError."""
+        """An example's text with ``label`` as the tokens to predict. Errors: DataError."""
         return encode_label(self.tokenizer, example, label, self.context, max_tokens)
 
     def _example(self, example: Example, max_tokens: int | None) -> Tokens:
@@ -62,7 +62,7 @@ class Encoding:
 
 
 def classification_prompt(label: str) -> tuple[str, str]:
-    """What a decoder reads after the text, and how it names a label."""
+    """What a decoder reads after the text, and then the label as it is written there."""
     return "\nLabel:", f" {label}"
 
 
@@ -71,7 +71,8 @@ def encode_decoder(
 ) -> Tokens:
     """Tokens of one example for a decoder, cut to max_tokens.
 
-    DataError for an example longer than the context without max_tokens, or with one token.
+    DataError if no token is left to predict, or if max_tokens is None and the example is longer
+    than the context.
     """
     if example.kind == "label":
         assert example.label is not None
@@ -107,7 +108,7 @@ def encode_label(
 def encode_text(
     tokenizer: Tokenizer, example: Example, context: int, max_tokens: int | None
 ) -> list[int]:
-    """Tokens of a text for an encoder, between its special tokens."""
+    """Tokens of a text for an encoder, with the encoder's special tokens around them."""
     if example.text is None:
         raise DataError(f"{example.where}: an encoder reads examples with a text")
     ids = tokenizer.encode(example.text, bos=True)
@@ -120,7 +121,7 @@ def encode_text(
 
 
 def _chat_spans(tokenizer: Tokenizer, example: Example) -> list[tuple[list[int], bool]]:
-    """The conversation as its template renders it; what the assistant says is labelled."""
+    """(ids, labelled) of spans of the rendered conversation; the assistant's are labelled."""
     assert example.messages is not None
     spans: list[tuple[str, bool]] = []
     done = ""
@@ -145,8 +146,9 @@ def _encode_spans(
 ) -> list[list[int]]:
     """Tokens of consecutive texts, BOS first if the model wants it.
 
-    Each text is tokenized behind those before it (SentencePiece would put a space in front of
-    it otherwise), or alone where its first token would swallow the end of the one before.
+    Each text is tokenized together with those before it, because SentencePiece would put a space
+    in front of a text alone. Where that changes earlier tokens (a token would cross the border
+    between two texts), the text is tokenized alone.
     """
     before, before_ids = "", list[int]()
     spans = []
@@ -171,7 +173,8 @@ def _join(spans: Iterable[tuple[list[int], bool]]) -> Tokens:
 
 
 def _fit(tokens: Tokens, example: Example, context: int, max_tokens: int | None) -> Tokens:
-    """Cut to the limit; a long prompt loses its beginning, so that half is left to predict."""
+    """Cut to the limit. A long prompt loses its beginning, so that half of the limit is left for
+    the tokens to predict."""
     n = len(tokens.ids)
     if max_tokens is None and n > context:
         raise _too_long(example, n, context)

@@ -72,7 +72,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Example]:
 
 
 def parse_jsonl(lines: Iterable[bytes], name: str) -> list[Example]:
-    """As ``read_jsonl``, of lines that are in memory; name: of the file, for messages."""
+    """As ``read_jsonl``, for lines in memory. name: the file's name in error messages."""
     examples: list[Example] = []
     for line, raw in _numbered(lines):
         example = _parse(raw, line, name)
@@ -118,7 +118,7 @@ def split(
     n_held_out = _held_out_count(len(examples), held_out)
     if seed < 0:
         raise ConfigError(f"the seed is {seed}; it must not be negative")
-    # The raw stream, because NumPy keeps it from release to release; permutation() may change.
+    # NumPy keeps the raw stream the same from release to release; permutation() may change.
     keys = np.random.PCG64(seed).random_raw(len(examples))
     chosen = set(np.argsort(keys, kind="stable")[:n_held_out].tolist())
     train = [example for i, example in enumerate(examples) if i not in chosen]
@@ -128,7 +128,7 @@ def split(
 def hold_out(
     examples: Sequence[Example], seed: int, most: int
 ) -> tuple[list[Example], list[Example]]:
-    """As ``split``, with a tenth held out, at most so many."""
+    """As ``split``, with a tenth held out, but at least 1 example and at most ``most``."""
     return split(examples, min(max(1, round(0.1 * len(examples))), most), seed)
 
 
@@ -145,7 +145,7 @@ def _held_out_count(n_examples: int, held_out: float) -> int:
 
 
 def _numbered(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines that are not blank."""
+    """Lines that are not blank, with their numbers in the file from 1."""
     for number, raw in enumerate(lines, 1):
         line = raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw
         if line.strip():

@@ -1,6 +1,7 @@
-"""What direction of the adapter a seed names: v(seed) = M z(seed), for the stream z of the seed
-(``kernels.api.Kernels.normal``) and a linear map M that differs from one kind of directions to the
-next.
+"""Which direction in the adapter's parameter space a seed names.
+
+v(seed) = M z(seed): z is the random stream of the seed (``kernels.api.Kernels.normal``), M a linear
+map that depends on the kind of directions.
 """
 
 from __future__ import annotations

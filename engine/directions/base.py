@@ -14,10 +14,12 @@ from fwdllm.kernels.types import DISTRIBUTIONS, LoRA
 
 
 class Directions(Protocol):
-    """What v(seed) = M z(seed) is, z the numbers of the seed's stream, called coordinates.
+    """The map from a seed to its direction v(seed) = M z(seed).
 
-    An update of theta is made in coordinates and expanded: M sum_k c_k z(seed_k).
-    distribution: of the coordinates.  size: how many there are.  targets: what M moves.
+    z(seed) are numbers of the seed's random stream, called coordinates. An update of theta is
+    summed in coordinates and then expanded: M sum_k c_k z(seed_k).
+    distribution: of the coordinates.  size: number of coordinates.  targets: the adapted layers
+    whose factors M changes.
     """
 
     @property
@@ -30,23 +32,32 @@ class Directions(Protocol):
     def targets(self) -> tuple[Target, ...]: ...
 
     def lora(self, target: Target, theta: Array | None = None) -> LoRA:
-        """The factors of a target with their directions, for the kernels; see Adapter.factors."""
+        """A target's factors, and how kernels generate their directions; see Adapter.factors."""
         ...
 
     def combine(self, seeds: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
-        """sum_k coefficients[k] z(seeds[k]): float32 [size]. Two of it: uint64 [k], float32 [k]."""
+        """sum_k coefficients[k] z(seeds[k]): float32 [size].
+
+        seeds: uint64 [k].  coefficients: float32 [k].
+        """
         ...
 
     def dot(self, coordinates: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-        """coordinates . z(seed) for every seed: float32 [size], uint64 [k] to float64 [k]."""
+        """coordinates . z(seed) for every seed: float64 [k].
+
+        coordinates: float32 [size].  seeds: uint64 [k].
+        """
         ...
 
     def expand(self, coordinates: np.ndarray) -> np.ndarray:
-        """M coordinates: float32 [n_lora]."""
+        """M coordinates: float32 [size] to [n_lora]."""
         ...
 
     def project(self, theta: np.ndarray) -> np.ndarray:
-        """M^T theta, of a gradient by theta that by coordinates: float32 [n_lora] to [size]."""
+        """M^T theta: float32 [n_lora] to [size].
+
+        It turns a gradient with respect to theta into the one with respect to coordinates.
+        """
         ...
 
 

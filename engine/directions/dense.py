@@ -1,4 +1,4 @@
-"""Directions that have a number of their own for every parameter: M = I, in a scope."""
+"""Directions with one random number for each parameter: M is the identity inside a scope."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Dense:
 
     @cached_property
     def ranges(self) -> list[tuple[int, int]]:
-        """Where the targets' parameters are in theta, neighbours as one."""
+        """(start, end) of the targets' parameters in theta; adjacent ranges are merged."""
         rank = self.adapter.config.rank
         ranges: list[tuple[int, int]] = []
         for t in self.targets:

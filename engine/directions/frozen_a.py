@@ -1,4 +1,4 @@
-"""LoRA-FA (arXiv 2308.03303), as P-RGE uses it: A stays as it is and B alone moves."""
+"""LoRA-FA (arXiv 2308.03303), as P-RGE uses it: A is frozen and only B is trained."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fwdllm.engine.settings import Scope
 
 
 def lora_fa(adapter: Adapter, scope: Scope | None = None) -> Subspace:
-    """Normal numbers for every element of B."""
+    """Directions with a normal number for every element of B."""
     targets = (scope or Scope()).of(adapter.targets)
     return Subspace(
         adapter, {t.name: Bases(np.zeros((0, t.n_in), np.float32), None) for t in targets}

@@ -1,4 +1,4 @@
-"""B stays as it is and A alone moves, as ``engine.estimators.activation`` trains."""
+"""B is frozen and only A is trained, as ``engine.estimators.activation`` does it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from fwdllm.engine.settings import Scope
 
 
 def frozen_b(adapter: Adapter, scope: Scope | None = None) -> Subspace:
-    """Normal numbers for every element of A; its coordinates are the A of the targets in turn."""
+    """Directions with a normal number for every element of A.
+
+    The coordinates are the A matrices of the targets, one after the other.
+    """
     targets = (scope or Scope()).of(adapter.targets)
     return Subspace(
         adapter, {t.name: Bases(None, np.zeros((0, t.n_out), np.float32)) for t in targets}

@@ -1,7 +1,7 @@
-"""LoRA-XS (arXiv 2405.17604): A and B from the SVD of the weight, and only a core between them.
+"""LoRA-XS (arXiv 2405.17604): only a small core matrix is trained, between factors from an SVD.
 
-W is about U S V^T. A is V^T and stays; B = U R^T moves by the core R [rank, rank] alone, from zero.
-A file of it is an ordinary LoRA.
+The weight W is about U S V^T. A = V^T is frozen. B = U R^T changes only through the core
+R [rank, rank], which starts at zero. The adapter is saved as an ordinary LoRA.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from fwdllm.engine.directions.subspace import Bases, Subspace
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.settings import Scope
 
-# Power iterations and spare columns of the randomized SVD (Halko et al., arXiv 0909.4061):
-# enough for the leading vectors of weights, whose spectra fall slowly.
+# Power iterations and extra columns (oversampling) of the randomized SVD (Halko et al., arXiv
+# 0909.4061): enough for the leading vectors of weights, whose singular values fall slowly.
 _ITERATIONS, _SPARE = 4, 8
 
 
 def lora_xs(
     adapter: Adapter, decoded: Callable[[Target], np.ndarray], scope: Scope | None = None
 ) -> Subspace:
-    """Normal numbers for the cores of the targets; sets A, whose rows are orthonormal.
+    """Directions with normal numbers for the targets' cores; also sets every A to its V^T.
 
-    decoded: gives a target's weight, float32 [n_out, n_in].  ConfigError if the rank is above one
-    of its sides.
+    decoded: returns a target's weight, float32 [n_out, n_in].  ConfigError if the rank is above
+    n_in or n_out.
     """
     rank, bases = adapter.config.rank, {}
     for t in (scope or Scope()).of(adapter.targets):
@@ -39,7 +39,7 @@ def lora_xs(
 
 
 def _leading(weight: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first singular vectors as rows: float32 [rank, n_out] and [rank, n_in]."""
+    """The first left and right singular vectors as rows: float32 [rank, n_out], [rank, n_in]."""
     columns = min(rank + _SPARE, *weight.shape)
     x = np.random.default_rng(0).normal(size=(weight.shape[1], columns)).astype(np.float32)
     for _ in range(_ITERATIONS):

@@ -1,4 +1,4 @@
-"""From a configuration to directions."""
+"""Makes the directions that a configuration describes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ def make_directions(
     mean_squares: Callable[[], Mapping[str, np.ndarray]],
     decoded: Callable[[Target], np.ndarray],
 ) -> Directions:
-    """The directions for an adapter as it is before training; lora-xs sets its A.
+    """The directions for an adapter that is not trained yet; "lora-xs" also sets its A.
 
-    seed: of random subspaces.  mean_squares: gives those of the targets' inputs, for a mask.
-    decoded: gives a target's weight, float32 [n_out, n_in].
+    seed: of the random subspaces of "subzero".  mean_squares: returns the mean squares of the
+    targets' inputs, for the mask of "sparse"; see ``foresight_mask``.  decoded: returns a target's
+    weight, float32 [n_out, n_in].
     """
     if config.kind == "lora-fa":
         return lora_fa(adapter, config.scope)

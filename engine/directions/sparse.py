@@ -1,4 +1,4 @@
-"""Directions that leave most parameters alone: M = diag(mask)."""
+"""Directions that are zero for most parameters: M = diag(mask)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fwdllm.kernels.types import LoRA
 
 @dataclass(frozen=True, eq=False)
 class Sparse:
-    """Normal numbers where mask, float32 [n_lora], is one; nothing moves where it is zero."""
+    """Normal numbers where mask, float32 [n_lora], is 1; parameters with a 0 are frozen."""
 
     dense: Dense
     mask: np.ndarray
@@ -60,16 +60,17 @@ class Sparse:
 def foresight_mask(
     adapter: Adapter, mean_squares: Mapping[str, np.ndarray], keep: float
 ) -> np.ndarray:
-    """The mask that keeps a share of the parameters by what they can do to the model's outputs.
+    """A mask of the parameters that influence the model's outputs most: float32 [n_lora].
 
-    mean_squares: of the inputs of every target over some data, float32 [n_in], see
-    ``Engine.input_mean_squares``.  keep: from 0 to 1.
+    mean_squares: of the inputs of every target over some data, float64 [n_in] by target name; see
+    ``Engine.input_mean_squares``.  keep: the share of parameters with a 1, above 0 and at most 1.
 
     Foresight pruning scores a weight before training by its part of the trace of the neural
-    tangent kernel, the squared slopes of the outputs by it (NTK-SAP, arXiv 2304.02840). For a
-    factor y = scale B A x these are, but for what the rest of the model does to y, which a forward
-    pass does not know, x_j^2 |B_r|^2 for A[r, j] and (A_r x)^2 for B[i, r], of which the mean is
-    taken with the inputs x_j independent. While B is zero, |B_r|^2 counts as one for all r.
+    tangent kernel: the squared derivatives of the outputs with respect to that weight (NTK-SAP,
+    arXiv 2304.02840). Here the outputs are those of the adapted layer, y = scale B A x, because a
+    forward pass does not tell what the rest of the model does to y. The scores are then
+    x_j^2 |B_r|^2 for A[r, j] and (A_r x)^2 for B[i, r], averaged over the data as if the inputs
+    x_j were independent. While B is zero, |B_r|^2 counts as one for all r.
     """
     if not 0 < keep <= 1:
         raise ConfigError(f"the share of parameters to keep is above 0 and at most 1, not {keep}")

@@ -1,5 +1,6 @@
-"""Directions inside a fixed subspace of every factor: M spreads few coordinates over many
-parameters. The estimate of a gradient gets better as its dimension falls.
+"""Directions inside a fixed subspace of every factor: M maps few coordinates to many parameters.
+
+The fewer coordinates there are, the more accurate is the estimate of their gradient.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from fwdllm.kernels.types import LoRA
 
 @dataclass(frozen=True)
 class Bases:
-    """a: float32 [q, n_in], rows of A move in its span; b: float32 [q, n_out], columns of B do.
+    """The subspaces of one target's factors.
 
-    An empty one (q = 0) holds its factor still; None lets all of it move.
+    a: float32 [q, n_in], whose rows span the changes of the rows of A.  b: float32 [q, n_out],
+    whose rows span the changes of the columns of B. An empty basis (q = 0) freezes its factor;
+    with None every element of the factor changes freely.
     """
 
     a: np.ndarray | None
@@ -29,9 +32,10 @@ class Bases:
 
 @dataclass(frozen=True, eq=False)
 class Subspace:
-    """Directions Z_A bases.a of A and (Z_B bases.b)^T of B; coordinates are Z_A and Z_B.
+    """The direction of A is Z_A bases.a, that of B is (Z_B bases.b)^T.
 
-    bases: of the targets that move, by name, in the adapter's order of targets.
+    Coordinates are the Z_A and Z_B of every target, in the adapter's order of targets.
+    bases: by the names of the targets to train.
     """
 
     adapter: Adapter
@@ -47,7 +51,7 @@ class Subspace:
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, int, int]]:
-        """Of each target where its coordinates begin, and numbers a rank has of A and of B."""
+        """By target: where its coordinates begin, and the columns of its Z_A and of its Z_B."""
         shapes, at = {}, 0
         for t in self.targets:
             bases = self.bases[t.name]

@@ -1,7 +1,7 @@
 """SubZero (arXiv 2410.08989): a random subspace of low rank in every layer.
 
-SubZero perturbs a weight by U Z V^T with random orthonormal U and V. Of a LoRA factor one side has
-only ``rank`` entries, so the long side alone gets a basis: A moves by Z_A V^T and B by U Z_B.
+SubZero perturbs a weight by U Z V^T with random orthonormal U and V. One side of a LoRA factor has
+only ``rank`` entries, so only its long side gets a basis: A changes by Z_A V^T and B by U Z_B.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from fwdllm.engine.settings import Scope
 
 
 def subzero(adapter: Adapter, dimension: int, seed: int, scope: Scope | None = None) -> Subspace:
-    """Normal numbers in a subspace of ``dimension`` vectors of each factor's long side.
+    """Directions in a random subspace of ``dimension`` dimensions of each factor's long side.
 
-    Equal seeds give equal subspaces everywhere, to rounding.  ConfigError if a factor has fewer
-    dimensions.
+    Equal seeds give equal subspaces on every machine, up to rounding.  ConfigError if
+    ``dimension`` is above n_in or n_out of a target.
     """
     bases = {}
     for t in (scope or Scope()).of(adapter.targets):
         if not 1 <= dimension <= min(t.n_in, t.n_out):
             raise ConfigError(f"{t.name} has no subspace of {dimension} dimensions")
-        # Where theta's own elements are in the stream, so that targets differ.
+        # Each target reads its own part of the stream, so that their subspaces differ.
         n_in, n_out = t.n_in * dimension, t.n_out * dimension
         numbers = adapter.ops.normal(seed, t.offset * dimension, n_in + n_out)
         a, b = np.split(numbers, [n_in])

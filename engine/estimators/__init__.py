@@ -1,1 +1,1 @@
-"""Gradients from forward passes: which lanes to run, and what their losses say."""
+"""Gradients from forward passes: which lanes to run, and derivatives from their losses."""

@@ -1,17 +1,18 @@
-"""Activation perturbation: gradients from few numbers per token instead of many per weight.
+"""Activation perturbation: gradients by perturbing few activations instead of many weights.
 
-An adapted layer computes y = x W^T + scale (x A^T) B^T. Its rank numbers per token, u = x A^T,
-stand between A and everything after, so dL/dA = sum over tokens of (dL/du) x^T: with x known from
-the forward pass only dL/du has to be estimated. Tokens of different examples do not meet, so one
-tangent perturbs u of every example by itself; an example of 12 tokens and 24 layers of rank 1 has
-288 unknowns where their A have ten thousand.
+An adapted layer computes y = x W^T + scale (x A^T) B^T. A affects the loss only through u = x A^T,
+which has ``rank`` numbers per token, so dL/dA = sum over tokens of (dL/du) x^T. The forward pass
+gives x; only dL/du has to be estimated. Examples do not interact, so one tangent can perturb the u
+of every example independently. An example of 12 tokens and 24 layers of rank 1 has 288 unknowns;
+the A of these layers have ten thousand parameters.
 
-B stays as it is, so it has to say which way the outputs should move at all: ``sensitivity`` finds
-that, by biases at the outputs that are perturbed in the same manner.
+B is frozen, so it has to contain the directions in which the layers' outputs should change.
+``sensitivity`` finds them, by perturbing biases at the outputs in the same manner.
 
-Every number of an example is perturbed in one of the K tangents, by +1 or -1 at random. The
-example's slope there times that sign is the number's derivative plus those of its companions with
-random signs: unbiased, and K directions that are orthogonal. With K numbers or fewer it is exact.
+Each number in the u of an example is perturbed in one of the K tangents, by +1 or -1 at random. The
+derivative of the example's loss along that tangent, times the sign, is the number's own derivative
+plus, with random signs, the derivatives of the other numbers in the same tangent. The estimate is
+unbiased and the K directions are orthogonal. With at most K numbers per example it is exact.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from fwdllm.engine.estimators.lanes import head_gradient, lane_losses
 from fwdllm.engine.estimators.plan import plan
 from fwdllm.engine.graph import Graph, Tap, Variants
 
-# Seeds the choice of contrasts where there are more than the rank; any number would do.
+# Seed for choosing contrasts if there are more of them than the rank; its value is arbitrary.
 _CONTRASTS = 1
 
 
 @dataclass(frozen=True)
 class Gradient:
-    """What one step learned. loss: of the batch, in nats per label.
+    """The result of one step. loss: of the batch, in nats per label.
 
-    values: float32 [n_lora], by ``gradient`` of A with B's part zero, by ``sensitivity`` of B with
-    A's part zero.  head_gradient: float32 [n_head], or None without a head.  n_tokens: lane-tokens
-    forwarded.
+    values: float32 [n_lora]; ``gradient`` fills A's part, ``sensitivity`` B's, and the rest is
+    zero.  head_gradient: float32 [n_head], or None without a head.  n_tokens: rows forwarded,
+    summed over lanes.
     """
 
     loss: float
@@ -48,7 +49,10 @@ class Gradient:
 
 
 def head_alone(graph: Graph, batch: Batch) -> Gradient:
-    """The gradient by the head, exact. Errors: ConfigError, NumericsError."""
+    """The exact gradient with respect to the head; values are zero.
+
+    Errors: ConfigError, NumericsError.
+    """
     nll, features = lane_losses(graph, batch)
     head = head_gradient(graph, batch, features)
     zero = np.zeros(_adapter(graph).n_lora, np.float32)
@@ -58,9 +62,10 @@ def head_alone(graph: Graph, batch: Batch) -> Gradient:
 def gradient(
     graph: Graph, batch: Batch, seed: int, n_tangents: int, targets: Sequence[Target]
 ) -> Gradient:
-    """An unbiased estimate of the gradient by A of the targets.
+    """An unbiased estimate of the gradient with respect to the targets' A.
 
-    Costs 2 + n_tangents lanes: the last one is for the x of the outer products.
+    Costs 2 + n_tangents lanes: a plain one, the tangents, and a second plain pass for the x of
+    the outer products.
     Errors: ConfigError, NumericsError.
     """
     adapter = _adapter(graph)
@@ -88,11 +93,12 @@ def gradient(
 def sensitivity(
     graph: Graph, batch: Batch, seed: int, n_tangents: int, targets: Sequence[Target]
 ) -> Gradient:
-    """What biases at the outputs of the targets would do, as columns of B.
+    """Estimated derivatives with respect to biases at the targets' outputs, as columns of B.
 
-    With a head: to contrasts of its scores, mean over examples, one for each column; two classes
-    have one, the difference of their scores. Without: to the loss.
-    Errors: ConfigError if the rank is above that, NumericsError.
+    With a head, column r has the derivatives of contrast r, a combination of the head's scores,
+    averaged over examples. n classes have n - 1 contrasts; for two classes it is the difference of
+    their scores. Without a head the only column has the derivatives of the loss.
+    Errors: ConfigError if the rank is more than the number of such columns, NumericsError.
     """
     adapter = _adapter(graph)
     check_rank(adapter)
@@ -122,9 +128,10 @@ def sensitivity(
 
 
 def scaled(adapter: Adapter, sensitivities: np.ndarray) -> np.ndarray:
-    """Columns of B that move what the sensitivities m are of by about one: m / |m|^2 / scale.
+    """B from the sensitivities m of ``sensitivity``: m / |m|^2 / scale, float32 [n_lora].
 
-    |m|^2 is the mean over a target's columns. Both float32 [n_lora].
+    A unit of u then changes the contrast, or the loss, by about one. |m|^2 is the mean over a
+    target's columns.  sensitivities: float32 [n_lora].
     """
     values = np.zeros_like(sensitivities)
     rank = adapter.config.rank
@@ -149,9 +156,10 @@ def check_rank(adapter: Adapter) -> None:
 
 @dataclass(frozen=True)
 class _Slopes:
-    """slopes: float64 [n_tangents, n_sequences], of each example's share of the loss.
+    """Derivatives along tangents, with the loss and the head's gradient.
 
-    features: slopes of what a head reads, float32 [n_tangents, n_sequences, width], or None.
+    slopes: of each example's share of the loss, float64 [n_tangents, n_sequences].
+    features: of the features a head reads, float32 [n_tangents, n_sequences, width], or None.
     """
 
     loss: float
@@ -163,7 +171,7 @@ class _Slopes:
 def _slopes(
     graph: Graph, batch: Batch, n_tangents: int, inject: Callable[[int, int], Tap]
 ) -> _Slopes:
-    """Slopes along tangents that begin where ``inject(first, end)`` puts those of that range."""
+    """Derivatives along tangents. inject(first, end): a tap that perturbs tangents first .. end."""
     p = plan(np.arange(n_tangents, dtype=np.uint64), "forward-ad")
     loss, head = np.nan, None
     slopes: list[np.ndarray] = []
@@ -182,7 +190,8 @@ def _slopes(
 
 @dataclass(frozen=True)
 class _Bottlenecks:
-    """Adds scale B of each row's sign to the outputs in that row's tangent."""
+    """Perturbs each number of u by its sign, in its tangent: adds sign * scale * its column of B
+    to the outputs of its row."""
 
     adapter: Adapter
     layer: int
@@ -208,7 +217,10 @@ class _Bottlenecks:
 
 @dataclass(frozen=True)
 class _Biases:
-    """Adds each output's sign in its example, the same for all rows, in that output's tangent."""
+    """Perturbs a bias at each output by a sign, in the tangent of that output.
+
+    The sign is the same for all rows of an example.
+    """
 
     layer: int
     columns: dict[str, slice]
@@ -245,8 +257,8 @@ class _OuterProducts:
             return
         du = self.du[rows, at]
         total = self.sums.get(target.name, np.zeros((du.shape[1], x.shape[1])))
-        # One row after the other, so that blocks of a memory budget change no bit; products of
-        # a few rows at a time stay in the cache.
+        # Rows are added one after the other, so that the blocks of a memory budget do not change
+        # the bits; the products of a few rows at a time stay in the cache.
         for i in range(0, len(x), 16):
             products = du[i : i + 16, :, None] * x[i : i + 16, None, :].astype(np.float64)
             total = np.add.reduce(np.concatenate([total[None], products]), axis=0)

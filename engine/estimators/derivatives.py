@@ -78,9 +78,9 @@ def of_groups(
 def _losses(
     graph: Graph, batch: Batch, p: Plan, directions: Directions
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """``lane_losses`` of a plan, in as many passes as memory asks for; features of its first.
+    """``lane_losses`` of a plan, in as many passes as memory requires.
 
-    With features, lane 0 is plain.
+    The features are those of the first pass, in which lane 0 is then plain.
     """
     parts: list[np.ndarray] = []
     first = None

@@ -1,4 +1,4 @@
-"""Losses in every lane of a pass, whatever the model's outputs are."""
+"""Losses in every lane of a pass, of tokens or of classes by a head."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fwdllm.engine.graph import PLAIN, Graph, Variants
 def lane_losses(
     graph: Graph, batch: Batch, variants: Variants = PLAIN
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """NLL of every label in every lane, slopes in tangents: float64 [n_lanes, n_labels].
+    """NLL of every label in every lane, derivatives of it in tangents: float64 [n_lanes, n_labels].
 
-    And what a head reads, see ``Graph.features``, or None without classes.
+    The second result is what a head reads, see ``Graph.features``, or None without classes.
     """
     if batch.classes is None:
         return graph.token_losses(batch, variants), None
@@ -25,7 +25,10 @@ def lane_losses(
 
 
 def head_gradient(graph: Graph, batch: Batch, features: np.ndarray | None) -> np.ndarray | None:
-    """Gradient by the head's parameters from features of ``lane_losses``: float32 [n_head]."""
+    """The gradient with respect to the head: float32 [n_head], or None without classes.
+
+    features: as ``lane_losses`` returns them, lane 0 being plain.
+    """
     if features is None or batch.classes is None or graph.adapter is None:
         return None
     return head.head_gradient(graph.adapter, features[: batch.n_sequences], batch.classes)

@@ -1,4 +1,4 @@
-"""Directional derivatives by forward passes: which lanes to run, and what their losses say.
+"""Directional derivatives by forward passes: which lanes to run, and how to use their losses.
 
 All lanes of a step go through the model in one forward pass.
 """
@@ -14,19 +14,19 @@ from fwdllm.engine.settings import DEFAULT_EPSILON, METHODS
 from fwdllm.kernels.reference import philox
 from fwdllm.kernels.types import Lanes
 
-# Examples' seeds come from the stream of a seed far behind its direction.
+# Where examples' seeds are in the stream of a seed: far behind the numbers of its direction.
 _EXAMPLES_AT = 1 << 62
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What one step learned about the loss around the adapter.
+    """The loss at the adapter's parameters, and its directional derivatives.
 
-    loss: mean negative log-likelihood in nats per label.  seeds: uint64 and derivative: float64,
-    both [n_seeds]: the slope of that loss along each v(seed). With a direction for every example
-    both are [n_seeds, n_examples]: slopes of each example's share of it, along its own v(seed).
-    head_gradient: float32 [n_head], or None without a head.  n_tokens: lane-tokens forwarded, those
-    of layers before the first perturbed one once.
+    loss: mean negative log-likelihood in nats per label.  seeds: uint64 [n_seeds].  derivative:
+    float64 [n_seeds], of the loss along each v(seed). With a direction for every example both are
+    [n_seeds, n_examples], and a derivative is that of one example's share of the loss along its own
+    v(seed).  head_gradient: float32 [n_head], or None without a head.  n_tokens: rows forwarded,
+    summed over lanes; layers before the first perturbed one compute only one lane.
     """
 
     loss: float
@@ -40,7 +40,8 @@ class Probe:
 class Plan:
     """The lanes of one step.
 
-    method, epsilon: how slopes come of their losses.  plain: whether lane 0 is unperturbed.
+    method, epsilon: how derivatives are computed from the lanes' losses.  plain: whether lane 0 is
+    unperturbed.
     """
 
     lanes: Lanes
@@ -49,14 +50,15 @@ class Plan:
     plain: bool
 
     def loss(self, losses: np.ndarray) -> float:
-        """The unperturbed loss of losses [n_lanes], or without a plain lane the mean of all."""
+        """The loss from losses [n_lanes]: the plain lane's, or without one the mean of the finite
+        ones."""
         finite = losses[np.isfinite(losses)]
         return float(losses[0] if self.plain or not finite.size else finite.mean())
 
     def derivative(self, losses: np.ndarray) -> np.ndarray:
-        """Slopes of the seeds: float64 [n_lanes, ...] to [n_seeds, ...].
+        """Derivatives along the seeds' directions: float64 [n_lanes, ...] to [n_seeds, ...].
 
-        losses: of tangent lanes they are derivatives already.
+        losses: of each lane; tangent lanes have derivatives already.
         """
         first = int(self.plain)
         if self.method == "forward-ad":
@@ -66,9 +68,10 @@ class Plan:
         return (losses[first::2] - losses[first + 1 :: 2]) / (2 * self.epsilon)
 
     def parts(self, max_lanes: int) -> list[Lanes]:
-        """The lanes in groups of about ``max_lanes``, each with whole seeds and the plain lane.
+        """The lanes in groups of about ``max_lanes``.
 
-        A seed's lanes give the same bits in any group.
+        The lanes of a seed stay together, and every group has the plain lane if there is one, so
+        that a seed's lanes give the same bits in any group.
         """
         first, n = int(self.plain), len(self.lanes)
         per_seed = 2 if self.method == "central" else 1
@@ -87,8 +90,8 @@ def plan(
 ) -> Plan:
     """Lanes for ``method``; ``plain`` adds an unperturbed lane if the method has none.
 
-    seeds: uint64 [n_seeds], or [n_seeds, n_examples] for directions of the examples' own.
-    forward-ad: grad(L) . v, exact, by a tangent lane for each seed beside a plain one (Spry,
+    seeds: uint64 [n_seeds], or [n_seeds, n_examples] if every example has directions of its own.
+    forward-ad: grad(L) . v, exact, with a plain lane and a tangent lane for each seed (Spry,
     arXiv 2405.15551, section 3).
     central: (L(theta + eps v) - L(theta - eps v)) / 2 eps, FwdLLM's estimator
     (arXiv 2308.13894, section 3.1).  forward-difference: (L(theta + eps v) - L(theta)) / eps.
@@ -122,9 +125,9 @@ def n_lanes(method: str, n_seeds: int) -> int:
 
 
 def example_seeds(seeds: np.ndarray, n_examples: int) -> np.ndarray:
-    """A seed for every example of a batch from each seed: uint64 [n_seeds, n_examples].
+    """Derive from each seed a seed for every example: uint64 [n_seeds, n_examples].
 
-    seeds: uint64 [n_seeds]. Example i gets the first 64 bits of block 2^62 + i of their streams.
+    seeds: uint64 [n_seeds]. Example i gets the first 64 bits of block 2^62 + i of a seed's stream.
     """
     words = np.stack([philox(int(s), _EXAMPLES_AT, n_examples) for s in seeds]).astype(np.uint64)
     return words[..., 0] | words[..., 1] << np.uint64(32)

@@ -1,1 +1,1 @@
-"""GGUF files: the header, checked before anything is believed, and the mapped tensors."""
+"""GGUF files: the header, checked before anything in it is used, and the mapped tensors."""

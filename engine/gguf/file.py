@@ -52,7 +52,7 @@ class GGUFFile:
         try:
             found = path.stat()
         except (OSError, ValueError):
-            return _open(path, ())  # which says what is wrong
+            return _open(path, ())  # raises the error that says what is wrong
         return _open(path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
 
     def weight(self, name: str) -> Weight:
@@ -150,7 +150,7 @@ class GGUFFile:
         value = self.metadata.get(key, default)
         if value is None:
             raise ModelError(f"{self.path} has no metadata {key!r}; it is not a complete model")
-        is_bool = isinstance(value, bool)  # which Python takes for an int
+        is_bool = isinstance(value, bool)  # a bool is an int to Python
         if not isinstance(value, types) or (is_bool and bool not in types):
             found = type(value).__name__
             raise ModelError(f"{self.path}: metadata {key!r} is of type {found}, not {wanted}")
@@ -171,7 +171,7 @@ class GGUFFile:
         return np.frombuffer(self.mapping, np.uint8, tensor.nbytes, tensor.offset)
 
 
-@lru_cache(maxsize=2)  # a command opens its model several times, and a server one model
+@lru_cache(maxsize=2)  # a command opens its model several times, and so does a server
 def _open(path: Path, version_of_file: tuple[int, ...]) -> GGUFFile:
     mapping = _map(path)
     version, metadata, tensors = read_header(path, mapping)

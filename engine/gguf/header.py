@@ -30,8 +30,8 @@ MAX_TENSOR_NAME_BYTES = 64
 MAX_DIMS = 4
 MAX_ELEMENTS = 2**63 - 1  # ggml counts in int64
 
-# Ours, so that a hostile file costs seconds at worst. A vocabulary of 262k tokens with its
-# merges takes 17 MB, and models have some thousands of tensors.
+# Our own limits, so that a hostile file costs seconds at worst. A vocabulary of 262k tokens with
+# its merges takes 17 MB, and models have some thousands of tensors.
 MAX_HEADER_BYTES = 1 << 26
 MAX_ENTRIES = 1 << 17
 

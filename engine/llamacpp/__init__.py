@@ -1,1 +1,1 @@
-"""llama.cpp: the one door to it, its graphs as an engine of ours, and text from it."""
+"""llama.cpp: loading it safely, its graphs behind our own interface, and text generation by it."""

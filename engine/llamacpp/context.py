@@ -1,12 +1,13 @@
-"""A llama.cpp context that lets us add to products while it computes.
+"""A llama.cpp context in which we can change the results of products while it computes.
 
-llama.cpp's scheduler asks a callback about every operation, in their order. After one that it wants
-the callback may read and change the result, and the next operation goes on with that.
+A product here is a matmul with a weight. llama.cpp's scheduler asks a callback about every
+operation, in order, whether its result is wanted. If so, the scheduler calls the callback again
+after the operation; the callback may then read and change the result, which later operations use.
 
-What a graph is like is found out by two rehearsals of a call, which end as soon as they can. One
-has the number of its sequence in place of every token, because llama.cpp may take a call's rows in
-several micro-batches and in another order than they were given; a sequence's own tokens stay in
-order. The other lists the operations.
+How llama.cpp computes a call is found out by two rehearsals of it, which stop as early as possible.
+The first finds the order of the rows: llama.cpp may split a call into several micro-batches and
+reorder its rows, but a sequence's own tokens stay in order. In it, every token is replaced by the
+number of its sequence. The second lists the operations.
 """
 
 from __future__ import annotations
@@ -33,22 +34,24 @@ from fwdllm.engine.llamacpp.native import (
 from fwdllm.engine.llamacpp.products import Operation, Relative, relative_products
 from fwdllm.kernels.api import HostKernels
 
-# Where a graph begins: the rows of a table that tokens stand for (src/llama-graph.cpp).
+# A graph begins by looking tokens up in the embedding table; these are the names of the table and
+# of the tokens (src/llama-graph.cpp).
 _TABLE, _TOKENS = b"token_embd.weight", b"inp_tokens"
 _ABORTED = 2  # llama_decode in llama.h
 
 
 class ProductTap(Protocol):
-    """What happens at products."""
+    """A hook at products."""
 
     def wants(self, name: str) -> bool:
-        """Whether the product with the weight ``name`` (without ".weight") is of interest."""
+        """Whether to be called after the product with the weight ``name`` (without ".weight")."""
         ...
 
     def __call__(self, name: str, rows: np.ndarray, x: np.ndarray, y: np.ndarray) -> None:
-        """y = x W^T was computed, of these rows of the call; y may be changed.
+        """Called when y = x W^T is computed; y may be changed.
 
-        rows: int64 [n].  x: float32 [n, n_in].  y: float32 [n, n_out].
+        rows: int64 [n], which rows of the call these are.  x: float32 [n, n_in].
+        y: float32 [n, n_out].
         """
         ...
 
@@ -58,8 +61,8 @@ class Call:
     """Tokens to evaluate together, sequence after sequence.
 
     ids, positions, sequences: int32 [n_rows]; sequences are numbered from 0.  outputs: bool
-    [n_rows], rows whose logits are wanted.  references: int64 [n_rows], the row that each is
-    rounded relative to, which is its own; None if each is rounded by itself.
+    [n_rows], rows whose logits are wanted.  references: int64 [n_rows], for each row the row that
+    it is rounded relative to, which must be its own reference; None if each is rounded by itself.
     """
 
     ids: np.ndarray
@@ -75,9 +78,10 @@ class Call:
 
 @dataclass(frozen=True)
 class _Shape:
-    """What is known of calls of a shape.
+    """What rehearsals found out about calls of one shape.
 
-    orders: rows of the call in each micro-batch.  products: of the graph, if there is one only.
+    orders: the rows of the call in each micro-batch.  products: see ``relative_products``; empty
+    if there are several micro-batches.
     """
 
     orders: Sequence[np.ndarray]
@@ -85,10 +89,10 @@ class _Shape:
 
 
 class Context:
-    """Calls of up to ``n_rows`` rows in ``n_sequences`` sequences.
+    """A llama.cpp context for calls of up to ``n_rows`` rows in ``n_sequences`` sequences.
 
-    n_cells: tokens that are kept, as many of each sequence.  pooling: of an encoder, as enum
-    llama_pooling_type.  ops: kernels for what is relative.
+    n_cells: tokens whose keys and values are kept, as many of each sequence.  pooling: of an
+    encoder, as enum llama_pooling_type; None for a decoder.  ops: kernels that make rows relative.
     """
 
     def __init__(
@@ -101,7 +105,7 @@ class Context:
         ops: HostKernels,
         pooling: int | None = None,
     ) -> None:
-        from fwdllm.kernels.cpu import num_threads  # which a machine with a GPU can do without
+        from fwdllm.kernels.cpu import num_threads  # a machine with a GPU may lack it
 
         pooled = {} if pooling is None else {"embeddings": True, "pooling_type": pooling}
         self.model = model
@@ -134,11 +138,14 @@ class Context:
         """Start new sequences."""
         memory = llama_cpp.llama_get_memory(self._handle)
         if memory:  # encoders have none
-            # With the data: what is not finite would spoil sequences to come.
+            # True clears the data, too: values that are not finite would spoil later sequences.
             llama_cpp.llama_memory_clear(memory, True)
 
     def rehearse(self, work: Call) -> None:
-        """Get to know calls like this one; ``forget`` what sequences had then."""
+        """Find out how llama.cpp computes calls of this shape, once for each shape.
+
+        Sequences have the tokens of rehearsals afterwards; call ``forget`` before ``run``.
+        """
         key = _shape_of(work)
         if key in self._shapes:
             return
@@ -153,11 +160,14 @@ class Context:
         self._shapes[key] = _Shape(order.orders, relative_products(listing.operations))
 
     def run(self, work: Call, tap: ProductTap) -> None:
-        """Evaluate a call that is rehearsed, behind what its sequences have had before."""
+        """Evaluate a rehearsed call; its tokens follow those that its sequences have already."""
         self._decode(_Evaluation(work, self._layout, self._shapes[_shape_of(work)], tap, self.ops))
 
     def logits(self, n: int) -> np.ndarray:
-        """Of the outputs of the last call, in its order: float32 [n, n_vocab], llama.cpp's own."""
+        """Logits of the last call's outputs, in the call's order: float32 [n, n_vocab].
+
+        The array is llama.cpp's memory, not a copy.
+        """
         pointer = llama_cpp.llama_get_logits(self._handle)
         n_vocab = llama_cpp.llama_vocab_n_tokens(self.model.vocab)
         return np.ctypeslib.as_array(pointer, (n, n_vocab))
@@ -195,8 +205,8 @@ class Context:
             raise ModelError(f"llama.cpp failed on {self.model.file.path}: {reason()}")
 
     def _evaluated(self, tensor: int, ask: bool) -> bool:
-        """What the callback does: say whether a result is wanted, or use one that is there."""
-        if self._running is None:  # llama.cpp tries its graphs
+        """What the callback does: say whether a result is wanted (``ask``), or use the result."""
+        if self._running is None:  # not a call of ours: llama.cpp tries its graphs
             return False
         if self._error is None:
             try:
@@ -204,21 +214,25 @@ class Context:
                 return self._running.asked(node) if ask else self._running.computed(node)
             except BaseException as error:  # it would be lost in ctypes
                 self._error = error
-        return ask  # which computes no more than this, and not to go on ends the rest
+        # After an error: ask for the result of this operation, and then stop.
+        return ask
 
 
 class _Running(Protocol):
-    """What is done in the callback while a call is evaluated. abort: asked after operations."""
+    """What the callback does during a call.
+
+    abort: a function that llama.cpp calls after operations; the call ends if it returns True.
+    """
 
     work: Call
     abort: Any
 
     def asked(self, node: Tensor) -> bool:
-        """Whether to compute up to this operation and call ``computed`` then."""
+        """Called before an operation; returns whether to call ``computed`` after it."""
         ...
 
     def computed(self, node: Tensor) -> bool:
-        """Whether to go on."""
+        """Called after an operation; returns whether to continue."""
         ...
 
 
@@ -283,7 +297,7 @@ class _Listing:
 
 
 class _Evaluation:
-    """A call in earnest."""
+    """The evaluation of a call that was rehearsed."""
 
     abort = _never
 
@@ -304,9 +318,9 @@ class _Evaluation:
             if product.restores or tap.wants(product.weight)
         }
         self._at = -1
-        self._made: dict[int, Tensor] = {}  # what made inputs of products, by number
+        self._made: dict[int, Tensor] = {}  # inputs of products, by operation
         self._scales: dict[int, np.ndarray] = {}
-        self._saved: dict[int, np.ndarray] = {}  # inputs as they were, where that is of use
+        self._saved: dict[int, np.ndarray] = {}  # inputs before they were made relative
         self._references: dict[int, np.ndarray] = {}  # by number of rows
 
     def asked(self, node: Tensor) -> bool:
@@ -364,16 +378,16 @@ class _Evaluation:
             self._tap(weight, rows, x, y)
 
     def _rows_of(self, y: np.ndarray) -> np.ndarray:
-        """Which rows of the call these are: all of the micro-batch, or its outputs."""
+        """Which rows of the call y has: all of the micro-batch, or only its outputs."""
         rows = self._rows
-        if len(y) != len(rows):  # behind the last attention only outputs go on
+        if len(y) != len(rows):  # after the last attention only outputs are computed
             rows = rows[self.work.outputs[rows]]
         if len(y) != len(rows):
             raise ModelError("llama.cpp's graph has rows of unknown meaning")
         return rows
 
     def _references_of(self, rows: np.ndarray) -> np.ndarray:
-        """Of rows of the call, the places of those that they are relative to."""
+        """For each of these rows of the call, the position in ``rows`` of its reference."""
         if len(rows) not in self._references:
             assert self.work.references is not None
             place = np.full(len(self.work.ids), -1, np.int32)
@@ -396,7 +410,7 @@ def _name(tensor: Tensor) -> str:
 
 
 def _tokens(layout: Layout, node: Tensor) -> np.ndarray | None:
-    """The ids that a micro-batch begins with: int32 [n], or None for other operations."""
+    """The ids that this operation looks up, int32 [n], if it begins a micro-batch; else None."""
     if node.op != layout.get_rows:
         return None
     table, tokens = _source(layout, node, 0), _source(layout, node, 1)
@@ -412,7 +426,7 @@ def _is_rows(tensor: Tensor) -> bool:
 
 
 def _matrix(tensor: Tensor) -> np.ndarray:
-    """A tensor of rows: float32 [n_rows, ne[0]]. ModelError if its memory is not that."""
+    """A tensor as rows: float32 [n_rows, ne[0]]. ModelError if it is not contiguous float32."""
     if not _is_rows(tensor):
         raise ModelError(f"llama.cpp's {tensor.name.decode()} is not rows of float32")
     width, *shape = tensor.ne
@@ -429,7 +443,7 @@ def _pointer(array: np.ndarray, kind: Any) -> Any:
 
 
 def _callback(evaluated: weakref.WeakMethod[Any]) -> Any:
-    """llama.cpp's callback, which must not keep alive what owns it."""
+    """The callback for llama.cpp; it refers to the Context weakly, to not keep it alive."""
 
     @llama_cpp.ggml_backend_sched_eval_callback
     def callback(tensor: int, ask: bool, _user_data: object) -> bool:

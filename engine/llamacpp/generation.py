@@ -1,7 +1,7 @@
-"""Generation, embeddings and logits by llama.cpp, the neighbour for all that is not training.
+"""Generation, embeddings and logits by llama.cpp itself.
 
-Each function opens the model, does its work and lets go of it. ``generate`` and the others
-take the adapter as a GGUF file, the way llama.cpp's own tools do with --lora.
+Each function opens the model, does its work and frees the model. All take the adapter as a GGUF
+file, the way llama.cpp's own tools do with --lora.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def generate(
     session = _Session(model, n_tokens, n_threads)
     if adapter_path is not None:
         session.adapt(adapter_path)
-    n_new = n_tokens - len(ids) + 1  # the last token is not read again
+    n_new = n_tokens - len(ids) + 1  # the last new token is not fed back
     return _pieces(tokenizer, _sample(session, ids, n_new, temperature, seed))
 
 
@@ -115,9 +115,9 @@ def logits(
 ) -> np.ndarray:
     """Logits after every token of one sequence, float32 [len(ids), n_vocab].
 
-    Keys and values are kept in float32, so that what remains of a difference to another
-    engine is the quantization of activations.
-    Errors: ModelError, AdapterError, DataError for ids that are none, out of range or too many.
+    Keys and values are kept in float32, so that only the quantization of activations makes a
+    difference to another engine.
+    Errors: ModelError, AdapterError, DataError for no ids, too many, or an id out of range.
     """
     model = open_model(model_path, vocab_only=False)
     if not model.is_causal:
@@ -164,7 +164,7 @@ class _Session:
         apply_adapter(self.model, self.context, path)
 
     def decode(self, ids: Sequence[int], outputs: bool = False) -> None:
-        """Read tokens after those before; results for all of them, or for the last one."""
+        """Append tokens to the sequence. outputs: results for all of them, not only the last."""
         batch = llama_cpp.llama_batch_init(len(ids), 0, 1)
         try:
             past = self._n_past()
@@ -187,12 +187,12 @@ class _Session:
             llama_cpp.llama_memory_clear(memory, True)
 
     def logits(self, n_tokens: int, n_vocab: int) -> np.ndarray:
-        """Of the tokens last decoded, float32 [n_tokens, n_vocab], a copy."""
+        """Logits of the tokens last decoded, float32 [n_tokens, n_vocab], a copy."""
         pointer = llama_cpp.llama_get_logits(self.context)
         return np.ctypeslib.as_array(pointer, (n_tokens, n_vocab)).copy()
 
     def embedding(self, size: int) -> np.ndarray:
-        """Of the sequence last decoded, float32 [size]."""
+        """The pooled embedding of the sequence last decoded, float32 [size]."""
         pointer = llama_cpp.llama_get_embeddings_seq(self.context, 0)
         if not pointer:
             raise ModelError(f"{self.model.file.path} gives no embeddings")
@@ -237,7 +237,7 @@ def _sampler(temperature: float, seed: int) -> Any:
             llama_cpp.llama_sampler_init_top_p(_TOP_P, _MIN_KEEP),
             llama_cpp.llama_sampler_init_min_p(_MIN_P, _MIN_KEEP),
             llama_cpp.llama_sampler_init_temp(temperature),
-            # LLAMA_DEFAULT_SEED stands for a random seed, so it must not come out.
+            # LLAMA_DEFAULT_SEED means a random seed, so the remainder excludes it.
             llama_cpp.llama_sampler_init_dist(seed % llama_cpp.LLAMA_DEFAULT_SEED),
         ]
     for step in steps:

@@ -1,7 +1,7 @@
 """ggml's tensors as llama.cpp's callback gets them: their layout, read from ggml's own header.
 
-llama-cpp-python installs the header of the ggml it was built with. Before any tensor is read, one
-made by ggml is compared, field by field, with what ggml's functions say of it.
+llama-cpp-python installs the header of the ggml it was built with. Before any tensor is read, some
+made by ggml are compared, field by field, with what ggml's functions say of them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _F16, _I32 = 1, 26
 
 
 class Tensor(ctypes.Structure):
-    """What is read of a struct ggml_tensor, whose fields its own header lists (``Layout``).
+    """The fields that we read of a struct ggml_tensor; ``Layout.tensor`` has all, by the header.
 
     type: enum ggml_type.  ne, nb: sizes and strides in bytes, the fastest first.  op: enum ggml_op.
     src, view_src, data: addresses.
@@ -64,12 +64,15 @@ class Layout:
 
 @functools.cache
 def layout() -> Layout:
-    """The installed ggml's. Errors: ConfigError if its header is missing or does not tell."""
+    """The layout of the installed ggml.
+
+    Errors: ConfigError if its header is missing, not understood, or does not match the library.
+    """
     return read_layout(HEADER)
 
 
 def read_layout(header: Path) -> Layout:
-    """The layout a header describes, if it is that of the installed ggml; see ``layout``."""
+    """The layout that a header describes; errors as ``layout``."""
     try:
         text = header.read_text(encoding="utf-8")
         found = Layout(_struct(text), _operation(text, "MUL_MAT"), _operation(text, "GET_ROWS"))
@@ -83,7 +86,7 @@ def read_layout(header: Path) -> Layout:
 
 
 def _struct(header: str) -> type[Tensor]:
-    """ctypes' struct ggml_tensor of the text of ggml.h. ValueError if it cannot be understood."""
+    """struct ggml_tensor for ctypes, from the text of ggml.h. ValueError if not understood."""
     found = re.search(r"struct ggml_tensor \{(.*?)\n *\};", header, re.DOTALL)
     if not found:
         raise ValueError("its header has no struct ggml_tensor")

@@ -1,12 +1,13 @@
-"""llama.cpp as what computes a model's outputs, for every architecture that it knows.
+"""Model outputs computed by llama.cpp, for every architecture that it knows.
 
-The model, its kernels and its graphs are llama.cpp's. Wherever a graph multiplies with the weight
-of an adapted layer, ``llamacpp.context`` stops it, and the adapter's term of each lane is added to
-the product by the kernel of our own graphs: no adapter file, no direction in memory.
+The model, its kernels and its graphs are llama.cpp's. After each matmul with the weight of an
+adapted layer, ``llamacpp.context`` interrupts the graph, and a kernel that our own graphs use, too,
+adds the adapter's term of each lane to the result. No adapter file is needed, and no direction is
+stored.
 
-Lanes are sequences of one call. llama.cpp would quantize the activations of each by itself, noise
-that drowns small differences; so the lanes of a seed go through its products as differences to one
-of them (``engine.llamacpp.products``). Tangents it does not have.
+Lanes are sequences of one call. llama.cpp would quantize the activations of each lane separately,
+and that noise is larger than the small differences between lanes. So the lanes of a seed go through
+its matmuls as differences to one of them (``engine.llamacpp.products``). There are no tangents.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from fwdllm.engine.llamacpp.native import llama_cpp, open_model
 from fwdllm.kernels.api import HostKernels, Kernels
 from fwdllm.kernels.types import Lanes, LoRA
 
-# Rows of a call: llama.cpp's own n_ubatch. More make no product faster.
+# Rows of a call: llama.cpp's own n_ubatch. More make no matmul faster.
 _ROWS = 512
 # Tokens whose keys and values are kept: 0.5 GB in a 7B model without grouped queries.
 _CELLS = 1024
-# Lanes that have to be in one call at most: those of +v and -v.
+# The most lanes that must be in the same call: those of +v and -v.
 _GROUP = 2
 # Cells of a sequence are a multiple of this (llama_context in src/llama-context.cpp).
 _CELL_BLOCK = 256
@@ -44,9 +45,11 @@ _LOGITS_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class _Part:
-    """What a call is of. lanes, references: their numbers, and those they are rounded relative to.
+    """The part of a batch that one call evaluates.
 
-    examples: their numbers.  rows: of the batch, the same of every lane, as many of each example.
+    lanes: their numbers.  references: for each, the number of the lane that it is rounded relative
+    to.  examples: numbers of the sequences.  rows: of the batch, the same in every lane; equally
+    many of each example.
     """
 
     lanes: np.ndarray
@@ -56,18 +59,18 @@ class _Part:
 
 
 class LlamaGraph:
-    """The interface of ``engine.graph.Graph`` on a llama.cpp model.
+    """Implements ``engine.graph.Graph`` with a llama.cpp model.
 
-    encoder: it yields features, not next tokens.  ops: the kernels that compute the adapter's
-    terms.  adapter: may be exchanged at any time.
+    encoder: whether the model yields features, not next tokens.  ops: the kernels that compute the
+    adapter's terms.  adapter: may be replaced at any time.
 
-    Sequences of one call have one length, and cells of their own: then the bits of a seed's lanes
-    do not depend on others.
+    The sequences of one call have equal lengths, and cells of the KV cache of their own, so that
+    the bits of a seed's lanes do not depend on other lanes.
     """
 
     def __init__(self, file: GGUFFile, encoder: bool, ops: Kernels) -> None:
-        assert isinstance(ops, HostKernels)  # Engine has refused other devices than the processor
-        layout()  # refuses a llama.cpp that would not be understood, before a model is read
+        assert isinstance(ops, HostKernels)  # Engine has refused other devices than the CPU
+        layout()  # fails before a model is read if this llama.cpp is not supported
         self.model = open_model(file.path, vocab_only=False, cpu_only=True)
         self.pooling = self.model.pooling if encoder else None
         self.ops = ops
@@ -126,12 +129,12 @@ class LlamaGraph:
         return np.concatenate([context.logits(len(part.rows)).copy() for part, context in parts])
 
     def watch(self, batch: Batch, tap: Tap) -> None:
-        """Let a tap look on at a plain pass."""
+        """See ``Graph.watch``."""
         for _ in self._run(batch, Variants(tap=tap), np.ones(batch.n_rows, bool)):
             pass
 
     def max_lanes(self, batch: Batch, n_lanes: int) -> int:
-        """All: it takes them in several calls by itself."""
+        """All of them: ``_run`` itself splits them into several calls."""
         return n_lanes
 
     def lane_tokens(self, n_rows: int, n_lanes: int, first: int) -> int:
@@ -141,8 +144,8 @@ class LlamaGraph:
     def check_reach(self, adapter: Adapter) -> None:
         """ConfigError for a target to which llama.cpp would not apply the adapter.
 
-        Some of its graphs have products of their own that pass adapters by. So it is asked, with
-        the adapter in a file as in the end.
+        Some of its graphs compute a matmul without the adapter. So llama.cpp applies the adapter
+        from a file, as it would after training, and the matmuls of a call are listed.
         """
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "adapter.gguf"
@@ -154,7 +157,7 @@ class LlamaGraph:
             work = Call(zero, positions=zero, sequences=zero, outputs=zero == 0)
             context.rehearse(work)
             context.run(work, names)
-            self._context = None  # and with it the adapter
+            self._context = None  # frees the context, and with it the adapter
         for target in adapter.targets:
             if not {target.name, f"{target.name}.weight.lora_a"} <= names.found:
                 raise ConfigError(
@@ -165,7 +168,7 @@ class LlamaGraph:
     def _run(
         self, batch: Batch, variants: Variants, outputs: np.ndarray
     ) -> Iterator[tuple[_Part, Context]]:
-        """Evaluate a batch call by call: what each was of, and where its results are.
+        """Evaluate a batch call by call; yields the part of the batch and the context with results.
 
         outputs: bool [n_rows], rows with logits.
         """
@@ -185,9 +188,10 @@ class LlamaGraph:
                 yield part, context
 
     def _parts(self, starts: np.ndarray, groups: Sequence[Sequence[int]]) -> Iterator[list[_Part]]:
-        """Calls that take all lanes of sequences through the model, pieces of sequences together.
+        """Split a batch into calls; a group of lanes is always in one call.
 
-        A group of lanes is always in one call.
+        Each list has the calls for some sequences in some lanes: one for each piece of the
+        sequences, in order.
         """
         lengths, least = np.diff(starts), max(map(len, groups))
         for length in np.unique(lengths).tolist():
@@ -199,7 +203,7 @@ class LlamaGraph:
             at_once = max(1, most // least)
             for i in range(0, len(examples), at_once):
                 some = examples[i : i + at_once]
-                # An encoder's sequences see where others end, so their company is always the same.
+                # An encoder's bits depend on where a call's other sequences end: one group a call.
                 limit = most // len(some) if self.pooling is None else 1
                 for lanes, references in _packed(groups, limit):
                     yield [
@@ -208,12 +212,12 @@ class LlamaGraph:
                     ]
 
     def _context_for(self, longest: int) -> Context:
-        """A context for sequences of up to so many tokens."""
+        """A context for sequences of up to ``longest`` tokens."""
         if self._context is None or longest > self._longest:
             self._longest = -(-longest // _CELL_BLOCK) * _CELL_BLOCK
             n_rows = max(self._rows, _GROUP * self._longest if self.pooling else _GROUP)
             self._n_sequences = max(_GROUP, _CELLS // self._longest if self.pooling is None else 0)
-            self._context = None  # its memory first
+            self._context = None  # frees its memory first
             self._context = Context(
                 self.model,
                 n_sequences=self._n_sequences,
@@ -226,9 +230,10 @@ class LlamaGraph:
 
 
 def _groups(lanes: Lanes) -> list[list[int]]:
-    """Lanes that are rounded relative to the first of them: those of a seed, or it and the plain.
+    """Groups of lanes; the lanes of a group are rounded relative to its first.
 
-    All that are there are in one.
+    A group has the lanes of a seed, or the plain lane 0 and a seed's only lane. Every lane is in a
+    group.
     """
     seeds = lanes.seeds.reshape(len(lanes), -1)
     plain = lanes.coefficients == 0
@@ -246,7 +251,7 @@ def _groups(lanes: Lanes) -> list[list[int]]:
 
 
 def _packed(groups: Sequence[Sequence[int]], limit: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Groups together as long as they are no more than ``limit`` lanes: these, and references."""
+    """Merge consecutive groups up to ``limit`` lanes; yields their lanes and references."""
     together: dict[int, int] = {}
     for group in groups:
         more = dict.fromkeys(group, group[0])
@@ -258,7 +263,7 @@ def _packed(groups: Sequence[Sequence[int]], limit: int) -> Iterator[tuple[np.nd
 
 
 def _call(batch: Batch, part: _Part, outputs: np.ndarray) -> Call:
-    """The call that a part is."""
+    """The call that evaluates a part of a batch."""
     n_lanes, n = len(part.lanes), len(part.rows)
     sequences = np.arange(n_lanes * len(part.examples), dtype=np.int32)
     references = None
@@ -275,7 +280,7 @@ def _call(batch: Batch, part: _Part, outputs: np.ndarray) -> Call:
 
 
 class _Names:
-    """A tap that only listens."""
+    """A tap that collects the names of products' weights and changes nothing."""
 
     def __init__(self) -> None:
         self.found: set[str] = set()
@@ -330,7 +335,7 @@ class _Terms:
     def _add_by_lanes(
         self, rows: np.ndarray, x: np.ndarray, y: np.ndarray, lora: LoRA, lanes: Lanes
     ) -> None:
-        """Of rows that are in another order, or not all."""
+        """The same lane by lane, for rows that are not all there or not in order."""
         lane, row = np.divmod(rows, self._n)
         for i in np.unique(lane):
             here = np.flatnonzero(lane == i)

@@ -1,11 +1,11 @@
-"""The one door to llama.cpp: no crash on this processor or on a damaged file, and no printing.
+"""The only access to llama.cpp: no crash by this processor or a damaged file, and no printing.
 
-``llama_cpp`` is imported here, after ``probe`` has found out what of it works, and by others
-from here. Every model and context is opened here: by ``open_model`` and ``open_context``, or as
-llama-cpp-python's own class, by ``Llama``.
+``llama_cpp`` is imported here, after ``probe`` has tested which of its parts work, and other
+modules import it from here. Every model and context is opened here: by ``open_model`` and
+``open_context``, or as llama-cpp-python's own class, by ``Llama``.
 
-llama.cpp ends the process on some inconsistencies and prints its reasons. So a file first
-passes our own reader, and what llama.cpp logs is kept for the message of the exception.
+llama.cpp ends the process on some inconsistent files and prints its reasons. So a file is first
+checked by our own reader, and what llama.cpp logs is kept for the message of the exception.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fwdllm.engine.llamacpp import probe
 
 if probe.verdict().state == probe.BROKEN:
     raise LlamaCppError(f"llama.cpp cannot be used here: {probe.verdict().reason}")
-import llama_cpp as llama_cpp  # for all that use it: this is the one door to it
+import llama_cpp as llama_cpp  # other modules import it from here
 
 _LOG_LEVEL_ERROR = 4  # GGML_LOG_LEVEL_ERROR in ggml.h
 _MAX_MESSAGES = 20
@@ -63,8 +63,8 @@ class NativeModel:
 
     @property
     def pooling(self) -> int:
-        """How tokens' features become a text's, as enum llama_pooling_type: by their mean if the
-        file says nothing. ModelError for a reranker, which has none."""
+        """How a text's features are made from its tokens', as enum llama_pooling_type; the mean if
+        the file says nothing. ModelError for a reranker, which has no features."""
         pooling = self.file.integer(f"{self.architecture}.pooling_type", _POOLING_NONE)
         if pooling == _POOLING_RANK:
             raise ModelError(f"{self.file.path} is a reranker, which has no embeddings")
@@ -81,7 +81,7 @@ def open_model(
 ) -> NativeModel:
     """Open a GGUF file with llama.cpp, the vocabulary only or the weights too.
 
-    cpu_only: where llama.cpp would use a GPU it was built for.
+    cpu_only: use no GPU, even if llama.cpp was built for one.
     Errors: ModelError, with llama.cpp's reason, if it is missing, damaged or unsupported.
     """
     file = GGUFFile.open(path)
@@ -92,7 +92,7 @@ def open_model(
     _set(params, vocab_only=vocab_only)
     if not vocab_only:
         _set(params, use_extra_bufts=extra_buffers())
-    no_devices = ctypes.c_void_p(None)  # a list that ends at once
+    no_devices = ctypes.c_void_p(None)  # an empty list of devices
     if cpu_only:
         _set(params, devices=ctypes.addressof(no_devices))
     handle = call(llama_cpp.llama_model_load_from_file, os.fsencode(path), params)
@@ -120,7 +120,7 @@ def open_context(model: NativeModel, **options: Any) -> Any:
 class Llama(llama_cpp.Llama):
     """llama-cpp-python's own class, opened so that it works on this processor.
 
-    Errors of the constructor: LlamaCppError if it cannot, others as of the base.
+    Errors of the constructor: LlamaCppError if it cannot work, others as of the base class.
     """
 
     @property
@@ -136,7 +136,7 @@ class Llama(llama_cpp.Llama):
 
 
 def _set(params: Any, **fields: Any) -> None:
-    """Set fields of a struct; ctypes alone would keep one that does not exist beside it."""
+    """Set fields of a struct. LlamaCppError if one does not exist: ctypes would just add it."""
     for name, value in fields.items():
         if not hasattr(params, name):
             raise LlamaCppError(
@@ -149,7 +149,7 @@ def _set(params: Any, **fields: Any) -> None:
 def extra_buffers() -> bool:
     """Whether llama.cpp's extra buffer types (weights repacked for AMX and the like) work here.
 
-    Says once if they do not. Errors: LlamaCppError if llama.cpp cannot compute at all.
+    Warns once if they do not. Errors: LlamaCppError if llama.cpp cannot compute at all.
     """
     found = probe.verdict()
     if found.state == probe.VOCABULARY:

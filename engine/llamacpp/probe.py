@@ -1,9 +1,9 @@
-"""What of llama.cpp works on this processor, found out before it can end our process.
+"""Which parts of llama.cpp work on this processor, tested before it can crash our process.
 
 A library built for another processor, or by a compiler with a fault, dies by a signal that no
 exception handler sees (AMX kernels built by GCC: ggml-org/llama.cpp issue 20824). So a child
-process decodes a few tokens first, once for a build of llama.cpp and a processor; a file in the
-user's cache remembers what it found. Nothing here imports ``llama_cpp`` but the child.
+process decodes a few tokens first, once for each build of llama.cpp and processor; the result is
+kept in a file in the user's cache. Only the child imports ``llama_cpp``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 FULL = "full"  # everything works
 PLAIN = "plain"  # everything, if models are opened without extra buffer types
-VOCABULARY = "vocabulary"  # vocabularies and their tokenizers; computing ends the process
+VOCABULARY = "vocabulary"  # only vocabularies and their tokenizers; computing crashes
 BROKEN = "broken"  # not even that
 
 # The child needs 0.5 s; a processor of a phone under load with a cold disk, many times that.
@@ -37,11 +37,12 @@ REBUILD = (
     "pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python llama-cpp-python"
 )
 
-# What the child says when it has come so far.
+# What the child prints when it has got so far.
 _READ, _DECODED = "vocabulary read", "tokens decoded"
-# Signals of an instruction or an address that does not exist; others may have come from outside.
+# Signals that the code itself causes (a bad address, instruction or division); others may have come
+# from outside.
 _OF_CODE = (signal.SIGSEGV, signal.SIGILL, signal.SIGFPE)
-_N_TOKENS = 32  # rows enough for the kernels of matrices; one more token for those of vectors
+_N_TOKENS = 32  # rows enough for matrix-matrix kernels; one more token tests matrix-vector ones
 _REMEMBERED = 64  # answers in the file: a home directory may serve many machines
 
 # With our search path, so that it finds the llama.cpp that we would.
@@ -62,8 +63,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """Of a child. read, decoded: how far it came.  died_of: "" if it ended well.  certain: whether
-    it would always end so."""
+    """How a child ended. read, decoded: how far it got.  died_of: "" if it ended well.  certain:
+    whether a failure would happen every time."""
 
     read: bool
     decoded: bool
@@ -75,7 +76,7 @@ _found: Verdict | None = None  # in this process
 
 
 def verdict() -> Verdict:
-    """What works here: from the cache, or found out now (half a second, one if a child dies)."""
+    """What works here: from the cache, or tested now (half a second, one if a child dies)."""
     global _found
     if _found is None:
         _found = _recall(_key()) or examine()
@@ -83,7 +84,7 @@ def verdict() -> Verdict:
 
 
 def examine() -> Verdict:
-    """What works here, found out now."""
+    """What works here, tested now, and put into the cache if the result is certain."""
     global _found
     _found, certain = probe()
     if certain:
@@ -92,7 +93,7 @@ def examine() -> Verdict:
 
 
 def probe(time_limit: float = TIME_LIMIT) -> tuple[Verdict, bool]:
-    """Find out now, and whether it would be the same the next time.
+    """Test what works, and whether another test would certainly give the same.
 
     time_limit: seconds that a child may take.
     """
@@ -104,7 +105,7 @@ def probe(time_limit: float = TIME_LIMIT) -> tuple[Verdict, bool]:
             if not first.read:  # what is missing may be there the next time
                 return Verdict(BROKEN, first.died_of), False
             second = _run(model, False, time_limit)
-        except OSError as error:  # then carefully
+        except OSError as error:  # no child can run: assume that the extra buffer types fail
             return Verdict(PLAIN, f"no process to try them in: {error.strerror or error}"), False
     certain = first.certain and (second.decoded or second.certain)
     return Verdict(PLAIN if second.decoded else VOCABULARY, first.died_of), certain
@@ -127,7 +128,7 @@ def decode(model: str, *, extra_buffers: bool) -> None:
     opened = _made(llama_cpp.llama_model_load_from_file(model.encode(), params))
     context = llama_cpp.llama_context_default_params()
     context.n_ctx = 2 * _N_TOKENS
-    context.n_threads = context.n_threads_batch = 1  # which has instructions set up as others have
+    context.n_threads = context.n_threads_batch = 1  # uses the instructions that more threads would
     running = _made(llama_cpp.llama_init_from_model(opened, context))
     for n in (_N_TOKENS, 1):
         tokens = (llama_cpp.llama_token * n)(*range(1, n + 1))
@@ -162,7 +163,7 @@ def processor() -> dict[str, str]:
                     found["name"] = value
                 elif name in ("flags", "Features"):
                     found["flags"] = value
-                elif not name:  # the end of the first processor; the others are as it is
+                elif not name:  # the end of the first processor; the others are like it
                     break
     except OSError:  # not Linux
         pass
@@ -171,7 +172,7 @@ def processor() -> dict[str, str]:
 
 
 def _run(model: Path, extra_buffers: bool, time_limit: float) -> _Outcome:
-    """A child's outcome. Errors: OSError if there can be none."""
+    """Run a child and say how it ended. Errors: OSError if none can be started."""
     if not sys.executable or getattr(sys, "frozen", False):
         raise OSError("this program is not Python's")  # it would start itself
     command = [sys.executable, "-c", _CHILD, str(model), str(extra_buffers), *map(str, sys.path)]
@@ -210,7 +211,7 @@ def _made(pointer: Any) -> Any:
 
 
 def _leave_no_core() -> None:
-    """A child that dies does so on purpose; its memory is of no use to anybody."""
+    """Turn off core dumps: a child's crash is expected, and its memory is of no use."""
     try:
         import resource
     except ImportError:  # not Unix
@@ -219,7 +220,7 @@ def _leave_no_core() -> None:
 
 
 def _key() -> str:
-    """Of this build of llama.cpp, by its files, on this processor and kernel of the system."""
+    """The cache's key: this build of llama.cpp (by its files), processor and system kernel."""
     folder = library_folder()
     files = []
     if folder is not None and folder.is_dir():
@@ -231,7 +232,7 @@ def _key() -> str:
 
 
 def _answers() -> dict[str, Any]:
-    """The cache's; none where it is missing or damaged."""
+    """All answers in the cache; none if it is missing or damaged."""
     try:
         found = json.loads(cache_file().read_text(encoding="utf-8"))
     except (OSError, ValueError, RuntimeError):  # RuntimeError: no home directory
@@ -250,7 +251,7 @@ def _recall(key: str) -> Verdict | None:
 
 
 def _remember(key: str, found: Verdict) -> None:
-    """Write the answer beside the others; where that fails, the next process asks again."""
+    """Add an answer to the cache; if that fails, the next process tests again."""
     answers = {**_answers(), key: asdict(found)}
     try:
         path = cache_file()

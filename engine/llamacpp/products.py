@@ -1,10 +1,11 @@
-"""Where in a graph of llama.cpp the inputs of products are to be made relative.
+"""Where in a llama.cpp graph the inputs of products must be made relative.
 
-A product with a quantized weight rounds every row of its input by itself, and a perturbation is
-often smaller than that rounding. So rows of a perturbed lane go into it as scaled differences to
-those of a reference lane (``kernels.cpu.to_relative``), and come out of it as what they would have
-been without rounding the two apart. That has to be done when the input is there and before the
-product begins: after the operation just before it.
+A product here is a matmul with a quantized weight. It rounds every row of its input separately, and
+a perturbation is often smaller than that rounding. So before the product, the rows of a perturbed
+lane are replaced by scaled differences to those of a reference lane (``kernels.cpu.to_relative``).
+After it, the output rows are converted back (``from_relative``): what the lanes have in common is
+then rounded only once. The replacement is made after the operation just before the product, when
+the input is computed and the product has not begun.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Operation:
-    """One of a graph. address, sources, view_of: of tensors.
+    """An operation of a graph.
 
-    weight: for a product of rows with a matrix in a type that makes it round them.
+    address: of its result.  sources: addresses of its inputs.  view_of: address of the tensor that
+    the result is a view of, or None.  weight: name of the weight if the operation is a product that
+    rounds its input, else None.
     """
 
     address: int
@@ -29,10 +32,11 @@ class Operation:
 
 @dataclass(frozen=True)
 class Relative:
-    """A product that rounds. source: number of the operation that makes its input.
+    """A product that rounds. source: number of the operation that computes its input.
 
-    opens: the input is to be made relative before it.  closes: and no product after it needs that.
-    restores: but something else needs the input.
+    opens: make the input relative before this product; otherwise it is so already.  closes: no
+    later product uses the relative input.  restores: put the original input back after this
+    product, because operations that are not such products read it.
     """
 
     weight: str
@@ -43,7 +47,7 @@ class Relative:
 
 
 def relative_products(graph: Sequence[Operation]) -> dict[int, Relative]:
-    """By the number of the operation, what to do for every product that rounds."""
+    """What to do at every product that rounds, by the number of its operation."""
     number = {operation.address: i for i, operation in enumerate(graph)}
     readers: defaultdict[int, list[int]] = defaultdict(list)
     for i, operation in enumerate(graph):

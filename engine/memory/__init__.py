@@ -1,1 +1,1 @@
-"""What a step needs in memory, and which weights stay in it."""
+"""How much memory a step needs, and which weights stay in memory."""

@@ -1,9 +1,8 @@
-"""What one tuning step needs in memory, from the shapes of a model alone, and how to do it in less.
+"""How much memory a tuning step needs, by the model's shapes alone, and how to run it in less.
 
-Counted are the arrays of ``models.llama`` and ``models.bert`` that exist together at the
-places where most of them do, and the buffers of ``kernels.cpu``. Not counted: the Python
-process itself (about 60 MB with NumPy and llama.cpp loaded) and per-thread scratch memory
-(under 2 MB each).
+Counted are the arrays of ``models.llama`` and ``models.bert`` that exist at the same time at
+the peaks, and the buffers of ``kernels.cpu``. Not counted: the Python process itself (about
+60 MB with NumPy and llama.cpp loaded) and per-thread scratch memory (under 2 MB each).
 """
 
 from __future__ import annotations
@@ -25,22 +24,22 @@ _SOFTMAX_CHUNK, _SOFTMAX_BYTES = 256, 16
 # kernels/cpu/cross_entropy_vjp.h: words of the vocabulary whose probabilities exist at a time.
 _VOCABULARY_BLOCK = 2048
 # Bytes of the widest array of a block of rows: a few of them are about the size of an L3 cache, and
-# ``keep_freed_memory`` covers them. More rows than _MOST_ROWS make no product faster.
+# ``keep_freed_memory`` covers them. More rows than _MOST_ROWS make no matmul faster.
 _BLOCK_BYTES, _MOST_ROWS = 24 * 2**20, 2048
-# Rows of a block on a GPU: decoding the weights to scratch costs 3% of the products of so many.
+# Rows of a block on a GPU: with so many, decoding weights to scratch takes 3% of the matmuls' time.
 _GPU_ROWS = 16384
 # glibc's numbers for mallopt, and the largest threshold it adapts to by itself.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _MMAP_THRESHOLD = -1, -3, 32 * 2**20
-# Decoding the weights for so few rows costs 5% of the products (36 ns a panel of 16 x 32 weights
-# against 770 ns).
+# With so few rows, decoding the weights takes 5% of the matmuls' time (36 ns for a panel of 16 x 32
+# weights, against 770 ns).
 _LEAST_ROWS = 256
 
 
 def keep_freed_memory() -> None:
     """Let glibc use the memory of a freed array for the next one, up to a few blocks of rows.
 
-    It would give it back to the system and fault it in again, cleared: 7% of a forward pass.
-    Other C libraries have no such setting.
+    By default glibc returns such memory to the system and gets it again by page faults, zeroed,
+    which takes 7% of a forward pass. Other C libraries have no such setting.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -67,7 +66,7 @@ def estimate_step(
     int8: bool = True,
     encoder: bool = False,
 ) -> dict[str, int]:
-    """Bytes of one step by purpose, and the peak of them that exist together as "total".
+    """Bytes of one step by purpose, and as "total" the peak of those that exist together.
 
     args: of the model's family.  weight_bytes: of all tensors in the file, or of those kept in
     memory.  n_trainable: elements of theta.  n_rows: tokens of the batch.  n_lanes: variants of
@@ -75,14 +74,14 @@ def estimate_step(
     of all lanes that go through a layer at a time; None is ``default_block_rows``.  longest: tokens
     of the longest example, which goes through a layer as a whole; None is ``n_rows``.  n_labels:
     tokens that count in the loss; None is all.
-    optimizer_slots: averages kept for each parameter, 2 for Adam.  int8: whether products
+    optimizer_slots: averages kept for each parameter, 2 for Adam.  int8: whether matmuls
     quantize activations (quantized weights, not exact).  encoder: a BERT, not a decoder.
 
     weights: mapped from the file; the system can drop them and read them again.
     adapter, optimizer: kept between steps.  update: the gradient and the optimizer's
-    temporaries.  residual: the stream of all lanes.  attention, feed_forward: activations of a
-    block of rows.  packed: the largest input of a product as the kernel lays it out.
-    logits: of the loss.
+    temporaries.  residual: the residual stream of all lanes.  attention, feed_forward: activations
+    of a block of rows.  packed: the largest input of a matmul as the kernel lays it out.
+    logits: buffers of the loss.
     """
     rows = n_rows * n_lanes
     wanted = block_rows or default_block_rows(args)
@@ -114,7 +113,7 @@ def estimate_step(
 
 
 def _num_threads() -> int:
-    from fwdllm.kernels.cpu import num_threads  # which a machine with a GPU can do without
+    from fwdllm.kernels.cpu import num_threads  # a machine with a GPU may lack it
 
     return num_threads()
 
@@ -167,7 +166,7 @@ def estimate_gradient(
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How to run a step: rows of a block, lanes of a pass, bytes of weights to keep."""
+    """How to run a step: rows of a block, lanes of a pass, bytes of weights to keep in memory."""
 
     block_rows: int
     lanes: int
@@ -191,8 +190,9 @@ def plan_step(
     """The fastest way to keep a step within ``budget`` bytes resident; None is no bound.
 
     resident: bytes the process has resident beside weights.  largest_layer: bytes of weights
-    that must be there at once.  The others are those of ``estimate_step``. First blocks get
-    smaller, then lanes go through the model in several passes. ConfigError if neither is enough.
+    that must be in memory at once.  Other arguments: as in ``estimate_step``. To save memory, first
+    blocks get smaller, then lanes go through the model in several passes. ConfigError if neither is
+    enough.
     """
     block = default_block_rows(args)
     if budget is None:
@@ -297,7 +297,7 @@ def plan_gpu_step(args: Dimensions, free: int | None, n_rows: int, n_lanes: int)
     of_block = _FLOAT * (6 * args.width + 3 * args.hidden)
     lanes, block = n_lanes, _GPU_ROWS
     while free is not None and lanes > 3:
-        # The stream is there twice while a layer adds to it.
+        # The residual stream exists twice while a layer adds to it.
         needed = 2 * _FLOAT * n_rows * lanes * args.width + of_block * block
         if needed <= free:
             break

@@ -1,6 +1,7 @@
-"""Which pages of a mapped model file stay in memory: those of the layers that fit, and of the
-layer in work. The others are read ahead and dropped behind it; the file is read in order, once a
-pass, so keeping recent layers instead would keep those that are needed last.
+"""Which pages of a mapped model file stay in memory: those of the first layers, as many as fit.
+
+Each other layer is read ahead and dropped after use. A pass reads the file once, in order, so
+keeping the most recent layers instead would keep those that are needed last.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ _LAYER = re.compile(r"blk\.(\d+)\.")
 
 
 def resident_bytes() -> int:
-    """What this process has resident besides pages of files, plus what its libraries map.
+    """Bytes this process has resident: all but pages of files, plus an estimate for its libraries.
 
-    Where the system does not tell: a Python process with NumPy and llama.cpp loaded.
+    If the system does not tell, an estimate for Python with NumPy and llama.cpp loaded.
     """
     try:
         status = Path("/proc/self/status").read_text()
@@ -35,10 +36,10 @@ def resident_bytes() -> int:
 
 
 class Residency:
-    """Pages of the weights of ``file``; ``limit`` bounds them, None lets the system decide.
+    """Keeps and drops pages of the weights of ``file``; at first without a limit.
 
     Tensors outside of layers (embedding, output) count as layer ``n_layers``. largest: bytes of
-    the largest layer, the least ``limit``.  total: bytes of all.
+    the largest layer, the smallest useful ``limit``.  total: bytes of all layers.
     """
 
     def __init__(self, file: GGUFFile, n_layers: int) -> None:
@@ -54,7 +55,10 @@ class Residency:
         self._dropped = range(0)
 
     def limit(self, limit: int | None) -> None:
-        """Keep at most ``limit`` bytes from now on; ConfigError if this system has no way to."""
+        """Keep at most ``limit`` bytes from now on; None lets the system decide.
+
+        ConfigError if this system cannot drop pages.
+        """
         n = len(self._sizes)
         if limit is None or limit >= self.total:
             self._dropped = range(0)
@@ -76,7 +80,7 @@ class Residency:
             self._advise(ahead, mmap.MADV_WILLNEED)
 
     def leave(self, layer: int) -> None:
-        """``layer`` is done: drop its pages, if they do not fit."""
+        """Call after ``layer`` is computed: drops its pages if it is not one of those kept."""
         if layer in self._dropped:
             self._advise(layer, mmap.MADV_DONTNEED)
 
@@ -85,7 +89,7 @@ class Residency:
             self._mapping.madvise(advice, start, end - start)
 
     def _ranges(self, layer: int) -> Iterator[tuple[int, int]]:
-        """Whole pages that hold the layer's tensors; neighbours share those at the ends."""
+        """Pages that hold the layer's tensors; a page at the end may be shared with the next."""
         for tensor in self._layers[layer]:
             start = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
             yield start, min(tensor.offset + tensor.nbytes, len(self._mapping))

@@ -1,4 +1,4 @@
-"""Model families: what an architecture's name in a GGUF file means."""
+"""Model families: the graph for each architecture name in a GGUF file."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Family(Generic[Args]):
         return self.pool is not None
 
 
-# Their arguments differ, so a family goes with what its own ``read_args`` has returned.
+# Any, because Args differ: a family must get what its own ``read_args`` has returned.
 FAMILIES: dict[str, Family[Any]] = {
     "llama": Family(llama.read_args, llama.shapes, llama.embed, llama.layer, llama.unembed),
     "qwen2": Family(qwen.read_qwen2, llama.shapes, llama.embed, llama.layer, llama.unembed),

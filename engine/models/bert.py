@@ -82,7 +82,7 @@ def shapes(args: Args) -> tuple[Shapes, Shapes]:
 
 
 def embed(args: Args, p: Pass) -> Array:
-    """What the first layer works on: float32 [rows, width]."""
+    """The input of the first layer: float32 [rows, width]."""
     x = p.embedding("token_embd", p.ids)
     x = x + p.embedding("position_embd", p.positions)
     x = x + p.embedding("token_types", np.zeros(1, np.int32))
@@ -90,7 +90,7 @@ def embed(args: Args, p: Pass) -> Array:
 
 
 def layer(args: Args, p: Pass, i: int, x: Array) -> Array:
-    """Layer i: float32 [rows, width] to the same."""
+    """Layer i: float32 [rows, width] to [rows, width]."""
     x = x + _attention(args, p, f"blk.{i}", x)
     return p.in_blocks(x, partial(_feed_forward, args, p, f"blk.{i}"))
 
@@ -108,7 +108,7 @@ def _feed_forward(args: Args, p: Pass, block: str, x: Array) -> Array:
 
 
 def pool(args: Args, x: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """One feature vector a sequence: float32 [n_sequences, width]."""
+    """One feature vector for each sequence: float32 [n_sequences, width]."""
     if args.pooling == "cls":
         return x[starts[:-1]]
     sums = np.add.reduceat(x, starts[:-1], axis=0, dtype=np.float64)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Dimensions:
-    """Of a model; where layers differ, as in some that llama.cpp computes, the largest."""
+    """Dimensions of a model. Each is the largest where layers differ (some llama.cpp models)."""
 
     n_layers: int
     width: int

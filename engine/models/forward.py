@@ -1,9 +1,9 @@
 """A forward pass: the rows of all lanes, and the operations graphs are written in.
 
 A graph reads like the model's paper: it names tensors and calls a Pass, which knows the
-kernels, the adapter and the lanes. Arrays are the kernels', NumPy's or PyTorch's; graphs do with
-them what both can. The rows of a batch may be several passes, each of some of its sequences; a
-layer is applied to all of them in turn, so weights are visited once.
+kernels, the adapter and the lanes. Arrays are those of the kernels, NumPy's or PyTorch's; graphs
+use only operations that both have. A batch may be split into several passes, each with some of its
+sequences; each layer is applied to all passes in turn, so that its weights are read only once.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from fwdllm.kernels.types import Lanes, LoRA
 class Pass:
     """A forward pass of ``batch`` under every lane of ``variants``.
 
-    Until the first perturbed layer all lanes are equal, so there is one; ``enter`` makes the rows
-    of the others when the graph gets there. ids, positions, starts and lanes are those of
-    the rows at hand.  block_rows: what ``in_blocks`` takes at a time.  theta: the adapter's as the
-    kernels keep it, set before the first layer.
+    Before the first perturbed layer all lanes are equal, so only one is computed; ``enter`` adds
+    the rows of the others when the graph reaches that layer. ids, positions, starts and lanes are
+    those of the current rows.  block_rows: rows, of all lanes, that ``in_blocks`` takes at a time.
+    theta: the kernels' copy of the adapter's theta, set before the first layer.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Pass:
         self.theta: Array | None = None
         self._all_lanes = variants.lanes
         self.lanes = replace(Lanes.plain(), tangents=self._all_lanes.tangents)
-        self._first_row = 0  # of a lane's rows at hand, in a block of them
+        self._first_row = 0  # of each lane, in the current block of rows
         self._directions = variants.directions
         moved = self._directions.targets if self._directions else ()
         self._moved = {target.name for target in moved}
@@ -62,7 +62,8 @@ class Pass:
         if self._tap is not None and self._tap.layer is not None:
             layers.append(self._tap.layer)
         self._split = min(layers, default=None)
-        # Of all lanes, for ``enter``: made here because kernels may have to know them before.
+        # Starts and positions of all lanes' rows, for ``enter``. They are made here because
+        # kernels may need the arrays before the pass runs, see ``inputs``.
         n, rows = len(self._all_lanes), self.starts[-1]
         ends = [self.starts[1:] + lane * rows for lane in range(n)]
         self._all_starts = np.concatenate([self.starts[:1], *ends]).astype(np.int32)
@@ -71,14 +72,15 @@ class Pass:
 
     @property
     def inputs(self) -> list[np.ndarray]:
-        """The arrays that change with the batch and the seeds alone."""
+        """The arrays that depend only on the batch and the seeds; see ``Kernels.repeated``."""
         lanes = self._all_lanes
         return [self.ids, self.positions, self._all_positions, lanes.seeds, lanes.coefficients]
 
     def enter(self, layer: int, x: Array) -> Array:
-        """The rows that layer works on: those of all lanes from the first perturbed one on.
+        """The input of a layer, given x, the output of the layer before.
 
-        Other lanes are copies of the plain rows then, and tangents zero.
+        At the first perturbed layer the rows of the other lanes are added: copies of the plain
+        rows, or zeros for tangents. Elsewhere it is x.
         """
         if layer != self._split:
             return x
@@ -125,14 +127,14 @@ class Pass:
 
     @property
     def tangents(self) -> int:
-        """Lanes at hand that are derivatives of lane 0."""
+        """Number of current lanes that are derivatives of lane 0."""
         return self.lanes.n_tangents
 
     def in_blocks(self, x: Array, f: Callable[[Array], Array]) -> Array:
-        """f(x) for an f that works row by row, a block of rows at a time to bound temporaries.
+        """f(x) for an f that treats each row independently, a block at a time to save memory.
 
-        A block is the same rows of every lane, so that lanes stay comparable inside it. Takes the
-        place of x.
+        A block has the same rows of every lane, because kernels relate lanes to each other (see
+        ``Lanes.references``). The result may overwrite x.
         """
         n_lanes, width = len(self.lanes), x.shape[1]
         step = max(1, self.block_rows // n_lanes)
@@ -159,7 +161,7 @@ class Pass:
         return self.ops.layer_norm(x, weight, bias, eps, self.tangents)
 
     def rope(self, x: Array, rotary: Rotary, head_dim: int, interleaved: bool) -> Array:
-        """Rotate the heads of x [rows, heads * head_dim] to their rows' positions."""
+        """Rotary embedding of the heads of x [rows, heads * head_dim] at the rows' positions."""
         cos, sin = rotary.tables(int(self.positions.max()) + 1)
         return self.ops.rope(x, self.positions, cos, sin, head_dim, interleaved)
 

@@ -1,4 +1,4 @@
-"""A model's own graph: forward passes of a batch through quantized weights, all lanes together."""
+"""Our own graph of a model: forward passes through quantized weights, all lanes together."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ _DENSE = (Dense, NoneType)
 
 
 class OwnGraph:
-    """The interface of ``engine.graph.Graph`` on a family of ``engine.models``.
+    """Implements ``engine.graph.Graph`` for a family of ``engine.models``.
 
     args, family: what the model is.  weights: its tensors, as ``ops``, the kernels, keep them.
-    exact: fp32 products.  residency: of the weights' pages in a mapped file; None on a GPU, which
-    keeps all.  memory_budget: bytes the process may have resident in a pass, or None.
+    exact: fp32 matmuls.  residency: which pages of the mapped weights stay in memory; None on a
+    GPU, which keeps all weights.  memory_budget: bytes the process may have resident in a pass, or
+    None.
     """
 
     def __init__(
@@ -61,9 +62,9 @@ class OwnGraph:
         self._resident = resident_bytes()
 
     def run(self, batch: Batch, variants: Variants = PLAIN) -> list[tuple[Pass, Array]]:
-        """The last layer's output, in passes of some sequences each: [rows, width].
+        """The passes that the batch is split into, with the last layer's output of each.
 
-        Arrays are those of the kernels.
+        An output is [rows, width], an array of the kernels.
         """
         passes = self._passes(batch, variants)
         return list(zip(passes, self._outputs(passes), strict=True))
@@ -224,7 +225,7 @@ class OwnGraph:
         return round(n_rows * (first + n_lanes * (n_layers - first)) / n_layers)
 
     def plan(self, batch: Batch, n_lanes: int) -> MemoryPlan:
-        """How a batch is to go through in so many lanes."""
+        """How to run a batch in n_lanes lanes within the memory there is."""
         if self.residency is None:
             return plan_gpu_step(self.args, self.ops.free_bytes(), batch.n_rows, n_lanes)
         return plan_step(
@@ -308,9 +309,9 @@ class OwnGraph:
         return xs
 
     def _key(self, batch: Batch, variants: Variants) -> Hashable | None:
-        """What kernels may know this pass by: all that decides which of them run on what shapes.
+        """The pass's key for ``Kernels.repeated``: what decides which kernels run on which shapes.
 
-        None for what reads more arrays than it gives away.
+        None if the pass reads arrays that are not among the inputs passed to ``repeated``.
         """
         lanes, directions = variants.lanes, variants.directions
         if variants.tap or lanes.seeds.ndim > 1 or not isinstance(directions, _DENSE):

@@ -1,4 +1,4 @@
-"""Llama (arXiv 2302.13971) and its kin: Llama 1-3, Mistral, SmolLM, TinyLlama.
+"""Llama (arXiv 2302.13971) and models of its architecture: Llama 1-3, Mistral, SmolLM, TinyLlama.
 
 Qwen2 and Qwen3 use this graph too; models/qwen.py says what differs.
 """
@@ -93,18 +93,18 @@ def shapes(args: Args) -> tuple[Shapes, Shapes]:
 
 
 def embed(args: Args, p: Pass) -> Array:
-    """What the first layer works on: float32 [rows, width]."""
+    """The input of the first layer: float32 [rows, width]."""
     return p.embedding("token_embd", p.ids)
 
 
 def layer(args: Args, p: Pass, i: int, x: Array) -> Array:
-    """Layer i of the residual stream: float32 [rows, width] to the same."""
+    """Layer i, on the residual stream: float32 [rows, width] to [rows, width]."""
     x = x + _attention(args, p, f"blk.{i}", p.rms_norm(x, f"blk.{i}.attn_norm", args.norm_eps))
     return p.in_blocks(x, partial(_feed_forward, args, p, f"blk.{i}"))
 
 
 def unembed(args: Args, p: Pass, x: Array) -> tuple[Array, Matrix]:
-    """Rows of the last layer as the output matrix reads them, and that matrix."""
+    """The input of the output matrix, from rows of the last layer, and that matrix."""
     tied = not p.weights.has("output")
     matrix = p.weights.matrix("token_embd" if tied else "output")
     return p.rms_norm(x, "output_norm", args.norm_eps), matrix

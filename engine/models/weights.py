@@ -1,4 +1,4 @@
-"""A model file's tensors as the graphs ask for them: by GGUF name, decoded views cached."""
+"""A model file's tensors for the graphs, by GGUF name."""
 
 from __future__ import annotations
 

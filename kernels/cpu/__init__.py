@@ -1,13 +1,13 @@
 """Kernels for processors: the operations of ``kernels.api`` in C++ (kernels/cpu/*.h).
 
 ``isa`` names the instruction set chosen at import, the first of ``isas`` that this machine has;
-FWDLLM_ISA overrides it and FWDLLM_NUM_THREADS the number of threads. ``compiler`` is what built
-them. With ``exact=True`` matmuls are fp32; otherwise activations of quantized weights go to int8
-with a scale per 32 values (to bf16 under "avx512_bf16"), perturbed lanes as their difference to a
-reference lane (``Lanes.references``), tangents with scales of their own.
+FWDLLM_ISA overrides it and FWDLLM_NUM_THREADS the number of threads. ``compiler`` built the
+kernels. With ``exact=True`` matmuls are fp32; otherwise activations that meet quantized weights are
+rounded to int8 with a scale per 32 values (to bf16 under "avx512_bf16"), perturbed lanes as their
+difference to a reference lane (``Lanes.references``), tangents with scales of their own.
 
-tangents: of operations that are not linear. Rows are then 1 + tangents equal slices, a primal and
-directional derivatives of it, and so is the result.
+tangents: an argument of operations that are not linear. Rows are then 1 + tangents equal slices, a
+primal and directional derivatives of it, and so is the result.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def matmul(
 
 
 def add_lora(y: np.ndarray, x: np.ndarray, lora: LoRA, lanes: Lanes) -> None:
-    """y += seeded LoRA of x, in place: what ``matmul`` would add to a product computed elsewhere.
+    """y += seeded LoRA term of x, in place: what ``matmul`` adds, for an x W^T computed elsewhere.
 
     y float32 [rows, n_out], x float32 [rows, n_in].
     """
@@ -188,11 +188,12 @@ def add_lora(y: np.ndarray, x: np.ndarray, lora: LoRA, lanes: Lanes) -> None:
 
 
 def to_relative(x: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """x[r] = (x[r] - x[references[r]]) s[r] where that is another row, in place; gives s.
+    """x[r] = (x[r] - x[references[r]]) s[r] if the reference is another row; returns s.
 
-    x: float32 [rows, d].  references: int32 [rows], earlier rows that are their own.  s: float32
-    [rows], powers of two that bring the largest of a row to 1 .. 2; 1 if it is 0 or no number.
-    What rows have in common is then rounded once by the product that reads them.
+    x: float32 [rows, d], changed in place.  references: int32 [rows]; a reference is an earlier
+    row, or r itself, and must be its own reference.  s: float32 [rows], powers of two that bring a
+    row's largest magnitude to 1 .. 2; 1 if it is almost 0 or almost infinite. What rows have in
+    common is then rounded once by the matmul that reads them.
     """
     scales = np.ones(len(x), np.float32)
     _native.to_relative(x, references, scales)
@@ -200,7 +201,10 @@ def to_relative(x: np.ndarray, references: np.ndarray) -> np.ndarray:
 
 
 def from_relative(y: np.ndarray, references: np.ndarray, scales: np.ndarray) -> None:
-    """The way back after a product: y[r] = y[r] / scales[r] + y[references[r]], in place."""
+    """Undoes ``to_relative`` after a matmul: y[r] = y[r] / scales[r] + y[references[r]].
+
+    It changes y in place, only in rows whose reference is another row.
+    """
     _native.from_relative(y, references, scales)
 
 
@@ -309,7 +313,7 @@ def attention(
     """Softmax attention inside each sequence starts[i] .. starts[i+1] of the rows.
 
     q float32 [rows, heads * head_dim]; k, v [rows, kv_heads * head_dim], kv_heads dividing heads.
-    With tangents starts are those of the primal, and the same again of each tangent.
+    With tangents, starts has first the primal's sequences, then those of each tangent.
     """
     y = np.empty_like(q)
     _native.attention(

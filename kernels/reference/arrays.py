@@ -1,4 +1,4 @@
-"""Arrays between operations, for kernels whose arrays are NumPy's."""
+"""Moving arrays and selecting rows, for kernels whose arrays are NumPy's."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from fwdllm.kernels.types import Lanes, Weight
 
 
 def weight(weight: Weight) -> Weight:
-    """A weight where the kernels keep it: here as it is, a view of the mapped file."""
+    """A weight as the kernels keep it: here as it is, a view of the mapped file."""
     return weight
 
 
 def array(x: np.ndarray) -> np.ndarray:
-    """An array where the kernels keep it while a pass lasts."""
+    """An array in the kernels' memory, for use during a pass: here as it is."""
     return x
 
 
 def host(x: np.ndarray) -> np.ndarray:
-    """An array of the kernels as NumPy's."""
+    """An array of the kernels as a NumPy array: here as it is."""
     return x
 
 
 def free_bytes() -> int | None:
-    """None: arrays are the host's."""
+    """None: arrays are in host memory."""
     return None
 
 
@@ -35,22 +35,22 @@ def repeated(
     inputs: Sequence[np.ndarray],
     run: Callable[[], list[np.ndarray]],
 ) -> list[np.ndarray]:
-    """What ``run`` returns; kernels of a GPU may record a pass of the same key and replay it."""
+    """What ``run`` returns; GPU kernels may instead replay a recorded pass with the same key."""
     return run()
 
 
 def contiguous(x: np.ndarray) -> np.ndarray:
-    """x in one piece, itself if it is."""
+    """x as a contiguous array; x itself if it is one."""
     return np.ascontiguousarray(x)
 
 
 def take(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """These rows of x."""
+    """The rows of x with these numbers."""
     return np.ascontiguousarray(x[rows])
 
 
 def spread(x: np.ndarray, lanes: Lanes, exact: bool = False) -> np.ndarray:
-    """Rows of every lane, of plain rows x: copies of them, zero in tangents.
+    """The rows of all lanes, from the plain rows x: copies of x, or zeros for tangents.
 
     exact: for the common signature; without it a GPU keeps tangents in a narrower type.
     """

@@ -85,8 +85,9 @@ def _q8_0(blocks: np.ndarray) -> np.ndarray:
 def _scales_and_minima(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """f16 d; f16 dmin; 8 + 8 six-bit integers in 12 bytes: float32 [n, 8, 1] each.
 
-    Bytes 0-3 hold scales 0-3, bytes 4-7 minima 0-3; the low nibbles of bytes 8-11 begin
-    scales 4-7, the high ones minima 4-7, and their top two bits lie above those of bytes 0-7.
+    The low six bits of bytes 0-3 hold scales 0-3, those of bytes 4-7 minima 0-3. Scales 4-7 have
+    their low four bits in the low nibbles of bytes 8-11 and their top two bits at the top of
+    bytes 0-3; minima 4-7 likewise in the high nibbles and at the top of bytes 4-7.
     """
     d, d_min = _half(blocks[:, 0:2]), _half(blocks[:, 2:4])
     low_scale, low_min, rest = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]

@@ -1,4 +1,4 @@
-"""What stands between the matrix products of a transformer; float64 inside, float32 out.
+"""The operations between the matmuls of a transformer; float64 inside, float32 out.
 
 tangents: rows are 1 + tangents equal slices, a primal and directional derivatives of it; so is the
 result. Rotary embedding is linear: it needs no such number.
@@ -75,7 +75,7 @@ def attention(
     q: float32 [rows, n_heads * head_dim].  k, v: float32 [rows, n_kv_heads * head_dim]; query
     head h reads key/value head h // (n_heads / n_kv_heads).
     starts: int32 [n_sequences + 1]; sequence s is rows starts[s] .. starts[s + 1] and sees no
-    other rows. With tangents those of the primal, and the same again of each tangent.
+    other rows. With tangents first the primal's sequences, then those of each tangent.
     causal: a row sees itself and the rows before it.
     ValueError if starts do not run from 0 to rows in order.
     """

@@ -29,8 +29,8 @@ def matmul(
 
     x: float32 [rows, n_in]; rows of lane l are the l-th of len(lanes) equal slices.
     bias: float32 [n_out].  lanes: None is one plain lane; without lora, lanes change nothing.
-    exact: accepted for the common signature; these kernels always are, summing in float64 and
-    rounding once. ValueError if the rows are not equal slices.
+    exact: accepted for the common signature; these kernels are always exact: they sum in float64
+    and round once. ValueError if the rows are not equal slices.
     """
     lanes = Lanes.plain() if lanes is None else lanes
     if len(lanes) == 0 or len(x) % len(lanes):
@@ -44,7 +44,7 @@ def matmul(
 
 
 def add_lora(y: np.ndarray, x: np.ndarray, lora: LoRA, lanes: Lanes) -> None:
-    """y += seeded LoRA of x, in place: what ``matmul`` would add to a product computed elsewhere.
+    """y += seeded LoRA term of x, in place: what ``matmul`` adds, for an x W^T computed elsewhere.
 
     y float32 [rows, n_out], x float32 [rows, n_in].
     """

@@ -23,8 +23,8 @@ def cross_entropy(
     """-log softmax(x W^T)[label] of each row, in nats, float64 [rows].
 
     x: float32 [rows, n_in].  weight: [n_vocabulary, n_in].  labels: int32 [rows].
-    lanes: with tangents, rows of lane 0 have losses and those of the others the derivatives of
-    them; else they change nothing.  exact: accepted for the common signature; these kernels
+    lanes: with tangents, rows of lane 0 give losses and rows of the others derivatives of these
+    losses; otherwise lanes change nothing.  exact: accepted for the common signature; these kernels
     always compute exactly. IndexError if a label is outside the vocabulary.
     """
     require_indices(labels, weight.n_out, "labels")

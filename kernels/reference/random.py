@@ -109,8 +109,8 @@ def _uniform(bits: np.ndarray) -> np.ndarray:
 def _box_muller(bits: np.ndarray) -> np.ndarray:
     """Triton's ``pair_uniform_to_normal`` on components (0, 1) and (2, 3).
 
-    The angle is rounded to float32 because Triton's is and the result feels it; the rest is
-    in float64, the middle of what the float32 libraries of different devices give.
+    The angle is rounded to float32 because Triton's is, and this changes the result noticeably.
+    The rest is in float64, in the middle of what the float32 libraries of devices give.
     """
     u = _uniform(bits)
     u1, u2 = np.maximum(u[:, 0::2], np.float32(1e-7)), u[:, 1::2]

@@ -1,4 +1,4 @@
-"""Rows as scaled differences to other rows, for products that are computed elsewhere."""
+"""Rows as scaled differences to other rows, for matmuls that are computed elsewhere."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ _SMALLEST, _LARGEST = 1e-30, 1e30
 
 
 def to_relative(x: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """x[r] = (x[r] - x[references[r]]) s[r] where that is another row, in place; gives s.
+    """x[r] = (x[r] - x[references[r]]) s[r] if the reference is another row; returns s.
 
-    x: float32 [rows, d].  references: int32 [rows], earlier rows that are their own.  s: float32
-    [rows], powers of two that bring the largest of a row to 1 .. 2; 1 if it is 0 or no number.
-    What rows have in common is then rounded once by the product that reads them.
+    x: float32 [rows, d], changed in place.  references: int32 [rows]; a reference is an earlier
+    row, or r itself, and must be its own reference.  s: float32 [rows], powers of two that bring a
+    row's largest magnitude to 1 .. 2; 1 if it is almost 0 or almost infinite. What rows have in
+    common is then rounded once by the matmul that reads them.
     """
     others = references != np.arange(len(x))
     x[others] -= x[references[others]]
@@ -25,6 +26,9 @@ def to_relative(x: np.ndarray, references: np.ndarray) -> np.ndarray:
 
 
 def from_relative(y: np.ndarray, references: np.ndarray, scales: np.ndarray) -> None:
-    """The way back after a product: y[r] = y[r] / scales[r] + y[references[r]], in place."""
+    """Undoes ``to_relative`` after a matmul: y[r] = y[r] / scales[r] + y[references[r]].
+
+    It changes y in place, only in rows whose reference is another row.
+    """
     others = references != np.arange(len(y))
     y[others] = y[others] / scales[others, None] + y[references[others]]

@@ -1,8 +1,8 @@
 """Kernels for GPUs: the operations of ``kernels.api`` in Triton, one to a file.
 
 Results are PyTorch tensors on the GPU (``host`` brings them back) and of the type of the input,
-float32 or bfloat16; inputs may be NumPy arrays, too. With ``exact=True`` products are of float32;
-otherwise of bfloat16 with sums in float32. What NumPy functions of the stream give is NumPy's.
+float32 or bfloat16; inputs may be NumPy arrays, too. With ``exact=True`` matmuls are in float32;
+otherwise in bfloat16 with sums in float32. Functions of the random stream return NumPy arrays.
 TRITON_INTERPRET=1 runs all of it on a CPU, slowly.
 """
 

@@ -1,8 +1,9 @@
 """Softmax attention inside each sequence, and its derivative, without stored scores.
 
 A program has a block of queries of one head and goes through the keys once with a running maximum
-(FlashAttention, arXiv 2205.14135). That of a tangent makes the primal's probabilities again, and
-sums beside p v what the product rule adds: dy = sum p (ds - mean ds) v + sum p dv.
+(FlashAttention, arXiv 2205.14135). A program of a tangent computes the primal's probabilities p
+again, and also sums the terms of the product rule: dy = sum p (ds - mean ds) v + sum p dv, where
+mean ds = sum p ds.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _attention(
     i = first + tl.arange(0, BM)
     d = tl.arange(0, D)
     i_in = (i[:, None] < end) & (d[None, :] < head_dim)
-    # Rows of tangent t begin behind those of the primal and the tangents before it.
+    # Rows of a tangent come after those of the primal and of the tangents before it.
     move = (tl.program_id(2) + 1).to(tl.int64) * rows
     q_at = i.to(tl.int64)[:, None] * q_width + head * head_dim + d[None, :]
     qs = tl.load(q + q_at, mask=i_in, other=0.0)
@@ -71,7 +72,7 @@ def _attention(
             seen = seen & (j[None, :] <= i[:, None])
         scores = tl.where(seen, scores, float("-inf"))
         above = tl.maximum(largest, tl.max(scores, axis=1))
-        # A row past the end sees nothing: no maximum, and no NaN of two infinities.
+        # A row past the end sees no key: its maximum is -inf, and -inf minus -inf would be NaN.
         shift = tl.where(above == float("-inf"), 0.0, above)
         p = tl.exp(scores - shift[:, None])
         shrink = tl.exp(largest - shift)
@@ -111,8 +112,8 @@ def attention(
 
     q: [rows, n_heads * head_dim].  k, v: [rows, n_kv_heads * head_dim]; query head h reads
     key/value head h // (n_heads / n_kv_heads).  starts: int32 [n_sequences + 1]; with tangents
-    those of the primal and the same again of each tangent.  causal: a row sees itself and the rows
-    before it. ValueError if starts do not run from 0 to rows in order.
+    first the primal's sequences, then those of each tangent.  causal: a row sees itself and the
+    rows before it. ValueError if starts do not run from 0 to rows in order.
     """
     q, k, v = tensor(q), tensor(k), tensor(v)
     if starts[0] != 0 or starts[-1] != len(q) or np.any(np.diff(starts) < 0):
@@ -128,12 +129,12 @@ def attention(
     if longest == 0:
         return y
     heads, group = q.shape[1] // head_dim, q.shape[1] // k.shape[1]
-    # Products of float32 are made of operands in shared memory, of which cards have 99 KB or more.
+    # Float32 matmuls have their operands in shared memory, of which GPUs have 99 KB or more.
     narrow = q.dtype == torch.bfloat16
-    # Of float32 heads of 16, tangents stop LLVM with an assertion in Triton 3.9.
+    # With float32 heads of 16 dimensions, the tangent kernel fails an LLVM assertion in Triton 3.9.
     wide = pow2(head_dim, 16 if narrow else 32)
     most = 64 if narrow else 32
-    # A tangent has five operands in registers where the primal has three.
+    # The tangent kernel has five operands in registers, the primal kernel three.
     for tangent, block in ((False, min(most, pow2(longest, 16))), (True, 32))[: 1 + bool(tangents)]:
         blocks = cdiv(longest, block)
         _attention[(sequences * blocks, heads, tangents if tangent else 1)](

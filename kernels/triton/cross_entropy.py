@@ -1,4 +1,4 @@
-"""Cross-entropy fused with the output product: logits of a part of the vocabulary at a time."""
+"""Cross-entropy fused with the output matmul: logits of a part of the vocabulary at a time."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from fwdllm.kernels.triton.runtime import (
 from fwdllm.kernels.triton.runtime import weight as on_device
 from fwdllm.kernels.types import Lanes
 
-# Words whose logits exist at a time: a program has those of a row in registers, 32 a thread.
+# Words of the vocabulary whose logits exist at a time: a program has those of a row in registers,
+# 16 in each thread of 8 warps.
 _WORDS = 4096
-# Bytes of their logits, of all lanes.
+# Most bytes of logits that exist at a time, of all lanes together.
 _LOGITS_BYTES = 256 * 2**20
 
 
@@ -42,11 +43,12 @@ def _update(
     RELATIVE: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Take a part of the vocabulary into the running sums of each row.
+    """Add a part of the vocabulary to the running sums of each row.
 
-    logits: float32 [lanes, rows, n_words].  sums: float32 [3, lanes, n_rows]; of a loss its
-    maximum, its sum of exponentials and its label's logit, of a tangent the sum weighted by the
-    primal's, nothing, and the label's slope.
+    logits: float32 [lanes, rows, n_words].  sums: float32 [3, lanes, n_rows]. Of a row with a loss
+    these are the largest logit, the sum of exponentials, and the label's logit. Of a row of a
+    tangent they are the sum of the logits' derivatives weighted by the primal's exponentials,
+    nothing, and the derivative of the label's logit.
     """
     i, lane = tl.program_id(0), tl.program_id(1)
     w = tl.arange(0, WORDS)
@@ -135,7 +137,7 @@ def cross_entropy(
 
 
 def _losses(sums: torch.Tensor, tangents: int) -> torch.Tensor:
-    """Losses and slopes of the sums of ``_update``: [n_lanes, n]."""
+    """Losses, and derivatives in tangents, from the sums of ``_update``: [n_lanes, n]."""
     plain = sums.shape[1] - tangents
     largest, total, label = sums[:, :plain]
     losses = largest + torch.log(total) - label

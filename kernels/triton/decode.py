@@ -1,8 +1,8 @@
 """GGUF block formats in Triton, element by element; layouts as in ``kernels.reference.decode``.
 
-``decode`` gives a tile of a matrix as float32 wherever a kernel wants one. An element loads the
-byte with its bits and the scales of its block: neighbours load the same ones, which the first level
-of the cache answers.
+``decode`` is called inside kernels and returns a tile of a matrix as float32. Each element loads
+the byte with its bits and the scales of its block; neighbours load the same bytes, which come from
+the first-level cache.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Q4_K = tl.constexpr(int(QuantType.Q4_K))
 Q5_K = tl.constexpr(int(QuantType.Q5_K))
 Q6_K = tl.constexpr(int(QuantType.Q6_K))
 
-# Elements that a program decodes: 16 a thread of 4 warps.
+# Elements that a program decodes: 16 in each thread of 4 warps.
 _TILE = 2048
 
 
@@ -63,7 +63,7 @@ def _signed(byte):
 
 @triton.jit
 def _scale_and_minimum(data, fields, at, sub, mask):
-    """Of sub-block ``sub`` of the eight in a block of Q4_K or Q5_K, with d and dmin in them."""
+    """Scale and minimum of sub-block 0 .. 7 of a Q4_K or Q5_K block, times its d and dmin."""
     late = sub >= 4
     low = _byte(data, at + 4 + (sub & 3), mask)  # scales 0-3 and top bits of 4-7
     middle = _byte(data, at + 8 + (sub & 3), mask)  # the same of minima
@@ -76,7 +76,7 @@ def _scale_and_minimum(data, fields, at, sub, mask):
 
 @triton.jit
 def decode(data, fields, row, k, mask, TYPE: tl.constexpr):
-    """Elements k of rows that begin at byte ``row``: float32 of their common shape.
+    """Elements k of rows that begin at byte ``row``: float32, of the shape they broadcast to.
 
     data, fields: of a ``DeviceWeight``.  row: int64.  k: int32.
     """
@@ -148,7 +148,7 @@ def _rows(
 def decoded(
     weight: DeviceWeight, dtype: torch.dtype, ids: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Rows ids of the matrix, all by default: [rows, n_in] of the type."""
+    """Rows ``ids`` of the matrix, all by default: [rows, n_in] of type ``dtype``."""
     rows = weight.n_out if ids is None else len(ids)
     out = torch.empty(rows, weight.n_in, dtype=dtype, device=DEVICE)
     block = min(_TILE, pow2(weight.n_in))

@@ -1,4 +1,4 @@
-"""Rows between operations: those of new lanes, and some of many."""
+"""Operations on rows: copying them to all lanes, and selecting some."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from fwdllm.kernels.types import Lanes
 
 
 def spread(x: torch.Tensor, lanes: Lanes, exact: bool = False) -> torch.Tensor:
-    """Rows of every lane, of plain rows x: copies of them, zero in tangents.
+    """The rows of all lanes, from the plain rows x: copies of x, or zeros for tangents.
 
-    With tangents they are bfloat16 from here on, for a derivative has a scale of its own; but
-    finite differences are small beside what they are taken of, so lanes stay float32.
+    With tangents all rows are bfloat16 from here on, unless ``exact``: a derivative has a scale of
+    its own. Without tangents rows stay float32, because finite differences are small compared with
+    the losses they are taken of.
     """
     if not lanes.n_tangents:
         return x.repeat(len(lanes), 1)
@@ -24,10 +25,10 @@ def spread(x: torch.Tensor, lanes: Lanes, exact: bool = False) -> torch.Tensor:
 
 
 def contiguous(x: torch.Tensor) -> torch.Tensor:
-    """x in one piece, itself if it is."""
+    """x as a contiguous tensor; x itself if it is one."""
     return x.contiguous()
 
 
 def take(x: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
-    """These rows of x."""
+    """The rows of x with these numbers."""
     return x.index_select(0, constant(rows))

@@ -1,8 +1,9 @@
-"""The seeded LoRA term of every lane, and what else follows a product, on its way out.
+"""The seeded LoRA term of every lane, and what else is added to the result of a matmul.
 
-``down`` makes u = x A_l^T, rank numbers a row; ``up`` adds scale u B_l^T to the product in one pass
-over it, with the bias. Directions are drawn in registers where they are used, never stored.
-Rows of a lane may be parts with seeds of their own; a program works inside one part.
+``down`` computes u = x A_l^T, ``rank`` numbers for each row; ``up`` adds scale u B_l^T and the bias
+to the product x W^T in one pass over it. Directions are generated in registers where they are used,
+never stored. The rows of a lane may have parts with seeds of their own; a program works on one
+part.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from fwdllm.kernels.triton.runtime import (
 )
 from fwdllm.kernels.types import Lanes, LoRA
 
-# Columns of x that a program of ``down`` adds up: enough programs to read memory at full speed with
-# few rows, sums to add again few.
+# Columns of x that a program of ``down`` sums: so few that even with few rows there are enough
+# programs to read memory at full speed, so many that there are few partial sums.
 _CHUNK = 1024
-# Elements that a program of ``round_to_references`` has.
+# Elements that a program of ``round_to_references`` rounds.
 _BLOCK = 1024
 
 
@@ -61,13 +62,13 @@ class LaneTable:
 
 
 def lane_table(lanes: Lanes, n: int) -> LaneTable:
-    """The table of lanes of n rows."""
+    """The table of lanes with n rows each."""
     check_distribution(lanes.distribution)
     require(len(lanes.seeds) == len(lanes.coefficients), "a coefficient for each lane")
     n_parts = 1 if lanes.seeds.ndim == 1 else lanes.seeds.shape[1]
     require(lanes.starts is None or len(lanes.starts) == 1 + n_parts, "a seed for each part")
     starts = np.array([0, n], np.int32) if lanes.starts is None else lanes.starts
-    put = constant if lanes.coefficients.any() else small  # those of plain lanes are always new
+    put = constant if lanes.coefficients.any() else small  # plain lanes come in new arrays
     return LaneTable(
         put(lanes.seeds).view(len(lanes), -1),
         put(lanes.coefficients),
@@ -104,7 +105,7 @@ def round_to_references(x: torch.Tensor, table: LaneTable) -> torch.Tensor:
 
 @triton.jit
 def _rows_of_part(starts, part_blocks, BM: tl.constexpr):
-    """The part that program_id(0) works in, its rows of a lane, and which of them there are.
+    """The part that program_id(0) works on, its rows' numbers in a lane, and which rows exist.
 
     Each part has part_blocks programs, enough for the longest one.
     """
@@ -115,7 +116,7 @@ def _rows_of_part(starts, part_blocks, BM: tl.constexpr):
 
 @triton.jit
 def _seed_of(seeds, lane, part, part_blocks):
-    """seeds: [n_lanes, n_parts]."""
+    """The seed of a part of a lane. seeds: [n_lanes, n_parts]."""
     n_parts = tl.num_programs(0) // part_blocks
     return tl.load(seeds + lane * n_parts + part)
 
@@ -142,18 +143,18 @@ def _down(
     BM: tl.constexpr,
     RANK: tl.constexpr,
 ):
-    """u_l = x_l (A + c_l z(seed_l))^T; of a tangent u_l = x_l A^T + c_l x_0 z(seed_l)^T.
+    """u_l = x_l (A + c_l z(seed_l))^T; for a tangent u_l = x_l A^T + c_l x_0 z(seed_l)^T.
 
     A program does that for BM rows of a part of a lane and ``chunk`` columns of x.
-    x: [n_lanes, n, n_in].  factor: A, float32 [rank, n_in].  mask: that of z, of the shape of A, or
-    None.  seeds, coefficients, starts: of a ``LaneTable``.  u: float32 [chunks, n_lanes, n, RANK],
-    for ``_up`` to add up; RANK is the power of two that rank is padded to.
-    z is at offset + r * n_in + k of the stream.  DRAWN: its distribution, or None for none.  WIDE:
-    positions need an int64.  ALIGNED: rows of A begin at multiples of 4, so four numbers of a
-    counter are four columns.
+    x: [n_lanes, n, n_in].  factor: A, float32 [rank, n_in].  mask: multiplies z, of the shape of A,
+    or None.  seeds, coefficients, starts: of a ``LaneTable``.  u: partial sums, float32 [chunks,
+    n_lanes, n, RANK], which ``_up`` adds; RANK is rank padded to a power of two.
+    z[r, k] is number offset + r * n_in + k of the stream.  DRAWN: the distribution of z, or None to
+    leave z out.  WIDE: positions need an int64.  ALIGNED: rows of A begin at multiples of 4, so the
+    four numbers of a counter of the stream belong to four adjacent columns.
     """
     BK: tl.constexpr = 64
-    # Of float32 operands, which those of the adapter always are.
+    # Used for float32 operands, as those of the adapter always are.
     PRECISION: tl.constexpr = "tf32" if x.dtype.element_ty == tl.bfloat16 else "ieee"
     lane = tl.program_id(1)
     part, i, i_in = _rows_of_part(starts, part_blocks, BM)
@@ -195,16 +196,16 @@ def _down(
 def down(
     x: torch.Tensor, lora: LoRA, table: LaneTable, *, tangents: bool, drawn: str | None
 ) -> torch.Tensor:
-    """u = x A_l^T in parts that are still to be added: float32 [chunks, rows, RANK].
+    """u = x A_l^T as partial sums over columns of x: float32 [chunks, rows, RANK].
 
-    RANK is the rank or more, zero beyond it. With tangents u of those is du.
-    drawn: the distribution of A's direction, or None to leave it out: it is not the stream itself.
+    RANK is the rank or more, padded with zeros. Rows of tangents have the derivative du.
+    drawn: the distribution of A's direction; None leaves the direction out, for one in a basis.
     """
     rank, n_in = lora.a.shape
     wide = _padded(rank)
     chunks = cdiv(n_in, _CHUNK)
     u = torch.empty(chunks, len(x), wide, dtype=torch.float32, device=DEVICE)
-    # Float32 products are made by threads that have whole operands in registers.
+    # In float32 matmuls, threads have whole operands in registers.
     narrow = x.dtype == torch.bfloat16
     block_rows = min(128 if narrow else 32, pow2(table.longest, 16))
     part_blocks = cdiv(table.longest, block_rows)
@@ -235,13 +236,13 @@ def down(
 
 
 def _padded(rank: int) -> int:
-    """Numbers that u has for a row."""
+    """How many numbers u has for a row."""
     return pow2(rank, 8)
 
 
 @triton.jit
 def _sum(u, at, mask, chunks, stride):
-    """The parts of u at these positions, added in order."""
+    """The sum of the partial sums of u at these positions, added in order."""
     total = tl.load(u + at, mask=mask, other=0.0)
     for c in range(1, chunks):
         total += tl.load(u + c * stride + at, mask=mask, other=0.0)
@@ -290,15 +291,15 @@ def _up(
 ):
     """y_l = product_l + bias + scale u_l (B + c_l z(seed_l))^T.
 
-    Of a tangent y_l = product_l + scale (u_l B^T + c_l u_0 z(seed_l)^T), without bias.
+    For a tangent y_l = product_l + scale (u_l B^T + c_l u_0 z(seed_l)^T), without bias.
     A program does that for BM rows of a part of a lane and BN outputs.
-    product, y: [n_lanes, n, n_out], which may be one.  u: of ``_down``, or None without LoRA: then
-    RANK is 0.  factor: B, float32 [n_out, RANK].  mask: that of z, of the shape of B, or None.
-    bias: float32 [n_out] or None.  seeds, coefficients, starts: of a ``LaneTable``.  references: of
-    that too if rows of the product are differences to those of another lane, which are added here;
-    else None.
-    z is at offset + o * RANK + r of the stream; DRAWN, WIDE and ALIGNED as in ``_down``, rows of B
-    for those of A.
+    product, y: [n_lanes, n, n_out], maybe the same tensor.  u: of ``_down``, or None without LoRA;
+    then RANK is 0.  factor: B, float32 [n_out, RANK].  mask: multiplies z, of the shape of B, or
+    None.  bias: float32 [n_out] or None.  seeds, coefficients, starts: of a ``LaneTable``.
+    references: of the ``LaneTable`` if rows of the product are differences to rows of a reference
+    lane, which are then added here; else None.
+    z[o, r] is number offset + o * RANK + r of the stream; DRAWN, WIDE and ALIGNED as in ``_down``,
+    but for rows of B.
     """
     lane = tl.program_id(1)
     part, i, i_in = _rows_of_part(starts, part_blocks, BM)
@@ -356,10 +357,10 @@ def up(
     relative: bool,
     drawn: str | None,
 ) -> torch.Tensor:
-    """The product with everything that is added to it; in place unless it is ``relative``.
+    """The product x W^T plus LoRA term, bias and reference rows; in place unless ``relative``.
 
-    u: of ``down``.  relative: rows of a lane are still differences to those of its reference.
-    drawn: the distribution of B's direction, or None to leave it out.
+    u: of ``down``.  relative: whether rows of a lane are differences to those of its reference.
+    drawn: the distribution of B's direction; None leaves the direction out, for one in a basis.
     """
     n_out = product.shape[1]
     y = torch.empty_like(product) if relative else product
@@ -401,7 +402,7 @@ def up(
 
 
 def coordinates(lora: LoRA, lanes: Lanes, lane: int, part: int, of_b: bool) -> torch.Tensor:
-    """Numbers Z of the stream for a basis, [rank, q], times the lane's coefficient."""
+    """The coordinates Z of a direction in a basis, [rank, q], times the lane's coefficient."""
     rank = lora.a.shape[0]
     basis = lora.basis_b if of_b else lora.basis_a
     assert basis is not None

@@ -33,9 +33,9 @@ def matmul(
 ) -> torch.Tensor:
     """x W^T + bias + seeded LoRA as [rows, n_out] of the type of x, bfloat16 or float32.
 
-    Products are of bfloat16 with sums in float32. Of float32 rows those of a lane are rounded as
-    their difference to its reference (``Lanes.references``), so that finite differences see no
-    rounding of what lanes share. exact: products of float32.
+    Matmuls are in bfloat16 with sums in float32. If x is float32, rows of a lane are rounded to
+    bfloat16 as their difference to its reference (``Lanes.references``), so that the rounding of
+    what lanes have in common cancels in finite differences. exact: matmuls in float32.
     """
     x, weight = tensor(x), on_device(weight)
     lanes = Lanes.plain() if lanes is None else lanes
@@ -82,7 +82,7 @@ def _check(lora: LoRA, weight: DeviceWeight) -> None:
 
 
 def _bottleneck(x: torch.Tensor, lora: LoRA, lanes: Lanes, table: LaneTable) -> torch.Tensor:
-    """u of ``down`` with the direction of A, whatever it is."""
+    """u as of ``down``, with the direction of A, also if that has a basis."""
     tangents = lanes.n_tangents > 0
     drawn = lanes.distribution if lora.basis_a is None else None
     u = down(x, lora, table, tangents=tangents, drawn=drawn)
@@ -99,7 +99,7 @@ def _bottleneck(x: torch.Tensor, lora: LoRA, lanes: Lanes, table: LaneTable) -> 
 def _add_subspace(
     y: torch.Tensor, u: torch.Tensor, lora: LoRA, lanes: Lanes, table: LaneTable
 ) -> None:
-    """Add what a direction of B inside its basis does."""
+    """Add to y the term of B's direction, if that has a basis."""
     assert lora.basis_b is not None
     if len(lora.basis_b) == 0:
         return
@@ -112,7 +112,7 @@ def _add_subspace(
 
 
 def _perturbed_rows(lanes: Lanes, table: LaneTable) -> list[tuple[int, int, slice, slice]]:
-    """Lane, part, its rows and those of lane 0, for all that are perturbed."""
+    """(lane, part, the part's rows, the same rows in lane 0) for all perturbed lanes."""
     starts = [0, table.n] if lanes.starts is None else lanes.starts.tolist()
     return [
         (lane, part, slice(lane * table.n + begin, lane * table.n + end), slice(begin, end))

@@ -1,9 +1,10 @@
 """x W^T for a quantized W, by one of two routes.
 
-Fused: a tile of W is decoded where it is multiplied. Every row block decodes again, so it is for
-few rows, where reading the weights is what counts.
-Decoded: W goes to a bfloat16 scratch, the vendor's product does the rest. W is decoded once however
-many rows there are, so it is for many. The scratch is freed with the product.
+Fused: a kernel decodes a tile of W and multiplies by it. Every block of rows decodes W again, so
+this route is for few rows, where reading the weights takes most of the time.
+Decoded: W is decoded to a bfloat16 scratch buffer, and the vendor's matmul multiplies by it. W is
+decoded once however many rows there are, so this route is for many. The scratch is freed after the
+matmul.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ from fwdllm.kernels.triton.runtime import (
     pow2,
 )
 
-# From this many rows on the weights are decoded to scratch. An estimate that awaits its measurement
-# (``make bench-gpu`` shows both routes): decoding 4096 x 11008 weights moves 115 MB, 40 us on an
-# H100, in which the fused kernel reads them once for each 64 rows.
+# From this many rows on the weights are decoded to scratch. An estimate, not measured yet (``make
+# bench-gpu`` shows both routes): decoding 4096 x 11008 weights moves 115 MB, 40 us on an H100,
+# while the fused kernel reads the weights once for each 64 rows.
 SCRATCH_ROWS = 128
-# Bytes of scratch: 4096 x 11008 weights in bfloat16 fit, a vocabulary's output goes in parts.
+# Bytes of scratch: 4096 x 11008 weights in bfloat16 fit, an output matrix is decoded in parts.
 SCRATCH_BYTES = 128 * 2**20
-# Parts of a row of weights that the fused kernel adds up by themselves, of at least 256: with few
-# rows there are otherwise as many programs as processors, and each waits for memory alone.
+# Parts of a row of weights, of at least 256, that the fused kernel sums in different programs
+# (split-K). Otherwise, with few rows, there are only about as many programs as multiprocessors, and
+# nothing hides the time that they wait for memory.
 _PARTS = 8
 
 
@@ -53,7 +55,7 @@ def _fused(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    # Blocks of rows follow each other, so that those of one panel of weights share its bytes.
+    # Adjacent programs have blocks of rows of the same panel of weights, to share its bytes.
     row_blocks = tl.cdiv(rows, BM)
     m = (tl.program_id(0) % row_blocks) * BM + tl.arange(0, BM)
     o = (tl.program_id(0) // row_blocks) * BN + tl.arange(0, BN)
@@ -125,7 +127,7 @@ def fused(x: torch.Tensor, weight: DeviceWeight, dtype: torch.dtype) -> torch.Te
 
 
 def by_scratch(x: torch.Tensor, weight: DeviceWeight, dtype: torch.dtype) -> torch.Tensor:
-    """As ``fused``, by decoding; x is bfloat16."""
+    """As ``fused``, by decoding to scratch; x is bfloat16."""
     parts = list(_scratch_parts(weight))
     if len(parts) == 1:
         return vendor(x, decoded(weight, torch.bfloat16), dtype)
@@ -139,7 +141,7 @@ def by_scratch(x: torch.Tensor, weight: DeviceWeight, dtype: torch.dtype) -> tor
 
 def vendor(x: torch.Tensor, w: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """x w^T of bfloat16 matrices as ``dtype``, summed in float32 by PyTorch's library."""
-    if INTERPRETED:  # a CPU's has no float32 result of bfloat16 matrices
+    if INTERPRETED:  # PyTorch on a CPU cannot return float32 for bfloat16 operands
         return (x.float() @ w.float().T).to(dtype)
     if dtype == x.dtype:
         return x @ w.T
@@ -156,7 +158,10 @@ def product(
 def multiplier(
     weight: DeviceWeight, rows: int, exact: bool = False
 ) -> Callable[[torch.Tensor, torch.dtype], torch.Tensor]:
-    """``product`` for several x of one weight, ``rows`` in all, that decodes it once."""
+    """A function for several x W^T with one weight, which is decoded only once if it fits scratch.
+
+    rows: of all x together.
+    """
     if exact:
         return lambda x, dtype: fused(x.float(), weight, dtype)
     if rows < SCRATCH_ROWS:

@@ -1,8 +1,8 @@
 """The random stream in Triton: ``tl.randint4x`` and Box-Muller as ``kernels.reference.random``.
 
-Element i of v(seed) is component i % 4 of block i // 4. Integers are Triton's own; its
-``tl.randn4x`` gives the same normals but takes sine and cosine one after the other for any
-argument, which is most of its time. Here the angle is within a turn and they share their work.
+Element i of v(seed) is component i % 4 of block i // 4. Integers are Triton's own. Its
+``tl.randn4x`` gives the same normals, but most of its time goes into separate sine and cosine of an
+arbitrary angle. Here the angle is within one turn, and sine and cosine share their work.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ _BLOCK = 256
 
 @triton.jit
 def _cos_sin(angle):
-    """Of 0 .. 2 pi, to 1e-7: polynomials of Cephes' sinf.c and cosf.c in an eighth of a turn."""
+    """Cosine and sine of an angle from 0 to 2 pi, to 1e-7.
+
+    By the polynomials of Cephes' sinf.c and cosf.c, after reduction to an eighth of a turn.
+    """
     quarter = tl.floor(angle * 0.6366197723675814 + 0.5)
     # pi / 2 in three parts, whose products with 0 .. 4 are exact.
     x = angle - quarter * 1.5703125
@@ -71,7 +74,7 @@ def draw4(seed, block, NORMAL: tl.constexpr):
 
 @triton.jit
 def draw(seed, index, NORMAL: tl.constexpr):
-    """Elements at any positions: four times the work of ``draw4`` an element."""
+    """Elements at any positions: four times the work of ``draw4`` per element."""
     x, y, z, w = draw4(seed, index >> 2, NORMAL)
     part = (index & 3).to(tl.int32)
     return tl.where(part < 2, tl.where(part == 0, x, y), tl.where(part == 2, z, w))
@@ -79,7 +82,7 @@ def draw(seed, index, NORMAL: tl.constexpr):
 
 @triton.jit
 def far(index, WIDE: tl.constexpr):
-    """An index that a large one is added to, as int64 if the sum may need that."""
+    """The index, as int64 if its sum with a large offset may need that (WIDE)."""
     if WIDE:
         index = index.to(tl.int64)
     return index

@@ -1,7 +1,7 @@
-"""Passes of the same shape again: recorded once as a CUDA graph, then launched as a whole.
+"""Repeated passes of the same shape: recorded once as a CUDA graph, then launched as a whole.
 
-A small model's kernels take less time than Python takes to launch them. A graph runs on the memory
-it was recorded on, so what differs from pass to pass is copied into tensors that stay.
+A small model's kernels take less time than Python takes to launch them. A CUDA graph always uses
+the memory it was recorded with, so inputs that differ between passes are copied to fixed tensors.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from fwdllm.kernels.triton.runtime import DEVICE, array, displace, place, record
 
 Run = Callable[[], list[torch.Tensor]]
 
-# Elements from which on launching the kernels takes no time beside them: 4,096 rows of a model of a
-# billion parameters, 15 ms of an H100, are as long as launching those of its 22 layers. An estimate
-# that awaits its measurement.
+# Above this many elements kernels take longer than launching them, so recording gains nothing:
+# 4,096 rows of a model of a billion parameters take 15 ms on an H100, as long as launching the
+# kernels of its 22 layers. An estimate, not measured yet.
 _LARGEST = 1 << 23
 # Recordings that are kept; each holds the memory of its pass.
 _MOST = 4
@@ -28,9 +28,10 @@ _MOST = 4
 
 @dataclass
 class _Recording:
-    """inputs: tensors that stay.  launch: runs the pass, None before it is recorded.
+    """A recorded pass. inputs: its fixed tensors.  launch: runs the pass, None until recorded.
 
-    outputs: what it fills.  held: whose memory it uses, so that nothing else gets that.
+    outputs: tensors that ``launch`` fills.  held: tensors that it reads, kept alive so that nothing
+    else gets their memory.
     """
 
     inputs: list[torch.Tensor]
@@ -40,18 +41,19 @@ class _Recording:
 
 
 recordings: OrderedDict[Hashable, _Recording] = OrderedDict()
-# Whether passes are recorded; not any more once one could not be.
+# Whether passes are recorded; False after a recording has failed.
 enabled = True
 
 
 def repeated(
     key: Hashable | None, size: int, inputs: Sequence[np.ndarray], run: Run
 ) -> list[torch.Tensor]:
-    """What ``run`` returns; from the second time a key is seen on, by a recording of it.
+    """What ``run`` returns; from the second call with a key on, by a recording of it.
 
-    key: equal for passes that differ in the contents of ``inputs`` alone, None for one that is not
-    to be recorded.  size: elements that its layers work on.  inputs: all arrays that ``run`` reads
-    by ``constant`` or ``array``. What is returned is valid until the next call.
+    key: equal for passes that differ only in the contents of ``inputs``; None for a pass that must
+    not be recorded.  size: elements of a layer's activations.  inputs: all arrays that ``run``
+    reads by ``constant`` or ``array`` and that differ between passes. The result is valid until the
+    next call.
     """
     if key is None or size > _LARGEST or not enabled:
         return run()
@@ -80,7 +82,7 @@ def repeated(
 def _on(
     inputs: Sequence[np.ndarray], there: Sequence[torch.Tensor], run: Run
 ) -> list[torch.Tensor]:
-    """What ``run`` returns with the tensors in place of the arrays."""
+    """What ``run`` returns when it reads the tensors ``there`` instead of the arrays."""
     for x, tensor in zip(inputs, there, strict=True):
         place(x, tensor)
     try:
@@ -91,14 +93,14 @@ def _on(
 
 
 def _record(run: Run) -> tuple[Callable[[], object], list[torch.Tensor], list[torch.Tensor]]:
-    """What runs it again, what that fills, and all it reads."""
+    """Record ``run``: a function that repeats it, the outputs that fills, the tensors it reads."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with recorded() as held, torch.cuda.graph(graph):
             outputs = run()
         return graph.replay, outputs, held
-    # The interpreter has no graphs: Python runs again, on what is in the inputs by then.
+    # The interpreter has no CUDA graphs: run() is called again, on the inputs' contents by then.
     with recorded() as held:
         outputs = [x.clone() for x in run()]
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from fwdllm.kernels.api import Array
 from fwdllm.kernels.triton.runtime import cast, cdiv, check_rows, constant, pow2, require, tensor
 
-# Elements that a program has in registers, 32 a thread of 4 warps; a longer row is one program.
+# Elements that a program has in registers, 32 in a thread of 4 warps; a longer row is one program.
 _TILE = 4096
 
 

@@ -37,7 +37,7 @@ def _rope(
     at = tl.load(positions + row, mask=mask, other=0) * half + i
     c = tl.load(cos + at, mask=mask, other=0.0)
     s = tl.load(sin + at, mask=mask, other=0.0)
-    if INTERLEAVED:  # both of a pair at a time
+    if INTERLEAVED:  # both elements of a pair at a time
         both = (head + 2 * i)[:, None] + tl.arange(0, 2)[None, :]
         a, b = tl.split(tl.load(x + both, mask=mask[:, None], other=0.0).to(tl.float32))
         turned = tl.join(a * c - b * s, a * s + b * c)

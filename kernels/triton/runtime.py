@@ -1,4 +1,4 @@
-"""Where these kernels keep arrays, and how they get there.
+"""Where these kernels keep arrays, and how arrays get there.
 
 Arrays are PyTorch tensors on the GPU. Under TRITON_INTERPRET=1 they are on the CPU, and Triton runs
 the kernels in NumPy: slow, and the same arithmetic.
@@ -32,8 +32,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED el
 class DeviceWeight:
     """A ``Weight`` on the device, byte for byte.
 
-    data: uint8 [n_out, row_bytes].  fields: the same bytes as float16, as bfloat16 or float32 for
-    those types: the elements, or what holds the scales of blocks.
+    data: uint8 [n_out, row_bytes].  fields: the same bytes viewed as float16, or for BF16 and F32
+    weights as these types, to read the elements of such types or the scales of blocks.
     """
 
     data: torch.Tensor
@@ -75,7 +75,7 @@ def free_bytes() -> int | None:
 
 
 def array(x: np.ndarray) -> torch.Tensor:
-    """x on the device: copied, unless it is in its place for a recording."""
+    """x on the device: copied, unless ``place`` or ``constant`` has a tensor for it."""
     found = _constants.get(id(x))
     return _copy(x) if found is None or found[0]() is not x else _seen(found[1])
 
@@ -93,7 +93,7 @@ _constants: dict[int, tuple[weakref.ref[np.ndarray], torch.Tensor]] = {}
 
 
 def constant(x: Array) -> torch.Tensor:
-    """As ``tensor``, of an array that never changes: copied once."""
+    """As ``tensor``, for an array that never changes: copied once."""
     if isinstance(x, torch.Tensor):
         return x
     key = id(x)
@@ -106,7 +106,7 @@ def constant(x: Array) -> torch.Tensor:
 
 
 def small(x: np.ndarray) -> torch.Tensor:
-    """As ``constant``, of a few numbers: copied once for each content."""
+    """As ``constant``, for a few numbers: arrays of equal contents are copied once."""
     return _seen(_small(x.tobytes(), x.dtype.str, x.shape))
 
 
@@ -116,13 +116,13 @@ def _small(data: bytes, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def place(x: np.ndarray, at: torch.Tensor) -> None:
-    """Let ``at``, of the same content, be what ``constant`` returns for x."""
+    """Let ``constant`` and ``array`` return ``at``, a tensor of the same contents, for x."""
     key = id(x)
     _constants[key] = (weakref.ref(x, lambda _: _constants.pop(key, None)), at)
 
 
 def displace(x: np.ndarray) -> None:
-    """Forget what ``place`` or ``constant`` has of x."""
+    """Forget the tensor that ``place`` or ``constant`` has for x."""
     _constants.pop(id(x), None)
 
 
@@ -140,8 +140,8 @@ def host(x: Array) -> np.ndarray:
 def recorded() -> Iterator[list[torch.Tensor]]:
     """All tensors that ``constant``, ``small`` and ``array`` return inside, in a list.
 
-    A recording has their addresses for good, so they have to live as long; what is not there yet
-    is refused with RuntimeError.
+    A recording keeps using their addresses, so they must live as long as it does. RuntimeError if
+    an array is not on the device yet.
     """
     global _recorded
     _recorded = []
@@ -180,8 +180,8 @@ def pow2(n: int, least: int = 1) -> int:
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b in float32. PRECISION: of float32 operands; of bfloat16 it changes nothing."""
-    if IN_NUMPY:  # its product of bfloat16 would be one of their bits
+    """acc + a b in float32. PRECISION: for float32 operands; without effect on bfloat16."""
+    if IN_NUMPY:  # the interpreter would multiply the bits of bfloat16 operands
         acc += tl.dot(a.to(tl.float32), b.to(tl.float32))
     else:
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
@@ -191,7 +191,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def cast(x, to: tl.constexpr):
     """float32 x as float32 or bfloat16, rounded to nearest even."""
-    if IN_NUMPY and to == tl.bfloat16:  # its own conversion cuts off
+    if IN_NUMPY and to == tl.bfloat16:  # the interpreter's own conversion truncates
         bits = x.to(tl.int32, bitcast=True)
         rounded = bits + 0x7FFF + ((bits >> 16) & 1)
         x = tl.where(x == x, rounded, bits).to(tl.float32, bitcast=True)
@@ -199,7 +199,7 @@ def cast(x, to: tl.constexpr):
 
 
 def require(fits: bool, what: str) -> None:
-    """ValueError unless it fits: a kernel would read and write elsewhere."""
+    """ValueError unless it fits: otherwise a kernel would access memory out of bounds."""
     if not fits:
         raise ValueError(f"what does not fit: {what}")
 

@@ -10,7 +10,7 @@ from fwdllm.kernels.api import Array
 from fwdllm.kernels.triton.random import draw4, far, in_turn, is_far
 from fwdllm.kernels.triton.runtime import cdiv, check_distribution, host, tensor
 
-# Blocks of four numbers that a program makes of each seed: a thread of 4 warps has two.
+# Blocks of four numbers that a program makes of each seed: two in each thread of 4 warps.
 _BLOCK = 256
 
 

@@ -45,7 +45,7 @@ def seeded_dot(
 ) -> np.ndarray:
     """g . v(seeds[k])[offset:] for every k: float64 [k]; g float32 [n].
 
-    Sums of 2,048 elements are in float32, those of them in float64.
+    2,048 elements at a time are summed in float32, and these sums in float64.
     """
     check_distribution(distribution)
     shift = offset % 4

@@ -1,7 +1,7 @@
-"""fwdllm on Flower (https://flower.ai): the apps of a server and of its clients, and the strategy.
+"""fwdllm on Flower (https://flower.ai): a ServerApp, a ClientApp and the strategy.
 
-``FwdLLMStrategy`` can be used in a ServerApp of one's own. The apps are those that
-``fwdllm federate init`` puts into a Flower app directory.
+``FwdLLMStrategy`` can be used in your own ServerApp. ``fwdllm federate init`` puts these two apps
+into a Flower app directory.
 """
 
 from fwdllm.protocol.flower.client_app import app as client_app

@@ -1,7 +1,8 @@
 """The ClientApp: a node's model and data, and the answer to an assignment.
 
-The node's configuration names them: ``data``, a JSONL file, and ``model``, a GGUF file, if it is
-not where the run's configuration has it; ``memory-budget`` are bytes to stay within.
+The node's configuration has ``data``, the path of a JSONL file; ``model``, the path of the GGUF
+file, if it differs from the path in the run's configuration; and optionally ``memory-budget``, the
+most bytes to use.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ app = ClientApp()
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Answer one assignment. What goes wrong is raised, and Flower tells the server."""
+    """Answer one assignment. Errors are raised, and Flower reports them to the server."""
     began = time.perf_counter()
     settings, task = Settings.of(context.run_config), Task.of(message.content)
     model = str(context.node_config.get("model", settings.model))
@@ -52,9 +53,9 @@ def train(message: Message, context: Context) -> Message:
 
 
 def _synchronize(replica: Replica, context: Context, data: bytes, round: int) -> bool:
-    """Bring the node's adapter to a round, from where it was; False if that has been lost.
+    """Bring the node's adapter from its saved state to a round; False if that state was lost.
 
-    The state lies in the context, which lives as long as the run and the node's process.
+    The state is in Flower's context, which lives as long as the run and the node's process.
     """
     messages = wire.decode_many(data)
     saved = context.state.get(RECORD)
@@ -66,7 +67,7 @@ def _synchronize(replica: Replica, context: Context, data: bytes, round: int) ->
     for message in messages:
         if not wire.is_state(message):
             update = wire.decode_update(message)
-            if update.round == replica.round:  # those before are in the saved state
+            if update.round == replica.round:  # earlier updates are in the saved state
                 replica.apply(update)
     if replica.round != round:
         return False

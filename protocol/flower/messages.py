@@ -1,4 +1,4 @@
-"""What is inside Flower's messages, and a run's settings inside its configuration."""
+"""The contents of Flower's messages, and a run's settings in Flower's run configuration."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ from fwdllm.protocol.federation import FederationConfig
 from fwdllm.protocol.presets import preset
 from fwdllm.protocol.wire import WireError
 
-# The name of our record in a message, and of a client's state in its context.
+# The key of our record in a message, and of a client's state in its Flower context.
 RECORD = "fwdllm"
 
 
 @dataclass(frozen=True)
 class Task:
-    """From the server: an assignment, what brings the client to its state, and which model."""
+    """A message from the server to a client.
+
+    assignment: see ``wire.encode_assignment``.  synchronization: see ``Server.synchronize``.
+    model: the model's fingerprint, as JSON.
+    """
 
     assignment: bytes
     synchronization: bytes
@@ -44,7 +48,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Reply:
-    """From a client: its report, or none if it has lost the state that its updates go on from."""
+    """From a client: its report, or None if it has lost the state that updates build on."""
 
     report: bytes | None
 
@@ -55,7 +59,7 @@ class Reply:
 
     @staticmethod
     def of(content: RecordDict) -> Reply:
-        """The inverse of ``content``; whatever else there is becomes a report to be refused."""
+        """The inverse of ``content``; any other content becomes an empty report, to be rejected."""
         try:
             record = _record(content)
         except WireError:
@@ -75,11 +79,11 @@ def _record(content: RecordDict) -> ConfigRecord:
 
 @dataclass(frozen=True)
 class Settings:
-    """A run's settings, as [tool.flwr.app.config] of the app has them.
+    """A run's settings, from [tool.flwr.app.config] of the app.
 
-    model: a GGUF file on the server; nodes may name their own.  labels: of a classification head.
-    run_dir: the server's folder for ledger and adapter.  eval_data: JSONL on the server, or "".
-    min_nodes: that the server waits for.
+    model: path of a GGUF file on the server; nodes may give a path of their own.  labels: of a
+    classification head.  run_dir: the server's folder for ledger and adapter.  eval_data: path of a
+    JSONL file on the server, or "".  min_nodes: number of nodes the server waits for.
     """
 
     federation: FederationConfig
@@ -116,7 +120,7 @@ class Settings:
             raise ConfigError(f"the run configuration is not usable: {error}") from error
 
     def engine(self, model: str, memory_budget: int | None = None) -> Engine:
-        """The model with an empty adapter. Errors: ModelError, ConfigError."""
+        """An engine for the model, with an empty adapter. Errors: ModelError, ConfigError."""
         return Engine.load(
             model,
             self.lora,
@@ -127,7 +131,7 @@ class Settings:
 
 
 def _table(run_config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Flower flattens tables: "federation.rounds" is ``rounds`` of the table ``federation``."""
+    """One table of a configuration that Flower has flattened to keys like "federation.rounds"."""
     prefix = name + "."
     return {
         key.removeprefix(prefix).replace("-", "_"): value

@@ -1,4 +1,4 @@
-"""The ServerApp: opens the run's ledger, or makes it, and lets the strategy go on to the end."""
+"""The ServerApp: opens or creates the run's ledger and lets the strategy finish the run."""
 
 from __future__ import annotations
 

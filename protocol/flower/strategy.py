@@ -1,4 +1,4 @@
-"""The strategy: a Flower round is a round of the protocol, with as many requests as it wants."""
+"""The strategy: one Flower round is one protocol round, with one request for each part."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ _POLL = 1.0
 class FwdLLMStrategy(Strategy):
     """Federated fine-tuning by forward passes: seeds go down, scalars come up.
 
-    The rounds, their state and every contribution are in a ledger, so a strategy made from the
-    ledger of a run that was stopped, or killed, goes on with it: call ``start`` with
-    ``num_rounds=strategy.rounds_left``. ``timeout`` of ``start`` is the deadline of a request; a
-    round closes with a quorum (``FederationConfig.quorum``) of answers, and its nodes that have
-    vanished cost nothing else. One round of Flower is one update of the adapter, in as many
-    requests as pacing wants.
+    The rounds, their state and every contribution are in a ledger. To resume a run that was stopped
+    or killed, make a strategy from its ledger and call ``start`` with
+    ``num_rounds=strategy.rounds_left``. ``timeout`` of ``start`` limits the first request of a
+    round; ``FederationConfig.deadline`` limits further ones. A round closes with a quorum
+    (``FederationConfig.quorum``) of answers; nodes that have vanished cost nothing but the wait.
+    One Flower round is one update of the adapter, in as many requests as pacing wants.
 
     Clients are numbered in the order in which their nodes first appear.
 
     Parameters
     ----------
     ledger : Ledger
-        Of a new run (``Ledger.create``) or of the one to go on with; writable.
+        Of a new run (``Ledger.create``) or of the run to resume; writable.
     min_nodes : int (default: 2)
         Nodes that must be connected before a request.
     clock : Callable[[], float] (default: time.time)
-        Seconds, for the ledger.
+        The current time in seconds, recorded in the ledger.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class FwdLLMStrategy(Strategy):
         self._grid: Grid | None = None
         self._known: dict[int, int] = {}
         self._timeout = self.server.config.deadline
-        # A run of Flower begins with nodes that hold nothing.
+        # When a Flower run begins, no node holds any state.
         self.server.forget_all()
 
     @property
     def rounds_left(self) -> int:
-        """Rounds that the run still has."""
+        """Rounds still to run."""
         return self.server.config.rounds - self.server.round
 
     @property
@@ -71,14 +71,14 @@ class FwdLLMStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The first request of a round; after a restart, what of it is still open."""
+        """The first request of a round; after a restart, its assignments without an answer yet."""
         self._grid = grid
         return self._request()
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Take the answers, ask for more while the round wants more, then step."""
+        """Take the answers, send more requests while the round needs them, then update."""
         assert self._grid is not None
         closed = None
         while closed is None:
@@ -111,7 +111,7 @@ class FwdLLMStrategy(Strategy):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Nothing, as ``configure_evaluate``."""
+        """None, because nodes are not asked."""
         return None
 
     def summary(self) -> None:
@@ -123,7 +123,7 @@ class FwdLLMStrategy(Strategy):
         log(INFO, "\t└──> Ledger: %s", self.server.ledger.path)
 
     def _request(self) -> list[Message]:
-        """Messages of the open part, or of a new one."""
+        """Messages to the clients that should answer now: in the open part, or in a new one."""
         return self._messages(self._open())
 
     def _open(self) -> list[Assignment]:
@@ -133,7 +133,7 @@ class FwdLLMStrategy(Strategy):
         nodes = {client: node for node, client in self._clients().items()}
         messages = []
         for assignment in assignments:
-            if assignment.client not in nodes:  # it has gone just now
+            if assignment.client not in nodes:  # the node has just disconnected
                 continue
             task = Task(
                 wire.encode_assignment(assignment),
@@ -180,7 +180,7 @@ class FwdLLMStrategy(Strategy):
         return lost
 
     def _clients(self) -> dict[int, int]:
-        """The number of every connected node's client."""
+        """Client numbers of the connected nodes, by node id; waits for ``min_nodes`` nodes."""
         assert self._grid is not None
         while len(nodes := sorted(self._grid.get_node_ids())) < self.min_nodes:
             log(INFO, "waiting for nodes: %d of %d", len(nodes), self.min_nodes)

@@ -270,7 +270,7 @@ def test_another_run_is_not_resumed(bundled: Path, data: Path, few: Path, tmp_pa
 
 # Killing
 
-KILLS = 20
+KILLS = 12
 
 
 def start(

@@ -30,7 +30,7 @@ from gguf_bytes import (
 from places import SHARED
 
 from fwdllm.engine.errors import ModelError
-from fwdllm.engine.gguf.file import GGUFFile
+from fwdllm.engine.gguf.file import GGUFFile, _open
 
 __all__ = ["open_bytes"]  # a fixture
 
@@ -193,9 +193,10 @@ def test_a_vocabulary_of_128k_tokens_opens_fast(open_bytes: Callable) -> None:
     file = open_bytes(content)
     elapsed = []
     for _ in range(5):
-        start = time.perf_counter()
+        _open.cache_clear()
+        start = time.process_time()
         GGUFFile.open(file.path)
-        elapsed.append(time.perf_counter() - start)
+        elapsed.append(time.process_time() - start)
     assert min(elapsed) < 0.3
     assert file.strings("tokens") == tuple(f"token{i}" for i in range(n_tokens))
     assert file.metadata["merges"][-1] == f"left{n_merges - 1} right{n_merges - 1}"

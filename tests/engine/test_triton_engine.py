@@ -139,7 +139,7 @@ def test_a_repeated_pass_sees_what_has_changed(path: Path) -> None:
     engine = load(path, "cuda")
     assert engine.adapter is not None
     recording.recordings.clear()
-    for i in range(4):
+    for i in range(3):
         batch = some_batch(seed=i)  # other tokens, the same lengths
         seeds = SEEDS[:1] + np.uint64(i)
         engine.adapter.theta[:] *= 0.7

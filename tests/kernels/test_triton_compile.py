@@ -94,8 +94,9 @@ def described(variants: list[Variant]) -> str:
     return "\n".join(json.dumps(variant) for variant in variants)
 
 
-def test_every_kernel_compiles(variants: list[Variant]) -> None:
-    assert {variant["name"] for variant in variants} == launched()
+def test_every_kernel_compiles(variants: list[Variant], capability: int) -> None:
+    names = {variant["name"] for variant in variants}
+    assert names == launched() if capability == CAPABILITIES[-1] else names < launched()
     for name in ("_fused", "_rows"):
         found = {v["constants"]["TYPE"] for v in variants if v["name"] == name}
         assert found == set(SUPPORTED_TYPES)

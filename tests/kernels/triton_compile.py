@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from fwdllm.kernels.types import SUPPORTED_TYPES, Lanes, LoRA, QuantType, Weight
 WIDTH, HIDDEN, KV_WIDTH, HEAD_DIM, VOCABULARY = 4096, 14336, 1024, 128, 32000
 SMALL_WIDTH, SMALL_HEAD_DIM, TINY_HEAD_DIM = 384, 32, 16
 
+# All is compiled for the last; for the others what depends on their tensor cores.
 CAPABILITIES = (80, 90)
 DTYPES = (torch.bfloat16, torch.float32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -128,7 +129,7 @@ def sequences(n: int, rows: int) -> np.ndarray:
     return (np.arange(n + 1) * rows).astype(np.int32)
 
 
-def products() -> None:
+def products(dtypes: Sequence[torch.dtype]) -> None:
     """Every type by both routes, of tiles that are full, and of some that are small."""
     for type in SUPPORTED_TYPES:
         w = weight(type, 512, WIDTH)
@@ -136,7 +137,7 @@ def products() -> None:
             ops.matmul(empty(rows, WIDTH, dtype=torch.bfloat16), w)
         ops.embedding(w, np.zeros(16, np.int32))
     w = weight(QuantType.Q4_0, 512, WIDTH)
-    for dtype, rows in product(DTYPES, (1, 16, 40, 100)):
+    for dtype, rows in product(dtypes, (1, 16, 40, 100)):
         ops.matmul(empty(rows, WIDTH, dtype=dtype), w, exact=dtype == torch.float32)
     w = weight(QuantType.F16, SMALL_WIDTH, SMALL_WIDTH)
     ops.matmul(empty(100, SMALL_WIDTH, dtype=torch.bfloat16), w, bias=empty(SMALL_WIDTH))
@@ -157,6 +158,14 @@ def adapters() -> None:
     ops.matmul(wide, w, lora=even, lanes=pairs(4), bias=empty(WIDTH))
     ops.matmul(wide, w, lora=masked, lanes=pairs(4, "rademacher"))
     ops.matmul(wide, w, lora=even, lanes=tangents, exact=True)
+
+
+def plain_and_exact_adapter() -> None:
+    """The LoRA term of tangents by both kinds of products."""
+    w, rows = weight(QuantType.Q4_0, WIDTH, HIDDEN), 8 * 256
+    for dtype in DTYPES:
+        x = empty(rows, HIDDEN, dtype=dtype)
+        ops.matmul(x, w, lora=adapter(8), lanes=tangent_lanes(7), exact=dtype == torch.float32)
 
 
 def layers(dtype: torch.dtype) -> None:
@@ -230,14 +239,18 @@ def main(arguments: Iterable[str]) -> None:
     report_launches()
     FakeTensor.numpy = without_values
     with FakeTensorMode(allow_non_fake_inputs=True):
-        products()
-        adapters()
-        for dtype in DTYPES:
-            layers(dtype)
-        losses()
-        streams()
-        if int(capability) == CAPABILITIES[-1]:  # what is a constant does not depend on the GPU
+        if int(capability) == CAPABILITIES[-1]:
+            products(DTYPES)
+            adapters()
+            for dtype in DTYPES:
+                layers(dtype)
+            losses()
+            streams()
             single()
+        else:
+            products(DTYPES[:1])
+            layers(DTYPES[0])
+            plain_and_exact_adapter()
 
 
 if __name__ == "__main__":

@@ -123,19 +123,19 @@ def await_contributions(run_dir: Path, count: int) -> None:
         time.sleep(0.05)
 
 
-def test_five_rounds_give_the_bits_of_a_simulation(
+def test_rounds_give_the_bits_of_a_simulation(
     network: FlowerNetwork, bundled: Path, pirate: Path, tmp_path: Path
 ) -> None:
-    app = write_app(tmp_path / "app", bundled, pirate, rounds=5)
+    app = write_app(tmp_path / "app", bundled, pirate, rounds=3)
     assert network.wait(network.run(app), TIMEOUT) == "finished:completed"
     assert (app / "run" / "adapter.gguf").is_file()
-    assert last_hash(app / "run") == simulated(network, bundled, pirate, tmp_path, rounds=5)
+    assert last_hash(app / "run") == simulated(network, bundled, pirate, tmp_path, rounds=3)
     with Ledger(app / "run" / NAME) as ledger:
-        assert ledger.n_rounds == 5
+        assert ledger.n_rounds == 3
         assert ledger.rejections() == []
         for _, asked, accepted, down, up in ledger.traffic_by_client():
-            assert (asked, accepted) == (5, 5)
-            assert up == 5 * (34 + 4 * CHANGES["perturbations"])
+            assert (asked, accepted) == (3, 3)
+            assert up == 3 * (34 + 4 * CHANGES["perturbations"])
             assert 0 < down < 20_000
 
 

@@ -1,4 +1,4 @@
-"""What people see in a terminal: progress on stderr, results on stdout, errors as a sentence."""
+"""Terminal output: progress on stderr, results on stdout, each error as one sentence."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def print_json(value: Mapping[str, Any]) -> None:
 
 
 def explain(error: BaseException) -> str | None:
-    """One sentence for an error a user can do something about; None for a bug of ours."""
+    """One sentence for an error that a user can fix; None for a bug in this package."""
     from fwdllm.engine.errors import FwdllmError  # slow to import, and errors are rare
 
     if isinstance(error, FwdllmError):
@@ -73,7 +73,7 @@ def show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """In place of ``warnings.showwarning``: one of ours is a sentence, without its place."""
+    """For ``warnings.showwarning``: a FwdllmWarning is printed without file and line."""
     from fwdllm.engine.errors import FwdllmWarning
 
     ours = issubclass(category, FwdllmWarning)
@@ -93,7 +93,7 @@ def tuning_progress() -> Iterator[Callable[[Event], None]]:
 
 
 def progress_bar(console: Console) -> Progress:
-    """A live bar whose tasks have a field ``status``; nothing where there is no terminal."""
+    """A live bar whose tasks have a field ``status``; shows nothing if this is no terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -117,7 +117,7 @@ _METHODS = {
 
 
 class _Follower:
-    """Turns events into what ``tuning_progress`` shows."""
+    """Shows the events of ``tuning_progress``."""
 
     def __init__(self, console: Console, bar: Progress) -> None:
         self._console, self._bar = console, bar

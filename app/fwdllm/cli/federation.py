@@ -219,7 +219,7 @@ def init(
 
 
 def parse_settings(settings: list[str] | None) -> dict[str, Any]:
-    """NAME=VALUE pairs; a value that is JSON is that, any other a string."""
+    """Settings from NAME=VALUE texts; a value is parsed as JSON if it is JSON, else a string."""
     found: dict[str, Any] = {}
     for text in settings or []:
         name, equals, value = text.partition("=")
@@ -233,5 +233,5 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
 
 
 def record_rounds(last: list[Any]) -> int:
-    """How many rounds there are, of the last one alone."""
+    """The number of closed rounds. last: a list with the last round, empty without rounds."""
     return last[0].round + 1 if last else 0

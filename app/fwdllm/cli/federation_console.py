@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fwdllm.federation.simulation import Event, SimulationResult
     from fwdllm.protocol.ledger import Ledger
 
-# Clients and rejections that are listed by name.
+# How many clients and how many rejections are listed.
 _LISTED = 10
 
 
@@ -102,7 +102,7 @@ def print_ledger(ledger: Ledger) -> None:
             *(cell for cell, shown in zip(last, optional.values(), strict=True) if shown),
         )
     console.print(f"{len(rounds)} of {config.rounds} rounds", highlight=False)
-    # Wider than the terminal is better than cut off.
+    # On a narrow terminal, lines that wrap are better than columns that are cut off.
     Console(width=max(console.width, 100)).print(table, highlight=False)
     clients = ledger.traffic_by_client()
     console.print(f"\n{len(clients)} clients were asked; those that received most:")

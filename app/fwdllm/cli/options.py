@@ -1,4 +1,4 @@
-"""Options of the command line that are made from configurations' settings."""
+"""Command line options made from the settings of configuration classes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def takes(*configs: type) -> Callable[[Command], Command]:
-    """Give a command an option for every setting of some configurations.
+    """A decorator that gives a command an option for every setting of ``configs``.
 
-    What is given reaches it by the settings' names in the keywords of ``**settings``; what is not
-    is None. ``given`` picks a configuration's own.
+    The command receives all of them in its ``**settings``, by the settings' names; an option that
+    is not on the command line is None. ``given`` picks the settings of one configuration.
     """
 
     def decorate(command: Command) -> Command:

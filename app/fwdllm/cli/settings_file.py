@@ -11,18 +11,19 @@ from typing import Any
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.settings import settings_of, types_of
 
-# What a run has recorded of its inputs, which the command is told by its arguments.
+# Tables of a run's config.json that describe its inputs; the command gets inputs as arguments.
 _INPUTS = ("model", "data", "held_out")
 
 
 def read_settings(
     path: Path | None, options: Mapping[str, Any] | None = None, **configs: type
 ) -> dict[str, dict[str, Any]]:
-    """Settings by table: of each of ``configs`` those that the file has; none without a file.
+    """Settings from a file, by table; without a file, empty tables.
 
-    options: of the command, that a run has recorded too and that have to be given as they were.
-    Errors: ConfigError for a file that cannot be read, for a table or setting that is unknown, and
-    for another value of an option.
+    configs: the configuration class of each table.  options: values of command line options that a
+    run's config.json also records; they must equal the recorded ones.
+    Errors: ConfigError for a file that cannot be read, for an unknown table or setting, and for an
+    option that differs from the recorded one.
     """
     options = options or {}
     tables: dict[str, dict[str, Any]] = {name: {} for name in configs}
@@ -44,7 +45,7 @@ def read_settings(
         tables[name] = {
             key: _value(path, configs[name], f"{name}.{key}", key, value)
             for key, value in table.items()
-            if value is not None  # as JSON has what is not set
+            if value is not None  # JSON has null for what is not set
         }
     return tables
 

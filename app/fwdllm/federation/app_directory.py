@@ -71,11 +71,11 @@ def init(
     min_nodes: int = 2,
     changes: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a Flower app directory; gives its path.
+    """Write a Flower app directory; returns its path.
 
-    folder: new or empty.  model: a GGUF file.  data: JSONL like the nodes', for its labels.
-    name: a preset.  changes: settings that differ from it.  eval_data: JSONL that the server
-    evaluates on.  Errors: ConfigError, ModelError, DataError.
+    folder: new or empty.  model: a GGUF file.  data: JSONL with the same labels as the nodes' data;
+    only its labels are used.  name: a preset.  changes: settings that differ from the preset's.
+    eval_data: JSONL on which the server evaluates.  Errors: ConfigError, ModelError, DataError.
     """
     path, lora = Path(folder), lora or LoRAConfig()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -85,7 +85,7 @@ def init(
         read_jsonl(eval_data)
     config = preset(name, rounds=rounds, **(changes or {}))
     engine = Engine.load(model, lora, labels=labels, seed=config.seed)
-    engine.backend.check_method(config.method)  # what would fail later
+    engine.backend.check_method(config.method)  # fail now, not in the run
     settings = {
         "model": str(Path(model).resolve()),
         "run-dir": str(path.resolve() / "run"),
@@ -93,7 +93,7 @@ def init(
         "labels": json.dumps(labels, ensure_ascii=False),
         "min-nodes": min_nodes,
     }
-    # What people change stands there by name even where the preset has it.
+    # Settings that people often change are written out, even if the preset has the same value.
     shown = {**PRESETS[name], "rounds": rounds, "per_round": config.per_round, "seed": config.seed}
     federation = {"preset": name, **shown, **(changes or {})}
     shape: dict[str, Any] = {

@@ -18,10 +18,10 @@ ATTACKS = ("nan", "huge", "flip", "garbage", "replay", "claim")
 class Fleet:
     """Devices of a simulation. Shares are from 0 to 1.
 
-    tokens_per_s: lane-tokens a median device forwards; devices differ by a factor of about
-    ``spread`` (the deviation of a log-normal).  dropout: the share of assignments never answered.
-    stragglers: the share of clients that take ``slowdown`` times as long.  hostile: the share of
-    clients that attack, each in its own way of ATTACKS.
+    tokens_per_s: tokens, counted in every lane, that a median device forwards; devices differ by a
+    factor of about ``spread`` (exp of a log-normal's sigma).  dropout: the share of assignments
+    never answered.  stragglers: the share of clients that take ``slowdown`` times as long.
+    hostile: the share of clients that attack, each in one way of ATTACKS, drawn at random.
     """
 
     tokens_per_s: float = 1000.0
@@ -39,7 +39,7 @@ class Fleet:
             raise ConfigError("devices' speed must be above 0, spread and slowdown at least 1")
 
     def seconds(self, seed: int, client: int, n_tokens: int) -> float:
-        """What a client takes for so many lane-tokens."""
+        """Seconds a client takes to forward n_tokens, counted in every lane."""
         random = _random(seed, client)
         speed = self.tokens_per_s * self.spread ** random.standard_normal()
         is_slow = random.random() < self.stragglers
@@ -51,13 +51,13 @@ class Fleet:
         return _random(seed, a.client, a.round, a.part).random() >= self.dropout
 
     def attack(self, seed: int, client: int) -> str | None:
-        """What a hostile client does, None for an honest one."""
+        """A hostile client's attack, one of ATTACKS; None for an honest client."""
         random = _random(seed, client, 0xA77AC)
         return str(random.choice(ATTACKS)) if random.random() < self.hostile else None
 
 
 def attacked(kind: str, report: Report, before: bytes | None) -> bytes:
-    """A hostile client's message for its report. before: the first of it that was accepted."""
+    """The message a hostile client sends for its report. before: its first accepted one or None."""
     r = report
     slopes = r.derivatives.copy()
     if kind == "nan":

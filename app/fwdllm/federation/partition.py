@@ -23,10 +23,11 @@ def iid(n_examples: int, n_clients: int, seed: int) -> list[np.ndarray]:
 def dirichlet(
     examples: Sequence[Example], n_clients: int, alpha: float, seed: int
 ) -> list[np.ndarray]:
-    """Shares whose labels follow Dirichlet(alpha) (Hsu et al., arXiv 1909.06335), about equal.
+    """Shares of about equal size whose labels follow Dirichlet(alpha).
 
-    Every client draws its own mixture of labels and takes its n / n_clients examples by it, from
-    what is left. Small alpha: few labels each; large: like iid. Errors: ConfigError, DataError.
+    Hsu et al., arXiv 1909.06335. Every client draws its own mixture of labels and takes its
+    n / n_clients examples by that mixture, from the examples that are left. Small alpha: few labels
+    for each client; large: like iid. Errors: ConfigError, DataError.
     """
     if not alpha > 0:
         raise ConfigError(f"Dirichlet's alpha must be above 0, not {alpha}")
@@ -48,7 +49,7 @@ def dirichlet(
         for _ in range(size):
             open_labels = np.array([bool(left[label]) for label in labels])
             weights = np.where(open_labels, mixture, 0)
-            if not weights.sum() > 0:  # all labels it wants are used up
+            if not weights.sum() > 0:  # no examples are left of the labels in its mixture
                 weights = open_labels.astype(float)
             label = labels[int(random.choice(len(labels), p=weights / weights.sum()))]
             mine.append(left[label].pop())
@@ -57,7 +58,7 @@ def dirichlet(
 
 
 def by_user(path: Path, examples: Sequence[Example], field: str) -> list[np.ndarray]:
-    """One client for each value of a field of the JSONL lines, in order of the values."""
+    """One client for each value of a field of the JSONL lines, in sorted order of the values."""
     lines = path.read_bytes().split(b"\n")
     users: dict[str, list[int]] = {}
     for i, example in enumerate(examples):

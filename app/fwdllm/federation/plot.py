@@ -1,4 +1,4 @@
-"""A federated run as a picture: accuracy or loss against its costs, and what pacing did."""
+"""A federated run as a plot: accuracy or loss against costs, and the effect of pacing."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fwdllm.tuning.plot import LINE, style
 
 
 def draw(ledger: Ledger, path: Path) -> None:
-    """Held-out accuracy (loss without labels) against rounds, client-seconds and bytes;
-    perturbations and variance of each round. As a PNG."""
+    """Write a PNG: held-out accuracy (loss if there are no labels) against rounds, client-seconds
+    and bytes; perturbations, variance and clients' loss of each round."""
     rounds, evaluations = summarize(ledger), ledger.evaluations()
     has_accuracy = any(accuracy is not None for _, _, accuracy, _ in evaluations)
     values = [accuracy if has_accuracy else loss for _, loss, accuracy, _ in evaluations]

@@ -1,8 +1,8 @@
 """``simulate``: a federation of many clients in one process over one engine.
 
-Clients' lanes share passes through the model; time is simulated, from lane-tokens and the speed of
-devices. Everything a run does is in its ledger, and a run that was stopped or killed goes on to
-the same adapter.
+Clients share forward passes through the model. Time is simulated, from the number of tokens a
+client forwards and the speed of its device. A run is recorded in its ledger; a run that was stopped
+or killed can be resumed and ends with the same adapter.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fwdllm.protocol.records import Meta
 from fwdllm.protocol.report import Report
 from fwdllm.protocol.server import Closed, Server
 
-# Held out where nothing is said: a tenth, at most so many.
+# Without eval_data a tenth of the data is held out, at most this many examples.
 MOST_HELD_OUT = 1000
 
 _Path = str | os.PathLike[str]
@@ -45,7 +45,11 @@ _Path = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Partition:
-    """How data is spread: over n_clients evenly and iid, by Dirichlet's alpha, or by a field."""
+    """How examples are spread over clients.
+
+    By default evenly and at random over n_clients.  alpha: by labels, see ``partition.dirichlet``.
+    user_field: one client for each value of this field, see ``partition.by_user``.
+    """
 
     n_clients: int = 100
     alpha: float | None = None
@@ -62,7 +66,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The held-out evaluation after so many rounds."""
+    """The held-out evaluation after ``round`` rounds."""
 
     round: int
     loss: float
@@ -74,10 +78,12 @@ Event: TypeAlias = "Closed | Evaluated"
 
 @dataclass(frozen=True)
 class SimulationResult:
-    """What a run came to. seconds: of this process; client_seconds: simulated, of all clients.
+    """The result of a run.
 
-    bytes_up, bytes_down: of all clients.  epsilon: of differential privacy, None without.
-    n_perturbations: scalars of the adapter used.  loss and accuracy are held out.
+    loss_before, loss_after, accuracy_before, accuracy_after: on held-out data.
+    n_perturbations: perturbations of the adapter that were used.  client_seconds: simulated, sum
+    over all accepted contributions.  bytes_up, bytes_down: sums over all clients.  epsilon: privacy
+    loss, None without differential privacy.  seconds: of this process.
     """
 
     rounds: int
@@ -121,9 +127,9 @@ def simulate(
     config: see ``protocol.federation``; ``protocol.presets.preset`` has those of papers.
     lora: shape of the adapter.  partition, fleet: clients' data and devices.
     eval_data: JSONL to evaluate on; without it a tenth of ``data`` is kept, at most 1,000.
-    resume: continue the run in run_dir; all else must be as it was.
-    device: what the clients compute on, "cpu" or "cuda" for an NVIDIA GPU; the server is on the
-    CPU.  memory_budget: bytes to stay within on the CPU, see ``Engine.load``.
+    resume: continue the run in run_dir; settings and data must be the same.
+    device: of the clients, "cpu", or "cuda" for an NVIDIA GPU; the server is on the CPU.
+    memory_budget: bytes to stay within on the CPU, see ``Engine.load``.
     on_event: called after each round and each evaluation.  should_stop: asked after each round.
 
     Errors: any FwdllmError; OSError.
@@ -168,7 +174,7 @@ def simulate(
 
 
 class _Simulation:
-    """Drives a server by simulated devices. now: simulated seconds since the run began."""
+    """Drives a server with simulated devices. now: simulated seconds since the run began."""
 
     def __init__(
         self,
@@ -188,14 +194,14 @@ class _Simulation:
     def until_done(
         self, on_event: Callable[[Event], None], should_stop: Callable[[], bool]
     ) -> None:
-        """Run rounds until all are done or somebody wants to stop."""
+        """Run rounds until all are done or ``should_stop()`` is true."""
         self._evaluate(on_event)
         while not self.server.done and not should_stop():
             on_event(self._round())
             self._evaluate(on_event)
 
     def result(self, folder: Path, seconds: float) -> SimulationResult:
-        """Write the adapter and the plot, and sum up."""
+        """Write the adapter and the plot, and make the result."""
         from fwdllm.federation.plot import draw  # matplotlib is slow to import
 
         server, ledger = self.server, self.server.ledger
@@ -240,7 +246,7 @@ class _Simulation:
                 return closed
 
     def _answer(self, assignments: Sequence[Assignment]) -> list[tuple[int, bytes]]:
-        """Let clients answer; gives what comes too late, and moves the time on."""
+        """Let clients answer and advance the time; returns late answers as client and message."""
         seed, opened = self.config.seed, self.server.opened
         deadline = opened + self.config.deadline
         willing = [a for a in assignments if self.fleet.answers(seed, a)]
@@ -255,7 +261,7 @@ class _Simulation:
         with self.server.ledger.batch():
             for at, client, message in in_time:
                 self.server.receive(client, message, at)
-        # A resumed part may have had its last answer before.
+        # In a resumed part, the last answer may have come before the interruption.
         self.now = max([opened, *self.server.arrivals()])
         if self.server.outstanding():
             self.now = deadline
@@ -284,7 +290,7 @@ class _Simulation:
 
 
 def client_seconds(ledger: Ledger) -> float:
-    """Seconds of all clients whose contributions were accepted."""
+    """Sum of the clients' seconds over all accepted contributions."""
     return sum(
         wire.decode_report(message).seconds
         for round in range(ledger.n_rounds)

@@ -1,4 +1,4 @@
-"""A ledger in numbers, round by round."""
+"""Figures from a ledger, round by round."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from fwdllm.protocol.privacy import spent_epsilon
 
 @dataclass(frozen=True)
 class RoundSummary:
-    """One closed round, counted from 1. n_accepted, n_rejected: answers of n_asked clients.
+    """One closed round.
 
-    n_perturbations: scalars of the adapter.  loss: mean of clients', in nats.  variance: of the
-    gradient's halves.  client_seconds: of accepted clients.
-    held_out_loss, accuracy: after the round, where it was evaluated.
+    round: counted from 1.  n_asked: assignments.  n_accepted, n_rejected: answers.
+    n_perturbations: perturbations of the adapter.  loss: mean of the clients' losses, in nats.
+    variance: see ``protocol.pacing.variance``.  client_seconds: sum over accepted answers.
+    held_out_loss, accuracy: after the round; None if there was no evaluation.
     """
 
     round: int
@@ -35,7 +36,7 @@ class RoundSummary:
 
 
 def summarize(ledger: Ledger) -> list[RoundSummary]:
-    """Every closed round of a run."""
+    """A summary of every closed round of a run."""
     rejected = Counter(round for round, _, _, _ in ledger.rejections())
     evaluations = {row[0]: row for row in ledger.evaluations()}
     traffic = {row[0]: row for row in ledger.traffic()}
@@ -67,7 +68,7 @@ def summarize(ledger: Ledger) -> list[RoundSummary]:
 
 
 def epsilons(ledger: Ledger) -> list[float | None]:
-    """What differential privacy has cost after each closed round; None without. 0.1 s a round."""
+    """Privacy loss after each closed round, None without privacy; takes 0.1 s for each round."""
     available: list[int] = []
     found = []
     for closed in ledger.rounds():

@@ -1,4 +1,4 @@
-"""Adapters as the bytes of GGUF files, which is how the store keeps them."""
+"""Adapters as the bytes of GGUF files, the form in which the store keeps them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fwdllm.engine.adapters.io import save_gguf
 
 @contextlib.contextmanager
 def as_file(content: bytes) -> Iterator[Path]:
-    """A file with these bytes, for what reads only files."""
+    """A temporary file with these bytes, for functions that read only files."""
     with tempfile.TemporaryDirectory(prefix="fwdllm-") as folder:
         path = Path(folder) / "adapter.gguf"
         path.write_bytes(content)
@@ -21,7 +21,7 @@ def as_file(content: bytes) -> Iterator[Path]:
 
 
 def to_bytes(adapter: Adapter) -> bytes:
-    """A GGUF file of an adapter. NumericsError if it holds values that are not finite."""
+    """The bytes of an adapter's GGUF file. NumericsError if a value is not finite."""
     with tempfile.TemporaryDirectory(prefix="fwdllm-") as folder:
         path = Path(folder) / "adapter.gguf"
         save_gguf(adapter, path)

@@ -1,4 +1,4 @@
-"""An engine for the adapters of a store: it evaluates perturbations of one and moves it."""
+"""An engine for the adapters of a store: evaluates perturbations of an adapter and updates it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Strict(BaseModel):
 
 
 class AdapterRequest(_Strict):
-    """A new adapter, which changes nothing yet. labels: classes of an encoder's head."""
+    """A new adapter; it does not change the outputs yet. labels: classes of an encoder's head."""
 
     rank: Annotated[int, Field(ge=1, le=limits.MAX_RANK)] = 8
     alpha: Annotated[float, Field(gt=0, le=1e6)] = 16.0
@@ -51,22 +51,23 @@ class AdapterRequest(_Strict):
 
 
 class ScopeRequest(_Strict):
-    """The part of an adapter that seeds touch. None is all."""
+    """The part of an adapter that seeds perturb. None: all layers, all targets."""
 
     layers: Annotated[list[int], Field(min_length=1, max_length=512)] | None = None
     targets: Annotated[list[Name], Field(min_length=1, max_length=16)] | None = None
 
     def scope(self) -> Scope:
-        """As the engine has it."""
+        """As the engine's ``Scope``."""
         layers = None if self.layers is None else tuple(self.layers)
         return Scope(layers, None if self.targets is None else tuple(self.targets))
 
 
 class EvaluateRequest(_Strict):
-    """examples: objects as lines of a data file.  seeds, scope, distribution: of directions.
+    """A request for directional derivatives.
 
-    per_example: every example has a direction of its own.  method: None is what suits the model,
-    forward-ad, or central with llama.cpp.
+    examples: objects like the lines of a data file.  seeds, scope, distribution: of the directions.
+    per_example: every example has directions of its own.  method: None: forward-ad, or central with
+    llama.cpp.
     """
 
     adapter: str
@@ -81,9 +82,10 @@ class EvaluateRequest(_Strict):
 
 
 class UpdateRequest(_Strict):
-    """theta += sum of coefficient * v(seed); head is added to a classification head.
+    """A request for theta += sum of coefficient * v(seed).
 
-    version: of the adapter this is meant for; a repeated request is then refused.
+    head: added to the parameters of a classification head.  version: the adapter's expected
+    version; with it, a request that is sent twice is applied only once.
     """
 
     seeds: Seeds
@@ -95,15 +97,15 @@ class UpdateRequest(_Strict):
 
 
 class AdapterEngine:
-    """An engine with one adapter of a store at a time. Any thread may use it; they take turns.
+    """An engine with one adapter of a store at a time. Threads may share it; they take turns.
 
-    memory_budget: bytes for its work, where that is our own graph's.
+    memory_budget: bytes for its work; not used if llama.cpp runs the model.
     Errors: those of ``Engine.load``; ApiError 429.
     """
 
     def __init__(self, model: Path, store: Store, memory_budget: int) -> None:
         self._model, self._store = model, store
-        # llama.cpp's weights are resident already, and a job has a process of its own.
+        # The budget is on top of what is resident already, such as llama.cpp's copy of the weights.
         own = choose(GGUFFile.open(model)).own
         self._memory_budget = resident_bytes() + memory_budget if own else None
         self._lock = threading.Lock()
@@ -120,7 +122,7 @@ class AdapterEngine:
             return self._store.add_adapter(name, content, engine.adapter.theta.size)
 
     def evaluate(self, id: str, body: EvaluateRequest) -> dict[str, Any]:
-        """Losses and slopes at an adapter."""
+        """Losses and directional derivatives at an adapter."""
         with self._turn():
             engine = self._at(id)
             assert engine.adapter is not None
@@ -159,7 +161,7 @@ class AdapterEngine:
                 text = f"the adapter is at version {before.version}, not {body.version}"
                 raise ApiError(409, text, "version", "version_conflict")
             engine = self._at(id)
-            self._holds = None  # until what is in memory is on disk
+            self._holds = None  # until the adapter in memory is in the store
             assert engine.adapter is not None
             _move(engine.adapter, body)
             after = self._store.update_adapter(before, to_bytes(engine.adapter))
@@ -187,7 +189,7 @@ class AdapterEngine:
 
 
 def find_adapter(store: Store, id: str) -> AdapterRow:
-    """The adapter of an id. Errors: ApiError 404."""
+    """The adapter with this id. Errors: ApiError 404."""
     found = store.adapter(id)
     if found is None:
         raise ApiError(404, f"there is no adapter {id!r}", "adapter", "adapter_not_found")
@@ -201,13 +203,13 @@ def _move(adapter: Adapter, body: UpdateRequest) -> None:
     head = np.array(body.head or [], np.float32)
     if body.head is not None and head.size != adapter.n_head:
         raise ConfigError(f"head has {head.size} numbers, but the adapter's {adapter.n_head}")
-    with np.errstate(over="ignore"):  # what is not finite is not saved
+    with np.errstate(over="ignore"):  # non-finite values are not saved
         adapter.theta[: adapter.n_lora] += step
         adapter.theta[adapter.n_lora :] += head if body.head is not None else 0
 
 
 def _numbers(values: np.ndarray) -> Any:
-    """As JSON, in which numbers that are not finite are null."""
+    """As JSON values; numbers that are not finite become null."""
     if values.ndim > 1:
         return [_numbers(row) for row in values]
     return [x if math.isfinite(x) else None for x in values.tolist()]

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's API has them: a status and {"error": {message, type, param, code}}."""
+"""Errors in the format of OpenAI's API: status and {"error": {message, type, param, code}}."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fwdllm.http.store import GoneError
 
 log = logging.getLogger(__name__)
 
-# Of pydantic's descriptions of a bad request; a body of thousands of faults has that many.
+# How many of pydantic's error descriptions are shown; a bad body can have thousands.
 _MAX_FAULTS = 3
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 class Fault(BaseModel):
-    """What is wrong. param: the field at fault.  code: for programs."""
+    """What is wrong. param: the wrong field.  code: a name of the error, for programs."""
 
     message: str
     type: str
@@ -33,13 +33,13 @@ class Fault(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of every answer that is an error."""
+    """The body of every error response."""
 
     error: Fault
 
 
 class ApiError(Exception):
-    """A request that gets an error; see ``Fault``. headers: of the answer."""
+    """An error response to a request; see ``Fault``. headers: of the response."""
 
     def __init__(
         self,
@@ -61,14 +61,14 @@ def response(
     code: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    """An error in OpenAI's shape."""
+    """An error response in OpenAI's format."""
     kind = "server_error" if status >= 500 else _KINDS.get(status, "invalid_request_error")
     body = ErrorBody(error=Fault(message=message, type=kind, param=param, code=code))
     return JSONResponse(body.model_dump(), status, dict(headers or {}))
 
 
 def install(app: FastAPI) -> None:
-    """Let every error of an application have the shape."""
+    """Make an application answer every error in OpenAI's format."""
 
     @app.exception_handler(ApiError)
     async def _api(request: Request, error: ApiError) -> JSONResponse:
@@ -82,7 +82,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(UnicodeEncodeError)
     async def _half(request: Request, error: UnicodeEncodeError) -> JSONResponse:
-        # JSON can spell half of a surrogate pair, which is no text for anything behind it.
+        # JSON can contain half of a surrogate pair, which cannot be encoded as UTF-8.
         return response(400, "the request has half of a surrogate pair in a text")
 
     @app.exception_handler(HTTPException)
@@ -95,7 +95,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(FwdllmError)
     async def _ours(request: Request, error: FwdllmError) -> JSONResponse:
-        if isinstance(error, (ConfigError, DataError, NumericsError)):  # of what was asked for
+        if isinstance(error, (ConfigError, DataError, NumericsError)):  # caused by the request
             return response(400, str(error))
         log.error("%s %s: %s", request.method, request.url.path, error)
         return response(500, str(error))
@@ -113,7 +113,7 @@ def _describe(fault: Mapping[str, Any]) -> str:
 
 
 def _param(fault: Mapping[str, Any]) -> str | None:
-    """Where a fault is, as "messages.0.role"; without "body", which is where all is."""
+    """The path of a wrong field, such as "messages.0.role", without the leading "body"."""
     if fault["type"] == "json_invalid":
         return None
     return ".".join(map(str, fault["loc"][1:])) or None

@@ -34,12 +34,13 @@ from fwdllm.http.store import Store, open_folder
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """model: a GGUF file.  state: the server's folder.  adapter: GGUF or PEFT, or None; where a
-    request names no model, it answers.
+    """The settings of a server.
 
-    host: that the server is bound to.  api_key: None asks for none.  runs: a folder whose runs are
-    shown.  memory_budget: bytes for a job, and for the engine.  context: tokens of a
-    conversation, None for ``models.DEFAULT_CONTEXT``.  allow_origins: sites whose pages may ask.
+    model: a GGUF file.  state: the server's folder.  memory_budget: bytes for a job, and the same
+    for the engine.  adapter: GGUF or PEFT, or None; used for requests that name no model.
+    host: the address the server is bound to.  api_key: None: no key is needed.  runs: a folder
+    whose runs are shown.  context: tokens of a conversation; None: ``models.DEFAULT_CONTEXT``.
+    allow_origins: other sites whose pages may send requests.
     """
 
     model: Path
@@ -55,7 +56,7 @@ class ServerConfig:
 
 @contextlib.contextmanager
 def application(config: ServerConfig) -> Iterator[FastAPI]:
-    """The application, its jobs running until the end of the block.
+    """A context with the application; its jobs run until the context ends.
 
     Errors: ModelError, AdapterError, ConfigError if another server uses the folder, StoreError.
     """
@@ -96,7 +97,7 @@ def _routes(served: Context, config: ServerConfig) -> FastAPI:
     app.add_middleware(
         Guard, host=config.host, api_key=config.api_key, origins=config.allow_origins
     )
-    if config.allow_origins:  # outside of the guard, as browsers ask first without a key
+    if config.allow_origins:  # outside the guard: browsers send preflight requests without a key
         app.add_middleware(
             CORSMiddleware,
             allow_origins=config.allow_origins,
@@ -108,10 +109,10 @@ def _routes(served: Context, config: ServerConfig) -> FastAPI:
 
 
 def _keep_adapter(store: Store, base: str, config: ServerConfig) -> str:
-    """Take the adapter that was given into the store; gives the name it answers under."""
+    """Put the given adapter into the store; returns its model name."""
     assert config.adapter is not None
     with as_gguf(config.adapter, config.model) as path:
-        engine = Engine.load(config.model, adapter=path)  # that it fits
+        engine = Engine.load(config.model, adapter=path)  # checks that it fits the model
         content = path.read_bytes()
     assert engine.adapter is not None
     name = f"{base}:{config.adapter.stem}"

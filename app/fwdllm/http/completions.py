@@ -1,6 +1,7 @@
 """/v1/models, /v1/completions, /v1/chat/completions and /v1/embeddings.
 
-llama-cpp-python's ``Llama`` answers, in OpenAI's words; docs/decisions.md says why not its server.
+llama-cpp-python's ``Llama`` makes the answers, in OpenAI's format; docs/decisions.md says why its
+own server is not used.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fwdllm.http.context import Context, Served
 from fwdllm.http.models import ServedLlama
 from fwdllm.http.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
 
-# How soon an answer is broken off that nobody waits for.
+# How often to check whether the client has disconnected.
 _WATCH_SECONDS = 0.5
 
 router = APIRouter(tags=["inference"])
@@ -33,7 +34,7 @@ router = APIRouter(tags=["inference"])
 
 @router.get("/v1/models")
 def list_models(served: Served) -> dict[str, Any]:
-    """The base model and those tuned from it; checkpoints answer too, but are not listed."""
+    """The base model and its tuned models; checkpoints can be used too, but are not listed."""
     tuned = [a for a in served.store.adapters() if a.step is None]
     base = _model(served.models.base, served.started)
     return {"object": "list", "data": [base, *(_model(a.model, a.created) for a in tuned)]}
@@ -80,7 +81,7 @@ async def create_embedding(
     def work(llama: ServedLlama) -> tuple[list[list[float]], int]:
         vectors, n_tokens = [], 0
         with _refusals():
-            for text in texts:  # each alone, so that its vector does not depend on the others
+            for text in texts:  # one by one, so that a vector does not depend on the other texts
                 if cancelled.is_set():
                     break
                 vector, n = llama.embed(text, normalize=True, truncate=False, return_count=True)
@@ -144,14 +145,14 @@ async def _generate(
     future.add_done_callback(lambda _: chunks.put_nowait(None))
     first = await chunks.get()
     if first is None:
-        future.result()  # raises what kept the model from its first token
+        future.result()  # raises the error that came before the first token
     return EventSourceResponse(_events(first, chunks, future, cancelled), sep="\n")
 
 
 async def _events(
     chunk: Any, chunks: asyncio.Queue[Any], future: asyncio.Future[Any], cancelled: threading.Event
 ) -> AsyncIterator[dict[str, str]]:
-    """The chunks of a stream, up to None, and how it ended."""
+    """The chunks of a stream until None, then its end: an error or [DONE]."""
     try:
         while chunk is not None:
             yield {"data": json.dumps(chunk)}
@@ -169,7 +170,7 @@ async def _events(
 async def _unless_disconnected(
     request: Request, future: asyncio.Future[Any], cancelled: threading.Event
 ) -> Any:
-    """The result; if the client does not wait for it, it is made short."""
+    """The result; generation is stopped early if the client disconnects."""
     while not future.done():
         await asyncio.wait({future}, timeout=_WATCH_SECONDS)
         if not future.done() and await request.is_disconnected():
@@ -178,7 +179,7 @@ async def _unless_disconnected(
 
 
 def _constraints(body: CompletionRequest | ChatRequest, llama: ServedLlama) -> dict[str, Any]:
-    """Options that the model has to be asked about."""
+    """Options that need the loaded model."""
     options: dict[str, Any] = {}
     if body.grammar is not None:
         options["grammar"] = llama_cpp.LlamaGrammar.from_string(body.grammar, verbose=False)
@@ -198,7 +199,7 @@ def _usage(llama: ServedLlama) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
-    """What llama-cpp-python raises about values it was given, as errors of the request."""
+    """A context that turns llama-cpp-python's errors about values into ApiError 400."""
     try:
         yield
     except UnicodeEncodeError:  # a ValueError, too

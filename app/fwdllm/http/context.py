@@ -1,4 +1,4 @@
-"""What the routes share: one ``Context`` for an application."""
+"""What the routes share: each application has one ``Context``."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from fwdllm.http.store import Store
 
 @dataclass
 class Context:
-    """folder: the server's.  queue: for the models.
+    """What the routes of an application share.
 
-    started: Unix seconds.  n_tokens, n_requests: generated and answered since.  streams: open now.
+    folder: the server's.  queue: requests that wait for ``models``.  started: Unix seconds.
+    n_tokens, n_requests: generated tokens and answered requests since then.  streams: open now.
     """
 
     folder: Path
@@ -39,7 +40,7 @@ class Context:
     streams: int = 0
 
     def check_room(self) -> None:
-        """ApiError 413 if the store has as many bytes of adapters as it may."""
+        """ApiError 413 if the store's adapters are over the size limit."""
         if self.store.adapters_bytes() > limits.MAX_ADAPTERS_BYTES:
             raise ApiError(413, "the server keeps no more adapters; delete some")
 
@@ -49,5 +50,5 @@ def _context(request: Request) -> Context:
     return found
 
 
-# What a route takes to get at the context of its application.
+# The parameter type by which a route gets the context of its application.
 Served = Annotated[Context, Depends(_context)]

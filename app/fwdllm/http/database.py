@@ -1,4 +1,4 @@
-"""The SQLite file of the server: its tables, and what every query goes through."""
+"""The SQLite file of the server: its tables, and the class that runs all queries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fwdllm.engine.files import transaction
 
 FORMAT = 1
 
-# Long enough for the other process to write an adapter of some 100 MB.
+# Long enough for the other process to write an adapter of about 100 MB.
 _BUSY_SECONDS = 30.0
 
 _SCHEMA = f"""
@@ -50,16 +50,16 @@ class StoreError(FwdllmError):
 
 
 class Database:
-    """An open file. Any thread may use it. Errors of all methods: StoreError.
+    """An open database file. Threads may share it. Errors of all methods: StoreError.
 
-    Reads have a connection of their own: with a write-ahead log they never wait for a writer.
+    Reads use a second connection: with a write-ahead log they never wait for a writer.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._writing, self._reading = threading.RLock(), threading.Lock()
         with self._errors():
-            if not path.exists():  # it holds what people have uploaded
+            if not path.exists():  # mode 0600: it holds users' uploads
                 os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
             self._writer, self._reader = _connect(path), _connect(path)
             with self.transaction() as db:
@@ -76,13 +76,13 @@ class Database:
         self._writer.close()
 
     def all(self, query: str, *values: Any) -> list[Any]:
-        """The rows of a query, without what an open transaction has written."""
+        """The rows of a query; it does not see writes of an open transaction."""
         with self._reading, self._errors():
             return self._reader.execute(query, values).fetchall()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Within, what is written reaches the disk at the end, all of it or nothing."""
+        """A context in which all writes are one transaction, which reaches the disk at its end."""
         with self._writing, self._errors(), transaction(self._writer) as db:
             yield db
 

@@ -1,4 +1,4 @@
-"""/v1/files: data sets for tuning, checked when they come in."""
+"""/v1/files: data sets for tuning, checked on upload."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fwdllm.http.store import File
 
 PURPOSE = "fine-tune"
 
-# Each is in memory while it is read; until its turn it is in a temporary file.
+# At most two at a time, as a file being checked is in memory; others wait in temporary files.
 _uploads = threading.BoundedSemaphore(2)
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
@@ -68,7 +68,7 @@ def content(file_id: str, served: Served) -> Response:
 
 
 def find(served: Context, id: str, param: str = "file_id", status: int = 404) -> File:
-    """The file of an id. Errors: ApiError."""
+    """The file with this id. Errors: ApiError."""
     found = served.store.file(id)
     if found is None:
         raise ApiError(status, f"there is no file {id!r}", param, "file_not_found")
@@ -76,13 +76,13 @@ def find(served: Context, id: str, param: str = "file_id", status: int = 404) ->
 
 
 def examples_of(served: Context, file: File) -> list[Example]:
-    """What is in a file."""
+    """The examples in a file."""
     content = served.store.file_content(file.number)
     return parse_jsonl(io.BytesIO(content), file.filename)
 
 
 def page(objects: list[dict[str, Any]], after: str | None, limit: int) -> dict[str, Any]:
-    """A list in OpenAI's pages: ``limit`` objects after the one with the id ``after``."""
+    """One page of a list, in OpenAI's format: ``limit`` objects after the one with id ``after``."""
     start = 0
     if after is not None:
         ids = [item["id"] for item in objects]
@@ -129,7 +129,7 @@ def _keep(served: Context, upload: UploadFile) -> File:
 
 
 def _display_name(name: str | None) -> str:
-    """What a file is shown as: the last part of its name, in printable characters."""
+    """The name to show for a file: the last part of its path, only printable characters."""
     last = (name or "").replace("\\", "/").rsplit("/", 1)[-1]
     printable = "".join(c for c in last if c.isprintable())
     return printable[-limits.MAX_NAME_CHARACTERS :] or "data.jsonl"

@@ -31,7 +31,7 @@ Auto = Literal["auto"]
 
 
 class Hyperparameters(NullIsDefault):
-    """OpenAI's. learning_rate_multiplier: of the rate fwdllm would take."""
+    """OpenAI's hyperparameters. learning_rate_multiplier: multiplies fwdllm's default rate."""
 
     n_epochs: Auto | Annotated[int, Field(ge=1, le=10_000)] = "auto"
     batch_size: Auto | Annotated[int, Field(ge=1, le=1024)] = "auto"
@@ -51,14 +51,14 @@ class _Settings(NullIsDefault):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     def of(self, config: type) -> dict[str, Any]:
-        """The given ones that a configuration has."""
+        """The settings that were given and that belong to ``config``."""
         values = {name: getattr(self, as_, None) for name, as_ in _names(config).items()}
         given = {name: value for name, value in values.items() if value is not None}
         return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
 
 
 def _names(config: type) -> dict[str, str]:
-    """What the settings of a configuration are called here; "kind" alone would say nothing."""
+    """A configuration's settings and their names in requests: "kind" becomes "directions"."""
     return {name: "directions" if name == "kind" else name for name in settings_of(config)}
 
 
@@ -77,11 +77,11 @@ def _fields() -> dict[str, Any]:
 
 
 class Settings(create_model("_Fields", __base__=_Settings, **_fields())):  # type: ignore[misc]
-    """What ``fwdllm tune`` can be told, under the same names. None is its default."""
+    """The settings of ``fwdllm tune``, under the same names. None: its default."""
 
 
 class JobRequest(NullIsDefault):
-    """What a job is to do."""
+    """A request for a tuning job."""
 
     model: str
     training_file: str
@@ -137,7 +137,7 @@ def get(job_id: str, served: Served) -> dict[str, Any]:
 
 @router.delete("/{job_id}")
 def delete(job_id: str, served: Served) -> dict[str, Any]:
-    """Forget a job that has ended; its model stays."""
+    """Delete a job that has ended; its model stays."""
     job = _find(served, job_id)
     if not served.store.delete_job(job.number):
         raise _conflict(served, job, "deleted")
@@ -153,7 +153,7 @@ def cancel(job_id: str, served: Served) -> dict[str, Any]:
 
 @router.post("/{job_id}/pause")
 def pause(job_id: str, served: Served) -> dict[str, Any]:
-    """Set a job aside; it keeps what it has done."""
+    """Pause a job; it keeps its progress."""
     return _changed(served, job_id, served.jobs.pause, "paused")
 
 
@@ -170,7 +170,7 @@ def events(
     after: str | None = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 20,
 ) -> dict[str, Any]:
-    """What has happened to a job, newest first; after an event are those before it in time."""
+    """Events of a job, newest first. after: an event's id; older events follow."""
     job = _find(served, job_id)
     before = None if after is None else _event_number(after)
     found = served.store.events(job.number, limit + 1, before)
@@ -185,7 +185,7 @@ def checkpoints(
     after: str | None = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 10,
 ) -> dict[str, Any]:
-    """The last states of a job that can be used as models, newest first."""
+    """The last checkpoints of a job, newest first; each can be used as a model."""
     job = _find(served, job_id)
     found = served.store.checkpoints(job.number)
     return page([_checkpoint_object(served, job, adapter) for adapter in found], after, limit)
@@ -229,7 +229,7 @@ def _directions(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _resolved(body: JobRequest, backend: Backend, n_labels: int, n_examples: int) -> dict[str, Any]:
-    """Every setting of a job, as JSON. Errors: ConfigError."""
+    """All settings of a job with defaults filled in, as JSON. Errors: ConfigError."""
     given = body.fwdllm
     method = body.method.supervised.hyperparameters if body.method else None
     theirs = method or body.hyperparameters or Hyperparameters()

@@ -1,4 +1,4 @@
-"""The queue of tuning jobs: one at a time, each in a worker process of its own."""
+"""The queue of tuning jobs: one runs at a time, each in its own worker process."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from fwdllm.http.store import (
 )
 from fwdllm.http.worker import tidy
 
-# A closing server waits so long for a step to end and be saved; then the worker is killed, and the
-# job will go on from its last checkpoint.
+# How long a closing server waits for the current step to end and be saved. Then it kills the
+# worker; the job will resume from its last checkpoint.
 _CLOSE_SECONDS = 10.0
 _POLL_SECONDS = 0.2
 _RETRY_SECONDS = 5.0
@@ -34,8 +34,9 @@ log = logging.getLogger(__name__)
 class Jobs:
     """Runs the queued jobs of a store, oldest first, in a thread, until ``close``.
 
-    model: the file they tune.  memory_budget: bytes for each worker.
-    Jobs that ran when a server died are queued again: they go on from where they were.
+    model: the file that jobs tune.  memory_budget: bytes for each worker.
+    Jobs that were running when a server died are queued again; they resume from their last
+    checkpoint.
     """
 
     def __init__(self, store: Store, folder: Path, model: Path, memory_budget: int) -> None:
@@ -47,7 +48,7 @@ class Jobs:
         self._thread.start()
 
     def close(self) -> None:
-        """Let the running job save its state, to go on when the server is back."""
+        """Let the running job save its state and stop; it resumes at the server's next start."""
         self._deadline = time.monotonic() + _CLOSE_SECONDS
         self._changed.set()
         self._thread.join()
@@ -57,7 +58,7 @@ class Jobs:
         self._changed.set()
 
     def cancel(self, job: Job) -> bool:
-        """End a job for good; whether it could be."""
+        """End a job for good. False if it had ended already."""
         done = self._store.change_status(job.number, (QUEUED, RUNNING, PAUSED), CANCELLED)
         if done:
             self._store.add_event(job.number, "The job was cancelled", key="cancelled")
@@ -65,7 +66,7 @@ class Jobs:
         return done
 
     def pause(self, job: Job) -> bool:
-        """Set a job aside until ``resume``; whether it could be."""
+        """Pause a job until ``resume``. False if it is neither queued nor running."""
         done = self._store.change_status(job.number, (QUEUED, RUNNING), PAUSED)
         if done:
             self._store.add_event(job.number, "The job was paused")
@@ -73,7 +74,7 @@ class Jobs:
         return done
 
     def resume(self, job: Job) -> bool:
-        """Queue a paused job again; whether it was paused."""
+        """Queue a paused job again. False if it was not paused."""
         done = self._store.change_status(job.number, (PAUSED,), QUEUED)
         if done:
             self._store.add_event(job.number, "The job is queued again")
@@ -84,12 +85,12 @@ class Jobs:
         while self._deadline is None:
             try:
                 self._step()
-            except Exception:  # a full disk, say; the queue must not end with it
+            except Exception:  # such as a full disk; the thread must survive it
                 log.exception("the queue of jobs has a problem and tries again")
                 self._changed.wait(_RETRY_SECONDS)
 
     def _step(self) -> None:
-        for job in self._store.jobs(RUNNING):  # none of ours does here: of a server that died
+        for job in self._store.jobs(RUNNING):  # left by a server that died
             self._store.change_status(job.number, (RUNNING,), QUEUED)
             self._store.add_event(job.number, "The job goes on where it was interrupted")
         queued = self._store.jobs(QUEUED)
@@ -112,10 +113,10 @@ class Jobs:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
-            # Where it is started is where Python looks for modules first: not in a foreign folder.
+            # Python looks for modules in the working directory first, so use a folder of our own.
             cwd=self._folder,
         )
-        with contextlib.suppress(BrokenPipeError), process:  # closing its input may meet its end
+        with contextlib.suppress(BrokenPipeError), process:  # it may end while its stdin is closed
             told = False
             while process.poll() is None:
                 self._changed.wait(_POLL_SECONDS)
@@ -133,7 +134,7 @@ class Jobs:
 
 def _tell_to_stop(process: subprocess.Popen[str]) -> None:
     assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # it has just ended
+    with contextlib.suppress(BrokenPipeError):  # the worker has just ended
         process.stdin.write("stop\n")
         process.stdin.flush()
 

@@ -1,7 +1,7 @@
-"""How much the server takes."""
+"""Limits of what the server accepts."""
 
 MAX_UPLOAD_BYTES = 64 * 2**20
-# Of every other request: some 100 examples of the longest contexts.
+# For every other request: enough for about 100 examples of the longest contexts.
 MAX_BODY_BYTES = 8 * 2**20
 MAX_EXAMPLES = 200_000
 MAX_NAME_CHARACTERS = 255
@@ -10,15 +10,15 @@ MAX_FILES_BYTES = 4 * 2**30
 MAX_ADAPTERS_BYTES = 4 * 2**30
 MAX_UNFINISHED_JOBS = 16
 
-# Requests that wait for the model or have it. More would wait for minutes; better they know.
+# Requests that wait for the model or use it. Further ones would wait for minutes, so they get 429.
 MAX_WAITING = 64
-# The same for the engine, whose requests hold a thread each.
+# The same for the engine, where each request occupies a thread.
 MAX_WAITING_FOR_ENGINE = 8
-# Pages that are open.
+# Open event streams, one for each open page.
 MAX_STREAMS = 32
 
-# Beyond any use, and within what a request may cost.
+# Higher than anybody needs, and low enough that a request is not too expensive.
 MAX_RANK = 256
-# llama.cpp reads grammars by recursion, which ends the process if it goes too deep.
+# llama.cpp parses grammars by recursion; too deep a grammar would crash the process.
 MAX_GRAMMAR_CHARACTERS = 16_384
 MAX_GRAMMAR_DEPTH = 64

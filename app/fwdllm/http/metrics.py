@@ -16,13 +16,13 @@ from fwdllm.http.context import Context
 from fwdllm.http.store import CANCELLED, FAILED, PAUSED, QUEUED, RUNNING, SUCCEEDED
 from fwdllm.resources import rss_bytes
 
-# Seconds: a token of a small model, up to a long answer of a large one.
 _METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
+# Seconds: from one token of a small model to a long answer of a large one.
 _BUCKETS = (0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0, 300.0)
 
 
 class Meter:
-    """ASGI middleware that counts requests by route, so that names in paths stay out of it."""
+    """ASGI middleware that counts requests by route, not by path, as paths contain ids."""
 
     def __init__(self, app: ASGIApp, served: Context, registry: CollectorRegistry) -> None:
         self._app, self._served = app, served
@@ -61,13 +61,13 @@ class Meter:
 
 
 class _State:
-    """What is read off when Prometheus asks."""
+    """A collector of figures that are read when Prometheus asks for them."""
 
     def __init__(self, served: Context) -> None:
         self._served = served
 
     def collect(self) -> Iterator[Metric]:
-        """All of it."""
+        """All figures."""
         served = self._served
         jobs = GaugeMetricFamily("fwdllm_jobs", "Tuning jobs.", labels=["status"])
         found = [job.status for job in served.store.jobs()]
@@ -83,7 +83,7 @@ class _State:
 
 
 def install(app: FastAPI, served: Context) -> None:
-    """Count an application's requests and show its numbers."""
+    """Count an application's requests and add the route /metrics."""
     registry = CollectorRegistry()
     registry.register(_State(served))
     app.add_middleware(Meter, served=served, registry=registry)

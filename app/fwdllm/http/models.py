@@ -1,4 +1,4 @@
-"""The models that answer: one set of weights in llama.cpp, and an adapter for each name."""
+"""The models that are served: one set of weights in llama.cpp, and an adapter for each name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fwdllm.kernels.cpu import num_threads
 
 T = TypeVar("T")
 
-# Enough for most chats; a context of 128 k would take gigabytes for keys and values.
+# Enough for most chats; a context of 128 k would need gigabytes for its KV cache.
 DEFAULT_CONTEXT = 4096
 
 # Adapters kept in llama.cpp's memory.
@@ -34,14 +34,14 @@ _MAX_LOADED = 4
 
 
 class Models:
-    """The base model and every adapter of a store, used by one thread, which is theirs.
+    """The base model and every adapter of a store; only one thread, started here, uses them.
 
-    One, as a llama.cpp context has one user at a time. A thread and no lock, as a coroutine that is
-    cancelled would release a lock while its call into llama.cpp still runs.
+    One thread, because a llama.cpp context can have only one user at a time. Not a lock, because a
+    cancelled coroutine would release the lock while its call into llama.cpp still runs.
 
-    path: the GGUF file.  base: its name.  default: that of requests without one.  context: tokens
-    of a conversation.  is_causal: whether it generates; an encoder only embeds.
-    backend: what tunes it.
+    path: the GGUF file.  base: the base model's name.  default: the model for requests that name
+    none.  context: tokens of a conversation.  is_causal: whether the model generates text; an
+    encoder only embeds.  backend: what tunes the model.
     Errors of the constructor: ModelError.
     """
 
@@ -61,7 +61,7 @@ class Models:
         self._thread = ThreadPoolExecutor(1, "models")
 
     def close(self) -> None:
-        """Break off what is being answered and let go of the weights."""
+        """Stop the answer in progress and free the weights."""
         self._closing.set()
         self._thread.shutdown(cancel_futures=True)
         for session in self._sessions.values():
@@ -75,7 +75,7 @@ class Models:
         *,
         embedding: bool = False,
     ) -> asyncio.Future[T]:
-        """Let the thread do some work with a model, after what it has been asked before.
+        """Queue some work with a model for the thread.
 
         cancelled: once it is set, text ends with the next token.
         """
@@ -90,7 +90,7 @@ class Models:
         return asyncio.wrap_future(self._thread.submit(task))
 
     def adapter_of(self, model: str | None) -> AdapterRow | None:
-        """The adapter of a model, None for the base. Errors: ApiError 404."""
+        """The adapter of a model name, None for the base model. Errors: ApiError 404."""
         model = self.default if model is None else model
         if model == self.base:
             return None
@@ -106,12 +106,12 @@ class Models:
         return self._sessions[embedding]
 
     def _open(self, embedding: bool) -> ServedLlama:
-        n_threads = num_threads()  # llama-cpp-python takes half: 25 tokens/s instead of 40
+        n_threads = num_threads()  # llama-cpp-python's default is half: 25 tokens/s, not 40
         try:
             return ServedLlama(
                 str(self.path),
                 n_ctx=self.context,
-                # Texts to embed are read in one piece.
+                # A text to embed must fit one batch.
                 n_batch=self.context if embedding else min(self.context, 512),
                 n_ubatch=self.context if embedding else 512,
                 n_threads=n_threads,
@@ -126,16 +126,16 @@ class Models:
 
 
 class ServedLlama(Llama):
-    """A ``Llama`` that can be stopped, counts, and refuses what would end the process.
+    """A ``Llama`` that can be stopped, counts tokens, and refuses grammars that would crash it.
 
-    stops: events that end a text.  n_prompt, n_generated: tokens of the last text.
+    stops: events, any of which ends a text.  n_prompt, n_generated: tokens of the last text.
     """
 
     stops: tuple[threading.Event, ...] = ()
     n_prompt = n_generated = 0
 
     def generate(self, tokens: Any, *values: Any, **options: Any) -> Iterator[int]:
-        """Tokens that follow, until a stop."""
+        """Generate tokens until one of ``stops`` is set."""
         self.n_prompt, self.n_generated = len(tokens), 0
         for token in super().generate(tokens, *values, **options):
             if any(stop.is_set() for stop in self.stops):
@@ -150,7 +150,7 @@ class ServedLlama(Llama):
 
 
 def _check_grammar(vocab: Any, grammar: llama_cpp.LlamaGrammar) -> None:
-    """ValueError for one that llama.cpp cannot read; llama-cpp-python would use it nevertheless."""
+    """ValueError for a grammar llama.cpp cannot parse; llama-cpp-python would not check it."""
     text = grammar._grammar
     if "\0" in text or not text.strip():
         raise ValueError("the grammar is empty")
@@ -165,10 +165,10 @@ def _check_grammar(vocab: Any, grammar: llama_cpp.LlamaGrammar) -> None:
 
 
 def _chat_handler(tokenizer: Tokenizer) -> Any:
-    """Conversations as ``Tokenizer.encode_chat`` has them, as a tuned model has learned them.
+    """A chat handler that formats conversations as ``Tokenizer.encode_chat`` does in tuning.
 
-    llama-cpp-python's own handler has no BOS where the template has none, and guesses a template
-    where the file has none.
+    llama-cpp-python's own handler adds no BOS if the template has none, and guesses a template if
+    the file has none.
     """
     formatter = tokenizer.formatter(add_generation_prompt=True)
 
@@ -180,7 +180,7 @@ def _chat_handler(tokenizer: Tokenizer) -> Any:
 
 
 class _Session:
-    """A ``Llama`` and the adapters it has loaded, by number and version, least used first."""
+    """A ``Llama`` and its loaded adapters by number and version, least recently used first."""
 
     def __init__(self, llama: ServedLlama, architecture: str, store: Store) -> None:
         self.llama, self._architecture, self._store = llama, architecture, store
@@ -192,7 +192,7 @@ class _Session:
         if key != self._used:
             self._set(None if adapter is None else self._load(adapter))
             self._used = key
-            self.llama.reset()  # keys and values are of the adapter before
+            self.llama.reset()  # the KV cache is the previous adapter's
         return self.llama
 
     def _load(self, adapter: AdapterRow) -> Any:

@@ -1,5 +1,5 @@
-"""The engine's own verbs, for apps that run their own protocol: evaluate perturbations of an
-adapter, and move it along them.
+"""The engine's operations as routes, for apps that run their own protocol: evaluate perturbations
+of an adapter, and update the adapter.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ router = APIRouter(prefix="/v1", tags=["perturbations"])
 
 @router.post("/adapters")
 def create_adapter(body: AdapterRequest, served: Served) -> dict[str, Any]:
-    """Make an adapter, to be moved by updates."""
+    """Make an adapter, to be changed by updates."""
     served.check_room()
     if body.labels and served.models.is_causal:
         raise ApiError(400, "only an encoder has a head for labels", "labels")
@@ -39,7 +39,7 @@ def create_adapter(body: AdapterRequest, served: Served) -> dict[str, Any]:
 
 @router.get("/adapters")
 def list_adapters(served: Served) -> dict[str, Any]:
-    """All adapters, newest first, without those of checkpoints."""
+    """All adapters, newest first, without checkpoints."""
     found = [a for a in served.store.adapters() if a.step is None]
     return {"object": "list", "data": [adapter_object(served, a) for a in found]}
 
@@ -52,7 +52,7 @@ def get_adapter(adapter_id: str, served: Served) -> dict[str, Any]:
 
 @router.delete("/adapters/{adapter_id}")
 def delete_adapter(adapter_id: str, served: Served) -> dict[str, Any]:
-    """Delete an adapter, and the model that it is."""
+    """Delete an adapter, and the model of its name."""
     adapter = find_adapter(served.store, adapter_id)
     if adapter.model == served.models.default:
         raise ApiError(403, "The model that is served cannot be deleted", "adapter")
@@ -74,18 +74,18 @@ def adapter_content(adapter_id: str, served: Served) -> Response:
 
 @router.post("/adapters/{adapter_id}/updates")
 def update_adapter(adapter_id: str, body: UpdateRequest, served: Served) -> dict[str, Any]:
-    """Move an adapter along directions that seeds name."""
+    """Add directions, given by seeds and coefficients, to an adapter."""
     return adapter_object(served, served.engine.update(adapter_id, body))
 
 
 @router.post("/perturbations/evaluate")
 def evaluate(body: EvaluateRequest, served: Served) -> dict[str, Any]:
-    """Losses of examples, and slopes of their mean along directions that seeds name."""
+    """Losses of examples, and directional derivatives of their mean along the seeds' directions."""
     return served.engine.evaluate(body.adapter, body)
 
 
 def adapter_object(served: Context, adapter: AdapterRow) -> dict[str, Any]:
-    """What is told of an adapter."""
+    """An adapter as a JSON object."""
     job = None if adapter.job is None else served.store.job_of_number(adapter.job).id
     return {
         "id": adapter.id,

@@ -10,7 +10,7 @@ from fwdllm.http.api_error import ApiError
 
 
 class Queue:
-    """Those who wait for something, or have it. waiting: how many."""
+    """A count of requests with a limit. waiting: requests that wait for a resource or use it."""
 
     def __init__(self, limit: int) -> None:
         self.waiting, self._limit = 0, limit
@@ -25,13 +25,13 @@ class Queue:
             self.waiting += 1
 
     def leave(self) -> None:
-        """Be done, or give up."""
+        """Leave, when done or when giving up."""
         with self._lock:
             self.waiting -= 1
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
-        """A place in the queue for a block."""
+        """A context that holds a place in the queue."""
         self.enter()
         try:
             yield

@@ -1,7 +1,7 @@
-"""What is to be seen of runs: this server's jobs, and folders of ``fwdllm tune`` and ``simulate``.
+"""Runs to show: this server's jobs, and run directories of ``fwdllm tune`` and ``simulate``.
 
-A run directory is read as its own process writes it; see
-``fwdllm.tuning.run_directory`` and ``protocol.ledger``.
+A run directory is read while another process may write it; see ``fwdllm.tuning.run_directory`` and
+``protocol.ledger``.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ from fwdllm.http.worker import run_folder
 from fwdllm.protocol.ledger import NAME as LEDGER
 from fwdllm.protocol.ledger import Ledger, LedgerError
 
-# A run whose last sign of life is older is over, or was broken off.
+# A run whose files have not changed for longer has ended or was interrupted.
 _LIVE_SECONDS = 30.0
-# A page asks about twice as often.
+# Pages ask about twice a second (``stream``).
 _REFRESH_SECONDS = 0.4
-# Runs whose points are in memory: those that go on, and those that are looked at.
+# How many runs have their points in memory; the least recently used are dropped.
 _MAX_SOURCES = 16
-# Steps that the time left is told by.
+# Steps from which the time left is estimated.
 _RECENT_STEPS = 20
 
 
 @dataclass
 class Metrics:
-    """The points of a run directory, read as they come. generation: of its first point.
+    """The points of a run directory, read as they are written.
 
-    A resumed run writes its last points anew; then all are read again, as a new generation.
+    generation: raised when the points are read again from the start, because a resumed run has
+    rewritten the file.  steps: of the whole run, None if unknown.
     """
 
     path: Path
@@ -49,7 +50,7 @@ class Metrics:
     _last_time: float | None = None
 
     def refresh(self) -> None:
-        """Read what has been written since."""
+        """Read what has been written since the last call."""
         if self.steps is None:
             with contextlib.suppress(OSError, ValueError, KeyError):
                 config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
@@ -96,7 +97,7 @@ class Metrics:
 
 @dataclass
 class Rounds:
-    """The points of a federation's ledger, as ``Metrics``."""
+    """The points of a federation's ledger; the fields are as in ``Metrics``."""
 
     path: Path
     points: list[dict[str, Any]] = field(default_factory=list)
@@ -106,7 +107,7 @@ class Rounds:
     _n_evaluations: int = 0
 
     def refresh(self) -> None:
-        """Read the rounds that have closed since."""
+        """Read the rounds and evaluations since the last call."""
         with contextlib.suppress(LedgerError, OSError), Ledger(self.path / LEDGER) as ledger:
             self.steps = ledger.meta.config.rounds
             rounds = ledger.rounds(self._n_rounds)
@@ -141,24 +142,24 @@ class Rounds:
 
 
 class Runs:
-    """All runs that are shown: jobs of a store, and those in a folder. Any thread may use it.
+    """All runs that are shown: jobs of a store, and runs in a folder. Threads may share it.
 
-    However many ask, the files are looked at once in ``_REFRESH_SECONDS``; those of runs that have
-    ended, once.
+    However many ask for summaries, files are read at most once every ``_REFRESH_SECONDS``, and
+    those of an ended run only once. ``points`` reads new points at every call.
     """
 
     def __init__(self, store: Store, folder: Path, watched: Path | None) -> None:
-        """folder: the server's.  watched: a run directory or a folder of some, or None."""
+        """folder: the server's.  watched: a run directory, a folder of run directories, or None."""
         self._store, self._folder, self._watched = store, folder, watched
         self._lock = threading.Lock()
         self._listed: list[dict[str, Any]] = []
         self._listed_at = -math.inf
         self._makers: dict[str, Callable[[], Metrics | Rounds]] = {}
-        self._sources: dict[str, Metrics | Rounds] = {}  # the last used at the end
+        self._sources: dict[str, Metrics | Rounds] = {}  # the most recently used last
         self._progress: dict[str, tuple[Any, dict[str, Any]]] = {}
 
     def summaries(self) -> list[dict[str, Any]]:
-        """Every run in short, newest first."""
+        """A summary of every run, newest first."""
         with self._lock:
             if time.monotonic() - self._listed_at > _REFRESH_SECONDS:
                 jobs = [self._job(job) for job in self._store.jobs()]
@@ -169,9 +170,10 @@ class Runs:
             return self._listed
 
     def points(self, id: str, generation: int, start: int) -> tuple[int, list[dict[str, Any]]]:
-        """The points of a run from ``start``, or all of them if they are of another generation.
+        """The generation and points of a run; generation -1 for a run that has not been listed.
 
-        With their generation; -1 for a run that has not been listed.
+        start: index of the first point wanted; ignored if the run's generation is not
+        ``generation``: then all points are returned.
         """
         with self._lock:
             if id not in self._makers:
@@ -200,7 +202,7 @@ class Runs:
         }
 
     def _run(self, path: Path) -> dict[str, Any] | None:
-        """A run directory; None if it is deleted meanwhile."""
+        """The summary of a run directory; None if it has been deleted."""
         try:
             written = [p.stat().st_mtime for p in path.iterdir() if p.is_file()]
             is_federation = (path / LEDGER).exists()
@@ -227,7 +229,7 @@ class Runs:
     def _progress_of(
         self, id: str, version: Any, steps: int | None, is_live: bool
     ) -> dict[str, Any]:
-        """How far a run is. version: differs when its files may."""
+        """The progress of a run. version: if it has changed, files are read again."""
         known = self._progress.get(id)
         if known is None or is_live or known[0] != version:
             source = self._source(id)
@@ -247,8 +249,9 @@ class Runs:
 def gradient_variance(derivatives: list[float]) -> float | None:
     """The expected variance of a forward gradient from half of a step's perturbations.
 
-    A mean over coordinates, as ``protocol.pacing.variance`` measures for federations: with K
-    slopes d along unit normals it is 2 mean(d^2) / K for many parameters.
+    A mean over coordinates, as ``protocol.pacing.variance`` measures it for federations. With K
+    directional derivatives d along standard normal directions and many parameters, it is
+    2 mean(d^2) / K.
     """
     n = len(derivatives)
     return 2 * sum(d * d for d in derivatives) / n**2 if n else None
@@ -277,7 +280,7 @@ def _progress(source: Metrics | Rounds, steps: int | None, is_live: bool) -> dic
 
 
 def _run_folders(folder: Path | None) -> Iterable[Path]:
-    """A folder that is a run, or the folders in it that are."""
+    """The run directories among a folder and its subfolders."""
     if folder is None:
         return []
     with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""What clients send to the models: OpenAI's requests, with llama-cpp-python's parameters."""
+"""Requests to the models: OpenAI's format, with llama-cpp-python's further parameters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Suffix = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]*$", max_leng
 
 
 class NullIsDefault(BaseModel):
-    """A request in which null is as good as nothing, as in OpenAI's API."""
+    """A request in which null means the default, as in OpenAI's API."""
 
     @model_validator(mode="before")
     @classmethod
@@ -29,20 +29,20 @@ class NullIsDefault(BaseModel):
 
 
 class StreamOptions(NullIsDefault):
-    """include_usage: whether a last chunk counts the tokens."""
+    """include_usage: whether a last chunk with token counts is sent."""
 
     include_usage: bool = False
 
 
 class ResponseFormat(NullIsDefault):
-    """type: "json_schema" has its schema in json_schema, "json_object" may have it in schema."""
+    """The format of an answer. schema: for type "json_object".  json_schema: for that type."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: dict[str, Any] = {}
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
 
     def plain(self) -> dict[str, Any] | None:
-        """As llama-cpp-python knows it."""
+        """In llama-cpp-python's form."""
         if self.type == "text":
             return None
         schema = self.json_schema.get("schema", self.schema_)
@@ -51,7 +51,7 @@ class ResponseFormat(NullIsDefault):
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
-# Fields that are not for ``Llama``, or not as they are.
+# Fields that ``Llama`` does not take, or takes in another form.
 _OURS = {
     "best_of", "logit_bias_type", "max_completion_tokens", "messages", "min_tokens", "model", "n",
     "grammar", "response_format", "stream_options", "user",
@@ -61,8 +61,8 @@ _OURS = {
 class CompletionRequest(NullIsDefault, CreateCompletionRequest):
     """A text to continue.
 
-    repeat_penalty: llama-cpp-python's is 1.1, which OpenAI does not know and which spoils a greedy
-    answer.
+    repeat_penalty: 1.0, not llama-cpp-python's default of 1.1: OpenAI's API has no such penalty,
+    and it makes greedy answers worse.
     """
 
     n: Literal[1] = 1
@@ -75,7 +75,7 @@ class CompletionRequest(NullIsDefault, CreateCompletionRequest):
     stream_options: StreamOptions = StreamOptions()
 
     def options(self) -> dict[str, Any]:
-        """For ``Llama.create_completion``."""
+        """Arguments for ``Llama.create_completion``."""
         options = self.model_dump(exclude=_OURS, exclude_none=True)
         prompt = self.prompt if isinstance(self.prompt, str) else self.prompt[0]
         return {**options, "prompt": prompt}
@@ -100,7 +100,7 @@ class ChatRequest(NullIsDefault, CreateChatCompletionRequest):
         return [_message(i, message) for i, message in enumerate(messages)]
 
     def options(self) -> dict[str, Any]:
-        """For ``Llama.create_chat_completion``."""
+        """Arguments for ``Llama.create_chat_completion``."""
         options = self.model_dump(exclude=_OURS, exclude_none=True)
         options |= {"messages": self.messages, "response_format": self.response_format.plain()}
         if self.max_completion_tokens is not None:
@@ -109,7 +109,7 @@ class ChatRequest(NullIsDefault, CreateChatCompletionRequest):
 
 
 class EmbeddingRequest(NullIsDefault):
-    """Texts to embed, each as a vector of the model's own size."""
+    """Texts to embed, each as a vector of the model's embedding size."""
 
     model: str | None = None
     input: (
@@ -124,7 +124,7 @@ class EmbeddingRequest(NullIsDefault):
 
 
 def _message(index: int, message: dict[str, Any]) -> dict[str, Any]:
-    """With parts of text in one piece, without nulls, and with the old name of a new role."""
+    """A message with its text parts joined, without nulls, and with "developer" as "system"."""
     message = {name: value for name, value in message.items() if value is not None}
     if message.get("role") not in _ROLES:
         raise ValueError(f"the role of message {index} is not one of {', '.join(_ROLES)}")

@@ -1,8 +1,8 @@
-"""What every request passes: who may ask, from where, and how much.
+"""Checks of every request: API key, origin and size.
 
-A page on another site can make a browser send requests here, and a DNS name of its own can be made
-to mean this machine ("DNS rebinding"). So a request must name this machine in Host, and where a
-browser says which page sent it, that page must be ours.
+A page of another site can make a browser send requests here, and can let its own DNS name resolve
+to this machine ("DNS rebinding"). So a request must name this machine in Host, and if the browser
+says which page sent the request, that page must be this server's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fwdllm.http import api_error, limits
 
-# What a page must be able to load before anybody can type the key.
+# Paths that must load without a key, so that the page can ask for the key.
 _OPEN_PATHS = ("/", "/healthz")
 _OPEN_PREFIX = "/assets/"
 
@@ -32,9 +32,9 @@ _HEADERS = [
 
 
 class Guard:
-    """ASGI middleware. host: that the server is bound to.  api_key: needed if it is not None.
+    """ASGI middleware. host: the server is bound to it.  api_key: needed unless None.
 
-    origins: other sites whose pages may ask.
+    origins: other sites whose pages may send requests.
     """
 
     def __init__(
@@ -65,13 +65,13 @@ class Guard:
         self, path: str, headers: list[tuple[bytes, bytes]]
     ) -> tuple[int, str, None, str] | None:
         hosts = [v.decode("latin-1") for k, v in headers if k == b"host"]
-        # A page that was rebound has no key, and a proxy has a name of its own.
+        # With a key any Host is accepted: a rebound page has no key, a proxy has its own name.
         if len(hosts) != 1 or not (self._key or self._is_here(hosts[0])):
             return 403, "the Host header does not name this server", None, "host_not_allowed"
         origin = _first(headers, b"origin")
         if origin is not None and not self._is_known(origin.decode("latin-1"), hosts[0]):
             return 403, _FOREIGN, None, "foreign_origin"
-        # Images and the like come without an origin.
+        # Requests for images, scripts and the like have no Origin header.
         if origin is None and _first(headers, b"sec-fetch-site") == b"cross-site" and path != "/":
             return 403, _FOREIGN, None, "foreign_origin"
         if self._key is None or path in _OPEN_PATHS or path.startswith(_OPEN_PREFIX):
@@ -90,7 +90,7 @@ class Guard:
 
 
 class _Bounded:
-    """``receive`` of a body that has said nothing, or something wrong, of its size."""
+    """``receive`` that limits the body, whose declared size may be missing or wrong."""
 
     def __init__(self, receive: Receive, limit: int) -> None:
         self._receive, self._left = receive, limit
@@ -104,7 +104,7 @@ class _Bounded:
 
 
 def _limit(path: str) -> int:
-    # A form around a file takes some bytes more than the file.
+    # A multipart form has a few more bytes than the file in it.
     return limits.MAX_UPLOAD_BYTES + 2**16 if path == "/v1/files" else limits.MAX_BODY_BYTES
 
 
@@ -128,7 +128,7 @@ def _without_port(host: str) -> str:
 
 
 def _is_address(name: str) -> bool:
-    """An address cannot be rebound as a name can."""
+    """Whether a Host is an IP address, which cannot be rebound like a name."""
     try:
         ipaddress.ip_address(name)
     except ValueError:

@@ -18,9 +18,9 @@ from fwdllm.http.application import ServerConfig, application
 from fwdllm.hub import local_path
 from fwdllm.resources import parse_bytes
 
-# For answers under way when the server is stopped.
+# Time for answers in progress when the server is stopped.
 _GRACE_SECONDS = 5
-# Longer than clients keep an idle connection (httpx: 5), so that none is closed under a request.
+# Longer than clients keep idle connections (httpx: 5 s), so that none is closed during a request.
 _KEEP_ALIVE_SECONDS = 75
 
 
@@ -38,8 +38,8 @@ def run(
 ) -> None:
     """Serve until interrupted; see ``fwdllm serve --help``.
 
-    Errors: ConfigError for a host that is not local without a key, and for one that cannot be
-    bound; as ``application``.
+    Errors: ConfigError for a host that is not local if there is no key, and for a host that cannot
+    be bound; those of ``application``.
     """
     if api_key is None and not is_local(host):
         raise ConfigError(f"others can reach {host}: choose a key with --api-key or FWDLLM_API_KEY")
@@ -48,7 +48,7 @@ def run(
         raise ConfigError("the API key is empty")
     if "*" in allow_origins:
         raise ConfigError("--allow-origin takes sites, not *: any page could use the server")
-    os.umask(0o077)  # what people upload is theirs
+    os.umask(0o077)  # files of the server are only for its user
     bound = _bind(host, port)
     config = ServerConfig(
         model=local_path(model),
@@ -63,7 +63,7 @@ def run(
     )
     with bound, application(config) as app:
         address = f"[{host}]" if ":" in host else host
-        bound.listen()  # who reads the line below may connect at once
+        bound.listen()  # a reader of the line below may connect at once
         print(f"http://{address}:{bound.getsockname()[1]}", flush=True)
         server = uvicorn.Server(
             uvicorn.Config(
@@ -80,9 +80,9 @@ def run(
 
 @contextlib.contextmanager
 def _stop_quietly() -> Iterator[None]:
-    """Within, a signal to stop ends the server and not the process, which has jobs to save.
+    """A context in which SIGINT and SIGTERM stop the server, but not the process.
 
-    uvicorn raises the signals it has obeyed once more when it is done.
+    The process still has jobs to save. uvicorn raises the signal that stopped it again at its end.
     """
     stops = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, lambda *_: None) for number in stops}
@@ -94,7 +94,7 @@ def _stop_quietly() -> Iterator[None]:
 
 
 def is_local(host: str) -> bool:
-    """Whether only this machine can reach what is bound to a host."""
+    """Whether a server bound to this host can be reached only from this machine."""
     if host == "localhost":
         return True
     try:
@@ -105,10 +105,10 @@ def is_local(host: str) -> bool:
 
 def _bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # With the protocol said, asyncio turns off Nagle's delay; 40 ms of every answer otherwise.
+    # With an explicit protocol asyncio sets TCP_NODELAY; else every answer is delayed by 40 ms.
     bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        if os.name == "posix":  # elsewhere it would share the port with another server
+        if os.name == "posix":  # on Windows two servers could share the port
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
     except OSError as error:

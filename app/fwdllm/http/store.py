@@ -1,9 +1,9 @@
-"""What the server keeps: uploaded files, jobs, their events, and adapters, in one SQLite file.
+"""The server's data: uploaded files, jobs, their events, and adapters, in one SQLite file.
 
-What a method has written is on disk when it returns, so a crash at any instant loses nothing the
-server has accepted. The job's worker writes here too, from its own process.
+When a method returns, its writes are on disk, so a crash loses nothing that the server has
+accepted. The worker of a job writes here too, from its own process.
 
-Ids are random and only ever looked up; no path is made of one. Rows have numbers, for folders.
+Ids are random and only used in look-ups, never in paths. Rows also have numbers, for folder names.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _ID_BYTES = 12
 
 
 class GoneError(FwdllmError):
-    """A row that has been deleted since it was found."""
+    """A row that was deleted after it had been looked up."""
 
 
 @dataclass(frozen=True)
 class File:
-    """An uploaded data set. kind: of its examples, see ``engine.data.jsonl``."""
+    """An uploaded data set. kind: the kind of its examples, see ``engine.data.jsonl``."""
 
     number: int
     id: str
@@ -49,9 +49,9 @@ class File:
 
 @dataclass(frozen=True)
 class Job:
-    """A tuning job. request: what was asked for.  training, validation: numbers of files.
+    """A tuning job. request: its settings.  training, validation: numbers of files.
 
-    adapter: the number of its result.  error: a sentence, if it failed.
+    adapter: the number of the resulting adapter.  error: a sentence, if the job failed.
     """
 
     number: int
@@ -70,7 +70,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to a job. data: of a metric, else None."""
+    """An event of a job. data: figures if it reports metrics, else None."""
 
     number: int
     created: float
@@ -81,10 +81,10 @@ class Event:
 
 @dataclass(frozen=True)
 class AdapterRow:
-    """An adapter without its content. model: the name it answers under.
+    """An adapter without its content. model: its name in requests.
 
-    job: what made it, None if it was made by request.  step: of a checkpoint, None for a result.
-    version: updates applied since.
+    job: number of the job that made it, None if no job did.  step: of a checkpoint, None for other
+    adapters.  version: number of updates applied to it.
     """
 
     number: int
@@ -99,10 +99,10 @@ class AdapterRow:
 
 
 class Store:
-    """An open store. Any thread may use it. Errors of all methods: StoreError."""
+    """An open store. Threads may share it. Errors of all methods: StoreError."""
 
     def __init__(self, folder: Path) -> None:
-        """Open the store in a folder, or make one."""
+        """Open the store in a folder, or create it."""
         self._db = Database(folder / NAME)
 
     def close(self) -> None:
@@ -110,7 +110,10 @@ class Store:
         self._db.close()
 
     def claim(self, name: str, model: dict[str, Any]) -> None:
-        """Tie the store to a model, see ``files.fingerprint``; ConfigError if it has another."""
+        """Tie the store to a model. model: see ``files.fingerprint``.
+
+        ConfigError if the store belongs to another model.
+        """
         mine = json.dumps({"name": name, **model}, sort_keys=True)
         with self._db.transaction() as db:
             db.execute("INSERT OR IGNORE INTO meta VALUES (0, ?)", (mine,))
@@ -126,7 +129,7 @@ class Store:
     def add_file(
         self, filename: str, purpose: str, kind: str, n_examples: int, content: bytes, room: int
     ) -> File | None:
-        """Keep an uploaded file; None if all of them would then have more than ``room`` bytes."""
+        """Keep an uploaded file; None if all files together would exceed ``room`` bytes."""
         values = (_new_id("file"), time.time(), filename, purpose, kind, n_examples, content)
         with self._db.transaction() as db:
             [(used,)] = db.execute("SELECT coalesce(sum(length(content)), 0) FROM file").fetchall()
@@ -200,7 +203,7 @@ class Store:
         return self._jobs("WHERE status = ? ORDER BY number DESC", status)
 
     def change_status(self, number: int, before: tuple[str, ...], after: str) -> bool:
-        """Change a job's status if it is one of ``before``; whether it was."""
+        """Change a job's status if it is one of ``before``; returns whether it was."""
         started = ", started = coalesce(started, ?)" if after == RUNNING else ""
         finished = ", finished = ?" if after not in UNFINISHED else ""
         now = [time.time()] * bool(started or finished)
@@ -221,7 +224,7 @@ class Store:
                 self.add_event(number, f"The job failed: {error}", level="error")
 
     def finish_job(self, number: int, adapter: AdapterRow) -> bool:
-        """End a running job with its result; False if it runs no longer."""
+        """End a running job with its result; False if the job is no longer running."""
         events = self._events("WHERE job = ?", number)
         n_tokens = sum((event.data or {}).get("n_tokens", 0) for event in events)
         with self._db.transaction() as db:
@@ -258,9 +261,9 @@ class Store:
         level: str = "info",
         data: dict[str, Any] | None = None,
     ) -> None:
-        """Record an event; of those with the same key, the first one stays.
+        """Record an event, unless the job has one with the same key.
 
-        A resumed job repeats steps and gives the same numbers.
+        A resumed job repeats steps, with the same figures.
         """
         text = None if data is None else json.dumps(data)
         with self._db.transaction() as db:
@@ -270,7 +273,7 @@ class Store:
             )
 
     def events(self, job: int, limit: int, before: int | None = None) -> list[Event]:
-        """Events of a job, newest first; those before an event's number."""
+        """Events of a job, newest first. before: only events with a smaller number."""
         newest = 2**62 if before is None else before
         which = "WHERE job = ? AND number < ? ORDER BY number DESC LIMIT ?"
         return self._events(which, job, newest, limit)
@@ -290,7 +293,7 @@ class Store:
         job: int | None = None,
         step: int | None = None,
     ) -> AdapterRow:
-        """Keep an adapter, a GGUF LoRA file; one of the same name stays as it is."""
+        """Keep an adapter, a GGUF LoRA file. If the name exists already, that adapter is kept."""
         values = (_new_id("adapter"), time.time(), model, job, step, 0, n_parameters, content)
         with self._db.transaction() as db:
             db.execute(f"INSERT OR IGNORE INTO adapter VALUES (NULL{', ?' * len(values)})", values)
@@ -303,7 +306,7 @@ class Store:
         return next(iter(self._adapters("WHERE id = ?", id)), None)
 
     def adapter_of_model(self, model: str) -> AdapterRow | None:
-        """The adapter that answers under this name."""
+        """The adapter with this model name."""
         return next(iter(self._adapters("WHERE model = ?", model)), None)
 
     def adapter_of_number(self, number: int) -> AdapterRow | None:
@@ -323,11 +326,11 @@ class Store:
         return self._content("adapter", number)
 
     def adapters_bytes(self) -> int:
-        """Bytes of all adapters."""
+        """Total bytes of all adapters."""
         return sum(adapter.n_bytes for adapter in self.adapters())
 
     def update_adapter(self, adapter: AdapterRow, content: bytes) -> AdapterRow | None:
-        """Replace the content of an adapter; None if it has been changed since it was read."""
+        """Replace the content of an adapter; None if its version is no longer ``adapter``'s."""
         with self._db.transaction() as db:
             n = db.execute(
                 "UPDATE adapter SET content = ?, version = version + 1"
@@ -372,7 +375,7 @@ class Store:
 
 
 def open_folder(folder: Path) -> Path:
-    """The server's folder, made if it is new; ConfigError if it cannot be."""
+    """The server's folder, created if missing; ConfigError if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:

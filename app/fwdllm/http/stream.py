@@ -1,4 +1,4 @@
-"""The page at "/", and what keeps it up to date."""
+"""The page at "/", and the event stream that keeps it up to date."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def asset(name: str) -> FileResponse:
 @router.head("/healthz", include_in_schema=False)
 @router.get("/healthz")
 def healthz() -> dict[str, str]:
-    """Whether the server is there."""
+    """Answers if the server is running."""
     return {"status": "ok"}
 
 
 @router.get("/v1/server")
 def server(served: Served) -> dict[str, Any]:
-    """What is served, and within what limits."""
+    """The model that is served, and the server's limits."""
     return {
         "model": served.models.base,
         "architecture": served.models.architecture,
@@ -78,7 +78,7 @@ def list_runs(served: Served) -> dict[str, Any]:
 
 @router.get("/v1/stream")
 async def stream(request: Request, served: Served, run: str | None = None) -> EventSourceResponse:
-    """Server-sent events: "runs" when one changes, "points" of one run, "server" now and then."""
+    """Server-sent events: "runs" on changes, "points" of one run, "server" every few seconds."""
     if served.streams >= limits.MAX_STREAMS:
         raise ApiError(429, "too many pages are open", headers={"Retry-After": "10"})
     served.streams += 1
@@ -86,7 +86,7 @@ async def stream(request: Request, served: Served, run: str | None = None) -> Ev
 
 
 class _Counted(EventSourceResponse):
-    """A stream that is counted until it ends."""
+    """A stream that counts in ``Context.streams`` until it ends."""
 
     def __init__(self, served: Context, events: AsyncIterator[dict[str, str]]) -> None:
         super().__init__(events, sep="\n")
@@ -97,7 +97,7 @@ class _Counted(EventSourceResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._served.streams -= 1
-        # A closing server breaks the stream off; uvicorn would report a response without an end.
+        # If the server closes, the stream is cut; without this uvicorn would log an error.
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -1,11 +1,11 @@
-"""The process that does one tuning job.
+"""The process that runs one tuning job.
 
     python -m fwdllm.http.worker FOLDER NUMBER MEMORY_BUDGET MODEL
 
 It reads the job from the store and writes events, checkpoints and the result there. The run's
-state is on disk as with ``fwdllm tune``, so it may be killed at any moment and started again. On
-its standard input the server says "stop" to have it save and leave; the end of the input means
-that the server has died, and the worker leaves at once.
+state is on disk as with ``fwdllm tune``, so the worker may be killed at any moment and started
+again. The line "stop" on standard input makes it save its state and exit. The end of standard input
+means that the server has died; then the worker exits at once.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from fwdllm.protocol.config import TrainConfig
 from fwdllm.protocol.local import CheckpointDue, EvalResult, StepResult
 from fwdllm.tuning.tune import Progress, Started, tune
 
-# As many as OpenAI keeps.
+# OpenAI keeps the same number.
 MAX_CHECKPOINTS = 3
 
-# For the worker of a server that died to let go: milliseconds, or a step of a large model.
+# How long to wait for the worker of a dead server to exit: milliseconds, or a large model's step.
 _LOCK_SECONDS = 600.0
 
 
 def work_folder(folder: Path, number: int) -> Path:
-    """Where a job's data and run are."""
+    """The folder of a job's data and run."""
     return folder / "jobs" / str(number)
 
 
@@ -53,7 +53,7 @@ def run_folder(folder: Path, number: int) -> Path:
 
 
 def tidy(folder: Path, number: int) -> None:
-    """Delete what a job that has ended needs no more; its configuration and metrics stay."""
+    """Delete files that an ended job no longer needs; its configuration and metrics stay."""
     work = work_folder(folder, number)
     if not (work / "training.jsonl").exists():
         return
@@ -63,12 +63,12 @@ def tidy(folder: Path, number: int) -> None:
 
 
 def model_name(job: Job) -> str:
-    """What the result of a job is called, in OpenAI's manner."""
+    """The model name of a job's result, in OpenAI's format."""
     return f"ft:{job.request['model']}:{job.request['suffix']}:{job.id[-8:]}"
 
 
 def settings(request: Mapping[str, Any]) -> tuple[LoRAConfig, TrainConfig, DirectionsConfig]:
-    """The settings of a job from its request, in which they are JSON."""
+    """The settings of a job, from the JSON values of its request."""
     lora = {**request["lora"], "targets": tuple(request["lora"]["targets"])}
     if lora["layers"] is not None:
         lora["layers"] = tuple(lora["layers"])
@@ -76,17 +76,17 @@ def settings(request: Mapping[str, Any]) -> tuple[LoRAConfig, TrainConfig, Direc
 
 
 def directions_of(request: Mapping[str, Any]) -> DirectionsConfig:
-    """What perturbs the adapter of a job; jobs of version 0.1.0 say no more than the kind."""
+    """The directions of a job; requests of version 0.1.0 have only their kind."""
     known = request.get("directions") or {"kind": request["kind"]}
     return DirectionsConfig(**known)
 
 
 def main(arguments: list[str]) -> None:
-    """Do the job; how it ended is in the store."""
+    """Run the job; its outcome is written to the store."""
     folder, number = Path(arguments[0]), int(arguments[1])
     budget, model = int(arguments[2]), Path(arguments[3])
-    # Ctrl-C is for the server, which then stops its worker. A session of its own would do as well,
-    # but Linux gives sessions equal shares of the processors, whatever their priority.
+    # Ctrl-C is for the server, which then stops its worker. A separate session would also keep
+    # Ctrl-C away, but Linux gives sessions equal CPU shares, whatever the priority.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     lower_priority()
     stop = _obey(sys.stdin)
@@ -101,7 +101,7 @@ def main(arguments: list[str]) -> None:
 
 
 def lower_priority() -> None:
-    """Give way to whatever else wants the processors, the server's answers above all."""
+    """Lower this process's CPU priority, so that the server's answers come first."""
     with contextlib.suppress(AttributeError, OSError):
         os.nice(19)
 
@@ -121,7 +121,7 @@ def _obey(lines: Any) -> threading.Event:
 
 @contextlib.contextmanager
 def _only_worker(folder: Path) -> Iterator[None]:
-    """Wait until the worker of a server before is gone."""
+    """A context entered when the worker of an earlier server has exited."""
     deadline = time.monotonic() + _LOCK_SECONDS
     while True:
         try:
@@ -176,7 +176,7 @@ def _data(store: Store, number: int, path: Path) -> Path:
 
 
 class _Follower:
-    """Writes what happens to the store."""
+    """Writes the events of a run to the store."""
 
     def __init__(self, store: Store, job: Job, steps: int) -> None:
         self.store, self.job, self.steps = store, job, steps

@@ -1,7 +1,7 @@
 """Checkpoint files: step-N.npz holds theta, the optimizer's arrays and the step.
 
-A file appears whole or not at all, and the npz container carries a CRC-32 of every array, so
-one damaged later is recognised when it is read.
+Files are written atomically. The npz container has a CRC-32 of every array, so a file that is
+damaged later is recognised when it is read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from fwdllm.engine.files import atomic_write
 
-# Two, so that one damaged by the disk still leaves a state to resume from.
+# Two checkpoints: if the disk damages one, the other is left to resume from.
 KEEP = 2
 
 _NAME = re.compile(r"step-(\d+)\.npz")
@@ -38,7 +38,7 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint durably, then delete all but the ``KEEP`` of the highest steps."""
+    """Write a checkpoint durably, then delete all but the newest ``KEEP``."""
     path = folder / f"step-{checkpoint.step}.npz"
     arrays: dict[str, Any] = {"step": np.int64(checkpoint.step), "theta": checkpoint.theta}
     arrays |= {_OPTIMIZER + name: array for name, array in checkpoint.optimizer.items()}
@@ -52,7 +52,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
 def newest_intact(folder: Path) -> tuple[Checkpoint | None, list[Path]]:
     """The intact checkpoint of the highest step, if any, and the damaged ones after it.
 
-    An OSError, such as a file that may not be read, passes through: it is no damage.
+    An OSError, such as for missing permission, is raised: the file is not damaged.
     """
     damaged: list[Path] = []
     for path in reversed(_by_step(folder)):
@@ -64,7 +64,7 @@ def newest_intact(folder: Path) -> tuple[Checkpoint | None, list[Path]]:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint so that it no longer counts as one; gives the new path."""
+    """Rename a damaged checkpoint so that it no longer counts as one; returns the new path."""
     return path.replace(path.with_name(path.name + ".damaged"))
 
 
@@ -88,7 +88,7 @@ def _parse(data: bytes, step: int) -> Checkpoint:
 
 def _read_npz(data: bytes) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        # First, as a damaged shape would make NumPy ask for any amount of memory.
+        # Before NumPy reads: a damaged shape would make it allocate any amount of memory.
         broken = archive.testzip()
     if broken is not None:
         raise ValueError(f"{broken} has a wrong CRC-32")

@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture."""
+"""The loss curve of a run as a plot."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw loss and held-out loss over steps as a PNG.
 
     records: the lines of metrics.jsonl. The batch loss is drawn faintly, with its running
-    mean on top, as single batches scatter more than training moves.
+    mean on top, because single batches scatter more than the loss changes.
     """
     train = _series(records, "step")
     held_out = _series(records, "eval")
@@ -46,7 +46,7 @@ def _series(records: Sequence[dict[str, Any]], event: str) -> list[tuple[int, fl
 
 
 def _running_mean(losses: Sequence[float], decay: float = 0.9) -> list[float]:
-    """Exponential mean, corrected for its start as Adam's is."""
+    """Exponential moving average, with bias correction as in Adam."""
     total, weight, means = 0.0, 0.0, []
     for loss in losses:
         total = decay * total + loss

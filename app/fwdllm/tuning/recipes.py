@@ -1,4 +1,4 @@
-"""Which method and which settings suit a model; docs/estimators.md has what they come from."""
+"""Which method and settings suit a model; docs/estimators.md has the measurements behind them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from fwdllm.protocol.config import AUTO, TrainConfig
 
 DEFAULT_STEPS = 200
 
-# What is adapted: the first of these that a model has all of, else everything.
+# Layers to adapt: the first of these tuples that a model has completely, else all linear layers.
 _TARGETS = (LoRAConfig().targets, ("attn_qkv",), ("ssm_in", "ssm_out"))
 
-# More bottlenecks than this cost more tangents than they earn.
+# A higher rank would need more tangents than it is worth.
 _MAX_ACTIVATION_RANK = 8
 
 

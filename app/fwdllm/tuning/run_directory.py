@@ -1,6 +1,6 @@
 """A run on disk: its configuration, metrics, checkpoints and plot, safe against kill -9.
 
-- config.json: what the run's numbers depend on
+- config.json: everything that the run's numbers depend on
 - metrics.jsonl: one line per update and per evaluation
 - checkpoints/step-N.npz: the last two states
 - plot.png: loss and held-out loss over steps
@@ -40,7 +40,7 @@ from fwdllm.protocol.records import difference
 from fwdllm.resources import rss_bytes
 from fwdllm.tuning import checkpoints
 
-# What a run depends on that earlier versions had no choice of and did not record.
+# Settings that earlier versions did not record, with the only value they supported.
 _UNRECORDED = {"device": "cpu", "backend": "fwdllm"}
 _UNRECORDED_TRAIN = {"max_gradient_norm": None}
 
@@ -49,17 +49,17 @@ class RunDirectory:
     """An open run directory, held exclusively until ``close``. Use as a context manager.
 
     path: the directory.  checkpoint: the state to resume from, or None to start afresh.
-    damaged: checkpoint files passed over because they are damaged, renamed to *.damaged.
+    damaged: damaged checkpoint files that were skipped, renamed to *.damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str], config: dict[str, Any], *, resume: bool):
-        """Start a run in a new or empty directory, or resume the one that is there.
+        """Start a run in a new or empty directory, or resume the run in it.
 
-        config: whatever the run's numbers depend on, as JSON values; a run is resumed only
-        with an equal one. Resuming drops the metrics of steps after the checkpoint.
+        config: everything the run's numbers depend on, as JSON values; a run is resumed only with
+        an equal config. Resuming drops the metrics of steps after the checkpoint.
 
-        Raises ConfigError if there is a run and ``resume`` is false, if there is none and it
-        is true, if the configuration differs, or if another process uses the directory.
+        Raises ConfigError if there is a run and ``resume`` is false, if there is no run and
+        ``resume`` is true, if config differs, or if another process uses the directory.
         """
         self.path = Path(path)
         self.checkpoint: checkpoints.Checkpoint | None = None
@@ -97,7 +97,7 @@ class RunDirectory:
     def restore(self, engine: TrainingEngine, config: TrainConfig) -> TrainState:
         """Load the checkpoint, if any, into the adapter; gives the state to train from.
 
-        ConfigError if the checkpoint is of another shape or optimizer.
+        ConfigError if the checkpoint has another shape or belongs to another optimizer.
         """
         theta = engine.adapter.theta
         if self.checkpoint is None:
@@ -121,13 +121,13 @@ class RunDirectory:
         self._metrics_file.flush()
 
     def save(self, theta: np.ndarray, state: TrainState) -> Path:
-        """Write a checkpoint of the state, durably, after the metrics that lead to it."""
+        """Write a checkpoint of the state durably; the metrics so far reach the disk before it."""
         os.fsync(self._metrics_file.fileno())
         checkpoint = checkpoints.Checkpoint(state.step, theta, state.optimizer.to_arrays())
         return checkpoints.save(self._checkpoints, checkpoint)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The metrics so far, oldest first; a torn line is left out."""
+        """The metrics so far, oldest first; an incomplete line is left out."""
         return [record for _, record in _read_metrics(self._metrics)]
 
     def plot(self) -> Path:
@@ -182,7 +182,7 @@ class RunDirectory:
 
     def _load(self) -> None:
         self.checkpoint, damaged = checkpoints.newest_intact(self._checkpoints)
-        # Left there, a damaged file would count as one of the last two.
+        # Not renamed, a damaged file would count as one of the last two checkpoints.
         self.damaged = [checkpoints.set_aside(path) for path in damaged]
         step = 0 if self.checkpoint is None else self.checkpoint.step
         kept = [line for line, record in _read_metrics(self._metrics) if _precedes(record, step)]
@@ -202,11 +202,11 @@ def train_recorded(
     held_out: Sequence[Any],
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Event]:
-    """Train from where the run is to its end, recording each event before yielding it.
+    """Train from the run's last checkpoint to its end, recording each event before yielding it.
 
-    Once ``should_stop()`` is true the run is saved after the current event and left, to be
-    resumed later. Draws the plot at the end. Raises as ``restore`` and ``train``; what was
-    saved before an error stays resumable.
+    Once ``should_stop()`` is true, training ends after the current event and the state is saved,
+    to be resumed later. Draws the plot at the end. Errors: as ``restore`` and ``train``; after an
+    error the run can be resumed from its last checkpoint.
     """
     state = run.restore(engine, config)
     saved = state.step
@@ -226,9 +226,9 @@ def train_recorded(
 
 @contextlib.contextmanager
 def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Within, the first Ctrl-C only makes the yielded function true; a second one interrupts.
+    """A context in which the first Ctrl-C only makes the yielded function return True.
 
-    Main thread only, as Python delivers signals there.
+    A second Ctrl-C interrupts. Main thread only, because Python delivers signals there.
     """
     requested = False
 
@@ -250,7 +250,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _record(event: Event, now: float) -> dict[str, Any]:
-    """A metrics line. Rejections are cut to seed and reason; a loss that is not finite is null."""
+    """A metrics line. Rejections keep only seed and reason; a loss that is not finite is null."""
     kind = "step" if isinstance(event, StepResult) else "eval"
     record = {"event": kind, **dataclasses.asdict(event), "time": round(now, 3)}
     if isinstance(event, StepResult):
@@ -264,7 +264,7 @@ def _record(event: Event, now: float) -> dict[str, Any]:
 
 
 def _read_metrics(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The whole lines of a metrics file with their records; torn ones do not parse."""
+    """The complete lines of a metrics file with their records; incomplete ones do not parse."""
     found: list[tuple[str, dict[str, Any]]] = []
     if not path.exists():
         return found
@@ -277,5 +277,5 @@ def _read_metrics(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _precedes(record: dict[str, Any], step: int) -> bool:
-    """Whether a resumed run will not write this record itself; it repeats evaluations at step."""
+    """Whether to keep a record on resuming at ``step``; the evaluation at it will be repeated."""
     return record["step"] < step or (record["step"] == step and record["event"] == "step")

@@ -27,12 +27,12 @@ from fwdllm.resources import peak_rss_bytes
 from fwdllm.tuning.recipes import recipe
 from fwdllm.tuning.run_directory import RunDirectory, train_recorded
 
-# Held out where nothing is said: a tenth, at most so many.
+# By default a tenth of the data is held out, at most this many examples.
 MOST_HELD_OUT = 200
 
 # Examples tokenized together when the data is checked: bounds memory, costs nothing.
 _CHECK_AT_ONCE = 1000
-# Examples that a mask of parameters is chosen by: means over their tokens settle long before.
+# Examples used to choose a mask of parameters; means over their tokens converge with fewer.
 _MASK_EXAMPLES = 32
 
 _Path = str | os.PathLike[str]
@@ -40,10 +40,10 @@ _Path = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Started:
-    """Everything is read and checked, and training begins after ``step`` of ``steps`` updates.
+    """Everything is read and checked; training begins.
 
-    damaged: checkpoints that a resumed run passed over.  engine: at work; its adapter may be read
-    at every event.
+    step: updates done before, 0 unless resumed.  steps: updates in all.  damaged: checkpoints that
+    a resumed run skipped.  engine: the one being tuned; its adapter may be read at every event.
     """
 
     step: int
@@ -61,12 +61,12 @@ Progress: TypeAlias = Started | Event
 
 @dataclass(frozen=True)
 class TuneResult:
-    """What a run has done.
+    """The result of a run.
 
-    loss_before, loss_after: held-out loss in nats; accuracy_before, accuracy_after: None
-    without labels.  steps: updates in all.  seconds, tokens_per_s: of this process, without
-    what a resumed run did before; tokens are lane-tokens.  adapter: the file or folder
-    written.  stopped_early: whether ``should_stop`` ended it.  n_trainable: parameters.
+    loss_before, loss_after: held-out loss in nats.  accuracy_before, accuracy_after: None without
+    labels.  steps: updates in all.  seconds, tokens_per_s: of this process, without what a resumed
+    run did before; a token counts once in every lane.  adapter: the file or folder written.
+    stopped_early: whether ``should_stop`` ended the run.  n_trainable: number of trained values.
     """
 
     loss_before: float
@@ -106,23 +106,24 @@ def tune(
 
     model: a GGUF file, or hf://owner/repo/file.gguf.  data: JSONL, see ``engine.data.jsonl``.
     output: NAME.gguf for a GGUF LoRA file, NAME or NAME/ for a PEFT folder.
-    lora, train, directions: shape of the adapter, settings of the run and what perturbs the
-    adapter; None is what ``recipe`` has for the model, the data and train's method. An eval_every
-    of 0 evaluates before the first step and after the last.
-    eval_data: JSONL to evaluate on.  held_out: without it, this share (float) or number (int)
-    of ``data`` is kept for that; None is a tenth, at most 200.
-    run_dir: for checkpoints, metrics and plot; None is NAME.run beside ``output``.
-    resume: continue the run in run_dir to the adapter an uninterrupted run would give; all
-    else must be as it was.  exact: fp32 arithmetic.  device: "cpu", or "cuda" for an NVIDIA GPU,
-    which rounds differently.  backend: "auto", "fwdllm" or "llama.cpp", see ``Engine.load``.
-    memory_budget: bytes to stay within on the CPU, see
-    ``Engine.load``; it changes no bit of the adapter, so a resumed run may have another.
+    lora, train: shape of the adapter and settings of the run; None: what ``recipe`` gives for the
+    model, the data and train's method. An eval_every of 0 evaluates before the first step and after
+    the last.  directions: what perturbs the adapter; None: ``DirectionsConfig()``.
+    eval_data: JSONL to evaluate on.  held_out: the share (float) or number (int) of examples of
+    ``data`` to evaluate on if there is no eval_data; None: a tenth, at most 200.
+    run_dir: for checkpoints, metrics and plot; None: NAME.run beside ``output``.
+    resume: continue the run in run_dir; the adapter is the same as without the interruption. Model,
+    data and settings must be the same.  exact: fp32 arithmetic.  device: "cpu", or "cuda" for an
+    NVIDIA GPU, which rounds differently.  backend: "auto", "fwdllm" or "llama.cpp", see
+    ``Engine.load``.
+    memory_budget: bytes to stay within on the CPU, see ``Engine.load``; it does not change the
+    adapter, so it may differ in a resumed run.
     on_event: called with ``Started`` and then every event of ``protocol.local.train``.
-    should_stop: asked after each event; once true, the state is saved and the adapter so far
+    should_stop: called after each event; once true, the state is saved and the adapter so far is
     written.
 
-    Errors: any FwdllmError; OSError. A run that fails before its first step leaves nothing,
-    a later failure leaves the run to be resumed and no adapter.
+    Errors: any FwdllmError; OSError. A run that fails before its first step leaves no files. A run
+    that fails later leaves no adapter, but can be resumed.
     """
     began = time.perf_counter()
     check_output(output)
@@ -149,7 +150,7 @@ def tune(
     folder = default_run_dir(output) if run_dir is None else Path(run_dir)
     with RunDirectory(folder, task.settings, resume=resume) as run:
         work = _follow(run, task, on_event, should_stop)
-        # Before any further evaluation, so that a second interrupt does not lose it.
+        # Before any further evaluation, so that a second interrupt does not lose the adapter.
         adapter = write_adapter(task.engine, output)
         after = _evaluation(run, task, work.step) or task.evaluate(task.engine)
         before = _evaluation(run, task, 0) or task.evaluate(task.new_engine())
@@ -177,7 +178,7 @@ def default_run_dir(output: _Path) -> Path:
 
 @dataclass(frozen=True)
 class _Task:
-    """What a run works on. settings: whatever its numbers depend on, as JSON values."""
+    """The inputs of a run. settings: everything its numbers depend on, as JSON values."""
 
     new_engine: Callable[[], Engine]
     engine: Engine
@@ -203,7 +204,7 @@ def _prepare(
     backend: str,
     memory_budget: int | None,
 ) -> _Task:
-    """Read and check everything, so that a bad example does not end a run of hours."""
+    """Read and check everything first, so that a bad example cannot end a run after hours."""
     if eval_data is not None and held_out is not None:
         raise ConfigError("give either a file to evaluate on or a share to hold out, not both")
     everything = read_jsonl(data)
@@ -263,7 +264,11 @@ def _prepare(
 
 @dataclass
 class _Work:
-    """step: updates in all.  n_tokens, seconds: lane-tokens of the updates made here."""
+    """Progress of a run.
+
+    step: updates in all.  n_tokens, seconds: of the updates made in this process; a token counts
+    once in every lane.
+    """
 
     step: int
     n_tokens: int = 0
