@@ -16,14 +16,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fwdllm.bench.inputs import linear_targets, open_decoder, random_ids
 from fwdllm.bench.worker import Answer, Worker
 from fwdllm.engine.backends import OWN
 from fwdllm.engine.errors import ConfigError, FwdllmError
-from fwdllm.engine.settings import OWN_METHODS
 from fwdllm.engine.estimators.plan import n_lanes
+from fwdllm.engine.settings import OWN_METHODS
 
 PROMPT_PEERS = ("llama.cpp", "plain", OWN)
 DIFFERENCE_PEERS = ("llama.cpp", "llama-cpp-python", "peft")

@@ -274,7 +274,7 @@ class BackwardKernels(Kernels, Protocol):
     def cross_entropy_vjp(
         self, x: Array, weight: Matrix, labels: np.ndarray, *, exact: bool = False
     ) -> tuple[Array, Array]:
-        """The losses of ``cross_entropy`` [rows], and dx float32 [rows, n_in], each row's of its own:
+        """``cross_entropy`` [rows], and dx by each row's own loss: float32 [rows, n_in].
 
         dx[r] = sum_j p[r, j] W[j] - W[labels[r]], p the softmax of the row's logits, of which those
         of a block of the vocabulary exist at a time.

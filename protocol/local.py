@@ -199,9 +199,7 @@ def _by_activations(
     phases = Phases.of(config, engine.adapter.head is not None)
     if state.step == phases.both:  # averages over zero gradients of A: too long first steps
         state.optimizer = TrainState.initial(config, engine).optimizer
-    return _of_gradient(
-        engine, activation_step(engine, config, phases, state.step, batch, seed)
-    )
+    return _of_gradient(engine, activation_step(engine, config, phases, state.step, batch, seed))
 
 
 def _by_backprop(engine: TrainingEngine, batch: Batch) -> _Found:

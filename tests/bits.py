@@ -39,7 +39,10 @@ TUNE = {
     "central": (DECODER, "--method central"),
     "forward-difference": (DECODER, "--method forward-difference"),
     "activation": (DECODER, "--method activation --rank 1 --alpha 1"),
-    "rademacher": (DECODER, "--method forward-ad --directions rademacher --optimizer yogi --eps 1e-8"),
+    "rademacher": (
+        DECODER,
+        "--method forward-ad --directions rademacher --optimizer yogi --eps 1e-8",
+    ),
     "lora-fa": (DECODER, "--method forward-ad --directions lora-fa --optimizer momentum"),
     "lora-xs": (DECODER, "--method forward-ad --directions lora-xs --schedule constant"),
     "subzero": (DECODER, "--method forward-ad --directions subzero --dimension 3"),

@@ -1,4 +1,4 @@
-"""Whether what a model says to prompts is right: exact match, as lm-evaluation-harness counts it."""
+"""Whether what a model answers is right: exact match, as lm-evaluation-harness counts it."""
 
 from __future__ import annotations
 

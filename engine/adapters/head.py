@@ -55,9 +55,7 @@ def head_gradient(adapter: Adapter, features: np.ndarray, classes: np.ndarray) -
     return np.concatenate([weight.ravel(), error.sum(axis=0)]).astype(np.float32)
 
 
-def feature_cotangents(
-    adapter: Adapter, features: np.ndarray, classes: np.ndarray
-) -> np.ndarray:
+def feature_cotangents(adapter: Adapter, features: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """Gradients of the examples' losses by their features, (p - y) W: float64 [n, width]."""
     assert adapter.head_weight is not None
     error = np.exp(log_probabilities(adapter, features))

@@ -76,7 +76,7 @@ def _slopes(graph: Graph, batch: Batch, seeds: np.ndarray, directions: Direction
 
 
 def _of_examples(graph: Graph, batch: Batch, seeds: np.ndarray, directions: Directions) -> Probe:
-    """Slopes of each example's share of the loss along its own directions, [n_seeds, n_examples]."""
+    """Each example's share of the loss along its own directions: [n_seeds, n_examples]."""
     alone = [batch.sequences(i, i + 1) for i in range(batch.n_sequences)]
     shares = np.array([part.n_labels for part in alone]) / batch.n_labels
     parts = [_slopes(graph, p, mine, directions) for p, mine in zip(alone, seeds.T, strict=True)]

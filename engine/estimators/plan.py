@@ -118,7 +118,7 @@ def plan(
 
 
 def n_lanes(method: str, n_seeds: int) -> int:
-    """Lanes of a step along ``n_seeds`` directions; ConfigError for a method that does not exist."""
+    """Lanes of a step along ``n_seeds`` directions; ConfigError for an unknown method."""
     if method == "backprop":
         return 1
     return len(plan(np.arange(n_seeds, dtype=np.uint64), method).lanes)

@@ -13,7 +13,7 @@ its matmuls as differences to one of them (``engine.llamacpp.products``). There 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 

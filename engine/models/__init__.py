@@ -46,7 +46,9 @@ FAMILIES: dict[str, Family[Any]] = {
     "llama": Family(llama.read_args, llama.shapes, llama.embed, llama.layer, llama.unembed),
     "qwen2": Family(qwen.read_qwen2, llama.shapes, llama.embed, llama.layer, llama.unembed),
     "qwen3": Family(qwen.read_qwen3, llama.shapes, llama.embed, llama.layer, llama.unembed),
-    "bert": Family(bert.read_args, bert.shapes, bert.embed, bert.layer, None, bert.pool, bert.pool_vjp),
+    "bert": Family(
+        bert.read_args, bert.shapes, bert.embed, bert.layer, None, bert.pool, bert.pool_vjp
+    ),
 }
 
 

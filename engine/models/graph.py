@@ -125,6 +125,7 @@ class OwnGraph:
         def cotangent(back: Backward, x: Array) -> Array:
             rows, labels = back.batch.label_rows, back.batch.label_ids
             last = back.leaf(self.ops.take(x, rows))
+            output: Any  # a node, see Backward
             output, matrix = unembed(self.args, back, last)
             nll, of_output = self._backward_kernels.cross_entropy_vjp(
                 output.value, matrix, labels, exact=self.exact
@@ -155,9 +156,7 @@ class OwnGraph:
         gradient = self._gradient(batch, cotangent)
         return np.concatenate(features), gradient
 
-    def _gradient(
-        self, batch: Batch, cotangent: Callable[[Backward, Array], Array]
-    ) -> np.ndarray:
+    def _gradient(self, batch: Batch, cotangent: Callable[[Backward, Array], Array]) -> np.ndarray:
         """The gradient by theta, float32 [n_lora] and zeros for a head.
 
         cotangent: of the last layer's output, of one pass of some sequences after the other.
@@ -200,7 +199,8 @@ class OwnGraph:
                 self.residency.enter(layer, back=True)
             for i, (back, x) in enumerate(zip(ways, kept.pop(), strict=True)):
                 leaf = back.leaf(x, layer > first)
-                back.pull_back(self.family.layer(self.args, back, layer, leaf), cotangents[i])
+                output: Any = self.family.layer(self.args, back, layer, leaf)
+                back.pull_back(output, cotangents[i])
                 if leaf.cotangent is not None:
                     cotangents[i] = leaf.cotangent
             if self.residency:

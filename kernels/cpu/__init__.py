@@ -350,9 +350,7 @@ def matmul_vjp(
     return dx
 
 
-def lora_vjp(
-    x: np.ndarray, dy: np.ndarray, lora: LoRA, da: np.ndarray, db: np.ndarray
-) -> None:
+def lora_vjp(x: np.ndarray, dy: np.ndarray, lora: LoRA, da: np.ndarray, db: np.ndarray) -> None:
     """da += scale (dy B)^T x and db += scale dy^T (x A^T), in place, row after row."""
     _native.lora_vjp(_f32(x), _f32(dy), _lora(lora), da, db)
 
@@ -381,9 +379,7 @@ def layer_norm_vjp(x: np.ndarray, weight: np.ndarray, eps: float, dy: np.ndarray
     return dx
 
 
-def swiglu_vjp(
-    gate: np.ndarray, up: np.ndarray, dy: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def swiglu_vjp(gate: np.ndarray, up: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The cotangents of gate and up: float32 [rows, d] each."""
     dgate, dup = np.empty_like(gate), np.empty_like(up)
     _native.swiglu_vjp(gate, up, dy, dgate=dgate, dup=dup)

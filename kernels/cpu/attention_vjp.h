@@ -118,8 +118,7 @@ inline void attend_vjp(const AttentionVjp& a, int64_t row0, int64_t n, int64_t k
 void attention_vjp(const float* q, const float* k, const float* v, const float* dy,
                    const int32_t* starts, int64_t n_seq, int64_t n_heads, int64_t n_kv_heads,
                    int64_t head_dim, float scale, bool causal, float* dq, float* dk, float* dv) {
-    const AttentionVjp a{q,  k,       v,          dy,       dq,    dk,
-                         dv, n_heads, n_kv_heads, head_dim, scale, causal};
+    const AttentionVjp a{q, k, v, dy, dq, dk, dv, n_heads, n_kv_heads, head_dim, scale, causal};
     parallel_for(n_seq * n_kv_heads, [&](int64_t task) {
         const int64_t s = task / n_kv_heads;
         attend_vjp(a, starts[s], starts[s + 1] - starts[s], task % n_kv_heads);

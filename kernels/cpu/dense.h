@@ -133,9 +133,9 @@ inline void multiply_dense(const uint32_t* tile, const uint32_t* panel, int64_t 
             store(c + r * kDenseOutputs + v * kWidth, acc[r][v]);
 }
 
-// A product of packed activations with w [n_out, n_in]. run() calls sink(row0, n_rows, out0, n_outs, tile,
-// stride) for all tiles of outputs out0 .. out0+n, rows ascending. The tile of a row that has a
-// reference holds the product of the difference.
+// A product of packed activations with w [n_out, n_in]. run() calls sink(row0, n_rows, out0,
+// n_outs, tile, stride) for all tiles of outputs out0 .. out0+n, rows ascending. The tile of a row
+// that has a reference holds the product of the difference.
 template <typename E, typename W>
 struct DenseProduct {
     const W& w;

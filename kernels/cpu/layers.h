@@ -62,8 +62,7 @@ void rms_norm_vjp(const float* x, const float* dy, int64_t rows, int64_t d, cons
             const int64_t m = min_of<int64_t>(kWidth, d - i);
             const VF v = load_first(from + i, m);
             squares = fmadd(v, v, squares);
-            products =
-                fmadd(v, load_first(cotangent + i, m) * load_first(weight + i, m), products);
+            products = fmadd(v, load_first(cotangent + i, m) * load_first(weight + i, m), products);
         }
         const float scale = 1.0f / __builtin_sqrtf(sum(squares) / (float)d + eps);
         const float along = scale * scale * sum(products) / (float)d;
@@ -126,8 +125,7 @@ void layer_norm_vjp(const float* x, const float* dy, int64_t rows, int64_t d, co
         const float along = scale * scale * sum(products) / (float)d;
         const float common = sum(total) / (float)d;
         for (int64_t i = 0; i < d; ++i)
-            dx[r * d + i] =
-                (cotangent[i] * weight[i] - common - (from[i] - mean) * along) * scale;
+            dx[r * d + i] = (cotangent[i] * weight[i] - common - (from[i] - mean) * along) * scale;
     });
 }
 

@@ -76,7 +76,8 @@ void matmul_vjp(const float* dy, int64_t rows, const Weight& w, const LoRA* lora
     });
 }
 
-// sums [kRankBlock][2 kWidth] += coefficients [rows][stride]^T x, columns 0 .. n of x [rows][width].
+// sums [kRankBlock][2 kWidth] += coefficients [rows][stride]^T x, columns 0 .. n of x
+// [rows][width].
 inline void outer_products(const float* coefficients, int64_t stride, int64_t ranks, const float* x,
                            int64_t width, int64_t rows, int64_t n, float* sums) {
     const int64_t first = min_of<int64_t>(kWidth, n), second = n - first;

@@ -1,7 +1,7 @@
 // Products with the transpose of a quantized W [n_out, n_in], for cotangents: dx = dy W. Its panels
-// are made from the blocks as they are, 32 outputs by 32 inputs at a time. The scales of a block lie
-// along the inputs, which are not summed over here: for the int8 route weights are rounded again,
-// to signed bytes with a scale for each input and 32 outputs.
+// are made from the blocks as they are, 32 outputs by 32 inputs at a time. The scales of a block
+// lie along the inputs, which are not summed over here: for the int8 route weights are rounded
+// again, to signed bytes with a scale for each input and 32 outputs.
 #pragma once
 
 #include <cstdint>
@@ -32,8 +32,8 @@ struct TransposedBlocks : Transposed {
 
 constexpr int64_t kBlock = 32;  // inputs that are decoded at a time: a group of every type
 
-// Rows row, row + 1, .. of W at inputs first .. first+n -> out [rows][kBlock], zeros for what W does
-// not have; first is a multiple of kBlock.
+// Rows row, row + 1, .. of W at inputs first .. first+n -> out [rows][kBlock], zeros for what W
+// does not have; first is a multiple of kBlock.
 inline void decode_block(const Weight& w, int64_t row, int64_t rows, int64_t first, int64_t n,
                          float* out) {
     for (int64_t o = 0; o < rows; ++o, out += kBlock) {
@@ -54,7 +54,8 @@ inline void pack_panel_dense(const Transposed& w, int64_t out0, int64_t n, int64
             const int64_t had = min_of(kBlock, w.n_out - j);
             for (int p = 0; p < E::per_word; ++p)
                 decode_block(w.of, first + o + p, o + p < k ? 1 : 0, j, had, rows[p]);
-            if (E::per_word == 2 && o + 1 == k) __builtin_memset(rows[E::per_word - 1], 0, 4 * kBlock);
+            if (E::per_word == 2 && o + 1 == k)
+                __builtin_memset(rows[E::per_word - 1], 0, 4 * kBlock);
             for (int i = 0; i < kBlock; ++i)
                 for (int p = 0; p < E::per_word; ++p) mixed[E::per_word * i + p] = rows[p][i];
             const int64_t skipped = max_of<int64_t>(0, out0 - j);
@@ -81,8 +82,8 @@ inline void quantize_block(const float* block, PanelGroup<Codec>* const* panels,
         const VF inverse = select(largest >= 0x1p-100f, splat(127.0f) / largest, splat(0.0f));
         PanelGroup<Codec>* panel = panels[j / kInt8Outputs];
         const int64_t at = j % kInt8Outputs;
-        store(panel->scale[0] + at, select(finite, largest * splat(1.0f / 127.0f),
-                                           splat(__builtin_nanf(""))));
+        store(panel->scale[0] + at,
+              select(finite, largest * splat(1.0f / 127.0f), splat(__builtin_nanf(""))));
         for (int i = 0; i < kDots; ++i) {
             // Rounded to even; what is not finite becomes zero.
             int32_t words[kDotBytes / 4][kWidth];
@@ -125,8 +126,8 @@ inline void pack_panels_int8(const TransposedBlocks<Blocks>& w, int64_t out0, in
             }
             const int64_t first = max_of<int64_t>(0, (j - out0) / kInt8Outputs);
             const int64_t skipped = max_of<int64_t>(0, out0 - j);
-            const int count = (int)min_of<int64_t>((kBlock - skipped) / kInt8Outputs,
-                                                   n_panels - first);
+            const int count =
+                (int)min_of<int64_t>((kBlock - skipped) / kInt8Outputs, n_panels - first);
             for (int p = 0; p < count; ++p) to[p] = panels + (first + p) * groups + g;
             quantize_block<Codec>(block + skipped, to, count);
         }
@@ -145,7 +146,7 @@ inline void with_transposed(const float* dy, int64_t rows, const Weight& w, bool
 #else
     const bool fast = !exact && w.n_out % 32 == 0 && with_codec(w.type, [&](auto codec) {
         const TransposedBlocks<decltype(codec)> t(w);
-        f(Int8Product<CodecQ8_0, TransposedBlocks<decltype(codec)>>(dy, rows, 0, nullptr, t));
+        f(Int8Product<CodecQ8_0, TransposedBlocks<decltype(codec)> >(dy, rows, 0, nullptr, t));
     });
     const Transposed t(w);
 #endif

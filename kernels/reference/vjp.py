@@ -27,9 +27,7 @@ def matmul_vjp(
     return dx.astype(np.float32)
 
 
-def lora_vjp(
-    x: np.ndarray, dy: np.ndarray, lora: LoRA, da: np.ndarray, db: np.ndarray
-) -> None:
+def lora_vjp(x: np.ndarray, dy: np.ndarray, lora: LoRA, da: np.ndarray, db: np.ndarray) -> None:
     """da += scale (dy B)^T x and db += scale dy^T (x A^T), in place.
 
     x: [rows, n_in].  dy: [rows, n_out].  da, db: of the shapes of A and B.
@@ -71,9 +69,7 @@ def layer_norm_vjp(x: np.ndarray, weight: np.ndarray, eps: float, dy: np.ndarray
     return (dx - np.mean(dx, axis=-1, keepdims=True)).astype(np.float32)
 
 
-def swiglu_vjp(
-    gate: np.ndarray, up: np.ndarray, dy: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def swiglu_vjp(gate: np.ndarray, up: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of gate silu'(gate) up dy, and of up silu(gate) dy."""
     gate, up, dy = (a.astype(np.float64) for a in (gate, up, dy))
     sigmoid = np.exp(-np.logaddexp(0, -gate))
@@ -119,5 +115,5 @@ def attention_vjp(
             dk[rows, g] += ds.T @ q[rows, h]
             dv[rows, g] += p.T @ dy[rows, h]
     n = len(q)
-    dq, dk, dv = (a.reshape(n, -1).astype(np.float32) for a in (dq, dk, dv))
-    return dq, dk, dv
+    of_q, of_k, of_v = (a.reshape(n, -1).astype(np.float32) for a in (dq, dk, dv))
+    return of_q, of_k, of_v

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from test_derivatives import LABELS, SEEDS
 from torch_model import TorchModel, gradient
 
@@ -16,7 +15,6 @@ from fwdllm.bench.shapes import Shape
 from fwdllm.bench.synthetic import make_decoder
 from fwdllm.engine import Engine, Example, LoRAConfig, read_jsonl
 from fwdllm.engine.data.batch import Batch, Tokens, pack
-from fwdllm.engine.directions import make_directions
 from fwdllm.engine.errors import ConfigError, NumericsError
 from fwdllm.engine.memory.plan import GradientPlan
 from fwdllm.engine.settings import DIRECTIONS, DirectionsConfig
@@ -116,7 +114,9 @@ def test_slopes_are_those_of_tangents(model: Path, kind: str) -> None:
     got = engine.directional_derivatives(batch, SEEDS, "backprop")
     want = engine.directional_derivatives(batch, SEEDS, "forward-ad")
     assert got.loss == pytest.approx(want.loss, rel=1e-6)
-    np.testing.assert_allclose(got.derivative, want.derivative, atol=1e-4 * abs(want.derivative).max())
+    np.testing.assert_allclose(
+        got.derivative, want.derivative, atol=1e-4 * abs(want.derivative).max()
+    )
 
 
 def test_slopes_of_examples_of_their_own(model: Path) -> None:
@@ -125,7 +125,9 @@ def test_slopes_of_examples_of_their_own(model: Path) -> None:
     want = engine.directional_derivatives(batch, SEEDS[:3], "forward-ad", per_example=True)
     assert got.loss == pytest.approx(want.loss, rel=1e-6)
     np.testing.assert_array_equal(got.seeds, want.seeds)
-    np.testing.assert_allclose(got.derivative, want.derivative, atol=1e-4 * abs(want.derivative).max())
+    np.testing.assert_allclose(
+        got.derivative, want.derivative, atol=1e-4 * abs(want.derivative).max()
+    )
 
 
 def test_a_group_has_its_bits_in_any_company(model: Path) -> None:

@@ -50,10 +50,14 @@ def test_norms_and_activations(ops: ModuleType, rows: int, d: int) -> None:
     w = torch.tensor(weight, dtype=torch.float64)
     cases = [
         ([ops.rms_norm_vjp(x, weight, 1e-2, dy)], lambda x: F.rms_norm(x, (d,), w, 1e-2), (x,)),
-        ([ops.layer_norm_vjp(x, weight, 1e-2, dy)], lambda x: F.layer_norm(x, (d,), w, w, 1e-2), (x,)),
+        (
+            [ops.layer_norm_vjp(x, weight, 1e-2, dy)],
+            lambda x: F.layer_norm(x, (d,), w, w, 1e-2),
+            (x,),
+        ),
         (ops.swiglu_vjp(x, up, dy), lambda g, u: F.silu(g) * u, (x, up)),
         ([ops.gelu_vjp(x, dy)], lambda x: F.gelu(x, approximate="tanh"), (x,)),
-    ]  # fmt: skip
+    ]
     for found, f, inputs in cases:
         for got, want in zip(found, autograd(f, dy, *inputs), strict=True):
             assert_close(got, want)
@@ -72,8 +76,13 @@ def test_rope_backwards_is_rope_with_the_other_sine(ops: ModuleType, interleaved
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: np.ndarray, head_dim: int, causal: bool
-) -> torch.Tensor:  # fmt: skip
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    starts: np.ndarray,
+    head_dim: int,
+    causal: bool,
+) -> torch.Tensor:
     found = []
     for a, b in pairwise(starts):
         heads = [x[a:b].unflatten(1, (-1, head_dim)).transpose(0, 1) for x in (q, k, v)]
@@ -110,9 +119,8 @@ def test_attention(
     if ops is cpu:  # a sequence has its bits in any company
         last = slice(starts[-2], starts[-1])
         alone = np.array([0, lengths[-1]], np.int32)
-        for got, mine in zip(
-            found, ops.attention_vjp(q[last], k[last], v[last], alone, dy[last], **options), strict=True
-        ):  # fmt: skip
+        again = ops.attention_vjp(q[last], k[last], v[last], alone, dy[last], **options)
+        for got, mine in zip(found, again, strict=True):
             np.testing.assert_array_equal(got[last], mine)
 
 
@@ -177,14 +185,15 @@ def test_lora(rows: int, n_in: int, n_out: int, rank: int) -> None:
     type=st.sampled_from(SUPPORTED_TYPES),
     rows=st.integers(1, 20),
     vocabulary=st.sampled_from([1, 7, 300, 2048, 2080, 4500]),
-    scale=st.sampled_from([0.1, 3.0]),
+    scale=st.sampled_from([1.0, 30.0]),
 )
 def test_cross_entropy(type: QuantType, rows: int, vocabulary: int, scale: float) -> None:
     rng = np.random.default_rng(rows)
     weight = random_weight(rng, type, vocabulary, 256)
-    x = normals(rng, rows, 256, scale=scale)
     labels = rng.integers(0, vocabulary, rows).astype(np.int32)
     w = torch.tensor(dequantize(weight), dtype=torch.float64)
+    # Logits of about ``scale``
+    x = normals(rng, rows, 256, scale=scale / float(w.norm(dim=1).mean()))
     [want] = autograd(
         lambda x: F.cross_entropy(x @ w.T, torch.tensor(labels).long(), reduction="none"),
         np.ones(rows, np.float32),
@@ -196,7 +205,7 @@ def test_cross_entropy(type: QuantType, rows: int, vocabulary: int, scale: float
         assert np.abs(dx - want).max() < 2e-5 * (1 + np.abs(want).max())
     nll, dx = cpu.cross_entropy_vjp(x, weight, labels)
     np.testing.assert_array_equal(nll, cpu.cross_entropy(x, weight, labels))
-    if scale < 1:  # rounded logits that are large are other probabilities
+    if scale == 1:  # rounded logits that are large are other probabilities
         assert np.abs(dx - want).max() < 0.02 * np.abs(w.numpy()).max()
     np.testing.assert_array_equal(cpu.cross_entropy_vjp(x[-1:], weight, labels[-1:])[1], dx[-1:])
 

@@ -54,9 +54,7 @@ def recipe(
     return recipe_for(chosen, len(labels), method, device)
 
 
-def recipe_for(
-    backend: Backend, n_labels: int, method: str = AUTO, device: str = "cpu"
-) -> Recipe:
+def recipe_for(backend: Backend, n_labels: int, method: str = AUTO, device: str = "cpu") -> Recipe:
     """As ``recipe``, for a model and a number of labels."""
     if method == AUTO:
         method = _method(backend, device)

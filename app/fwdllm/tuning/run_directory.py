@@ -29,8 +29,8 @@ from fwdllm.protocol.config import TrainConfig
 from fwdllm.protocol.local import (
     CheckpointDue,
     Event,
-    TrainingEngine,
     StepResult,
+    TrainingEngine,
     TrainState,
     n_trainable,
     train,
