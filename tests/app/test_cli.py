@@ -433,7 +433,7 @@ def test_the_system_says_no(
     def refuse(*args: object, **kwargs: object) -> None:
         raise error
 
-    monkeypatch.setattr(Engine, "directional_derivatives", refuse)
+    monkeypatch.setattr(Engine, "gradient", refuse)
     outcome = fwdllm("tune", MODEL, data, "-o", tmp_path / "a.gguf", *QUICK)
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err.splitlines()[-1].startswith(f"fwdllm: {message}")

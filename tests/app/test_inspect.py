@@ -97,8 +97,8 @@ def test_an_encoder() -> None:
     assert [target["name"] for target in report["targets"]] == [
         *("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down")
     ]
-    assert report["step"] == {"batch_size": 32, "tokens": 64, "lanes": 63}
-    assert report["step_memory"]["logits"] == 0
+    assert report["step"] == {"batch_size": 8, "tokens": 64, "lanes": 9}
+    assert report["step_memory"]["logits"] == report["gradient_memory"]["loss"] == 0
 
 
 def test_unsupported_types_are_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -247,7 +247,8 @@ def test_an_encoder_learns_by_activations(tmp_path: Path) -> None:
     assert recipe(ENCODER, three, "activation").lora.rank == 2
     assert recipe(ENCODER, three, "central") == (LoRAConfig(), TrainConfig(200, method="central"))
     with pytest.raises(ConfigError, match="perturbs no weights, so sparse has no meaning"):
-        tune(ENCODER, data, output, directions=DirectionsConfig("sparse"))
+        sparse = DirectionsConfig("sparse")
+        tune(ENCODER, data, tmp_path / "c.gguf", lora=lora, train=train, directions=sparse)
 
 
 def test_a_decoder_scores_labels(tmp_path: Path) -> None:
@@ -312,8 +313,8 @@ def test_stopping_before_the_first_step_leaves_nothing(data: Path, tmp_path: Pat
 def test_a_failure_leaves_a_run_to_resume(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = TrainConfig(steps=4, batch_size=2, perturbations=1, checkpoint_every=1)
-    probe = Engine.directional_derivatives
+    train = TrainConfig(steps=4, batch_size=2, checkpoint_every=1)
+    gradient = Engine.gradient
     calls = 0
 
     def fail_third(*args: Any, **options: Any) -> Any:
@@ -321,9 +322,9 @@ def test_a_failure_leaves_a_run_to_resume(
         calls += 1
         if calls == 3:
             raise NumericsError("the loss is nan")
-        return probe(*args, **options)
+        return gradient(*args, **options)
 
-    monkeypatch.setattr(Engine, "directional_derivatives", fail_third)
+    monkeypatch.setattr(Engine, "gradient", fail_third)
     with pytest.raises(NumericsError):
         tune(MODEL, data, tmp_path / "a.gguf", train=train)
     assert not (tmp_path / "a.gguf").exists()

@@ -255,7 +255,7 @@ def test_figures_are_compared_by_name() -> None:
         (["prompt", MODEL, "--compare", "nowhere.json"], "No such file"),
         (["prompt", MODEL, "--compare", __file__], "is not JSON"),
         (["step", MODEL, "--examples", "0"], "must be at least 1"),
-        (["step", MODEL, "--method", "backprop"], "method must be"),
+        (["step", MODEL, "--method", "exact"], "method must be"),
         (["step", MODEL, "--peer", "llama.cpp"], "takes differences: choose --method central"),
         (["step", MODEL, "--scope", "99"], "nothing of the adapter is in the scope of layers 99"),
         (["step", MODEL, "--targets", "attn_x"], "No layer has a target 'attn_x'"),

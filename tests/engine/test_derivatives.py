@@ -214,7 +214,7 @@ def test_non_finite_losses_are_reported(bundled: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "backprop"}, "method"),
+        ({"method": "exact"}, "method"),
         ({"epsilon": 0.0}, "epsilon"),
         ({"seeds": np.zeros(0, np.uint64)}, "at least one seed"),
     ],

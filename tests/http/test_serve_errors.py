@@ -384,7 +384,7 @@ def test_numbers_that_are_none_are_refused(
         ({"learning_rate": -1.0}, "learning_rate"),
         ({"learning_rate": 0}, "learning_rate"),
         ({"method": "exact"}, "method"),
-        ({"method": "backprop"}, "perturbations"),
+        ({"method": "backprop", "perturbations": 2}, "perturbations"),
         ({"optimizer": "lion"}, "optimizer"),
         ({"schedule": "cosine"}, "schedule"),
         ({"warmup": 50, "steps": 10}, "warmup"),

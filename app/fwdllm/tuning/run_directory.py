@@ -170,9 +170,12 @@ class RunDirectory:
             raise ConfigError(f"{self._config} is damaged: {error}") from error
         unrecorded = {name: _UNRECORDED[name] for name in _UNRECORDED.keys() & config.keys()}
         saved = {**unrecorded, **saved}
-        if isinstance(saved.get("train"), dict):
-            known = _UNRECORDED_TRAIN.keys() & config["train"].keys()
-            saved["train"] = {**{name: _UNRECORDED_TRAIN[name] for name in known}, **saved["train"]}
+        train = config.get("train")
+        if isinstance(train, dict) and isinstance(saved.get("train"), dict):
+            unrecorded = {
+                name: _UNRECORDED_TRAIN[name] for name in _UNRECORDED_TRAIN.keys() & train.keys()
+            }
+            saved["train"] = {**unrecorded, **saved["train"]}
         changed = difference(saved, json.loads(json.dumps(config)))
         if changed is not None:
             raise ConfigError(
