@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
@@ -64,9 +65,9 @@ DEMOS = {
         train=TrainConfig(steps=60, method="backprop", learning_rate=2e-3, eval_every=20),
         chat=True,
         questions=(
-            "What is the capital of France?",
-            "Why is the sky blue?",
-            "What should I cook tonight?",
+            "What do bees make?",
+            "Where does the sun rise?",
+            "What is two plus two?",
         ),
         answer_tokens=64,
     ),
@@ -114,18 +115,21 @@ def run_demo(
     model = _model(demo)
     folder = folder or _new_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    data, eval_data = (_data(demo, f"pirate.{part}.jsonl", folder) for part in ("train", "valid"))
-    result = tune(
-        model,
-        data,
-        folder / "adapter.gguf",
-        lora=demo.lora,
-        train=demo.train,
-        eval_data=eval_data,
-        run_dir=folder,
-        on_event=on_event,
-        should_stop=should_stop,
-    )
+    with tempfile.TemporaryDirectory() as temporary:
+        data, eval_data = (
+            _data(demo, f"pirate.{part}.jsonl", Path(temporary)) for part in ("train", "valid")
+        )
+        result = tune(
+            model,
+            data,
+            folder / "adapter.gguf",
+            lora=demo.lora,
+            train=demo.train,
+            eval_data=eval_data,
+            run_dir=folder,
+            on_event=on_event,
+            should_stop=should_stop,
+        )
 
     def answer(question: str, adapter: Path | None) -> str:
         pieces = generate(

@@ -74,7 +74,7 @@ class Residency:
         self._dropped = range(first, n)
 
     def enter(self, layer: int, back: bool = False) -> None:
-        """``layer`` is next: while it is used, read ahead the next one in the direction of travel."""
+        """``layer`` is next: while it is used, read ahead the one after it, or before it."""
         ahead = layer - 1 if back else layer + 1
         if self._dropped and 0 <= ahead < len(self._layers):
             self._advise(ahead, mmap.MADV_WILLNEED)

@@ -246,8 +246,8 @@ def test_an_encoder_learns_by_activations(tmp_path: Path) -> None:
     three = write_rows(data, [{"text": row["text"], "label": x} for row in rows for x in "abc"])
     assert recipe(ENCODER, three, "activation").lora.rank == 2
     assert recipe(ENCODER, three, "central") == (LoRAConfig(), TrainConfig(200, method="central"))
+    sparse = DirectionsConfig("sparse")
     with pytest.raises(ConfigError, match="perturbs no weights, so sparse has no meaning"):
-        sparse = DirectionsConfig("sparse")
         tune(ENCODER, data, tmp_path / "c.gguf", lora=lora, train=train, directions=sparse)
 
 

@@ -98,7 +98,7 @@ def test_slopes_are_those_of_autograd(path: Path, make, method: str) -> None:
     true = gradient(TorchModel(engine), batch)[: adapter.n_lora]
     want = np.array([true @ vector(directions, seed) for seed in SEEDS])
     got = engine.directional_derivatives(batch, SEEDS, method, directions=directions)
-    error = {"forward-ad": 1e-5, "central": 1e-3, "forward-difference": 0.05}[method]
+    error = {"central": 1e-3, "forward-difference": 0.05}.get(method, 1e-5)
     assert np.linalg.norm(got.derivative - want) < error * np.linalg.norm(want)
     np.testing.assert_array_equal(got.seeds, SEEDS)
 
