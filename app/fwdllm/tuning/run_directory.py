@@ -42,7 +42,7 @@ from fwdllm.tuning import checkpoints
 
 # Settings that earlier versions did not record, with the only value they supported.
 _UNRECORDED = {"device": "cpu", "backend": "fwdllm"}
-_UNRECORDED_TRAIN = {"max_gradient_norm": None}
+_UNRECORDED_TRAIN: dict[str, Any] = {"max_gradient_norm": None}
 
 
 class RunDirectory:
