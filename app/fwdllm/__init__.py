@@ -1,4 +1,4 @@
-"""fwdllm: fine-tune quantized language models with forward passes only.
+"""fwdllm: fine-tune quantized language models where they run, forward and back or forward only.
 
     import fwdllm
 

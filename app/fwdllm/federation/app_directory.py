@@ -85,7 +85,7 @@ def init(
         read_jsonl(eval_data)
     config = preset(name, rounds=rounds, **(changes or {}))
     engine = Engine.load(model, lora, labels=labels, seed=config.seed)
-    engine.backend.check_method(config.method)  # fail now, not in the run
+    engine.check_method(config.method)  # fail now, not in the run
     settings = {
         "model": str(Path(model).resolve()),
         "run-dir": str(path.resolve() / "run"),

@@ -154,7 +154,7 @@ def simulate(
         memory_budget=memory_budget,
         device=device,
     )
-    engine.backend.check_method(config.method)
+    engine.check_method(config.method)
     settings = {
         "partition": dataclasses.asdict(partition),
         "fleet": dataclasses.asdict(fleet),
