@@ -20,7 +20,7 @@ from weights import random_weight
 from fwdllm.kernels import cpu, reference
 from fwdllm.kernels.types import SUPPORTED_TYPES, Lanes, LoRA, QuantType
 
-TANGENTS = Path(__file__).with_name("test_tangents.py")
+OTHERS = [Path(__file__).with_name(name) for name in ("test_tangents.py", "test_vjps.py")]
 QUANTIZED = [t for t in SUPPORTED_TYPES if t not in (QuantType.F32, QuantType.F16, QuantType.BF16)]
 types = pytest.mark.parametrize("type", SUPPORTED_TYPES, ids=lambda t: t.name)
 distributions = pytest.mark.parametrize("distribution", ["normal", "rademacher"])
@@ -336,7 +336,7 @@ def test_every_isa(isa: str) -> None:
         pytest.skip(f"this machine has no {isa}")
     assert probe.stdout.strip() == isa
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", __file__, str(TANGENTS)],
+        [sys.executable, "-m", "pytest", "-q", "-x", __file__, *map(str, OTHERS)],
         env=env,
         capture_output=True,
         text=True,
