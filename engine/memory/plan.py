@@ -153,7 +153,7 @@ def estimate_gradient(
         "update": _FLOAT * n_trainable * 6,
         "kept": _FLOAT * n_rows * args.width * (args.n_layers - first_layer),
         "residual": _FLOAT * n_rows * 2 * args.width,
-        "attention": _FLOAT * sequences * (6 * args.width + 4 * query + 4 * key_value)
+        "attention": _FLOAT * sequences * (3 * args.width + 4 * query + 4 * key_value)
         + _FLOAT * _num_threads() * 2 * (longest or n_rows) * args.head_dim,
         "feed_forward": _FLOAT * block * (6 * args.hidden + 4 * args.width),
         "loss": _FLOAT * labels * (_VOCABULARY_BLOCK + 4 * args.width),

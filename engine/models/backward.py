@@ -52,6 +52,13 @@ class Node:
             self._value = self._compute()
         return self._value
 
+    def take(self) -> Array:
+        """The array, for the one that reads it alone: kept no longer, it is computed again if asked
+        for once more.
+        """
+        value, self._value = self.value, None
+        return value
+
     def add(self, cotangent: Array) -> None:
         """One more share of the cotangent. Never in place: an array may be the share of several."""
         self.cotangent = cotangent if self.cotangent is None else self.cotangent + cotangent
@@ -73,7 +80,7 @@ class Node:
             other.add(cotangent)
 
         def compute() -> Array:
-            return self.value + other.value
+            return self.value + other.take()
 
         return Node(self._tape, self.shape, compute, vjp, self.wanted or other.wanted)
 
@@ -168,7 +175,13 @@ class Backward(Pass):
         def turned(x: Array, sin: np.ndarray) -> Array:
             return self.ops.rope(x, self.positions, cos, sin, head_dim, interleaved)
 
-        return self._unary(x, lambda x: turned(x, sin), lambda x, dy: turned(dy, -sin))
+        return Node(
+            self._tape,
+            x.shape,
+            lambda: turned(x.take(), sin),
+            lambda dy: x.add(turned(dy, -sin)),
+            x.wanted,
+        )
 
     def gelu(self, x: Node) -> Node:  # type: ignore[override]
         """See ``Pass.gelu``."""
