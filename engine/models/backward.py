@@ -22,6 +22,10 @@ from fwdllm.kernels.api import Array, BackwardKernels
 _Vjp: TypeAlias = Callable[[Array], None]
 
 
+def _released() -> Array:
+    raise AssertionError("a node's value was asked for after the way back")
+
+
 class Node:
     """A value between the operations of a layer, float32 [rows, width].
 
@@ -70,6 +74,10 @@ class Node:
         if self.cotangent is not None and self.wanted:
             self._vjp(self.cotangent)
         self._value = self.cotangent = None
+
+    def release(self) -> None:
+        """Forget all but the cotangent."""
+        self._compute, self._vjp, self._value = _released, None, None
 
     def __len__(self) -> int:
         return int(self.shape[0])
@@ -125,6 +133,11 @@ class Backward(Pass):
         output.add(cotangent)
         for node in reversed(tape):
             node.pull_back()
+        # Nodes and their functions know each other: without this their arrays would stay until
+        # Python looks for such circles.
+        for node in tape:
+            node.release()
+        tape.clear()
 
     def linear(self, x: Node, name: str) -> Node:  # type: ignore[override]
         """See ``Pass.linear``. The cotangents of the adapter's factors go to ``gradient``."""
