@@ -38,6 +38,26 @@ def torch_jvp(f: Callable[..., torch.Tensor], tangents: int, *stacked: np.ndarra
     return torch.cat(found).numpy()
 
 
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    starts: np.ndarray,
+    head_dim: int,
+    causal: bool,
+) -> torch.Tensor:
+    found = []
+    for a, b in pairwise(starts):
+        heads = [x[a:b].unflatten(1, (-1, head_dim)).transpose(0, 1) for x in (q, k, v)]
+        group = len(heads[0]) // len(heads[1])
+        keys, values = (x.repeat_interleave(group, 0) for x in heads[1:])
+        scores = heads[0] @ keys.transpose(1, 2) * head_dim**-0.5
+        if causal:
+            scores = scores.masked_fill(torch.ones(b - a, b - a).triu(1) > 0, -torch.inf)
+        found.append((scores.softmax(-1) @ values).transpose(0, 1).flatten(1))
+    return torch.cat(found)
+
+
 def assert_close(got: np.ndarray, want: np.ndarray) -> None:
     np.testing.assert_allclose(got, want, rtol=3e-5, atol=1e-5 * (1 + np.abs(want).max()))
 
@@ -84,21 +104,11 @@ def test_attention(
     q = normals(rng, (1 + tangents) * rows, kv_heads * group * head_dim)
     k, v = (normals(rng, (1 + tangents) * rows, kv_heads * head_dim) for _ in range(2))
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        found = []
-        for a, b in pairwise(starts[: len(lengths) + 1]):
-            heads = [x[a:b].unflatten(1, (-1, head_dim)).transpose(0, 1) for x in (q, k, v)]
-            keys, values = (x.repeat_interleave(group, 0) for x in heads[1:])
-            scores = heads[0] @ keys.transpose(1, 2) * head_dim**-0.5
-            if causal:
-                mask = torch.ones(b - a, b - a, dtype=torch.bool).triu(1)
-                scores = scores.masked_fill(mask, -torch.inf)
-            found.append((scores.softmax(-1) @ values).transpose(0, 1).flatten(1))
-        return torch.cat(found)
-
     options = {"head_dim": head_dim, "scale": head_dim**-0.5, "causal": causal}
     got = ops.attention(q, k, v, starts, **options, tangents=tangents)
-    assert_close(got, torch_jvp(attend, tangents, q, k, v))
+    mine = starts[: len(lengths) + 1]
+    want = torch_jvp(lambda q, k, v: attend(q, k, v, mine, head_dim, causal), tangents, q, k, v)
+    assert_close(got, want)
     if ops is cpu:  # the primal is the same bits as without tangents
         primal = cpu.attention(q[:rows], k[:rows], v[:rows], starts[: len(lengths) + 1], **options)
         np.testing.assert_array_equal(got[:rows], primal)

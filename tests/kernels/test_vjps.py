@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from types import ModuleType
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernels_cpu import QUANTIZED, random_lora, relative_error
+from test_tangents import attend, normals
 from weights import random_weight
 
 from fwdllm.kernels import cpu, reference
@@ -20,10 +20,6 @@ from fwdllm.kernels.reference import dequantize
 from fwdllm.kernels.types import SUPPORTED_TYPES, QuantType
 
 kernels = pytest.mark.parametrize("ops", [reference, cpu], ids=["reference", "cpu"])
-
-
-def normals(rng: np.random.Generator, *shape: int, scale: float = 1.0) -> np.ndarray:
-    return rng.normal(size=shape, scale=scale).astype(np.float32)
 
 
 def autograd(
@@ -73,26 +69,6 @@ def test_rope_backwards_is_rope_with_the_other_sine(ops: ModuleType, interleaved
     y = ops.rope(x, positions, cos, sin, 14, interleaved)
     dx = ops.rope(dy, positions, cos, -sin, 14, interleaved)
     assert float(np.vdot(y, dy)) == pytest.approx(float(np.vdot(x, dx)), rel=1e-4)
-
-
-def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    starts: np.ndarray,
-    head_dim: int,
-    causal: bool,
-) -> torch.Tensor:
-    found = []
-    for a, b in pairwise(starts):
-        heads = [x[a:b].unflatten(1, (-1, head_dim)).transpose(0, 1) for x in (q, k, v)]
-        group = len(heads[0]) // len(heads[1])
-        keys, values = (x.repeat_interleave(group, 0) for x in heads[1:])
-        scores = heads[0] @ keys.transpose(1, 2) * head_dim**-0.5
-        if causal:
-            scores = scores.masked_fill(torch.ones(b - a, b - a).triu(1) > 0, -torch.inf)
-        found.append((scores.softmax(-1) @ values).transpose(0, 1).flatten(1))
-    return torch.cat(found)
 
 
 @kernels
