@@ -27,34 +27,35 @@ MINILM = SHARED / "models" / "minilm-l6-v2.Q4_0.gguf"
 TINYMIX = SHARED / "models" / "tinymix-6m.Q4_0.gguf"
 SST2 = SHARED / "data" / "sst2.train.jsonl"
 
-DECODER = "--steps 6 --batch-size 4 -k 3 --rank 4 --lr 0.01 --held-out 6 --eval-every 3"
-ENCODER = "--steps 5 --batch-size 4 -k 3 --held-out 8 --max-tokens 32"
+DECODER = "--steps 6 --batch-size 4 --rank 4 --lr 0.01 --held-out 6 --eval-every 3"
+FORWARD = f"{DECODER} --method forward-ad -k 3"
+ENCODER = "--steps 5 --batch-size 4 --held-out 8 --max-tokens 32"
 FEDERATION = (
     "--rounds 2 --clients 8 --per-round 3 --rank 2 --alpha 4 --set batch_size=2 --set max_tokens=24"
 )
 # By name: which data, and the options. Differential privacy is left out: its noise is random.
 TUNE = {
-    "forward-ad": (DECODER, "--method forward-ad"),
+    "forward-ad": (DECODER, "-k 3 --method forward-ad"),
     "backprop": (DECODER, "--method backprop --max-gradient-norm 1"),
-    "central": (DECODER, "--method central"),
-    "forward-difference": (DECODER, "--method forward-difference"),
-    "activation": (DECODER, "--method activation --rank 1 --alpha 1"),
+    "central": (DECODER, "-k 3 --method central"),
+    "forward-difference": (DECODER, "-k 3 --method forward-difference"),
+    "activation": (DECODER, "-k 3 --method activation --rank 1 --alpha 1"),
     "rademacher": (
         DECODER,
         "--method forward-ad --directions rademacher --optimizer yogi --eps 1e-8",
     ),
-    "lora-fa": (DECODER, "--method forward-ad --directions lora-fa --optimizer momentum"),
-    "lora-xs": (DECODER, "--method forward-ad --directions lora-xs --schedule constant"),
-    "subzero": (DECODER, "--method forward-ad --directions subzero --dimension 3"),
-    "sparse": (DECODER, "--method forward-ad --directions sparse --keep 0.2"),
-    "per-example": (DECODER, "--method forward-ad --per-example --warmup 2"),
-    "exact": (DECODER, "--method forward-ad --exact --layers 1-2 --targets attn_output,ffn_down"),
-    "budget": (DECODER, "--method forward-ad --memory-budget 200MiB"),
-    "llama.cpp": (DECODER, "--backend llama.cpp"),
-    "encoder": (ENCODER, "--method activation"),
+    "lora-fa": (DECODER, "-k 3 --method forward-ad --directions lora-fa --optimizer momentum"),
+    "lora-xs": (DECODER, "-k 3 --method forward-ad --directions lora-xs --schedule constant"),
+    "subzero": (DECODER, "-k 3 --method forward-ad --directions subzero --dimension 3"),
+    "sparse": (DECODER, "-k 3 --method forward-ad --directions sparse --keep 0.2"),
+    "per-example": (DECODER, "-k 3 --method forward-ad --per-example --warmup 2"),
+    "exact": (FORWARD, "--exact --layers 1-2 --targets attn_output,ffn_down"),
+    "budget": (DECODER, "-k 3 --method forward-ad --memory-budget 200MiB"),
+    "llama.cpp": (DECODER, "-k 3 --backend llama.cpp"),
+    "encoder": (ENCODER, "-k 3 --method activation"),
     "encoder backprop": (ENCODER, "--method backprop --head-lr 0.1"),
-    "encoder forward-ad": (ENCODER, "--method forward-ad --head-lr 0.1"),
-    "encoder central": (ENCODER, "--method central"),
+    "encoder forward-ad": (ENCODER, "-k 3 --method forward-ad --head-lr 0.1"),
+    "encoder central": (ENCODER, "-k 3 --method central"),
 }
 SIMULATE = {
     "fwdllm": "--set variance_threshold=0.001",
@@ -122,20 +123,20 @@ def main(out: str) -> None:
         sst2 = folder / "sst2.jsonl"
         sst2.write_text("".join(SST2.read_text().splitlines(keepends=True)[:60]))
         for name, (base, options) in TUNE.items():
-            model, data = (bundled, pirate) if base is DECODER else (MINILM, sst2)
+            model, data = (MINILM, sst2) if base is ENCODER else (bundled, pirate)
             adapter = folder / f"{name}.gguf"
             result = run("tune", model, data, "-o", adapter, *f"{base} {options}".split())
             found[f"tune {name}"] = {"adapter": digest(adapter), **losses(result)}
             found[f"eval {name}"] = run("eval", model, sst2 if model is MINILM else pirate,
                                         "--adapter", adapter, "--max-tokens", 24)  # fmt: skip
         adapter, run_dir = folder / "resumed.gguf", folder / "resumed"
-        arguments = ["tune", bundled, pirate, "-o", adapter, *DECODER.split(), "--run-dir", run_dir]
+        arguments = ["tune", bundled, pirate, "-o", adapter, *FORWARD.split(), "--run-dir", run_dir]
         arguments += ["--steps", 40]
         resumed(arguments, run_dir)
         result = run(*arguments, "--resume")
         found["tune resumed"] = {"adapter": digest(adapter), **losses(result)}
         adapter = folder / "peft"
-        run("tune", TINYMIX, pirate, "-o", f"{adapter}/", *DECODER.split())
+        run("tune", TINYMIX, pirate, "-o", f"{adapter}/", *FORWARD.split())
         weights = adapter / "adapter_model.safetensors"
         found["tune tinymix to PEFT"] = {"adapter": digest(weights)}
         for name, options in SIMULATE.items():
