@@ -40,10 +40,7 @@ TUNE = {
     "central": (DECODER, "-k 3 --method central"),
     "forward-difference": (DECODER, "-k 3 --method forward-difference"),
     "activation": (DECODER, "-k 3 --method activation --rank 1 --alpha 1"),
-    "rademacher": (
-        DECODER,
-        "--method forward-ad --directions rademacher --optimizer yogi --eps 1e-8",
-    ),
+    "rademacher": (FORWARD, "--directions rademacher --optimizer yogi --eps 1e-8"),
     "lora-fa": (DECODER, "-k 3 --method forward-ad --directions lora-fa --optimizer momentum"),
     "lora-xs": (DECODER, "-k 3 --method forward-ad --directions lora-xs --schedule constant"),
     "subzero": (DECODER, "-k 3 --method forward-ad --directions subzero --dimension 3"),
