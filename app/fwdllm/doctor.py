@@ -9,7 +9,6 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -17,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fwdllm.engine.llamacpp import probe
+from fwdllm.engine.memory.system import available_bytes, limit_bytes
 
 # The processor flags for which this package or llama.cpp has kernels.
 _INSTRUCTIONS = re.compile(
@@ -145,21 +145,11 @@ def _memory() -> dict[str, int | None]:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # not Unix
         total = None
-    available = _number(Path("/proc/meminfo"), r"MemAvailable:\s+(\d+) kB")
-    limit = _number(Path("/sys/fs/cgroup/memory.max"), r"(\d+)\s*")  # "max" is no limit
     return {
         "total_bytes": total,
-        "available_bytes": None if available is None else available * 1024,
-        "limit_bytes": limit,
+        "available_bytes": available_bytes(),
+        "limit_bytes": limit_bytes(),
     }
-
-
-def _number(path: Path, pattern: str) -> int | None:
-    try:
-        found = re.search(pattern, path.read_text())
-    except OSError:
-        return None
-    return int(found[1]) if found else None
 
 
 def _llama_cpp_system() -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.memory.system import available_bytes, limit_bytes
 
 if TYPE_CHECKING:
     from fwdllm.engine.models.dimensions import Dimensions
@@ -33,6 +34,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _MMAP_THRESHOLD = -1, -3, 32 * 2**20
 # With so few rows, decoding the weights takes 5% of the matmuls' time (36 ns for a panel of 16 x 32
 # weights, against 770 ns).
 _LEAST_ROWS = 256
+# What decoding costs in rows: as much as the matmuls of so many, by the times above.
+_DECODING_ROWS = 12
+# Bytes of layers' values that a way back keeps where no budget is set, if a fourth of the memory
+# that is free is not less. Values of more rows do not make it faster, see ``plan_gradient``.
+_VALUE_BYTES, _VALUE_SHARE = 2**30, 4
 
 
 def keep_freed_memory() -> None:
@@ -125,6 +131,7 @@ def estimate_gradient(
     n_trainable: int,
     n_rows: int,
     first_layer: int = 0,
+    kept_layers: int = 0,
     block_rows: int | None = None,
     longest: int | None = None,
     n_labels: int | None = None,
@@ -134,9 +141,11 @@ def estimate_gradient(
     """Bytes of one step by the way back, as ``estimate_step``.
 
     n_rows: tokens that go forward and back together; a batch of more takes them in turn.
-    first_layer: the first that is adapted, where the way back ends.
+    first_layer: the first that is adapted, where the way back ends.  kept_layers: how many of the
+    last are not computed again.
 
-    kept: what layers read, of all of them.  residual: the stream, and its cotangents.  attention,
+    kept: what layers read, of all of them, and of the last ones the other values that the way back
+    reads.  residual: the stream, and its cotangents.  attention,
     feed_forward: activations and cotangents of a layer that is computed again, of whole examples
     and of a block of rows.  loss: probabilities of a block of the vocabulary, and what is added
     up of them.
@@ -151,7 +160,8 @@ def estimate_gradient(
         "adapter": _FLOAT * n_trainable,
         "optimizer": _FLOAT * n_trainable * optimizer_slots,
         "update": _FLOAT * n_trainable * 6,
-        "kept": _FLOAT * n_rows * args.width * (args.n_layers - first_layer),
+        "kept": _FLOAT * n_rows * args.width * (args.n_layers - first_layer)
+        + kept_layers * n_rows * _value_bytes(args),
         "residual": _FLOAT * n_rows * 2 * args.width,
         "attention": _FLOAT * sequences * (3 * args.width + 4 * query + 4 * key_value)
         + _FLOAT * _num_threads() * 2 * (longest or n_rows) * args.head_dim,
@@ -162,6 +172,12 @@ def estimate_gradient(
     layer = parts["attention"] + parts["feed_forward"]
     work = parts["kept"] + parts["residual"] + max(layer, parts["loss"]) + parts["adapter"]
     return {**parts, "total": kept + max(work, parts["update"])}
+
+
+def _value_bytes(args: Dimensions) -> int:
+    """Of a row and layer, besides its input: what a ``Recorded`` layer keeps at most."""
+    query, key_value = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+    return _FLOAT * (args.width + 2 * query + 2 * key_value + 2 * args.hidden)
 
 
 @dataclass(frozen=True)
@@ -230,11 +246,14 @@ def plan_step(
 
 @dataclass(frozen=True)
 class GradientPlan:
-    """How to run a way back: rows of a block, rows of the batch at a time, weights to keep."""
+    """How to run a way back: rows of a block, rows of the batch at a time, bytes of weights to keep
+    in memory, and of how many of the last layers the values are kept instead of computed again.
+    """
 
     block_rows: int
     rows: int
     weights: int | None
+    kept_layers: int = 0
 
 
 def plan_gradient(
@@ -242,6 +261,7 @@ def plan_gradient(
     budget: int | None,
     *,
     resident: int,
+    weight_bytes: int,
     largest_layer: int,
     n_trainable: int,
     n_rows: int,
@@ -252,13 +272,14 @@ def plan_gradient(
 ) -> GradientPlan:
     """The fastest way to keep a gradient within ``budget`` bytes resident, as ``plan_step``.
 
-    First the batch goes in several parts, down to an example at a time, then blocks get smaller.
+    weight_bytes: of all layers. First the batch goes in several parts, down to an example at a
+    time, then blocks get smaller. What all that and the weights leave is for values of layers;
+    fewer rows at a time, whose weights are decoded more often, are taken if more layers' values fit
+    for it.
     """
     block = default_block_rows(args)
     # What is kept of more rows than these grows, and their products get no faster.
     rows = min(n_rows, max(longest, _MOST_ROWS))
-    if budget is None:
-        return GradientPlan(block, rows, None)
 
     def needed(rows: int, block: int) -> int:
         estimate = estimate_gradient(
@@ -274,7 +295,7 @@ def plan_gradient(
         )
         return resident + estimate["total"]
 
-    while needed(rows, block) + largest_layer > budget:
+    while budget is not None and needed(rows, block) + largest_layer > budget:
         if rows > longest:
             rows = max(longest, rows // 2)
         elif block > _LEAST_ROWS:
@@ -286,7 +307,27 @@ def plan_gradient(
                 f"{budget / 2**20:.0f} MiB: use shorter examples, or a method of forward passes "
                 "only, such as forward-ad"
             )
-    return GradientPlan(block, rows, budget - needed(rows, block))
+
+    n_layers = args.n_layers - first_layer
+    free = _VALUE_BYTES
+    if budget is None:
+        known = [n for n in (available_bytes(), limit_bytes()) if n is not None]
+        free = min([free, *(n // _VALUE_SHARE for n in known)])
+
+    def kept_layers(rows: int) -> int:
+        left = free if budget is None else budget - needed(rows, block) - weight_bytes
+        return min(n_layers, max(0, left) // (rows * _value_bytes(args)))
+
+    def work(rows: int) -> float:
+        """In passes of a layer: forward, back, and forward once more where values are not kept."""
+        return (1 + _DECODING_ROWS / rows) * (3 * n_layers - kept_layers(rows))
+
+    choices = [rows]
+    while choices[-1] // 2 >= max(longest, _LEAST_ROWS):
+        choices.append(choices[-1] // 2)
+    rows = min(choices, key=work)
+    weights = None if budget is None else budget - needed(rows, block)
+    return GradientPlan(block, rows, weights, kept_layers(rows))
 
 
 def plan_gpu_step(args: Dimensions, free: int | None, n_rows: int, n_lanes: int) -> MemoryPlan:

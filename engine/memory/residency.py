@@ -9,7 +9,6 @@ from __future__ import annotations
 import mmap
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fwdllm.engine.errors import ConfigError
@@ -18,21 +17,7 @@ if TYPE_CHECKING:  # a benchmark of GPUs runs without the package gguf
     from fwdllm.engine.gguf.file import GGUFFile
     from fwdllm.engine.gguf.header import TensorInfo
 
-# Measured after ``Engine.load``: pages of Python, NumPy and llama.cpp, without and with their data.
-_LIBRARY_BYTES, _PROCESS_BYTES = 60 * 2**20, 150 * 2**20
 _LAYER = re.compile(r"blk\.(\d+)\.")
-
-
-def resident_bytes() -> int:
-    """Bytes this process has resident: all but pages of files, plus an estimate for its libraries.
-
-    If the system does not tell, an estimate for Python with NumPy and llama.cpp loaded.
-    """
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return _PROCESS_BYTES
-    return int(status.split("RssAnon:")[1].split()[0]) * 1024 + _LIBRARY_BYTES
 
 
 class Residency:

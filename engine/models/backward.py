@@ -29,7 +29,8 @@ def _released() -> Array:
 class Node:
     """A value between the operations of a layer, float32 [rows, width].
 
-    wanted: whether its cotangent, the gradient of the loss by it, is of use to anyone.
+    wanted: whether its cotangent, the gradient of the loss by it, is of use to anyone.  reads: what
+    ``vjp`` reads the values of.  cheap: whether to compute it again from ``reads`` costs little.
     """
 
     def __init__(
@@ -39,9 +40,13 @@ class Node:
         compute: Callable[[], Array],
         vjp: _Vjp | None,
         wanted: bool,
+        reads: Sequence[Node] = (),
+        cheap: bool = False,
     ) -> None:
         self.shape = tuple(shape)
         self.wanted = wanted
+        self.reads = reads
+        self.cheap = cheap
         self.cotangent: Array | None = None
         self._tape = tape
         self._compute = compute
@@ -57,11 +62,14 @@ class Node:
         return self._value
 
     def take(self) -> Array:
-        """The array, for the one that reads it alone: kept no longer, it is computed again if asked
-        for once more.
-        """
-        value, self._value = self.value, None
+        """The array, for the one that reads it alone: see ``forget``."""
+        value = self.value
+        self.forget()
         return value
+
+    def forget(self) -> None:
+        """Keep the array no longer; it is computed again if asked for once more."""
+        self._value = None
 
     def add(self, cotangent: Array) -> None:
         """One more share of the cotangent. Never in place: an array may be the share of several."""
@@ -77,7 +85,7 @@ class Node:
 
     def release(self) -> None:
         """Forget all but the cotangent."""
-        self._compute, self._vjp, self._value = _released, None, None
+        self._compute, self._vjp, self._value, self.reads = _released, None, None, ()
 
     def __len__(self) -> int:
         return int(self.shape[0])
@@ -106,6 +114,36 @@ class Node:
         )
 
 
+class Recorded:
+    """Operations from a leaf to an output, written down on ``tape``."""
+
+    def __init__(self, tape: list[Node], leaf: Node, output: Node) -> None:
+        self._tape, self._leaf, self._output = tape, leaf, output
+
+    def value(self) -> Array:
+        """The output. What the way back reads and is not cheap to compute again is kept."""
+        value = self._output.value
+        read = {node for reader in self._tape if reader.wanted for node in reader.reads}
+        for node in self._tape:
+            if node.cheap or node not in read:
+                node.forget()
+        return value
+
+    def pull_back(self, cotangent: Array) -> Array | None:
+        """Bring the output's cotangent back: that of the leaf, if it is wanted. Can be done once.
+
+        Afterwards nothing is kept. Nodes and their functions know each other: without being
+        released their arrays would stay until Python looks for such circles.
+        """
+        self._output.add(cotangent)
+        for node in reversed(self._tape):
+            node.pull_back()
+        for node in self._tape:
+            node.release()
+        self._tape.clear()
+        return self._leaf.cotangent
+
+
 class Backward(Pass):
     """A pass on nodes, of one plain lane. A new one is made from what makes a ``Pass``.
 
@@ -123,21 +161,16 @@ class Backward(Pass):
         back.theta, back.gradient, back._vjps, back._tape = p.theta, gradient, ops, []
         return back
 
-    def leaf(self, x: Array, wanted: bool = True) -> Node:
-        """An array that operations start from."""
-        return Node(self._tape, x.shape, lambda: x, None, wanted)
+    def record(self, f: Callable[[Any], Any], x: Array, wanted: bool = True) -> Recorded:
+        """The operations that f applies to x, none of which is computed yet.
 
-    def pull_back(self, output: Node, cotangent: Array) -> None:
-        """Bring an output's cotangent back to all that it was computed from."""
-        tape, self._tape = self._tape, []
-        output.add(cotangent)
-        for node in reversed(tape):
-            node.pull_back()
-        # Nodes and their functions know each other: without this their arrays would stay until
-        # Python looks for such circles.
-        for node in tape:
-            node.release()
-        tape.clear()
+        wanted: whether the cotangent of x is.
+        """
+        outer, self._tape = self._tape, []
+        leaf = Node(self._tape, x.shape, lambda: x, None, wanted)
+        found = Recorded(self._tape, leaf, f(leaf))
+        self._tape = outer
+        return found
 
     def linear(self, x: Node, name: str) -> Node:  # type: ignore[override]
         """See ``Pass.linear``. The cotangents of the adapter's factors go to ``gradient``."""
@@ -158,8 +191,9 @@ class Backward(Pass):
             if x.wanted:
                 x.add(self._vjps.matmul_vjp(dy, matrix, lora=lora, exact=self.exact))
 
-        shape = (len(x), matrix.n_out)
-        return Node(self._tape, shape, compute, vjp, x.wanted or lora is not None)
+        adapted = lora is not None
+        reads = (x,) if adapted else ()
+        return Node(self._tape, (len(x), matrix.n_out), compute, vjp, x.wanted or adapted, reads)
 
     def rms_norm(self, x: Node, name: str, eps: float) -> Node:  # type: ignore[override]
         """See ``Pass.rms_norm``."""
@@ -212,7 +246,8 @@ class Backward(Pass):
         def compute() -> Array:
             return self.ops.swiglu(gate.value, up.value)
 
-        return Node(self._tape, gate.shape, compute, vjp, gate.wanted or up.wanted)
+        wanted = gate.wanted or up.wanted
+        return Node(self._tape, gate.shape, compute, vjp, wanted, (gate, up), cheap=True)
 
     def attention(  # type: ignore[override]
         self, q: Node, k: Node, v: Node, head_dim: int, causal: bool
@@ -232,26 +267,31 @@ class Backward(Pass):
             for x, cotangent in zip((q, k, v), found, strict=True):
                 x.add(cotangent)
 
-        return Node(self._tape, q.shape, compute, vjp, any(x.wanted for x in (q, k, v)))
+        reads = (q, k, v)
+        return Node(self._tape, q.shape, compute, vjp, any(x.wanted for x in reads), reads)
 
     def in_blocks(  # type: ignore[override]
         self, x: Node, f: Callable[[Node], Node]
     ) -> Node:
-        """See ``Pass.in_blocks``: each block goes all the way back before the next one."""
+        """See ``Pass.in_blocks``. On the way back each block that was not computed on the way
+        forward is, and goes all the way back before the next one.
+        """
+        blocks = [slice(i, i + self.block_rows) for i in range(0, len(x), self.block_rows)]
+        computed: list[Recorded] = []
 
         def compute() -> Array:
-            raise AssertionError("blocks end a layer, whose result the way back does not read")
+            computed[:] = [self.record(f, x.value[rows]) for rows in blocks]
+            values = [block.value() for block in computed]
+            return values[0] if len(values) == 1 else np.concatenate(values)
 
         def vjp(dy: Array) -> None:
             dx = np.empty_like(dy)
-            for i in range(0, len(x), self.block_rows):
-                rows = slice(i, i + self.block_rows)
-                leaf = self.leaf(x.value[rows])
-                self.pull_back(f(leaf), dy[rows])
-                dx[rows] = leaf.cotangent
+            for rows in blocks:
+                block = computed.pop(0) if computed else self.record(f, x.value[rows])
+                dx[rows] = block.pull_back(dy[rows])
             x.add(dx)
 
-        return Node(self._tape, x.shape, compute, vjp, True)
+        return Node(self._tape, x.shape, compute, vjp, True, (x,))
 
     def _unary(
         self, x: Node, f: Callable[[Array], Array], vjp: Callable[[Array, Array], Array]
@@ -262,4 +302,6 @@ class Backward(Pass):
             lambda: f(x.value),
             lambda dy: x.add(vjp(x.value, dy)),
             x.wanted,
+            (x,),
+            cheap=True,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from functools import partial
 from types import NoneType
 from typing import Any
 from weakref import ref
@@ -22,9 +23,10 @@ from fwdllm.engine.memory.plan import (
     plan_gradient,
     plan_step,
 )
-from fwdllm.engine.memory.residency import Residency, resident_bytes
+from fwdllm.engine.memory.residency import Residency
+from fwdllm.engine.memory.system import resident_bytes
 from fwdllm.engine.models import Family
-from fwdllm.engine.models.backward import Backward
+from fwdllm.engine.models.backward import Backward, Recorded
 from fwdllm.engine.models.dimensions import Dimensions
 from fwdllm.engine.models.forward import Pass
 from fwdllm.engine.models.weights import Weights
@@ -124,16 +126,20 @@ class OwnGraph:
 
         def cotangent(back: Backward, x: Array) -> Array:
             rows, labels = back.batch.label_rows, back.batch.label_ids
-            last = back.leaf(self.ops.take(x, rows))
-            output: Any  # a node, see Backward
-            output, matrix = unembed(self.args, back, last)
+            matrix: Any = None
+
+            def output(x: Any) -> Any:
+                nonlocal matrix
+                x, matrix = unembed(self.args, back, x)
+                return x
+
+            last = back.record(output, self.ops.take(x, rows))
             nll, of_output = self._backward_kernels.cross_entropy_vjp(
-                output.value, matrix, labels, exact=self.exact
+                last.value(), matrix, labels, exact=self.exact
             )
             losses.append(nll)
-            back.pull_back(output, of_output / np.float32(batch.n_labels))
             found = np.zeros_like(x)
-            found[rows] = last.cotangent
+            found[rows] = last.pull_back(of_output / np.float32(batch.n_labels))
             return found
 
         gradient = self._gradient(batch, cotangent)
@@ -160,7 +166,8 @@ class OwnGraph:
         """The gradient by theta, float32 [n_lora] and zeros for a head.
 
         cotangent: of the last layer's output, of one pass of some sequences after the other.
-        Forward only what layers read is kept; back each layer is computed again from that.
+        Forward only what layers read is kept, and back each layer is computed again from that; of
+        the last layers what there is room for is kept instead.
         """
         if self.adapter is None:
             raise ConfigError("a gradient needs an adapter to be of")
@@ -170,39 +177,51 @@ class OwnGraph:
             self.residency.limit(memory.weights)
         gradient = np.zeros_like(self.adapter.theta)
         for part in split(batch, memory.rows):
-            self._add_gradient(part, first, memory.block_rows, cotangent, gradient)
+            self._add_gradient(part, first, memory, cotangent, gradient)
         return gradient
 
     def _add_gradient(
         self,
         batch: Batch,
         first: int,
-        block_rows: int,
+        memory: GradientPlan,
         cotangent: Callable[[Backward, Array], Array],
         gradient: np.ndarray,
     ) -> None:
         """The same of some sequences, added to ``gradient``; nothing changes below ``first``."""
-        passes = self._split(batch, PLAIN, block_rows)
-        kept: list[list[Array]] = []
-
-        def keep(layer: int, xs: Sequence[Array]) -> None:
-            if layer >= first:
-                kept.append(list(xs))
-
-        outputs = self._outputs(passes, keep)
+        passes = self._split(batch, PLAIN, memory.block_rows)
+        xs = self._inputs(passes)
         ways = [Backward.of(p, self._backward_kernels, gradient) for p in passes]
+        # For each layer from ``first`` on and each pass, where its way back begins.
+        kept: list[list[Array | Recorded]] = [[] for _ in range(first, self.args.n_layers)]
+
+        def record(layer: int, i: int, x: Array) -> Recorded:
+            f = partial(self.family.layer, self.args, ways[i], layer)
+            return ways[i].record(f, x, wanted=layer > first)
+
+        def forward(layer: int, i: int, x: Array) -> Array:
+            if layer < first:
+                return self.family.layer(self.args, passes[i], layer, x)
+            if layer < self.args.n_layers - memory.kept_layers:
+                kept[layer - first].append(x)
+                return self.family.layer(self.args, passes[i], layer, x)
+            recorded = record(layer, i, x)
+            kept[layer - first].append(recorded)
+            return recorded.value()
+
+        outputs = self._through_layers(xs, forward)
         cotangents = [cotangent(back, x) for back, x in zip(ways, outputs, strict=True)]
+        del xs, outputs
         if self.residency:
             self.residency.leave(self.args.n_layers)
         for layer in reversed(range(first, self.args.n_layers)):
             if self.residency:
                 self.residency.enter(layer, back=True)
-            for i, (back, x) in enumerate(zip(ways, kept.pop(), strict=True)):
-                leaf = back.leaf(x, layer > first)
-                output: Any = self.family.layer(self.args, back, layer, leaf)
-                back.pull_back(output, cotangents[i])
-                if leaf.cotangent is not None:
-                    cotangents[i] = leaf.cotangent
+            for i, start in enumerate(kept.pop()):
+                recorded = start if isinstance(start, Recorded) else record(layer, i, start)
+                of_input = recorded.pull_back(cotangents[i])
+                if of_input is not None:
+                    cotangents[i] = of_input
             if self.residency:
                 self.residency.leave(layer)
 
@@ -255,6 +274,7 @@ class OwnGraph:
             self.args,
             self.memory_budget,
             resident=self._resident,
+            weight_bytes=self.residency.total,
             largest_layer=self.residency.largest,
             n_trainable=self.adapter.theta.size,
             n_rows=batch.n_rows,
@@ -284,28 +304,37 @@ class OwnGraph:
             for part in split(batch, block_rows // len(variants.lanes))
         ]
 
-    def _outputs(
-        self,
-        passes: Sequence[Pass],
-        keep: Callable[[int, Sequence[Array]], None] = lambda layer, xs: None,
-    ) -> list[Array]:
-        """A layer is applied to all passes before the next one, so weights are visited once.
+    def _outputs(self, passes: Sequence[Pass]) -> list[Array]:
+        """The last layer's output of each pass."""
 
-        keep: sees what each layer is about to read.
-        """
+        def layer(i_layer: int, i: int, x: Array) -> Array:
+            p = passes[i]
+            return self.family.layer(self.args, p, i_layer, p.enter(i_layer, x))
+
+        return self._through_layers(self._inputs(passes), layer)
+
+    def _inputs(self, passes: Sequence[Pass]) -> list[Array]:
+        """The first layer's input of each pass, which from now on is at the adapter's theta."""
         if self.adapter is not None:
             theta = self.ops.array(self.adapter.theta)
             for p in passes:
                 p.theta = theta
-        xs = [self.family.embed(self.args, p) for p in passes]
-        for layer in range(self.args.n_layers):
+        return [self.family.embed(self.args, p) for p in passes]
+
+    def _through_layers(
+        self, xs: list[Array], layer: Callable[[int, int, Array], Array]
+    ) -> list[Array]:
+        """A layer is applied to all passes before the next one, so weights are visited once.
+
+        layer: of its number, a pass's number and the pass's input.
+        """
+        for i_layer in range(self.args.n_layers):
             if self.residency:
-                self.residency.enter(layer)
-            keep(layer, xs)
-            for i, p in enumerate(passes):
-                xs[i] = self.family.layer(self.args, p, layer, p.enter(layer, xs[i]))
+                self.residency.enter(i_layer)
+            for i, x in enumerate(xs):
+                xs[i] = layer(i_layer, i, x)
             if self.residency:
-                self.residency.leave(layer)
+                self.residency.leave(i_layer)
         return xs
 
     def _key(self, batch: Batch, variants: Variants) -> Hashable | None:

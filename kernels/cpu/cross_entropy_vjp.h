@@ -1,8 +1,9 @@
 // Losses of cross_entropy.h with the cotangents of their inputs,
 //   dx[r] = sum_j p[r, j] W[j] - W[labels[r]],  p the softmax of the logits.
-// Logits are computed twice, so that no more of them exist at a time than those of kVocabBlock
-// words. The label's own weight, p - 1, is the largest by far and cancels most of what is summed:
-// it goes in exactly, apart from the products of the others, which may be rounded.
+// Each logit is computed once, and those of kVocabBlock words exist at a time: the sum goes on with
+// exp(logit - m), m the largest logit so far, and shrinks when m grows, as in flash attention
+// (arXiv 2205.14135). The label's own weight, p - 1, is the largest by far and cancels most of what
+// is summed: it goes in exactly, apart from the products of the others, which may be rounded.
 #pragma once
 
 #include <cstdint>
@@ -20,68 +21,95 @@
 namespace fwdllm::FWDLLM_ISA {
 namespace {
 
-// Words of the vocabulary at a time: for 256 rows 2 MiB of probabilities, and enough for a product.
-// Whole groups of 32.
+// Words of the vocabulary at a time: for 256 rows 2 MiB of logits, and enough for a product. Whole
+// groups of 32, and whole chunks.
 constexpr int64_t kVocabBlock = 2048;
+static_assert(kVocabBlock % kVocabChunk == 0);
 
-// Probabilities of words first .. first+n, but of the labels: the sink of a product's tiles.
-struct BlockOfProbabilities {
-    const PartialSoftmax* whole;
-    const int32_t* labels;
+// Logits of words first .. first+n: the sink of a product's tiles.
+struct BlockOfLogits {
     int64_t first, n;
-    float* p;        // [rows][n]
-    float* label_p;  // [rows], of all blocks: the label's is in one of them
+    float* logits;  // [rows][n]
 
     void operator()(int64_t row0, int64_t n_rows, int64_t out0, int64_t n_outs, const float* c,
                     int64_t stride) const {
-        for (int64_t r = row0; r < row0 + n_rows; ++r, c += stride) {
-            float* to = p + r * n + out0 - first;
-            const VF max = splat(whole[r].max), inverse = splat((float)(1.0 / whole[r].sum));
-            for (int64_t j = 0; j < n_outs; j += kWidth) {
-                const int64_t m = min_of<int64_t>(kWidth, n_outs - j);
-                store_first(to + j, vexp(load_first(c + j, m) - max) * inverse, m);
-            }
-            const int64_t label = labels[r] - out0;
-            if (label < 0 || label >= n_outs) continue;
-            label_p[r] = to[label];
-            to[label] = 0;
-        }
+        for (int64_t r = row0; r < row0 + n_rows; ++r, c += stride)
+            __builtin_memcpy(logits + r * n + out0 - first, c, 4 * n_outs);
     }
 };
 
+// A row's partial softmaxes of a block's chunks, those of a row ``rows`` apart, with the bits of
+// partial_softmaxes, which extends them by a panel of outputs at a time.
+inline void extend_by_block(PartialSoftmax* chunks, int64_t rows, float* logits, int64_t n,
+                            int64_t panel) {
+    for (int64_t at = 0; at < n; at += kVocabChunk, chunks += rows) {
+        *chunks = {0.0, -__builtin_inff()};
+        const int64_t end = min_of(at + kVocabChunk, n);
+        for (int64_t j = at; j < end; j += panel)
+            extend(chunks, logits + j, min_of(panel, end - j), false);
+    }
+}
+
 void cross_entropy_vjp(const float* x, int64_t rows, const Weight& w, const int32_t* labels,
                        bool exact, double* nll, float* dx) {
-    const int64_t width = w.n_in;
-    Buffer whole_buffer(rows * (int64_t)sizeof(PartialSoftmax)), p_buffer(4 * rows * kVocabBlock),
+    const int64_t width = w.n_in, n_chunks = ceil_div(w.n_out, kVocabChunk);
+    Buffer softmax_buffer(n_chunks * rows * (int64_t)sizeof(PartialSoftmax)),
+        p_buffer(4 * rows * kVocabBlock), max_buffer(4 * rows), shrink_buffer(4 * rows),
         label_buffer(4 * rows), share_buffer(4 * rows * width);
-    auto* whole = (PartialSoftmax*)whole_buffer.data;
+    auto* softmaxes = (PartialSoftmax*)softmax_buffer.data;
     auto* p = (float*)p_buffer.data;
-    auto* label_p = (float*)label_buffer.data;
+    auto* max = (float*)max_buffer.data;        // the largest logit so far
+    auto* shrink = (float*)shrink_buffer.data;  // what its growth makes of the sum before
+    auto* label_logit = (float*)label_buffer.data;
     auto* share = (float*)share_buffer.data;
     __builtin_memset(dx, 0, 4 * rows * width);
+    for (int64_t r = 0; r < rows; ++r) max[r] = -__builtin_inff();
     with_product(x, rows, 0, nullptr, w, exact, [&](const auto& product) {
-        losses(product, rows, 0, labels, whole, nll);
+        const int64_t panel = product.panel_outputs;
         for (int64_t first = 0; first < w.n_out; first += kVocabBlock) {
             const int64_t n = min_of(kVocabBlock, w.n_out - first);
-            const BlockOfProbabilities sink{whole, labels, first, n, p, label_p};
-            const int64_t panels = ceil_div(n, product.panel_outputs);
-            parallel_for(panels, [&](int64_t i) {
-                const int64_t at = i * product.panel_outputs;
-                product.run(first + at, min_of<int64_t>(product.panel_outputs, n - at), sink);
+            parallel_for(ceil_div(n, panel), [&](int64_t i) {
+                const int64_t at = i * panel;
+                product.run(first + at, min_of(panel, n - at), BlockOfLogits{first, n, p});
+            });
+            parallel_for(rows, [&](int64_t r) {
+                float* to = p + r * n;
+                PartialSoftmax* chunks = softmaxes + first / kVocabChunk * rows + r;
+                extend_by_block(chunks, rows, to, n, panel);
+                const float before = max[r];
+                const float of_block = whole_softmax(chunks, ceil_div(n, kVocabChunk), rows).max;
+                if (!(of_block <= before)) max[r] = of_block;
+                shrink[r] = first == 0 ? 0 : (float)__builtin_exp((double)before - max[r]);
+                const int64_t label = labels[r] - first;
+                if (label >= 0 && label < n) label_logit[r] = to[label];
+                for (int64_t j = 0; j < n; j += kWidth) {
+                    const int64_t m = min_of<int64_t>(kWidth, n - j);
+                    store_first(to + j, vexp(load_first(to + j, m) - splat(max[r])), m);
+                }
+                if (label >= 0 && label < n) to[label] = 0;
             });
             const Weight block{w.data + first * w.row_bytes, w.type, n, width, w.row_bytes};
             with_transposed(p, rows, block, exact, [&](const auto& transposed) {
                 multiply(transposed, nullptr, 0, nullptr, share);
             });
             parallel_for(rows, [&](int64_t r) {
-                for (int64_t i = r * width; i < (r + 1) * width; ++i) dx[i] += share[i];
+                for (int64_t i = r * width; i < (r + 1) * width; ++i)
+                    dx[i] = dx[i] * shrink[r] + share[i];
             });
         }
     });
     parallel_for(rows, [&](int64_t r) {
+        const PartialSoftmax whole = whole_softmax(softmaxes + r, n_chunks, rows);
+        nll[r] = __builtin_log(whole.sum) + whole.max - label_logit[r];
+        const float inverse = (float)(1.0 / whole.sum);
+        const float p_label =
+            (float)(__builtin_exp((double)label_logit[r] - whole.max) / whole.sum);
         float* label_row = (float*)thread_scratch(4 * width);
         decode_row(w.type, w.data + labels[r] * w.row_bytes, 0, width, label_row);
-        for (int64_t i = 0; i < width; ++i) dx[r * width + i] += (label_p[r] - 1) * label_row[i];
+        for (int64_t i = 0; i < width; ++i) {
+            float* to = dx + r * width + i;
+            *to = *to * inverse + (p_label - 1) * label_row[i];
+        }
     });
 }
 

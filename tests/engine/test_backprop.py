@@ -140,9 +140,11 @@ def test_a_group_has_its_bits_in_any_company(model: Path) -> None:
     assert first.loss != second.loss
 
 
-@pytest.mark.parametrize("plan", [(8, 1, 0), (300, 64, 0), (30, 1000, None)])
-def test_blocks_parts_and_dropped_layers_change_no_bit(
-    model: Path, monkeypatch: pytest.MonkeyPatch, plan: tuple[int, int, int | None]
+@pytest.mark.parametrize(
+    "plan", [(8, 1, 0, 0), (300, 64, 0, 1), (30, 1000, None, 2), (300, 1000, None, 0)]
+)
+def test_blocks_parts_and_dropped_and_kept_layers_change_no_bit(
+    model: Path, monkeypatch: pytest.MonkeyPatch, plan: tuple[int, int, int | None, int]
 ) -> None:
     engine, batch = load(model), some_batch()
     want = engine.gradient(batch)

@@ -20,7 +20,7 @@ from fwdllm.engine.directions import Dense
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.gguf.file import GGUFFile
-from fwdllm.engine.memory.residency import resident_bytes
+from fwdllm.engine.memory.system import resident_bytes
 from fwdllm.engine.settings import DEFAULT_EPSILON, LoRAConfig, Scope
 from fwdllm.http import limits
 from fwdllm.http.adapter_bytes import as_file, to_bytes
