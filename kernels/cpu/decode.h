@@ -73,7 +73,7 @@ inline void scale_min_k4(const uint8_t* s, int j, int* scale, int* min) {
 }
 
 struct CodecQ4_0 {
-    static constexpr int offset = 8, scales = 1;
+    static constexpr int offset = 8, scales = 1, top = 15;
     static constexpr bool has_min = false;
     static void group(const uint8_t* row, int64_t i, Group* g) {
         const uint8_t* b = row + i * 18;
@@ -84,7 +84,7 @@ struct CodecQ4_0 {
 };
 
 struct CodecQ4_1 {
-    static constexpr int offset = 0, scales = 1;
+    static constexpr int offset = 0, scales = 1, top = 15;
     static constexpr bool has_min = true;
     static void group(const uint8_t* row, int64_t i, Group* g) {
         const uint8_t* b = row + i * 20;
@@ -96,7 +96,7 @@ struct CodecQ4_1 {
 };
 
 struct CodecQ8_0 {
-    static constexpr int offset = 128, scales = 1;
+    static constexpr int offset = 128, scales = 1, top = 255;
     static constexpr bool has_min = false;
     static void group(const uint8_t* row, int64_t i, Group* g) {
         const uint8_t* b = row + i * 34;
@@ -106,7 +106,7 @@ struct CodecQ8_0 {
 };
 
 struct CodecQ4_K {
-    static constexpr int offset = 0, scales = 1;
+    static constexpr int offset = 0, scales = 1, top = 15;
     static constexpr bool has_min = true;
     static void group(const uint8_t* row, int64_t i, Group* g) {
         const uint8_t* b = row + i / 8 * 144;
@@ -124,7 +124,7 @@ struct CodecQ4_K {
 };
 
 struct CodecQ5_K {
-    static constexpr int offset = 0, scales = 1;
+    static constexpr int offset = 0, scales = 1, top = 31;
     static constexpr bool has_min = true;
     static void group(const uint8_t* row, int64_t i, Group* g) {
         const uint8_t* b = row + i / 8 * 176;
@@ -144,7 +144,7 @@ struct CodecQ5_K {
 };
 
 struct CodecQ6_K {
-    static constexpr int offset = 32, scales = 2;
+    static constexpr int offset = 32, scales = 2, top = 63;
     static constexpr bool has_min = false;
     static void group(const uint8_t* row, int64_t i, Group* g) {
         const uint8_t* b = row + i / 8 * 210;

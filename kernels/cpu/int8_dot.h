@@ -27,6 +27,26 @@ constexpr int kPassOutputs = kInt8Outputs;
 constexpr int kPassOutputs = kWidth;
 #endif
 
+// Without an instruction for dot products of bytes, AVX2 has products of bytes added in pairs in 16
+// bits. That many of them, of small codes, can be added before they are widened to 32 bits, which
+// costs as much as the products do.
+template <typename Codec>
+constexpr int pairs_at_once() {
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(__AVXVNNI__)
+    return signed_codes<Codec>() ? 1 : max_of(1, 32767 / (2 * 127 * Codec::top));
+#else
+    return 1;
+#endif
+}
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Keeps GCC from adding up in another order: it takes all products first then, and spills them.
+template <typename V>
+inline void in_order(V& sum) {
+    __asm__("" : "+x"(sum));
+}
+#endif
+
 // sum + the dot products of kDotBytes unsigned codes and signed activations. kSigned: the codes
 // are signed.
 template <bool kSigned>
@@ -39,7 +59,9 @@ inline VI dot_bytes(VI sum, VI codes, VI x) {
     const __m256i w = (__m256i)codes, a = (__m256i)x;
     const __m256i pairs = kSigned ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w))
                                   : _mm256_maddubs_epi16(w, a);
-    return sum + (VI)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    sum += (VI)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    in_order(sum);
+    return sum;
 #elif defined(__ARM_FEATURE_MATMUL_INT8)
     return (VI)vmmlaq_s32((int32x4_t)sum, (int8x16_t)x, (int8x16_t)codes);
 #elif defined(__ARM_FEATURE_DOTPROD)
@@ -97,6 +119,34 @@ inline VI dot_rows(VI sum, VI codes, const int8_t (*x)[kDotBytes], int r) {
 #endif
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// dots += the dot products of codes [n][kInt8Outputs] of an output vector and of rows x.
+template <int n>
+inline void dot_pairs(VI* dots, const uint8_t (*codes)[kInt8Outputs][kDotBytes], int out,
+                      const int8_t (*x)[kRows][kDotBytes]) {
+    __m256i pairs[kRows];
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) {
+        const __m256i code = (__m256i)load((const float*)codes[i][out]);
+#pragma GCC unroll 12
+        for (int r = 0; r < kRows; ++r) {
+            int32_t word;
+            __builtin_memcpy(&word, x[i][r], 4);
+            const __m256i pair = _mm256_maddubs_epi16(code, _mm256_set1_epi32(word));
+            pairs[r] = i == 0 ? pair : _mm256_add_epi16(pairs[r], pair);
+            in_order(pairs[r]);
+        }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r)
+        dots[r] += (VI)_mm256_madd_epi16(pairs[r], _mm256_set1_epi16(1));
+}
+#else
+template <int n>
+inline void dot_pairs(VI*, const uint8_t (*)[kInt8Outputs][kDotBytes], int,
+                      const int8_t (*)[kRows][kDotBytes]) {}
+#endif
+
 // Numbers of rows or outputs, one for each of a vector of sums; and a vector of sums into
 // c [kRows][kInt8Outputs].
 #if defined(__ARM_FEATURE_MATMUL_INT8)
@@ -136,8 +186,13 @@ inline void multiply_int8(const TileGroup<Codec>* tile, const PanelGroup<Codec>*
 #pragma GCC unroll 12
                     for (int r = 0; r < n_r; ++r)
                         dot[v][r] = Codec::has_min ? VI{} : of_rows(t.start[s] + r * kSumRows);
+                constexpr int at_once = min_of(pairs_at_once<Codec>(), dots);
+                static_assert(dots % at_once == 0);
 #pragma GCC unroll 8
-                for (int i = s * dots; i < (s + 1) * dots; ++i)
+                for (int i = s * dots; at_once > 1 && i < (s + 1) * dots; i += at_once)
+                    dot_pairs<at_once>(dot[0], p.code + i, out, t.x + i);
+#pragma GCC unroll 8
+                for (int i = s * dots; at_once == 1 && i < (s + 1) * dots; ++i)
 #pragma GCC unroll 8
                     for (int v = 0; v < n_v; ++v) {
                         const VI codes =

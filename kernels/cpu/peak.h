@@ -95,7 +95,13 @@ double peak(Peak kind) {
     if (kind == kPeakRead) return read_rate();
     if (kind == kPeakFp32)
         return multiply_rate<VF>(2 * kWidth, [](VF s, VF x, VF y) { return fmadd(x, y, s); });
-#if defined(__AVX512VNNI__) || (defined(__AVX2__) && !defined(__AVX512F__)) || defined(__aarch64__)
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(__AVXVNNI__)
+    if (kind == kPeakInt8)  // of codes of 4 bits, see dot_pairs
+        return multiply_rate<VI>(2 * kDotBytes * kWidth, [](VI s, VI x, VI y) {
+            const __m256i pairs = _mm256_maddubs_epi16((__m256i)x, (__m256i)y);
+            return (VI)_mm256_add_epi16((__m256i)s, pairs);
+        });
+#elif defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__aarch64__)
     if (kind == kPeakInt8)
         return multiply_rate<VI>(2 * kDotBytes * kWidth,
                                  [](VI s, VI x, VI y) { return dot_bytes<false>(s, x, y); });

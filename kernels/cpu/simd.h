@@ -28,11 +28,11 @@ typedef int32_t VI __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t VU __attribute__((vector_size(4 * kWidth)));
 
 template <typename T>
-inline T min_of(T a, T b) {
+constexpr T min_of(T a, T b) {
     return b < a ? b : a;
 }
 template <typename T>
-inline T max_of(T a, T b) {
+constexpr T max_of(T a, T b) {
     return a < b ? b : a;
 }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
