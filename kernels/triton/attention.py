@@ -31,9 +31,6 @@ from fwdllm.kernels.triton.runtime import (
     tensor,
 )
 
-# Queries and keys that a program of the way back has at a time: it has five operands in registers.
-_BLOCK = 32
-
 
 @triton.jit
 def _scores(qs, ks, i, j, end, scale, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
@@ -355,14 +352,17 @@ def attention_vjp(
     heads, kv_heads = q.shape[1] // head_dim, k.shape[1] // head_dim
     sums = torch.empty(2, heads, len(q), dtype=torch.float32, device=DEVICE)
     narrow = q.dtype == torch.bfloat16
-    blocks = cdiv(longest, _BLOCK)
+    wide = pow2(head_dim, 16 if narrow else 32)  # as in ``attention``
+    # Five operands are in registers, for float32 matmuls whole: larger blocks of wide heads spill.
+    block = 32 if narrow or wide <= 64 else 16
+    blocks = cdiv(longest, block)
     programs = (len(starts) - 1) * blocks
     shape = (len(q), q.shape[1], k.shape[1], heads // kv_heads, head_dim, scale, blocks)
     options = {
         "CAUSAL": causal,
-        "BLOCK": _BLOCK,
-        "D": pow2(head_dim, 16 if narrow else 32),  # as in ``attention``
-        "num_warps": 4,
+        "BLOCK": block,
+        "D": wide,
+        "num_warps": 4 if narrow else 8,
         "num_stages": 2 if narrow else 1,
     }
     _queries_vjp[(programs, heads)](q, k, v, small(starts), dy, sums, dq, *shape, **options)
