@@ -109,15 +109,16 @@ class Node:
 class Backward(Pass):
     """A pass on nodes, of one plain lane. A new one is made from what makes a ``Pass``.
 
-    gradient: float32, of the shape of the adapter's theta; its factors' gradients are added there.
+    gradient: float32, of the shape of the adapter's theta and an array of the kernels; its factors'
+    gradients are added there.
     """
 
-    gradient: np.ndarray
+    gradient: Array
     _vjps: BackwardKernels
     _tape: list[Node]
 
     @classmethod
-    def of(cls, p: Pass, ops: BackwardKernels, gradient: np.ndarray) -> Backward:
+    def of(cls, p: Pass, ops: BackwardKernels, gradient: Array) -> Backward:
         """The way back of a pass that went forward. ops: the kernels of that pass."""
         back = cls(ops, p.weights, p.batch, p.adapter, exact=p.exact, block_rows=p.block_rows)
         back.theta, back.gradient, back._vjps, back._tape = p.theta, gradient, ops, []
@@ -243,7 +244,7 @@ class Backward(Pass):
             raise AssertionError("blocks end a layer, whose result the way back does not read")
 
         def vjp(dy: Array) -> None:
-            dx = np.empty_like(dy)
+            dx = self._vjps.zeros(*dy.shape)
             for i in range(0, len(x), self.block_rows):
                 rows = slice(i, i + self.block_rows)
                 leaf = self.leaf(x.value[rows])

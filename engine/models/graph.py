@@ -18,6 +18,7 @@ from fwdllm.engine.graph import PLAIN, Tap, Variants
 from fwdllm.engine.memory.plan import (
     GradientPlan,
     MemoryPlan,
+    plan_gpu_gradient,
     plan_gpu_step,
     plan_gradient,
     plan_step,
@@ -28,7 +29,7 @@ from fwdllm.engine.models.backward import Backward
 from fwdllm.engine.models.dimensions import Dimensions
 from fwdllm.engine.models.forward import Pass
 from fwdllm.engine.models.weights import Weights
-from fwdllm.kernels.api import Array, BackwardKernels, Kernels
+from fwdllm.kernels.api import Array, BackwardKernels
 
 _DENSE = (Dense, NoneType)
 
@@ -47,7 +48,7 @@ class OwnGraph:
         args: Dimensions,
         family: Family[Any],
         weights: Weights,
-        ops: Kernels,
+        ops: BackwardKernels,
         *,
         adapter: Adapter | None = None,
         exact: bool = False,
@@ -127,12 +128,12 @@ class OwnGraph:
             last = back.leaf(self.ops.take(x, rows))
             output: Any  # a node, see Backward
             output, matrix = unembed(self.args, back, last)
-            nll, of_output = self._backward_kernels.cross_entropy_vjp(
+            nll, of_output = self.ops.cross_entropy_vjp(
                 output.value, matrix, labels, exact=self.exact
             )
-            losses.append(nll)
-            back.pull_back(output, of_output / np.float32(batch.n_labels))
-            found = np.zeros_like(x)
+            losses.append(self.ops.host(nll))
+            back.pull_back(output, of_output / batch.n_labels)
+            found = self.ops.zeros(*x.shape)
             found[rows] = last.cotangent
             return found
 
@@ -149,9 +150,10 @@ class OwnGraph:
         features = []
 
         def cotangent(back: Backward, x: Array) -> Array:
-            found = pool(self.args, x, back.starts)
+            found = pool(self.args, self.ops.host(x), back.starts)
             features.append(found)
-            return pool_vjp(self.args, cotangents(back.batch, found), back.starts)
+            of_rows = pool_vjp(self.args, cotangents(back.batch, found), back.starts)
+            return self.ops.array(of_rows)
 
         gradient = self._gradient(batch, cotangent)
         return np.concatenate(features), gradient
@@ -168,10 +170,10 @@ class OwnGraph:
         memory = self.plan_gradient(batch, first)
         if self.residency:
             self.residency.limit(memory.weights)
-        gradient = np.zeros_like(self.adapter.theta)
+        gradient = self.ops.zeros(*self.adapter.theta.shape)
         for part in split(batch, memory.rows):
             self._add_gradient(part, first, memory.block_rows, cotangent, gradient)
-        return gradient
+        return self.ops.host(gradient)
 
     def _add_gradient(
         self,
@@ -179,7 +181,7 @@ class OwnGraph:
         first: int,
         block_rows: int,
         cotangent: Callable[[Backward, Array], Array],
-        gradient: np.ndarray,
+        gradient: Array,
     ) -> None:
         """The same of some sequences, added to ``gradient``; nothing changes below ``first``."""
         passes = self._split(batch, PLAIN, block_rows)
@@ -190,7 +192,7 @@ class OwnGraph:
                 kept.append(list(xs))
 
         outputs = self._outputs(passes, keep)
-        ways = [Backward.of(p, self._backward_kernels, gradient) for p in passes]
+        ways = [Backward.of(p, self.ops, gradient) for p in passes]
         cotangents = [cotangent(back, x) for back, x in zip(ways, outputs, strict=True)]
         if self.residency:
             self.residency.leave(self.args.n_layers)
@@ -242,15 +244,21 @@ class OwnGraph:
             encoder=self.family.encoder,
         )
 
-    @property
-    def _backward_kernels(self) -> BackwardKernels:
-        if not isinstance(self.ops, BackwardKernels):
-            raise ConfigError("the kernels of a GPU have no way back yet: use method forward-ad")
-        return self.ops
-
     def plan_gradient(self, batch: Batch, first_layer: int) -> GradientPlan:
         """How a batch is to go forward and back to layer ``first_layer``."""
-        assert self.residency is not None and self.adapter is not None
+        assert self.adapter is not None
+        longest, n_labels = int(np.diff(batch.starts).max()), len(batch.label_ids)
+        if self.residency is None:
+            return plan_gpu_gradient(
+                self.args,
+                self.ops.free_bytes(),
+                n_trainable=self.adapter.theta.size,
+                n_rows=batch.n_rows,
+                first_layer=first_layer,
+                longest=longest,
+                n_labels=n_labels,
+                exact=self.exact,
+            )
         return plan_gradient(
             self.args,
             self.memory_budget,
@@ -259,8 +267,8 @@ class OwnGraph:
             n_trainable=self.adapter.theta.size,
             n_rows=batch.n_rows,
             first_layer=first_layer,
-            longest=int(np.diff(batch.starts).max()),
-            n_labels=len(batch.label_ids),
+            longest=longest,
+            n_labels=n_labels,
             encoder=self.family.encoder,
         )
 

@@ -17,7 +17,7 @@ from fwdllm.kernels.triton.random import normal, philox, rademacher
 from fwdllm.kernels.triton.recording import repeated
 from fwdllm.kernels.triton.rms_norm import rms_norm, rms_norm_vjp
 from fwdllm.kernels.triton.rope import rope
-from fwdllm.kernels.triton.runtime import array, free_bytes, host, usable, weight
+from fwdllm.kernels.triton.runtime import array, free_bytes, host, usable, weight, zeros
 from fwdllm.kernels.triton.seeded_axpy import seeded_axpy
 from fwdllm.kernels.triton.seeded_dot import seeded_dot
 from fwdllm.kernels.triton.swiglu import swiglu, swiglu_vjp
@@ -55,4 +55,5 @@ __all__ = [
     "take",
     "usable",
     "weight",
+    "zeros",
 ]

@@ -17,6 +17,9 @@ from fwdllm.engine import Engine, Example, LoRAConfig
 from fwdllm.engine.adapters.adapter import Adapter
 from fwdllm.engine.data.batch import Batch
 from fwdllm.engine.directions import Dense, Directions, Sparse, lora_fa, subzero
+from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.memory.plan import GradientPlan
+from fwdllm.engine.models.graph import OwnGraph
 from fwdllm.engine.settings import Scope
 from fwdllm.kernels.types import QuantType
 
@@ -69,6 +72,59 @@ def test_exact_slopes_are_the_cpus(path: Path) -> None:
     got = gpu.directional_derivatives(batch, SEEDS[:3])
     np.testing.assert_allclose(got.derivative, want.derivative, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(gpu.loss(batch), cpu.loss(batch), rtol=1e-5)
+
+
+def distance(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def test_an_exact_gradient_is_the_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of layers with all that the way back meets, by passes and blocks of a few rows."""
+    path = tmp_path / "model.gguf"
+    shape = Shape(2, 64, 2, 1, 16, 32, 40, architecture="qwen3")
+    make_decoder(path, shape, QuantType.Q8_0)
+    batch = step_batch([[7, 1, 39, 0, 7], [3, 30]], 1)
+    found = []
+    for device in ("cpu", "cuda"):
+        lora = LoRAConfig(rank=3, targets=("attn_k", "attn_output", "ffn_up"))
+        engine = half_trained(Engine.load(path, lora, device=device, exact=True))
+        plan = GradientPlan(3, 7, None)
+        monkeypatch.setattr(engine.graph, "plan_gradient", lambda batch, first: plan)  # noqa: B023
+        found.append(engine.gradient(batch))
+    want, got = found
+    assert isinstance(got.values, np.ndarray)
+    assert got.loss == pytest.approx(want.loss, rel=1e-6)
+    assert distance(got.values, want.values) < 1e-5
+    assert got.n_tokens == want.n_tokens
+
+
+def test_a_gradient_is_the_cpus_but_for_rounding(path: Path) -> None:
+    batch = some_batch()
+    want = load(path, "cpu", exact=True).gradient(batch)
+    got = load(path, "cuda").gradient(batch)
+    assert got.loss == pytest.approx(want.loss, abs=0.01)
+    assert 1e-5 < distance(got.values, want.values) < 0.02
+
+
+def test_a_gradient_goes_in_parts_that_the_gpu_has_room_for(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(path, "cuda")
+    assert isinstance(engine.graph, OwnGraph)
+    batch = step_batch([[5] * 40] * 100, 1)
+    found = []
+    for free in (None, 2**30, 2**23, 2**22):
+        monkeypatch.setattr(engine.ops, "free_bytes", lambda free=free: free)
+        plan = engine.graph.plan_gradient(batch, 0)
+        found.append(plan.rows)
+    assert found[:2] == [4000, 4000]
+    assert 40 <= found[3] < found[2] < 4000
+    monkeypatch.setattr(engine.ops, "free_bytes", lambda: 2**20)
+    sentence = (
+        r"^this step needs about .* MiB of the GPU's memory, of which 1 MiB are free: use .*ad$"
+    )
+    with pytest.raises(ConfigError, match=sentence):
+        engine.gradient(batch)
 
 
 def test_an_encoder_learns_the_same(shared: Path, tmp_path: Path) -> None:
