@@ -12,13 +12,14 @@ from shallow import first_layers
 
 from fwdllm.bench.inputs import half_trained, step_batch
 from fwdllm.bench.shapes import Shape
-from fwdllm.bench.synthetic import make_decoder
+from fwdllm.bench.synthetic import Matrix, make_decoder, write_model
 from fwdllm.engine import Engine, Example, LoRAConfig
 from fwdllm.engine.adapters.adapter import Adapter
-from fwdllm.engine.data.batch import Batch
+from fwdllm.engine.data.batch import Batch, Tokens, pack
 from fwdllm.engine.directions import Dense, Directions, Sparse, lora_fa, subzero
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.memory.plan import GradientPlan
+from fwdllm.engine.models import bert
 from fwdllm.engine.models.graph import OwnGraph
 from fwdllm.engine.settings import Scope
 from fwdllm.kernels.types import QuantType
@@ -141,6 +142,47 @@ def test_an_encoder_learns_the_same(shared: Path, tmp_path: Path) -> None:
         assert probe.head_gradient is not None
         found.append((probe.loss, *probe.derivative, *probe.head_gradient[:20]))
     np.testing.assert_allclose(found[1], found[0], rtol=0.1, atol=0.02)
+
+
+def make_encoder(path: Path) -> None:
+    """A BERT of random weights, so small that Triton's interpreter takes a step in seconds."""
+    rng = np.random.default_rng(0)
+    keys = {
+        "embedding_length": 32,
+        "feed_forward_length": 64,
+        "block_count": 1,
+        "attention.head_count": 2,
+        "attention.layer_norm_epsilon": 1e-6,
+        "context_length": 16,
+    }
+    args = bert.Args(
+        n_layers=1, width=32, n_heads=2, n_kv_heads=2, head_dim=16, hidden=64, n_vocab=40,
+        context=16, n_types=2, norm_eps=1e-6, pooling="mean",
+    )  # fmt: skip
+    shapes, _ = bert.shapes(args)
+    matrices = [Matrix(name, shape, 0.2) for name, shape in shapes.items() if len(shape) == 2]
+    vectors = {
+        name: rng.normal(1, 0.1, shape).astype(np.float32)
+        for name, shape in shapes.items()
+        if len(shape) == 1
+    }
+    write_model(path, "bert", keys, 40, matrices, vectors, QuantType.Q8_0, rng)
+
+
+def test_an_encoder_has_the_cpus_gradient(tmp_path: Path) -> None:
+    make_encoder(tmp_path / "model.gguf")
+    batch = pack([Tokens([3, 9, 4], [False] * 3, 1), Tokens([7, 2], [False] * 2, 0)])
+    lora, found = LoRAConfig(rank=2, targets=("attn_v", "ffn_up")), []
+    for device in ("cpu", "cuda"):
+        options = {"labels": ("bad", "good"), "device": device, "exact": True}
+        engine = half_trained(Engine.load(tmp_path / "model.gguf", lora, **options))
+        found.append(engine.gradient(batch))
+    want, got = found
+    assert want.head_gradient is not None
+    assert got.head_gradient is not None
+    assert got.loss == pytest.approx(want.loss, rel=1e-5)
+    assert distance(got.values, want.values) < 1e-5
+    assert distance(got.head_gradient, want.head_gradient) < 1e-5
 
 
 def test_examples_with_directions_of_their_own(path: Path) -> None:
