@@ -71,6 +71,7 @@ def _operations(small: bool) -> Iterator[tuple[str, float, float]]:
         got = ops.matmul(x, weight, lora=factors, lanes=lanes, exact=True)
         yield f"seeded LoRA, {name}", _error(got, want), 1e-5
     yield from _layers(random, rng)
+    yield from _cotangents(random, rng, 12 if small else 600)
 
 
 def _layers(random: Any, rng: np.random.Generator) -> Iterator[tuple[str, float, float]]:
@@ -97,6 +98,39 @@ def _layers(random: Any, rng: np.random.Generator) -> Iterator[tuple[str, float,
         yield f"{name}, with tangents", _error(call(ops), call(reference)), 1e-5
 
 
+def _cotangents(
+    random: Any, rng: np.random.Generator, rows: int
+) -> Iterator[tuple[str, float, float]]:
+    d, n_out, starts = 96, 320, np.array([0, 5, rows], np.int32)
+    x, y, dy = random(rows, d), random(rows, d), random(rows, d)
+    gain, narrow, of_output = random(d), random(rows, 32), random(rows, n_out)
+    weight = Weight(random_weights(rng, QuantType.Q8_0, n_out, d, 0.1), QuantType.Q8_0, n_out, d)
+    lora = LoRA(random(3, d), random(n_out, 3), 0.7, 0)
+    labels = rng.integers(0, n_out, rows).astype(np.int32)
+    heads = {"head_dim": 32, "scale": 0.2, "causal": True}
+
+    def of_factors(o: Any) -> list[np.ndarray]:
+        found = [np.zeros_like(lora.a), np.zeros_like(lora.b)]
+        o.lora_vjp(x, of_output, lora, *found)
+        return found
+
+    calls: dict[str, Any] = {
+        "rms_norm": lambda o: [o.rms_norm_vjp(x, gain, 1e-2, dy)],
+        "layer_norm": lambda o: [o.layer_norm_vjp(x, gain, 1e-2, dy)],
+        "swiglu": lambda o: o.swiglu_vjp(x, y, dy),
+        "gelu": lambda o: [o.gelu_vjp(x, dy)],
+        "attention": lambda o: o.attention_vjp(x, narrow, narrow, starts, dy, **heads),
+        "matmul": lambda o: [o.matmul_vjp(of_output, weight, lora=lora, exact=True)],
+        "LoRA": of_factors,
+        "cross_entropy": lambda o: o.cross_entropy_vjp(x, weight, labels, exact=True),
+    }
+    for name, call in calls.items():
+        pairs = zip(call(ops), call(reference), strict=True)
+        yield f"{name}, back", max(_error(got, want) for got, want in pairs), 1e-5
+    got, want = (o.matmul_vjp(of_output, weight) for o in (ops, reference))
+    yield f"matmul, back, {rows} rows", _error(got, want), 0.004
+
+
 def _cross_entropy(x: np.ndarray, output: Weight, labels: np.ndarray, lanes: Lanes, o: Any) -> Any:
     return o.cross_entropy(x, output, labels, lanes=lanes, exact=True)
 
@@ -111,6 +145,8 @@ def _models(small: bool) -> Iterator[tuple[str, float, float]]:
     for method in ("forward-ad",) if small else ("forward-ad", "central"):
         _, got = slopes(model, batch, seeds, method)
         yield f"slopes by {method}, correlation", float(np.corrcoef(got, want)[0, 1]), 0.9995
+    want, got = (model.graph(exact).token_gradient(batch)[1] for exact in (True, False))
+    yield "gradients, correlation", float(np.corrcoef(got, want)[0, 1]), 0.9995
 
 
 def _error(got: Any, want: np.ndarray) -> float:

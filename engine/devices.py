@@ -5,13 +5,13 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from fwdllm.engine.errors import ConfigError
-from fwdllm.kernels.api import Kernels
+from fwdllm.kernels.api import BackwardKernels
 
 # reference is NumPy: short, slow and exact, for tests.
 DEVICES = ("cpu", "cuda", "reference")
 
 
-def kernels_of(device: str) -> Kernels:
+def kernels_of(device: str) -> BackwardKernels:
     """The kernels for "cpu", "cuda" (an NVIDIA GPU) or "reference".
 
     Errors: ConfigError for another name, or if the packages or the GPU are missing.

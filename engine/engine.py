@@ -37,7 +37,6 @@ from fwdllm.engine.models import family_of
 from fwdllm.engine.models.graph import OwnGraph
 from fwdllm.engine.models.weights import Weights
 from fwdllm.engine.settings import DEFAULT_EPSILON, DirectionsConfig, LoRAConfig, Scope
-from fwdllm.kernels.api import BackwardKernels
 
 
 class Engine:
@@ -186,10 +185,8 @@ class Engine:
         self.directions = frozen_b(self.adapter, scope)
 
     def check_method(self, method: str) -> None:
-        """ConfigError for a method that the model's graph or the device cannot compute."""
+        """ConfigError for a method that the model's graph cannot compute."""
         self.backend.check_method(method)
-        if method == "backprop" and not isinstance(self.ops, BackwardKernels):
-            raise ConfigError("the kernels of a GPU have no way back yet: use method forward-ad")
 
     def input_mean_squares(self, batch: Batch) -> dict[str, np.ndarray]:
         """Mean squares, over a batch's rows, of adapted layers' inputs: float64 [n_in] by name."""

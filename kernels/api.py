@@ -1,8 +1,8 @@
 """The operations that kernels offer: the one interface between kernels and code that calls them.
 
 ``fwdllm.kernels.reference`` (NumPy, the specification), ``fwdllm.kernels.cpu`` (C++) and
-``fwdllm.kernels.triton`` (GPUs) are modules with the functions of ``Kernels``; the first two, whose
-arrays are the host's, also have those of ``HostKernels`` and ``BackwardKernels``.
+``fwdllm.kernels.triton`` (GPUs) are modules with the functions of ``Kernels`` and of
+``BackwardKernels``; the first two, whose arrays are the host's, also have those of ``HostKernels``.
 
 Activations are [rows, width], float32, on a GPU also bfloat16. Rows of lanes are equal slices, one
 lane after the other (see ``Lanes``). Operations that are not linear take a number ``tangents``:
@@ -246,15 +246,16 @@ class HostKernels(Kernels, Protocol):
         """The way back after a product: y[r] = y[r] / scales[r] + y[references[r]], in place."""
 
 
-@runtime_checkable
 class BackwardKernels(Kernels, Protocol):
     """Vector-Jacobian products (VJPs): from dy, the gradient of a loss by what an operation gives,
     that by what it reads, called their cotangents. Each is of the operation of its name for one
     plain lane, without tangents.
 
     Rotary embedding needs none of its own: that of ``rope`` with sin is ``rope`` with -sin.
-    A GPU's kernels lack them so far.
     """
+
+    def zeros(self, *shape: int) -> Array:
+        """Zeros, float32, in the kernels' memory: where cotangents are put or added up."""
 
     def matmul_vjp(
         self, dy: Array, weight: Matrix, *, lora: LoRA | None = None, exact: bool = False

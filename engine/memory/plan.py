@@ -29,6 +29,9 @@ _VOCABULARY_BLOCK = 2048
 _BLOCK_BYTES, _MOST_ROWS = 24 * 2**20, 2048
 # Rows of a block on a GPU: with so many, decoding weights to scratch takes 3% of the matmuls' time.
 _GPU_ROWS = 16384
+# kernels/triton: bytes of decoded weights, words of the vocabulary whose logits exist at a time,
+# parts that an exact product is added up from.
+_GPU_DECODED, _GPU_WORDS, _GPU_PARTS = 128 * 2**20, 4096, 8
 # glibc's numbers for mallopt, and the largest threshold it adapts to by itself.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _MMAP_THRESHOLD = -1, -3, 32 * 2**20
 # With so few rows, decoding the weights takes 5% of the matmuls' time (36 ns for a panel of 16 x 32
@@ -344,3 +347,51 @@ def plan_gpu_step(args: Dimensions, free: int | None, n_rows: int, n_lanes: int)
             break
         lanes = max(3, lanes // 2)
     return MemoryPlan(block, lanes, None)
+
+
+def plan_gpu_gradient(
+    args: Dimensions,
+    free: int | None,
+    *,
+    n_trainable: int,
+    n_rows: int,
+    first_layer: int,
+    longest: int,
+    n_labels: int,
+    exact: bool,
+) -> GradientPlan:
+    """How to run a way back on a GPU with ``free`` bytes of memory, None for no bound.
+
+    As ``plan_gradient``; ConfigError if an example at a time is too much. Half of the memory that
+    is left is for values of layers.
+    """
+    block = _GPU_ROWS
+    rows = min(n_rows, max(longest, block))
+
+    def needed(rows: int, block: int) -> int:
+        sequences, labels = min(rows, max(block, longest)), min(rows, n_labels)
+        query, key_value = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+        parts = _GPU_PARTS if exact else 0
+        kept = 2 * n_trainable + rows * args.width * (args.n_layers - first_layer + 2)
+        attention = sequences * ((3 + parts) * args.width + 4 * query + 4 * key_value)
+        feed_forward = min(sequences, block) * ((7 + parts) * args.hidden + 4 * args.width)
+        loss = labels * 4 * args.width + 2 * min(labels, _GPU_ROWS) * _GPU_WORDS
+        decoded = min(_GPU_DECODED, 2 * args.width * max(args.hidden, _GPU_WORDS))
+        return _FLOAT * (kept + max(attention + feed_forward, loss)) + 2 * decoded
+
+    while free is not None and needed(rows, block) > free:
+        if rows > longest:
+            rows = max(longest, rows // 2)
+        elif block > _LEAST_ROWS:
+            block = max(_LEAST_ROWS, block // 2)
+        else:
+            raise ConfigError(
+                f"this step needs about {needed(rows, block) / 2**20:.0f} MiB of the GPU's memory, "
+                f"of which {free / 2**20:.0f} MiB are free: use shorter examples, or a method of "
+                "forward passes only, such as forward-ad"
+            )
+    kept_layers = args.n_layers - first_layer
+    if free is not None:
+        left = (free - needed(rows, block)) // 2
+        kept_layers = min(kept_layers, left // (rows * _value_bytes(args)))
+    return GradientPlan(block, rows, None, kept_layers)

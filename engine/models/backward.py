@@ -147,15 +147,16 @@ class Recorded:
 class Backward(Pass):
     """A pass on nodes, of one plain lane. A new one is made from what makes a ``Pass``.
 
-    gradient: float32, of the shape of the adapter's theta; its factors' gradients are added there.
+    gradient: float32, of the shape of the adapter's theta and an array of the kernels; its factors'
+    gradients are added there.
     """
 
-    gradient: np.ndarray
+    gradient: Array
     _vjps: BackwardKernels
     _tape: list[Node]
 
     @classmethod
-    def of(cls, p: Pass, ops: BackwardKernels, gradient: np.ndarray) -> Backward:
+    def of(cls, p: Pass, ops: BackwardKernels, gradient: Array) -> Backward:
         """The way back of a pass that went forward. ops: the kernels of that pass."""
         back = cls(ops, p.weights, p.batch, p.adapter, exact=p.exact, block_rows=p.block_rows)
         back.theta, back.gradient, back._vjps, back._tape = p.theta, gradient, ops, []
@@ -281,11 +282,15 @@ class Backward(Pass):
 
         def compute() -> Array:
             computed[:] = [self.record(f, x.value[rows]) for rows in blocks]
-            values = [block.value() for block in computed]
-            return values[0] if len(values) == 1 else np.concatenate(values)
+            if len(computed) == 1:
+                return computed[0].value()
+            y = self._vjps.zeros(*x.shape)
+            for rows, block in zip(blocks, computed, strict=True):
+                y[rows] = block.value()
+            return y
 
         def vjp(dy: Array) -> None:
-            dx = np.empty_like(dy)
+            dx = self._vjps.zeros(*dy.shape)
             for rows in blocks:
                 block = computed.pop(0) if computed else self.record(f, x.value[rows])
                 dx[rows] = block.pull_back(dy[rows])

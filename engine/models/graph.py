@@ -19,6 +19,7 @@ from fwdllm.engine.graph import PLAIN, Tap, Variants
 from fwdllm.engine.memory.plan import (
     GradientPlan,
     MemoryPlan,
+    plan_gpu_gradient,
     plan_gpu_step,
     plan_gradient,
     plan_step,
@@ -30,7 +31,7 @@ from fwdllm.engine.models.backward import Backward, Recorded
 from fwdllm.engine.models.dimensions import Dimensions
 from fwdllm.engine.models.forward import Pass
 from fwdllm.engine.models.weights import Weights
-from fwdllm.kernels.api import Array, BackwardKernels, Kernels
+from fwdllm.kernels.api import Array, BackwardKernels
 
 _DENSE = (Dense, NoneType)
 
@@ -49,7 +50,7 @@ class OwnGraph:
         args: Dimensions,
         family: Family[Any],
         weights: Weights,
-        ops: Kernels,
+        ops: BackwardKernels,
         *,
         adapter: Adapter | None = None,
         exact: bool = False,
@@ -134,12 +135,12 @@ class OwnGraph:
                 return x
 
             last = back.record(output, self.ops.take(x, rows))
-            nll, of_output = self._backward_kernels.cross_entropy_vjp(
+            nll, of_output = self.ops.cross_entropy_vjp(
                 last.value(), matrix, labels, exact=self.exact
             )
-            losses.append(nll)
-            found = np.zeros_like(x)
-            found[rows] = last.pull_back(of_output / np.float32(batch.n_labels))
+            losses.append(self.ops.host(nll))
+            found = self.ops.zeros(*x.shape)
+            found[rows] = last.pull_back(of_output / batch.n_labels)
             return found
 
         gradient = self._gradient(batch, cotangent)
@@ -155,9 +156,10 @@ class OwnGraph:
         features = []
 
         def cotangent(back: Backward, x: Array) -> Array:
-            found = pool(self.args, x, back.starts)
+            found = pool(self.args, self.ops.host(x), back.starts)
             features.append(found)
-            return pool_vjp(self.args, cotangents(back.batch, found), back.starts)
+            of_rows = pool_vjp(self.args, cotangents(back.batch, found), back.starts)
+            return self.ops.array(of_rows)
 
         gradient = self._gradient(batch, cotangent)
         return np.concatenate(features), gradient
@@ -175,10 +177,10 @@ class OwnGraph:
         memory = self.plan_gradient(batch, first)
         if self.residency:
             self.residency.limit(memory.weights)
-        gradient = np.zeros_like(self.adapter.theta)
+        gradient = self.ops.zeros(*self.adapter.theta.shape)
         for part in split(batch, memory.rows):
             self._add_gradient(part, first, memory, cotangent, gradient)
-        return gradient
+        return self.ops.host(gradient)
 
     def _add_gradient(
         self,
@@ -186,12 +188,12 @@ class OwnGraph:
         first: int,
         memory: GradientPlan,
         cotangent: Callable[[Backward, Array], Array],
-        gradient: np.ndarray,
+        gradient: Array,
     ) -> None:
         """The same of some sequences, added to ``gradient``; nothing changes below ``first``."""
         passes = self._split(batch, PLAIN, memory.block_rows)
         xs = self._inputs(passes)
-        ways = [Backward.of(p, self._backward_kernels, gradient) for p in passes]
+        ways = [Backward.of(p, self.ops, gradient) for p in passes]
         # For each layer from ``first`` on and each pass, where its way back begins.
         kept: list[list[Array | Recorded]] = [[] for _ in range(first, self.args.n_layers)]
 
@@ -261,15 +263,21 @@ class OwnGraph:
             encoder=self.family.encoder,
         )
 
-    @property
-    def _backward_kernels(self) -> BackwardKernels:
-        if not isinstance(self.ops, BackwardKernels):
-            raise ConfigError("the kernels of a GPU have no way back yet: use method forward-ad")
-        return self.ops
-
     def plan_gradient(self, batch: Batch, first_layer: int) -> GradientPlan:
         """How a batch is to go forward and back to layer ``first_layer``."""
-        assert self.residency is not None and self.adapter is not None
+        assert self.adapter is not None
+        longest, n_labels = int(np.diff(batch.starts).max()), len(batch.label_ids)
+        if self.residency is None:
+            return plan_gpu_gradient(
+                self.args,
+                self.ops.free_bytes(),
+                n_trainable=self.adapter.theta.size,
+                n_rows=batch.n_rows,
+                first_layer=first_layer,
+                longest=longest,
+                n_labels=n_labels,
+                exact=self.exact,
+            )
         return plan_gradient(
             self.args,
             self.memory_budget,
@@ -279,8 +287,8 @@ class OwnGraph:
             n_trainable=self.adapter.theta.size,
             n_rows=batch.n_rows,
             first_layer=first_layer,
-            longest=int(np.diff(batch.starts).max()),
-            n_labels=len(batch.label_ids),
+            longest=longest,
+            n_labels=n_labels,
             encoder=self.family.encoder,
         )
 

@@ -25,6 +25,7 @@ from fwdllm.kernels.reference.arrays import (
     spread,
     take,
     weight,
+    zeros,
 )
 from fwdllm.kernels.types import Lanes, LoRA
 
@@ -75,6 +76,7 @@ __all__ = [
     "take",
     "to_relative",
     "weight",
+    "zeros",
 ]
 
 

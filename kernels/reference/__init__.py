@@ -9,6 +9,7 @@ from fwdllm.kernels.reference.arrays import (
     spread,
     take,
     weight,
+    zeros,
 )
 from fwdllm.kernels.reference.decode import dequantize, embedding
 from fwdllm.kernels.reference.layers import attention, gelu, layer_norm, rms_norm, rope, swiglu
@@ -62,4 +63,5 @@ __all__ = [
     "take",
     "to_relative",
     "weight",
+    "zeros",
 ]

@@ -24,6 +24,11 @@ def host(x: np.ndarray) -> np.ndarray:
     return x
 
 
+def zeros(*shape: int) -> np.ndarray:
+    """Zeros, float32 [*shape]."""
+    return np.zeros(shape, np.float32)
+
+
 def free_bytes() -> int | None:
     """None: arrays are in host memory."""
     return None

@@ -98,7 +98,10 @@ def attention_vjp(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """dV = P^T dY, dS = scale P (dP - rowsum(P dP)), dP = dY V^T, dQ = dS K, dK = dS^T Q."""
     group = q.shape[1] // k.shape[1]
-    q, k, v, dy = (a.astype(np.float64).reshape(len(a), -1, head_dim) for a in (q, k, v, dy))
+    q, k, v, dy = (
+        a.astype(np.float64).reshape(len(a), a.shape[1] // head_dim, head_dim)
+        for a in (q, k, v, dy)
+    )
     dq, dk, dv = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
     for begin, end in pairwise(starts):
         rows = slice(begin, end)
@@ -107,13 +110,14 @@ def attention_vjp(
             scores = scale * (q[rows, h] @ k[rows, g].T)
             if causal:
                 scores[np.triu(np.ones(scores.shape, bool), 1)] = -np.inf
-            p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+            p = np.exp(scores - scores.max(axis=-1, keepdims=True, initial=-np.inf))
             p /= p.sum(axis=-1, keepdims=True)
             dp = dy[rows, h] @ v[rows, g].T
             ds = scale * p * (dp - np.sum(p * dp, axis=-1, keepdims=True))
             dq[rows, h] = ds @ k[rows, g]
             dk[rows, g] += ds.T @ q[rows, h]
             dv[rows, g] += p.T @ dy[rows, h]
-    n = len(q)
-    of_q, of_k, of_v = (a.reshape(n, -1).astype(np.float32) for a in (dq, dk, dv))
+    of_q, of_k, of_v = (
+        a.reshape(len(a), a.shape[1] * head_dim).astype(np.float32) for a in (dq, dk, dv)
+    )
     return of_q, of_k, of_v

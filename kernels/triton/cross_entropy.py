@@ -1,6 +1,11 @@
-"""Cross-entropy fused with the output matmul: logits of a part of the vocabulary at a time."""
+"""Cross-entropy fused with the output matmul: logits of a part of the vocabulary at a time.
+
+The way back computes them a second time, for the probabilities that need the sums of the first.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -8,10 +13,13 @@ import triton
 import triton.language as tl
 
 from fwdllm.kernels.api import Array, Matrix
+from fwdllm.kernels.triton.decode import embedding
 from fwdllm.kernels.triton.lora import lane_table, round_to_references
-from fwdllm.kernels.triton.products import multiplier
+from fwdllm.kernels.triton.products import multiplier, product_back
 from fwdllm.kernels.triton.runtime import (
     DEVICE,
+    DeviceWeight,
+    cdiv,
     check_indices,
     check_rows,
     constant,
@@ -26,6 +34,8 @@ from fwdllm.kernels.types import Lanes
 _WORDS = 4096
 # Most bytes of logits that exist at a time, of all lanes together.
 _LOGITS_BYTES = 256 * 2**20
+# Logits that a program of ``_to_probabilities`` has, 8 in each thread of 4 warps.
+_BLOCK = 1024
 
 
 @triton.jit
@@ -108,32 +118,59 @@ def cross_entropy(
     if relative:
         x = round_to_references(x, table)
     x = x.view(n_lanes, n, -1)
+    sums = _sums(x, weight, labels, table.references, tangents, relative, exact)
+    return _losses(sums.double(), tangents).view(-1)
+
+
+def _sums(
+    x: torch.Tensor,
+    weight: DeviceWeight,
+    labels: torch.Tensor,
+    references: torch.Tensor,
+    tangents: int,
+    relative: bool,
+    exact: bool,
+) -> torch.Tensor:
+    """The sums of ``_update`` over all of the vocabulary; x [n_lanes, n, n_in]."""
+    n_lanes, n = x.shape[:2]
     sums = torch.zeros(3, n_lanes, n, dtype=torch.float32, device=DEVICE)
     sums[0, : n_lanes - tangents] = float("-inf")
+    for part, word, row, logits in _logits(x, weight, exact):
+        rows = len(logits) // n_lanes
+        _update[(rows, n_lanes - tangents)](
+            logits,
+            labels,
+            references,
+            sums,
+            rows,
+            row,
+            n,
+            part.n_out,
+            word,
+            tangents,
+            RELATIVE=relative,
+            WORDS=_WORDS,
+            num_warps=8,
+        )
+    return sums
+
+
+def _logits(
+    x: torch.Tensor, weight: DeviceWeight, exact: bool
+) -> Iterator[tuple[DeviceWeight, int, int, torch.Tensor]]:
+    """Logits of a part of the vocabulary, and of as many rows of all lanes as there is room for.
+
+    x: [n_lanes, n, n_in].  Yields the part, its first word, the first row, and the logits, float32
+    [n_lanes * rows, words].
+    """
+    n_lanes, n, n_in = x.shape
     step = max(1, _LOGITS_BYTES // (4 * _WORDS * n_lanes))
     for word in range(0, weight.n_out, _WORDS):
         part = weight.rows(word, word + _WORDS)
-        multiply = multiplier(part, len(lanes) * n, exact)
+        multiply = multiplier(part, n_lanes * n, exact)
         for row in range(0, n, step):
-            block = x[:, row : row + step]
-            flat = block.reshape(-1, x.shape[2]).contiguous()
-            logits = multiply(flat, torch.float32)
-            _update[(block.shape[1], n_lanes - tangents)](
-                logits,
-                labels,
-                table.references,
-                sums,
-                block.shape[1],
-                row,
-                n,
-                part.n_out,
-                word,
-                tangents,
-                RELATIVE=relative,
-                WORDS=_WORDS,
-                num_warps=8,
-            )
-    return _losses(sums.double(), tangents).view(-1)
+            block = x[:, row : row + step].reshape(-1, n_in).contiguous()
+            yield part, word, row, multiply(block, torch.float32)
 
 
 def _losses(sums: torch.Tensor, tangents: int) -> torch.Tensor:
@@ -143,3 +180,50 @@ def _losses(sums: torch.Tensor, tangents: int) -> torch.Tensor:
     losses = largest + torch.log(total) - label
     weighted, _, slope = sums[:, plain:]
     return torch.cat([losses, weighted / total[:1] - slope])
+
+
+@triton.jit
+def _to_probabilities(
+    logits, labels, sums, n_rows, first_row, n_words, first_word, size, BLOCK: tl.constexpr
+):
+    """Make probabilities of logits [rows, n_words], in place, and of the label's 0.
+
+    sums: of ``_update``, over all of the vocabulary, [3, n_rows].
+    """
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    row = first_row + at // n_words
+    largest = tl.load(sums + row, mask=mask, other=0.0)
+    total = tl.load(sums + n_rows + row, mask=mask, other=1.0)
+    label = tl.load(labels + row, mask=mask, other=-1)
+    p = tl.exp(tl.load(logits + at, mask=mask, other=0.0) - largest) / total
+    tl.store(logits + at, tl.where(at % n_words + first_word == label, 0.0, p), mask=mask)
+
+
+def cross_entropy_vjp(
+    x: Array, weight: Matrix, labels: Array, *, exact: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The losses, float64 [rows], and dx[r] = sum_j p[r, j] W[j] - W[labels[r]], float32.
+
+    x, dx: [rows, n_in].  p: the softmax of the row's logits. The label's own weight, p - 1, is the
+    largest by far and cancels most of what is summed: its product is in float32, apart from those
+    of the others.
+    """
+    check_indices(labels, weight.n_out, "labels")
+    x, weight, labels = tensor(x), on_device(weight), constant(labels)
+    fits = x.shape[1] == weight.n_in and len(labels) == len(x)
+    require(fits, f"{len(labels)} labels of {tuple(x.shape)} for a weight of {weight.n_in}")
+    dx = torch.zeros(x.shape, dtype=torch.float32, device=DEVICE)
+    n = len(x)
+    if n == 0:
+        return torch.zeros(0, dtype=torch.float64, device=DEVICE), dx
+    sums = _sums(x[None], weight, labels, labels, 0, relative=False, exact=exact)
+    losses = _losses(sums.double(), 0).view(-1)
+    for part, word, row, logits in _logits(x[None], weight, exact):
+        size = logits.numel()
+        _to_probabilities[(cdiv(size, _BLOCK),)](
+            logits, labels, sums, n, row, part.n_out, word, size, BLOCK=_BLOCK
+        )
+        dx[row : row + len(logits)] += product_back(logits, part, exact)
+    of_label = torch.expm1(-losses).float()[:, None]
+    return losses, dx + of_label * embedding(weight, labels)

@@ -1,4 +1,4 @@
-"""The quantized matrix product with a seeded LoRA term for each lane."""
+"""The quantized matrix product with a seeded LoRA term for each lane, and its cotangents."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+import triton
+import triton.language as tl
 
 from fwdllm.kernels.api import Array, Matrix
 from fwdllm.kernels.triton.lora import (
@@ -16,10 +18,25 @@ from fwdllm.kernels.triton.lora import (
     round_to_references,
     up,
 )
-from fwdllm.kernels.triton.products import product
-from fwdllm.kernels.triton.runtime import DeviceWeight, check_rows, constant, require, tensor
+from fwdllm.kernels.triton.products import added, product, product_back
+from fwdllm.kernels.triton.runtime import (
+    cdiv,
+    check_rows,
+    constant,
+    host,
+    pow2,
+    require,
+    tensor,
+)
 from fwdllm.kernels.triton.runtime import weight as on_device
 from fwdllm.kernels.types import Lanes, LoRA
+
+# Columns that a program of ``_add_outer`` has, one a thread of its one warp: it goes through all
+# rows, so there have to be many programs.
+_COLUMNS = 32
+# Numbers of the bottleneck that it has for each column, and rows that it reads ahead: 16 registers
+# each.
+_RANKS, _AHEAD = 16, 16
 
 
 def matmul(
@@ -42,7 +59,7 @@ def matmul(
     require(x.shape[1] == weight.n_in, f"rows of {x.shape[1]} for a weight of {weight.n_in}")
     require(bias is None or tuple(bias.shape) == (weight.n_out,), "a bias for the outputs")
     if lora is not None:
-        _check(lora, weight)
+        _check(lora, weight.n_in, weight.n_out)
     table = lane_table(lanes, check_rows(len(x), len(lanes), f"{len(lanes)} equal lanes"))
     own = np.arange(len(lanes))
     relative = bool(not exact and x.dtype == torch.float32 and (lanes.references != own).any())
@@ -70,15 +87,15 @@ def matmul(
     return y
 
 
-def _check(lora: LoRA, weight: DeviceWeight) -> None:
+def _check(lora: LoRA, n_in: int, n_out: int) -> None:
     rank = len(lora.a)
-    fits = tuple(lora.a.shape) == (rank, weight.n_in)
-    fits = fits and tuple(lora.b.shape) == (weight.n_out, rank)
-    for basis, n in ((lora.basis_a, weight.n_in), (lora.basis_b, weight.n_out)):
+    fits = tuple(lora.a.shape) == (rank, n_in)
+    fits = fits and tuple(lora.b.shape) == (n_out, rank)
+    for basis, n in ((lora.basis_a, n_in), (lora.basis_b, n_out)):
         fits = fits and (basis is None or basis.shape[1] == n)
     if lora.mask is not None:
-        fits = fits and len(lora.mask) == rank * (weight.n_in + weight.n_out)
-    require(fits, f"LoRA factors of rank {rank} for {weight.n_out} x {weight.n_in}")
+        fits = fits and len(lora.mask) == rank * (n_in + n_out)
+    require(fits, f"LoRA factors of rank {rank} for {n_out} x {n_in}")
 
 
 def _bottleneck(x: torch.Tensor, lora: LoRA, lanes: Lanes, table: LaneTable) -> torch.Tensor:
@@ -119,3 +136,105 @@ def _perturbed_rows(lanes: Lanes, table: LaneTable) -> list[tuple[int, int, slic
         for lane in np.flatnonzero(lanes.coefficients).tolist()
         for part, (begin, end) in enumerate(pairwise(starts))
     ]
+
+
+def matmul_vjp(
+    dy: Array, weight: Matrix, *, lora: LoRA | None = None, exact: bool = False
+) -> torch.Tensor:
+    """dx = dy W + scale (dy B) A: [rows, n_out] to float32 [rows, n_in]."""
+    dy, weight = tensor(dy), on_device(weight)
+    require(dy.shape[1] == weight.n_out, f"cotangents of {dy.shape[1]} for {weight.n_out} outputs")
+    if lora is not None:
+        _check(lora, weight.n_in, weight.n_out)
+    if len(dy) == 0:
+        return dy.new_empty(0, weight.n_in, dtype=torch.float32)
+    dx = product_back(dy, weight, exact)
+    if lora is None:
+        return dx
+    turned, table = _turned(lora), lane_table(Lanes.plain(), len(dy))
+    v = down(dy, turned, table, tangents=False, drawn=None)
+    return up(dx, v, turned, None, table, tangents=False, relative=False, drawn=None)
+
+
+def lora_vjp(x: Array, dy: Array, lora: LoRA, da: Array, db: Array) -> None:
+    """da += v^T x, v = scale dy B, and db += dy^T u, u = scale x A^T, in place, row after row.
+
+    x: [rows, n_in].  dy: [rows, n_out].  da, db: float32, contiguous, of the shapes of A and B.
+    """
+    x, dy = tensor(x), tensor(dy)
+    _check(lora, x.shape[1], dy.shape[1])
+    require(len(x) == len(dy), f"{len(dy)} rows of cotangents for {len(x)} rows")
+    require(tuple(da.shape) == tuple(lora.a.shape), f"a cotangent {tuple(da.shape)} of A")
+    require(tuple(db.shape) == tuple(lora.b.shape), f"a cotangent {tuple(db.shape)} of B")
+    if len(x):
+        _add_outer_products(dy, _turned(lora), x, da, transposed=False)
+        _add_outer_products(x, lora, dy, db, transposed=True)
+
+
+def _turned(lora: LoRA) -> LoRA:
+    """The adapter the other way round: its A is the transpose of B, its B that of A."""
+    return LoRA(tensor(lora.b).T.contiguous(), tensor(lora.a).T.contiguous(), lora.scale, 0)
+
+
+@triton.jit
+def _add_outer(
+    c,
+    x,
+    out,
+    rows,
+    width,
+    rank,
+    c_width,
+    of_rank,
+    of_column,
+    scale,
+    AHEAD: tl.constexpr,
+    BR: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """out[r, j] += scale c[i, r] x[i, j] for row after row i, of BN columns j and BR ranks r.
+
+    c: float32 [rows, c_width].  x: [rows, width].  out[r, j] is at r * of_rank + j * of_column.
+    """
+    j = tl.program_id(0) * BN + tl.arange(0, BN)
+    r = tl.program_id(1) * BR + tl.arange(0, BR)
+    at = r[:, None] * of_rank + j.to(tl.int64)[None, :] * of_column
+    inside = (r[:, None] < rank) & (j[None, :] < width)
+    acc = tl.load(out + at, mask=inside, other=0.0)
+    c_at, x_at = c + r, x + j
+    for _ in tl.range(0, rows, loop_unroll_factor=AHEAD):
+        mine = scale * tl.load(c_at, mask=r < rank, other=0.0)
+        row = tl.load(x_at, mask=j < width, other=0.0).to(tl.float32)
+        acc += mine[:, None] * row[None, :]
+        c_at += c_width
+        x_at += width
+    tl.store(out + at, acc, mask=inside)
+
+
+def _add_outer_products(
+    side: torch.Tensor, lora: LoRA, x: torch.Tensor, to: Array, transposed: bool
+) -> None:
+    """to += scale (side A^T)^T x in place. transposed: ``to`` is the transpose of that."""
+    there = tensor(to)
+    rank, width = len(lora.a), x.shape[1]
+    table = lane_table(Lanes.plain(), len(x))
+    c = added(down(side, lora, table, tangents=False, drawn=None), torch.float32)
+    ranks = min(_RANKS, pow2(rank))
+    _add_outer[(cdiv(width, _COLUMNS), cdiv(rank, ranks))](
+        c,
+        x,
+        there,
+        len(x),
+        width,
+        rank,
+        c.shape[1],
+        1 if transposed else width,
+        rank if transposed else 1,
+        float(lora.scale),
+        AHEAD=_AHEAD,
+        BR=ranks,
+        BN=_COLUMNS,
+        num_warps=1,
+    )
+    if isinstance(to, np.ndarray):
+        to[:] = host(there)

@@ -1,4 +1,4 @@
-"""x W^T for a quantized W, by one of two routes.
+"""x W^T for a quantized W, and the way back, x W; by one of two routes.
 
 Fused: a kernel decodes a tile of W and multiplies by it. Every block of rows decodes W again, so
 this route is for few rows, where reading the weights takes most of the time.
@@ -32,7 +32,7 @@ from fwdllm.kernels.triton.runtime import (
 SCRATCH_ROWS = 128
 # Bytes of scratch: 4096 x 11008 weights in bfloat16 fit, an output matrix is decoded in parts.
 SCRATCH_BYTES = 128 * 2**20
-# Parts of a row of weights, of at least 256, that the fused kernel sums in different programs
+# Parts of a sum, of at least 256 terms, that the fused kernel adds up in different programs
 # (split-K). Otherwise, with few rows, there are only about as many programs as multiprocessors, and
 # nothing hides the time that they wait for memory.
 _PARTS = 8
@@ -49,28 +49,43 @@ def _fused(
     n_in,
     row_bytes,
     chunk,
+    BACK: tl.constexpr,
     TYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
+    """y = x W^T, or x W if it goes BACK: BM rows and BN columns of it, by ``chunk`` terms.
+
+    y: [parts, rows, columns].  W: [n_out, n_in]; back it is read a tile of [BK, BN] at a time as
+    it lies, and forth one of [BN, BK].
+    """
     # Adjacent programs have blocks of rows of the same panel of weights, to share its bytes.
     row_blocks = tl.cdiv(rows, BM)
     m = (tl.program_id(0) % row_blocks) * BM + tl.arange(0, BM)
     o = (tl.program_id(0) // row_blocks) * BN + tl.arange(0, BN)
+    width, terms = n_out, n_in
+    if BACK:
+        width, terms = n_in, n_out
     acc = tl.zeros([BM, BN], tl.float32)
-    m_at = m.to(tl.int64)[:, None] * n_in
+    m_at = m.to(tl.int64)[:, None] * terms
     o_at = o.to(tl.int64)[:, None] * row_bytes
     begin = tl.program_id(1) * chunk
-    for k0 in range(begin, tl.minimum(begin + chunk, n_in), BK):
+    for k0 in range(begin, tl.minimum(begin + chunk, terms), BK):
         k = k0 + tl.arange(0, BK)
-        inside = k[None, :] < n_in
+        inside = k[None, :] < terms
         a = tl.load(x + m_at + k[None, :], mask=(m[:, None] < rows) & inside, other=0.0)
-        w = decode(data, fields, o_at, k[None, :], (o[:, None] < n_out) & inside, TYPE)
-        acc = dot(a, tl.trans(cast(w, a.dtype)), acc, PRECISION)
-    mask = (m[:, None] < rows) & (o[None, :] < n_out)
-    at = (tl.program_id(1) * rows + m).to(tl.int64)[:, None] * n_out + o[None, :]
+        if BACK:
+            k_at = k.to(tl.int64)[:, None] * row_bytes
+            there = (k[:, None] < terms) & (o[None, :] < width)
+            w = cast(decode(data, fields, k_at, o[None, :], there, TYPE), a.dtype)
+        else:
+            w = decode(data, fields, o_at, k[None, :], (o[:, None] < width) & inside, TYPE)
+            w = tl.trans(cast(w, a.dtype))
+        acc = dot(a, w, acc, PRECISION)
+    mask = (m[:, None] < rows) & (o[None, :] < width)
+    at = (tl.program_id(1) * rows + m).to(tl.int64)[:, None] * width + o[None, :]
     tl.store(y + at, cast(acc, y.dtype.element_ty), mask=mask)
 
 
@@ -86,22 +101,34 @@ def _add(parts, y, size, n_parts, BLOCK: tl.constexpr):
     tl.store(y + i, cast(total, y.dtype.element_ty), mask=mask)
 
 
-def fused(x: torch.Tensor, weight: DeviceWeight, dtype: torch.dtype) -> torch.Tensor:
+def added(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The sum of parts [n_parts, rows, columns], float32, one after the other, as ``dtype``."""
+    n_parts, rows, width = parts.shape
+    y = torch.empty(rows, width, dtype=dtype, device=DEVICE)
+    size = rows * width
+    if size:
+        _add[(cdiv(size, 1024),)](parts, y, size, n_parts, BLOCK=1024)
+    return y
+
+
+def fused(
+    x: torch.Tensor, weight: DeviceWeight, dtype: torch.dtype, back: bool = False
+) -> torch.Tensor:
     """x W^T as [rows, n_out] of ``dtype``; x [rows, n_in] of bfloat16, or float32 for exactness.
 
-    Sums are taken in an order that depends on n_in alone.
+    back: x W as [rows, n_in], x [rows, n_out].  Sums are taken in an order that depends on their
+    number of terms alone.
     """
-    rows, n_in = x.shape
-    y = torch.empty(rows, weight.n_out, dtype=dtype, device=DEVICE)
-    n_parts = max(1, min(_PARTS, n_in // 256))
-    parts = y
-    if n_parts > 1:
-        parts = torch.empty(n_parts, rows, weight.n_out, dtype=torch.float32, device=DEVICE)
+    rows, terms = x.shape
+    width = weight.n_in if back else weight.n_out
+    n_parts = max(1, min(_PARTS, terms // 256))
+    part_type = torch.float32 if n_parts > 1 else dtype
+    parts = torch.empty(n_parts, rows, width, dtype=part_type, device=DEVICE)
     block_rows = min(64, pow2(rows, 16))
     block_out = 32 if rows <= 16 else 64
     block_in = 64
-    chunk = cdiv(cdiv(n_in, n_parts), block_in) * block_in
-    grid = (cdiv(rows, block_rows) * cdiv(weight.n_out, block_out), n_parts)
+    chunk = cdiv(cdiv(terms, n_parts), block_in) * block_in
+    grid = (cdiv(rows, block_rows) * cdiv(width, block_out), n_parts)
     _fused[grid](
         x,
         weight.data,
@@ -109,9 +136,10 @@ def fused(x: torch.Tensor, weight: DeviceWeight, dtype: torch.dtype) -> torch.Te
         parts,
         rows,
         weight.n_out,
-        n_in,
+        weight.n_in,
         weight.data.shape[1],
         chunk,
+        BACK=back,
         TYPE=int(weight.type),
         PRECISION="ieee",
         BM=block_rows,
@@ -120,10 +148,7 @@ def fused(x: torch.Tensor, weight: DeviceWeight, dtype: torch.dtype) -> torch.Te
         num_warps=4,
         num_stages=3,
     )
-    if n_parts > 1:
-        size = y.shape[0] * y.shape[1]
-        _add[(cdiv(size, 1024),)](parts, y, size, n_parts, BLOCK=1024)
-    return y
+    return added(parts, dtype) if n_parts > 1 else parts[0]
 
 
 def by_scratch(x: torch.Tensor, weight: DeviceWeight, dtype: torch.dtype) -> torch.Tensor:
@@ -135,6 +160,17 @@ def by_scratch(x: torch.Tensor, weight: DeviceWeight, dtype: torch.dtype) -> tor
     at = 0
     for part in parts:
         y[:, at : at + part.n_out] = vendor(x, decoded(part, torch.bfloat16), dtype)
+        at += part.n_out
+    return y
+
+
+def back_by_scratch(x: torch.Tensor, weight: DeviceWeight) -> torch.Tensor:
+    """x W as float32 [rows, n_in], by decoding to scratch; x [rows, n_out] is bfloat16."""
+    y = torch.zeros(len(x), weight.n_in, dtype=torch.float32, device=DEVICE)
+    at = 0
+    for part in _scratch_parts(weight):
+        some = x[:, at : at + part.n_out]
+        y += vendor(some, decoded(part, torch.bfloat16).T, torch.float32)
         at += part.n_out
     return y
 
@@ -153,6 +189,15 @@ def product(
 ) -> torch.Tensor:
     """x W^T as [rows, n_out] of ``dtype`` by the faster route; with ``exact`` all in float32."""
     return multiplier(weight, len(x), exact)(x, dtype)
+
+
+def product_back(x: torch.Tensor, weight: DeviceWeight, exact: bool = False) -> torch.Tensor:
+    """x W as float32 [rows, n_in], x [rows, n_out], likewise."""
+    if exact:
+        return fused(x.float(), weight, torch.float32, back=True)
+    if len(x) < SCRATCH_ROWS:
+        return fused(x.to(torch.bfloat16), weight, torch.float32, back=True)
+    return back_by_scratch(x.to(torch.bfloat16), weight)
 
 
 def multiplier(

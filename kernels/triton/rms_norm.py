@@ -1,4 +1,4 @@
-"""x / sqrt(mean(x^2) + eps) * weight along rows, and its derivative."""
+"""x / sqrt(mean(x^2) + eps) * weight along rows, its derivative and cotangent."""
 
 from __future__ import annotations
 
@@ -50,3 +50,34 @@ def rms_norm(
             x, constant(weight), y, rows, d, eps, tangents, BM=block, D=wide
         )
     return y
+
+
+@triton.jit
+def _rms_norm_vjp(x, weight, dy, dx, rows, d, eps, BM: tl.constexpr, D: tl.constexpr):
+    """dx = scale (g - x scale^2 mean(x g)), g = dy weight, scale = 1 / sqrt(mean(x^2) + eps)."""
+    i = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
+    k = tl.arange(0, D)[None, :]
+    mask = (i < rows) & (k < d)
+    at = i * d + k
+    values = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
+    g *= tl.load(weight + k, mask=k < d, other=0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(values * values, axis=1) / d + eps)[:, None]
+    shrink = scale * scale * (tl.sum(values * g, axis=1) / d)[:, None]
+    tl.store(dx + at, (g - values * shrink) * scale, mask=mask)
+
+
+def rms_norm_vjp(x: Array, weight: Array, eps: float, dy: Array) -> torch.Tensor:
+    """The cotangent of x: float32 [rows, d]."""
+    x, dy = tensor(x), tensor(dy)
+    rows, d = x.shape
+    require(tuple(weight.shape) == (d,), f"a gain for rows of {d}")
+    require(x.shape == dy.shape, f"{tuple(dy.shape)} cotangents of {tuple(x.shape)}")
+    dx = torch.empty_like(x, dtype=torch.float32)
+    wide = pow2(d)
+    block = max(1, _TILE // wide)
+    if rows:
+        _rms_norm_vjp[(cdiv(rows, block),)](
+            x, constant(weight), dy, dx, rows, d, eps, BM=block, D=wide
+        )
+    return dx

@@ -80,6 +80,11 @@ def array(x: np.ndarray) -> torch.Tensor:
     return _copy(x) if found is None or found[0]() is not x else _seen(found[1])
 
 
+def zeros(*shape: int) -> torch.Tensor:
+    """Zeros on the device, float32 [*shape]."""
+    return torch.zeros(shape, dtype=torch.float32, device=DEVICE)
+
+
 def tensor(x: Array) -> torch.Tensor:
     """x on the device, contiguous; a NumPy array is copied each time."""
     return x.contiguous() if isinstance(x, torch.Tensor) else _copy(x)

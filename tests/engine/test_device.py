@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cli_runs import MODEL, Cli, pirate_rows, start_cli, write_rows
 
-from fwdllm import Engine, LoRAConfig, Partition, evaluate, recipe, simulate
+from fwdllm import Engine, LoRAConfig, Partition, evaluate, simulate
 from fwdllm.bench.shapes import Shape
 from fwdllm.bench.synthetic import make_decoder
 from fwdllm.kernels.types import QuantType
@@ -116,22 +116,18 @@ def assert_moved_alike(
 
 
 @needs_triton
+@pytest.mark.parametrize("method", [("--method", "forward-ad", "-k", 2), ()], ids=str)
 def test_the_kernels_of_a_gpu_tune_as_those_of_the_cpu(
-    model: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path,
+    words: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: tuple[object, ...],
 ) -> None:
+    """By tangents, and by what is the default: one pass forward and one back."""
     # With Adam, the sign of a gradient near zero would move a weight as far as any other.
-    options = ["--steps", 2, "--batch-size", 1, "-k", 2, "--optimizer", "sgd", "--lr", 0.1]
-    options += [
-        "--rank",
-        4,
-        "--held-out",
-        1,
-        "--eval-every",
-        0,
-        "--exact",
-        "--method",
-        "forward-ad",
-    ]
+    options: list[object] = ["--steps", 2, "--batch-size", 1, "--optimizer", "sgd", "--lr", 0.1]
+    options += ["--rank", 4, "--held-out", 1, "--eval-every", 0, "--exact", *method]
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     found = []
     for device in ("cpu", "cuda"):
@@ -139,22 +135,11 @@ def test_the_kernels_of_a_gpu_tune_as_those_of_the_cpu(
         process = start_cli(["tune", model, words, "-o", output, *options, "--device", device])
         _, err = process.communicate()
         assert process.returncode == 0, err
+        assert ("exact gradients, forward and back" in err) == (not method)
         found.append(theta(model, output))
     empty = Engine.load(model, LoRAConfig(rank=4)).adapter
     assert empty is not None
     assert_moved_alike(empty.theta, found[1], found[0], 1e-4)
-
-
-def test_a_gpu_has_no_way_back(
-    model: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert recipe(model, words, device="cuda").train.method == "forward-ad"
-    command = ["tune", model, words, "-o", tmp_path / "a.gguf", "--held-out", 1]
-    process = start_cli([*command, "--device", "cuda", "--method", "backprop"])
-    _, err = process.communicate()
-    assert process.returncode == 2
-    assert "kernels of a GPU have no way back yet: use method forward-ad" in err
 
 
 def test_the_device_computes_an_evaluation(model: Path, words: Path) -> None:

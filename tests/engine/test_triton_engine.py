@@ -12,11 +12,15 @@ from shallow import first_layers
 
 from fwdllm.bench.inputs import half_trained, step_batch
 from fwdllm.bench.shapes import Shape
-from fwdllm.bench.synthetic import make_decoder
+from fwdllm.bench.synthetic import Matrix, make_decoder, write_model
 from fwdllm.engine import Engine, Example, LoRAConfig
 from fwdllm.engine.adapters.adapter import Adapter
-from fwdllm.engine.data.batch import Batch
+from fwdllm.engine.data.batch import Batch, Tokens, pack
 from fwdllm.engine.directions import Dense, Directions, Sparse, lora_fa, subzero
+from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.memory.plan import GradientPlan
+from fwdllm.engine.models import bert
+from fwdllm.engine.models.graph import OwnGraph
 from fwdllm.engine.settings import Scope
 from fwdllm.kernels.types import QuantType
 
@@ -71,6 +75,59 @@ def test_exact_slopes_are_the_cpus(path: Path) -> None:
     np.testing.assert_allclose(gpu.loss(batch), cpu.loss(batch), rtol=1e-5)
 
 
+def distance(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def test_an_exact_gradient_is_the_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of layers with all that the way back meets, by passes and blocks of a few rows."""
+    path = tmp_path / "model.gguf"
+    shape = Shape(2, 64, 2, 1, 16, 32, 40, architecture="qwen3")
+    make_decoder(path, shape, QuantType.Q8_0)
+    batch = step_batch([[7, 1, 39, 0, 7], [3, 30]], 1)
+    found = []
+    for device in ("cpu", "cuda"):
+        lora = LoRAConfig(rank=3, targets=("attn_k", "attn_output", "ffn_up"))
+        engine = half_trained(Engine.load(path, lora, device=device, exact=True))
+        plan = GradientPlan(3, 7, None)
+        monkeypatch.setattr(engine.graph, "plan_gradient", lambda batch, first: plan)  # noqa: B023
+        found.append(engine.gradient(batch))
+    want, got = found
+    assert isinstance(got.values, np.ndarray)
+    assert got.loss == pytest.approx(want.loss, rel=1e-6)
+    assert distance(got.values, want.values) < 1e-5
+    assert got.n_tokens == want.n_tokens
+
+
+def test_a_gradient_is_the_cpus_but_for_rounding(path: Path) -> None:
+    batch = some_batch()
+    want = load(path, "cpu", exact=True).gradient(batch)
+    got = load(path, "cuda").gradient(batch)
+    assert got.loss == pytest.approx(want.loss, abs=0.01)
+    assert 1e-5 < distance(got.values, want.values) < 0.02
+
+
+def test_a_gradient_goes_in_parts_that_the_gpu_has_room_for(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(path, "cuda")
+    assert isinstance(engine.graph, OwnGraph)
+    batch = step_batch([[5] * 40] * 100, 1)
+    found = []
+    for free in (None, 2**30, 2**23, 2**22):
+        monkeypatch.setattr(engine.ops, "free_bytes", lambda free=free: free)
+        plan = engine.graph.plan_gradient(batch, 0)
+        found.append(plan.rows)
+    assert found[:2] == [4000, 4000]
+    assert 40 <= found[3] < found[2] < 4000
+    monkeypatch.setattr(engine.ops, "free_bytes", lambda: 2**20)
+    sentence = (
+        r"^this step needs about .* MiB of the GPU's memory, of which 1 MiB are free: use .*ad$"
+    )
+    with pytest.raises(ConfigError, match=sentence):
+        engine.gradient(batch)
+
+
 def test_an_encoder_learns_the_same(shared: Path, tmp_path: Path) -> None:
     model = first_layers(shared / "models/minilm-l6-v2.Q4_0.gguf", 2, tmp_path / "two.gguf")
     examples = [Example(text="a fine film", label="good"), Example(text="dull", label="bad")]
@@ -85,6 +142,47 @@ def test_an_encoder_learns_the_same(shared: Path, tmp_path: Path) -> None:
         assert probe.head_gradient is not None
         found.append((probe.loss, *probe.derivative, *probe.head_gradient[:20]))
     np.testing.assert_allclose(found[1], found[0], rtol=0.1, atol=0.02)
+
+
+def make_encoder(path: Path) -> None:
+    """A BERT of random weights, so small that Triton's interpreter takes a step in seconds."""
+    rng = np.random.default_rng(0)
+    keys = {
+        "embedding_length": 32,
+        "feed_forward_length": 64,
+        "block_count": 1,
+        "attention.head_count": 2,
+        "attention.layer_norm_epsilon": 1e-6,
+        "context_length": 16,
+    }
+    args = bert.Args(
+        n_layers=1, width=32, n_heads=2, n_kv_heads=2, head_dim=16, hidden=64, n_vocab=40,
+        context=16, n_types=2, norm_eps=1e-6, pooling="mean",
+    )  # fmt: skip
+    shapes, _ = bert.shapes(args)
+    matrices = [Matrix(name, shape, 0.2) for name, shape in shapes.items() if len(shape) == 2]
+    vectors = {
+        name: rng.normal(1, 0.1, shape).astype(np.float32)
+        for name, shape in shapes.items()
+        if len(shape) == 1
+    }
+    write_model(path, "bert", keys, 40, matrices, vectors, QuantType.Q8_0, rng)
+
+
+def test_an_encoder_has_the_cpus_gradient(tmp_path: Path) -> None:
+    make_encoder(tmp_path / "model.gguf")
+    batch = pack([Tokens([3, 9, 4], [False] * 3, 1), Tokens([7, 2], [False] * 2, 0)])
+    lora, found = LoRAConfig(rank=2, targets=("attn_v", "ffn_up")), []
+    for device in ("cpu", "cuda"):
+        options = {"labels": ("bad", "good"), "device": device, "exact": True}
+        engine = half_trained(Engine.load(tmp_path / "model.gguf", lora, **options))
+        found.append(engine.gradient(batch))
+    want, got = found
+    assert want.head_gradient is not None
+    assert got.head_gradient is not None
+    assert got.loss == pytest.approx(want.loss, rel=1e-5)
+    assert distance(got.values, want.values) < 1e-5
+    assert distance(got.head_gradient, want.head_gradient) < 1e-5
 
 
 def test_examples_with_directions_of_their_own(path: Path) -> None:

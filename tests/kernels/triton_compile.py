@@ -135,10 +135,12 @@ def products(dtypes: Sequence[torch.dtype]) -> None:
         w = weight(type, 512, WIDTH)
         for rows in (100, 1024):
             ops.matmul(empty(rows, WIDTH, dtype=torch.bfloat16), w)
+            ops.matmul_vjp(empty(rows, 512, dtype=torch.bfloat16), w)
         ops.embedding(w, np.zeros(16, np.int32))
     w = weight(QuantType.Q4_0, 512, WIDTH)
     for dtype, rows in product(dtypes, (1, 16, 40, 100)):
         ops.matmul(empty(rows, WIDTH, dtype=dtype), w, exact=dtype == torch.float32)
+        ops.matmul_vjp(empty(rows, 512, dtype=dtype), w, exact=dtype == torch.float32)
     w = weight(QuantType.F16, SMALL_WIDTH, SMALL_WIDTH)
     ops.matmul(empty(100, SMALL_WIDTH, dtype=torch.bfloat16), w, bias=empty(SMALL_WIDTH))
     ops.dequantize(w)
@@ -191,9 +193,31 @@ def layers(dtype: torch.dtype) -> None:
         ops.rope(x, np.zeros(n, np.int32), angles, angles, HEAD_DIM, interleaved)
 
 
+def layers_back(dtype: torch.dtype) -> None:
+    """Of a decoder and of an encoder."""
+    n = 512
+    x, gain = empty(n, WIDTH, dtype=dtype), empty(WIDTH)
+    ops.rms_norm_vjp(x, gain, 1e-5, x)
+    ops.rms_norm_vjp(x.view(-1, HEAD_DIM), empty(HEAD_DIM), 1e-5, x.view(-1, HEAD_DIM))
+    ops.swiglu_vjp(x, x, x)
+    kv, starts = empty(n, KV_WIDTH, dtype=dtype), sequences(2, n // 2)
+    ops.attention_vjp(x, kv, kv, starts, x, scale=0.1, head_dim=HEAD_DIM, causal=True)
+    x, gain = empty(n, SMALL_WIDTH, dtype=dtype), empty(SMALL_WIDTH)
+    ops.layer_norm_vjp(x, gain, 1e-12, x)
+    ops.gelu_vjp(x, x)
+    head_dim = SMALL_HEAD_DIM if dtype == torch.bfloat16 else TINY_HEAD_DIM
+    ops.attention_vjp(x, x, x, starts, x, scale=0.1, head_dim=head_dim, causal=False)
+    x, dy = empty(n, HIDDEN, dtype=dtype), empty(n, WIDTH, dtype=dtype)
+    for rank in (8, 64):
+        ops.lora_vjp(x, dy, adapter(rank), empty(rank, HIDDEN), empty(WIDTH, rank))
+    ops.matmul_vjp(dy, weight(QuantType.Q4_0, WIDTH, HIDDEN), lora=adapter(8))
+
+
 def losses() -> None:
     output, n = weight(QuantType.Q6_K, VOCABULARY, WIDTH), 64
     labels = np.zeros(8 * n, np.int32)
+    for exact in (False, True):
+        ops.cross_entropy_vjp(empty(n, WIDTH), output, labels[:n], exact=exact)
     for lanes, dtype in ((tangent_lanes(7), torch.bfloat16), (pairs(4), torch.float32)):
         ops.cross_entropy(empty(8 * n, WIDTH, dtype=dtype), output, labels, lanes=lanes)
 
@@ -224,6 +248,15 @@ def single() -> None:
     ops.matmul(x[:, :1], w, lora=lora, lanes=tangent_lanes(1))
     ops.matmul(x[:1, :1], w, lora=lora)
     ops.cross_entropy(x[:, :1], w, np.zeros(2, np.int32), lanes=tangent_lanes(1))
+    ops.gelu_vjp(x[:1, :1], x[:1, :1])
+    ops.swiglu_vjp(x[:1, :1], x[:1, :1], x[:1, :1])
+    ops.rms_norm_vjp(x[:1], gain, 1e-5, x[:1])
+    ops.layer_norm_vjp(x[:1], gain, 1e-5, x[:1])
+    options = {"head_dim": 64, "scale": 1.0, "causal": True}
+    ops.attention_vjp(x[:1], x[:1], x[:1], sequences(1, 1), x[:1], **options)
+    ops.matmul_vjp(x[:1, :1], w, lora=lora)
+    ops.lora_vjp(x[:1, :1], x[:1, :1], lora, empty(1, 1), empty(1, 1))
+    ops.cross_entropy_vjp(x[:1, :1], w, np.zeros(1, np.int32))
     ops.seeded_axpy(empty(1), np.zeros(1, np.uint64), zeros(1), offset=5)
     ops.seeded_dot(empty(1), np.zeros(1, np.uint64), offset=5)
 
@@ -244,12 +277,14 @@ def main(arguments: Iterable[str]) -> None:
             adapters()
             for dtype in DTYPES:
                 layers(dtype)
+                layers_back(dtype)
             losses()
             streams()
             single()
         else:
             products(DTYPES[:1])
             layers(DTYPES[0])
+            layers_back(DTYPES[0])
             plain_and_exact_adapter()
 
 

@@ -131,7 +131,7 @@ def tune(
     )
     asked = given(TrainConfig, settings)
     train = {**saved["train"], **asked}
-    defaults = recipe(model, data, train.get("method", "auto"), backend, device)
+    defaults = recipe(model, data, train.get("method", "auto"), backend)
     check_given(defaults.train.method, asked)
     train = {"steps": defaults.train.steps, **train, "method": defaults.train.method}
     train.setdefault("eval_every", max(1, train["steps"] // 10))

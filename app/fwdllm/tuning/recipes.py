@@ -40,24 +40,22 @@ def recipe(
     data: str | os.PathLike[str],
     method: str = AUTO,
     backend: str = "auto",
-    device: str = "cpu",
 ) -> Recipe:
     """The defaults for a model, JSONL data and a method of ``TrainConfig``.
 
-    method: "auto" is what learns most: "backprop" with a graph of our own on a processor; on a GPU,
-    whose kernels have no way back, "activation" for an encoder that learns labels and "forward-ad"
-    otherwise; with llama.cpp "central".  backend, device: see ``Engine.load``.
+    method: "auto" is what learns most: "backprop" with a graph of our own, with llama.cpp
+    "central".  backend: see ``Engine.load``.
     Errors: ModelError, DataError, ConfigError.
     """
     chosen = choose(GGUFFile.open(local_path(model)), backend)
     labels = labels_of(read_jsonl(Path(data))) if chosen.encoder else ()
-    return recipe_for(chosen, len(labels), method, device)
+    return recipe_for(chosen, len(labels), method)
 
 
-def recipe_for(backend: Backend, n_labels: int, method: str = AUTO, device: str = "cpu") -> Recipe:
+def recipe_for(backend: Backend, n_labels: int, method: str = AUTO) -> Recipe:
     """As ``recipe``, for a model and a number of labels."""
     if method == AUTO:
-        method = _method(backend, device)
+        method = "backprop" if backend.own else "central"
     backend.check_method(method)
     if method != "activation":
         lora = LoRAConfig(targets=_targets(backend.linear))
@@ -78,14 +76,6 @@ def check_given(method: str, given: Iterable[str]) -> None:
                 f"method backprop goes along no random directions, so {name} has no meaning: "
                 "leave it out, or choose method forward-ad"
             )
-
-
-def _method(backend: Backend, device: str) -> str:
-    if not backend.own:
-        return "central"
-    if device == "cpu":
-        return "backprop"
-    return "activation" if backend.encoder else "forward-ad"
 
 
 def _targets(linear: Iterable[str]) -> tuple[str, ...]:

@@ -128,7 +128,7 @@ def tune(
     began = time.perf_counter()
     check_output(output)
     if lora is None or train is None or train.method == AUTO:
-        defaults = recipe(model, data, train.method if train else AUTO, backend, device)
+        defaults = recipe(model, data, train.method if train else AUTO, backend)
         lora, train = lora or defaults.lora, train or defaults.train
         train = dataclasses.replace(train, method=defaults.train.method)
     train = dataclasses.replace(train, eval_every=train.eval_every or train.steps)
