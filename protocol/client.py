@@ -127,14 +127,17 @@ def _local_training(
             seeds = assignment.seeds[step]
             probe = _probes(engine, space, assignment.layers, [batch], seeds[None])[0]
             own, head = _slopes(space, probe, assignment.head_seeds[step])
+            directions = space.directions(assignment.layers)
             gradient = np.zeros(space.size, np.float32)
-            space.add(gradient, assignment.layers, seeds, own / np.float32(len(seeds)))
+            if by_weights and probe.gradient is not None:
+                gradient[: space.n_coordinates] = directions.project(probe.gradient)
+            else:
+                space.add(gradient, assignment.layers, seeds, own / np.float32(len(seeds)))
             if by_weights and probe.head_gradient is not None:
                 gradient[space.n_coordinates :] = probe.head_gradient
             elif len(head):
                 shares = head / np.float32(len(head))
                 space.add(gradient, HEAD, assignment.head_seeds[step], shares)
-            directions = space.directions(assignment.layers)
             descend(engine.adapter, directions, optimizer, state, gradient, rate, rate)
             slopes.append(own)
             heads.append(head)
@@ -174,13 +177,14 @@ def _batch(
 
 def _groups(config: FederationConfig, work: Sequence[_Work]) -> Iterator[list[_Work]]:
     """Clients whose batches go through the model together."""
-    of_seed = {"central": 2, "backprop": 0}.get(config.method, 1)
-    lanes = 1 + config.perturbations * of_seed
+    lanes = 1 + config.perturbations * (2 if config.method == "central" else 1)
+    # Each way back is a client's own: together they save nothing, and need all gradients at once.
+    most = 0 if config.method == "backprop" else _LANE_ROWS
     group: list[_Work] = []
     rows = 0
     for assignment, batch in work:
         mine = lanes * sum(len(tokens.ids) for tokens in batch)
-        if group and rows + mine > _LANE_ROWS:
+        if group and rows + mine > most:
             yield group
             group, rows = [], 0
         group.append((assignment, batch))

@@ -6,8 +6,8 @@
     python bench/studies/federated.py --report OUT.jsonl [--plot FOLDER] [--target-loss X]
 
 A run goes on until its clients have spent a budget of lane-tokens; a token of backprop counts as
-three, one forward and two backward. Runs of a seed share partition, held-out examples and the
-adapter they start from. Each evaluation is a line of OUT.jsonl, written when it is made.
+three. Runs of a seed share partition, held-out examples and the adapter they start from. Each
+evaluation is a line of OUT.jsonl, written when it is made.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from torch_model import TorchModel
 
 BUDGET, HELD_OUT, EVALUATIONS = 800_000, 1000, 8
-BACKPROP_LANES = 3  # a backward pass has two products where a forward pass has one
+BACKPROP_LANES = 3  # forward and two backward, or as the engine: forward, forward again, and back
 _SAMPLE = 500  # examples whose tokens tell the mean length
 
 LORA = LoRAConfig(rank=8, alpha=16)
@@ -82,12 +82,29 @@ class Run:
 # perturbations has a variance of about 0.5 to 1 then.
 _FWDLLM = {"learning_rate": 6e-3, "head_learning_rate": 1.0, "variance_threshold": 0.3}
 
+# No client perturbs anything here, so no seeds should be sent.
+_FEDAVG = {
+    "client_optimizer": "adam",
+    "client_learning_rate": 3e-3,
+    "perturbations": 1,
+    "head_perturbations": 1,
+}
+
 RUNS = {
     "fwdllm": Run("fwdllm", _FWDLLM),
     "fwdllm, no pacing": Run("fwdllm", {**_FWDLLM, "pacing": False}),
     "fwdllm, no sampling": Run("fwdllm", {**_FWDLLM, "candidates": 1}),
     "fwdllm, neither": Run("fwdllm", {**_FWDLLM, "pacing": False, "candidates": 1}),
     "spry": Run("spry", {"learning_rate": 3e-3, "head_learning_rate": 1e-2}),
+    "spry, 256 exact slopes": Run(
+        "spry",
+        {
+            "method": "backprop",
+            "perturbations": 256,
+            "learning_rate": 1e-3,
+            "head_learning_rate": 1e-2,
+        },
+    ),
     "mezo": Run("mezo", {"learning_rate": 1e-3, "head_learning_rate": 1.0}),
     # Everybody takes part in every round, with little: noise is for the sum, whoever is in it.
     # epsilon = 8 after the 48 rounds that the budget buys.
@@ -103,17 +120,8 @@ RUNS = {
             "head_learning_rate": 1.0,
         },
     ),
-    # No client perturbs anything here, so no seeds should be sent.
-    "fedavg, backprop": Run(
-        "fedavg",
-        {
-            "client_optimizer": "adam",
-            "client_learning_rate": 3e-3,
-            "perturbations": 1,
-            "head_perturbations": 1,
-        },
-        backprop=True,
-    ),
+    "fedavg, backprop": Run("fedavg", _FEDAVG, backprop=True),
+    "fedavg by this engine": Run("fedavg", {"method": "backprop", **_FEDAVG}),
 }
 
 
@@ -220,9 +228,12 @@ def config_of(task: Task, run: Run, seed: int) -> FederationConfig:
 
 def part_tokens(config: FederationConfig, by_backprop: bool, length: float) -> float:
     """Lane-tokens of a part of a round. length: mean tokens of an example."""
-    seeds = np.zeros(config.perturbations, np.uint64)
-    # An encoder's head always wants a plain lane.
-    lanes = BACKPROP_LANES if by_backprop else len(plan(seeds, config.method, plain=True).lanes)
+    if by_backprop or config.method == "backprop":
+        lanes = BACKPROP_LANES
+    else:
+        seeds = np.zeros(config.perturbations, np.uint64)
+        # An encoder's head always wants a plain lane.
+        lanes = len(plan(seeds, config.method, plain=True).lanes)
     return config.per_round * config.local_steps * config.batch_size * length * lanes
 
 

@@ -72,7 +72,9 @@ def of_groups(
 def _slopes(graph: Graph, batch: Batch, seeds: np.ndarray, directions: Directions) -> Probe:
     found = _unchecked(graph, batch)
     slopes = directions.dot(directions.project(found.values), seeds)
-    return Probe(found.loss, seeds, slopes, found.head_gradient, found.n_tokens)
+    return Probe(
+        found.loss, seeds, slopes, found.head_gradient, found.n_tokens, gradient=found.values
+    )
 
 
 def _of_examples(graph: Graph, batch: Batch, seeds: np.ndarray, directions: Directions) -> Probe:

@@ -27,6 +27,7 @@ class Probe:
     [n_seeds, n_examples], and a derivative is that of one example's share of the loss along its own
     v(seed).  head_gradient: float32 [n_head], or None without a head.  n_tokens: rows forwarded,
     summed over lanes; layers before the first perturbed one compute only one lane.
+    gradient: float32 [n_lora], the adapter's, if "backprop" of the whole batch has it, or None.
     """
 
     loss: float
@@ -34,6 +35,7 @@ class Probe:
     derivative: np.ndarray
     head_gradient: np.ndarray | None
     n_tokens: int
+    gradient: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

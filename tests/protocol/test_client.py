@@ -89,7 +89,7 @@ def assert_same(got: Report, want: Report) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 500, 1 << 15])
-@pytest.mark.parametrize("method", ["forward-ad", "central"])
+@pytest.mark.parametrize("method", ["forward-ad", "central", "backprop"])
 @pytest.mark.parametrize("changes", [{}, {"split": True}, {"seeds": "shared"}], ids=str)
 def test_clients_report_the_same_bits_together_as_alone(
     engine: Engine,
@@ -243,6 +243,28 @@ def test_weights_of_one_step_of_sgd_are_scalars_at_its_rate(
     np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("changes", [{}, {"split": True}, {"directions": "lora-fa"}], ids=str)
+def test_local_steps_by_backprop_that_upload_weights_take_the_gradient_itself(
+    engine: Engine, examples: list[Example], changes: dict[str, Any]
+) -> None:
+    rate = 0.05
+    local = {"upload": "weights", "local_steps": 2, "client_learning_rate": rate}
+    space = space_of(engine, make(method="backprop", perturbations=1, **local, **changes))
+    config, theta = space.config, space.adapter.theta
+    a = replace(planned(space, 1)[0], layers=(1, 3) if config.split else None)
+    report = answer(engine, space, a, examples)
+    before, own = theta.copy(), space.directions(a.layers)
+    for step in range(2):
+        gradient = engine.gradient(batch_of(engine, space, a, examples, step)).values
+        theta -= rate * own.expand(own.project(gradient))
+    moved = own.project(before - theta)
+    theta[:] = before
+    assert np.abs(moved).max() > 1e-3
+    np.testing.assert_allclose(report.vector, space.pack(moved, a.layers), rtol=0, atol=1e-6)
+    assert report.n_examples == 4
+    assert fault(config, report) is None
+
+
 def test_local_training_of_many_is_that_of_each(engine: Engine, examples: list[Example]) -> None:
     space = space_of(engine, make(upload="weights", local_steps=2, client_optimizer="adamw"))
     assignments = planned(space)
@@ -308,11 +330,12 @@ def test_the_adapter_is_the_servers_again_after_an_error(
     assert space.adapter.theta.tobytes() == before
 
 
+@pytest.mark.parametrize("method", ["forward-ad", "backprop"])
 @pytest.mark.parametrize("upload", ["steps", "weights"])
 def test_local_training_that_explodes_is_a_report_the_server_refuses(
-    engine: Engine, examples: list[Example], upload: str
+    engine: Engine, examples: list[Example], upload: str, method: str
 ) -> None:
-    config = make(upload=upload, local_steps=3, client_learning_rate=1e30)
+    config = make(upload=upload, method=method, local_steps=3, client_learning_rate=1e30)
     space = space_of(engine, config)
     before = space.adapter.theta.tobytes()
     (a,) = planned(space, 1)
