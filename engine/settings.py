@@ -117,7 +117,8 @@ class LoRAConfig:
     rank: columns of B and rows of A, at least 1.  alpha: the adapter adds alpha / rank * B A;
     kept at float32 precision because that is what a GGUF file holds.  targets: GGUF tensor
     names without "blk.N." and ".weight"; their order carries no meaning, they are sorted.
-    layers: the layers to adapt, None for all.  Errors: ConfigError.
+    layers: the layers to adapt, None for all.  rslora: the factor is alpha / sqrt(rank), which
+    keeps what high ranks learn in a step as large as what low ones do.  Errors: ConfigError.
     """
 
     rank: int = setting(
@@ -135,6 +136,9 @@ class LoRAConfig:
     layers: tuple[int, ...] | None = setting(
         None, 'Layers to adapt, such as "4-5" or "0,2".', shown="all"
     )
+    rslora: bool = setting(
+        False, "Scale by alpha / sqrt(rank) instead, for high ranks (rsLoRA, arXiv 2312.03732)."
+    )
 
     def __post_init__(self) -> None:
         if not is_whole(self.rank) or self.rank < 1:
@@ -143,11 +147,23 @@ class LoRAConfig:
         object.__setattr__(self, "targets", _checked_targets(self.targets))
         if self.layers is not None:
             object.__setattr__(self, "layers", _checked_layers(self.layers))
+        if not isinstance(self.rslora, bool):
+            raise ConfigError(f"rslora must be true or false, not {self.rslora!r}")
 
     @property
     def scale(self) -> float:
         """The factor in front of B A."""
-        return self.alpha / self.rank
+        return self.file_alpha / self.rank
+
+    @property
+    def file_alpha(self) -> float:
+        """What files of adapters hold as alpha: they mean the factor alpha / rank."""
+        return _checked_alpha(self.alpha * math.sqrt(self.rank)) if self.rslora else self.alpha
+
+    def recorded(self) -> dict[str, Any]:
+        """As a ledger keeps it: ``rslora``, which older versions do not know, if it is set."""
+        fields = dataclasses.asdict(self)
+        return fields if self.rslora else {k: v for k, v in fields.items() if k != "rslora"}
 
 
 class _Target(Protocol):

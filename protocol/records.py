@@ -61,7 +61,8 @@ class Meta:
     def to_json(self) -> str:
         """As JSON, with the versions that ``from_json`` checks."""
         versions = {"format": FORMAT, "layout_version": LAYOUT_VERSION}
-        fields = {**dataclasses.asdict(self), "config": self.config.recorded()}
+        fields = dataclasses.asdict(self)
+        fields |= {"config": self.config.recorded(), "lora": self.lora.recorded()}
         return json.dumps({**versions, **fields})
 
     @staticmethod

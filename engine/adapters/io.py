@@ -116,7 +116,7 @@ def open_gguf_adapter(path: str | Path, architecture: str) -> GGUFFile:
 def _add_metadata(writer: GGUFWriter, adapter: Adapter) -> None:
     writer.add_type(GGUFType.ADAPTER)
     writer.add_string(Keys.Adapter.TYPE, "lora")
-    writer.add_float32(Keys.Adapter.LORA_ALPHA, adapter.config.alpha)
+    writer.add_float32(Keys.Adapter.LORA_ALPHA, adapter.config.file_alpha)
     writer.add_uint32(KEY_LAYOUT_VERSION, LAYOUT_VERSION)
     if adapter.head is None:
         return

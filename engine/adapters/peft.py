@@ -168,7 +168,7 @@ def _module(architecture: str, layer: int, suffix: str) -> str:
 
 def _config(adapter: Adapter, base_model_name: str) -> dict[str, object]:
     """adapter_config.json, with PEFT's defaults spelled out where other readers expect them."""
-    alpha = adapter.config.alpha
+    alpha = adapter.config.file_alpha
     layers = adapter.config.layers
     return {
         "alpha_pattern": {},

@@ -34,6 +34,7 @@ SEED = 0x1234_5678_9ABC_DEF0
         {"layers": (1, 1)},
         {"layers": (-1,)},
         {"layers": 3},
+        {"rslora": 1},
     ],
 )
 def test_config_refuses(options: dict) -> None:
@@ -46,6 +47,13 @@ def test_config_is_canonical() -> None:
     assert config == LoRAConfig(targets=["attn_q", "attn_v"], layers=[0, 2], alpha=np.float32(0.1))
     assert config.alpha == float(np.float32(0.1))
     assert LoRAConfig(rank=4, alpha=2).scale == 0.5
+
+
+def test_rslora_divides_by_the_root_of_the_rank() -> None:
+    config = LoRAConfig(rank=16, alpha=2, rslora=True)
+    assert (config.scale, config.file_alpha) == (0.5, 8)
+    assert LoRAConfig(**config.recorded()) == config
+    assert "rslora" not in LoRAConfig().recorded()
 
 
 @pytest.mark.parametrize(

@@ -252,10 +252,10 @@ def test_missing_files(tmp_path: Path, name: str) -> None:
 needs_model = pytest.mark.skipif(not TINYMIX.exists(), reason="the shared models are not here")
 
 
-def tinymix_adapter(alpha: float, b_scale: float) -> Adapter:
+def tinymix_adapter(alpha: float, b_scale: float, rslora: bool) -> Adapter:
     block = {"attn_q": (256, 256), "attn_k": (128, 256), "ffn_down": (256, 704)}
     model = {f"blk.{i}.{name}": shape for i in range(6) for name, shape in block.items()}
-    config = LoRAConfig(rank=4, alpha=alpha, targets=tuple(block))
+    config = LoRAConfig(rank=4, alpha=alpha, targets=tuple(block), rslora=rslora)
     head = Head(("x", "y"), 256)
     adapter = Adapter.create("llama", model, config, 3, reference, head)
     rng = np.random.default_rng(1)
@@ -269,8 +269,8 @@ def tinymix_adapter(alpha: float, b_scale: float) -> Adapter:
 def test_llama_cpp_runs_the_adapter_at_our_scale(tmp_path: Path) -> None:
     ids = [0, 40, 611, 79, 221, 1108]
 
-    def run(alpha: float, b_scale: float) -> np.ndarray:
-        save_gguf(tinymix_adapter(alpha, b_scale), tmp_path / "a.gguf")
+    def run(alpha: float, b_scale: float, rslora: bool = False) -> np.ndarray:
+        save_gguf(tinymix_adapter(alpha, b_scale, rslora), tmp_path / "a.gguf")
         return logits(TINYMIX, ids, tmp_path / "a.gguf", n_threads=1)
 
     plain = logits(TINYMIX, ids, n_threads=1)
@@ -279,6 +279,8 @@ def test_llama_cpp_runs_the_adapter_at_our_scale(tmp_path: Path) -> None:
     assert np.abs(tuned - plain).max() > 0.5
     # alpha 8 with half of B is the same function: powers of two, so exactly.
     np.testing.assert_array_equal(run(8, 0.5), tuned)
+    # alpha / sqrt(rank) is alpha / 2, twice alpha / rank.
+    np.testing.assert_array_equal(run(4, 0.5, rslora=True), tuned)
 
 
 @needs_model

@@ -103,6 +103,8 @@ def init(
     }
     if lora.layers is not None:
         shape["layers"] = json.dumps(lora.layers)
+    if lora.rslora:
+        shape["rslora"] = True
     text = _PYPROJECT.format(
         model_name=Path(model).name,
         folder=path.name,
