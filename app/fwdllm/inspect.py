@@ -13,7 +13,7 @@ from fwdllm.engine.adapters.adapter import by_layer, layout
 from fwdllm.engine.backends import choose
 from fwdllm.engine.estimators.plan import n_lanes
 from fwdllm.engine.gguf.file import GGUFFile
-from fwdllm.engine.memory.plan import estimate_gradient, estimate_step
+from fwdllm.engine.memory.plan import VALUE_BYTES, estimate_gradient, estimate_step
 from fwdllm.hub import local_path
 from fwdllm.kernels.types import SUPPORTED_TYPES, QuantType
 from fwdllm.tuning.recipes import recipe_for
@@ -142,7 +142,8 @@ def render(report: Mapping[str, Any]) -> RenderableType:
         return Group(facts, "", types, "", targets)
     size = f"a step of {step['batch_size']} x {step['tokens']} tokens"
     titles = {
-        "gradient_memory": f"{size}, forward and back",
+        "gradient_memory": f"{size}, forward and back (up to {megabytes(VALUE_BYTES)} more "
+        "without a budget, for speed)",
         "step_memory": f"{size}, {step['lanes']} lanes forward",
     }
     shown: list[RenderableType] = [facts, "", types, "", targets]

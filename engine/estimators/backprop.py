@@ -18,7 +18,8 @@ from fwdllm.engine.estimators.activation import Gradient
 from fwdllm.engine.estimators.plan import Probe, example_seeds
 from fwdllm.engine.graph import Graph
 
-# Passes of a row through the model: forward, forward again layer by layer, and back.
+# Passes of a row through the model that count: forward, forward again, and back; fewer where memory
+# allows, but a client's work is to count the same on every device.
 _PASSES = 3
 
 
