@@ -365,11 +365,15 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         ("peak MB", lambda x: f"{x['peak_bytes'] / 1e6:,.0f}"),
         ("of it training", lambda x: f"{(x['peak_bytes'] - x['loaded_bytes']) / 1e6:,.0f}"),
         ("seconds a step", lambda x: f"{x['seconds']:.1f}"),
-        ("gradient's error", lambda x: " / ".join(f"{e:.0%}" for e in x["errors"])),
+        ("gradient's error", lambda x: _percent(x["errors"])),
         ("held-out loss", lambda x: f"{x['before']:.4f} to {x['loss']:.4f}"),
     ]
     heads = [f"| {' | '.join(name for name, _ in rows)} |", "|" + " --- |" * len(rows)]
     return "\n".join(heads + [f"| {' | '.join(f(x) for _, f in rows)} |" for x in lines])
+
+
+def _percent(errors: Sequence[float]) -> str:
+    return " / ".join(f"{error:.0%}" for error in errors) if any(errors) else "none"
 
 
 def figures(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
