@@ -16,6 +16,7 @@ import time
 import traceback
 import types
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,17 @@ def use_sources() -> None:
             setattr(sys.modules[parent], child, module)
 
 
-def measure(small: bool, rounds: int, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Run all parts in turn. keep: called with the result so far after each part."""
+def measure(
+    small: bool,
+    rounds: int,
+    only: Sequence[str],
+    files: Sequence[Path],
+    keep: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Run the parts ``only`` in turn. files: models whose recording is measured besides.
+
+    keep: called with the result so far after each part.
+    """
     from fwdllm.bench import gpu_checks, gpu_kernels, gpu_peers, gpu_step
     from fwdllm.bench.shapes import SHAPES, Shape
     from fwdllm.engine.settings import LoRAConfig
@@ -61,27 +71,38 @@ def measure(small: bool, rounds: int, keep: Callable[[dict[str, Any]], None]) ->
         sizes = gpu_kernels.Sizes(64, 64, 64, 2, 32, 4, 2, 1, 2, 4, 128, 4096, 2, 64, 4096)
         examples, tokens, perturbations = 1, 5, 2
     lora = LoRAConfig(rank=sizes.rank)
-    state: dict[str, Any] = {}
+
+    @cache
+    def large() -> gpu_step.StepModel:
+        return gpu_step.StepModel.make(shape, QuantType.Q4_0, lora)
 
     def step() -> dict[str, Any]:
-        state["model"] = gpu_step.StepModel.make(shape, QuantType.Q4_0, lora)
-        ids, state["batch"] = gpu_step.random_batch(shape, examples, tokens)
-        state["ids"] = ids
-        model, batch = state["model"], state["batch"]
-        return gpu_step.measure_gpu_step(model, batch, perturbations, rounds, _say)
+        _, batch = gpu_step.random_batch(shape.n_vocab, examples, tokens)
+        return gpu_step.measure_gpu_step(large(), batch, perturbations, rounds, _say)
 
     def recording() -> dict[str, Any]:
-        little = shape if small else SHAPES["tinyllama-1.1b"]
-        model = gpu_step.StepModel.make(little, QuantType.Q4_0, lora)
-        _, batch = gpu_step.random_batch(little, 1, tokens if small else 64)
-        return gpu_step.measure_recording(model, batch, 2 if small else 8, rounds)
+        names = {"random": shape} if small else {n: SHAPES[n] for n in ("tiny", "tinyllama-1.1b")}
+        models = {
+            n: partial(gpu_step.StepModel.make, s, QuantType.Q4_0, lora) for n, s in names.items()
+        }
+        models |= {path.name: partial(gpu_step.StepModel.open, path, lora) for path in files}
+        found = {}
+        for name, make in models.items():
+            model = make()
+            _, batch = gpu_step.random_batch(
+                model.args.n_vocab, 1 if small else 8, tokens if small else 32
+            )
+            sides = gpu_step.measure_recording(model, batch, 2 if small else 8, rounds)
+            found |= {f"{name}, {side}": value for side, value in sides.items()}
+        return found
 
     def peers() -> dict[str, Any]:
         import torch
 
-        ids = torch.from_numpy(state["ids"]).to(DEVICE)
-        peer = gpu_step.peer_model(state["model"])
-        return gpu_peers.measure_peers(peer, ids, perturbations, rounds, DEVICE.type)
+        ids, _ = gpu_step.random_batch(shape.n_vocab, examples, tokens)
+        peer = gpu_step.peer_model(large())
+        there = torch.from_numpy(ids).to(DEVICE)
+        return gpu_peers.measure_peers(peer, there, perturbations, rounds, DEVICE.type)
 
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "checks": lambda: gpu_checks.check(small),
@@ -92,7 +113,8 @@ def measure(small: bool, rounds: int, keep: Callable[[dict[str, Any]], None]) ->
         "step": step,
         "peers": peers,
     }
-    for name, part in parts.items():
+    for name in only:
+        part = parts[name]
         start = time.perf_counter()
         try:
             result[name] = part()
@@ -173,6 +195,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(), help="folder for the two files")
     parser.add_argument("--rounds", type=int, default=5, help="times a step is measured")
+    parser.add_argument(
+        "--parts", type=lambda text: text.split(","), default=PARTS, help="those to run, in order"
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        action="append",
+        default=[],
+        help="a GGUF file whose recorded passes are measured too; takes the gguf package",
+    )
     parser.add_argument("--small", action="store_true", help="tiny inputs, to try the benchmark")
     options = parser.parse_args(arguments)
     use_sources()
@@ -189,10 +221,10 @@ def main(arguments: list[str] | None = None) -> int:
             temporary.write_text(text + "\n", encoding="utf-8")
             temporary.replace(path)
 
-    result = measure(options.small, options.rounds, keep)
+    result = measure(options.small, options.rounds, options.parts, options.model, keep)
     print(tables(result))
-    failed = any("failed" in result[name] for name in PARTS)
-    return int(failed or not all(check["holds"] for check in result["checks"].values()))
+    failed = any("failed" in result[name] for name in options.parts)
+    return int(failed or not all(check["holds"] for check in result.get("checks", {}).values()))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""A tuning step of a model with random weights on this GPU, with the engine's own graph.
+"""Tuning steps of models on this GPU, with the engine's own graph.
 
-Needs torch, triton and NumPy only: the weights go to the GPU without a file.
+With random weights, which go to the GPU without a file, this needs torch, triton and NumPy only.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,10 @@ from fwdllm.engine.directions.dense import Dense
 from fwdllm.engine.estimators.plan import plan
 from fwdllm.engine.graph import Variants
 from fwdllm.engine.models import FAMILIES, llama
+from fwdllm.engine.models.dimensions import Dimensions
 from fwdllm.engine.models.graph import OwnGraph
 from fwdllm.engine.models.rotary import Rotary
+from fwdllm.engine.models.weights import Weights
 from fwdllm.engine.settings import LoRAConfig
 from fwdllm.kernels import triton as ops
 from fwdllm.kernels.triton import recording
@@ -41,8 +44,13 @@ class RandomWeights:
     def __init__(self, shape: Shape, type: QuantType) -> None:
         rng = np.random.default_rng(0)
         self._matrices: dict[str, DeviceWeight] = {}
-        for name, n_out, n_in in matrices(shape):
-            data = random_weights(rng, type, n_out, n_in, std_of(shape, name, n_in))
+        # Layers have the same rows in another order each: new ones would take a minute.
+        made: dict[tuple[int, int, float], np.ndarray] = {}
+        for i, (name, n_out, n_in) in enumerate(matrices(shape)):
+            std = std_of(shape, name, n_in)
+            if (n_out, n_in, std) not in made:
+                made[n_out, n_in, std] = random_weights(rng, type, n_out, n_in, std)
+            data = np.roll(made[n_out, n_in, std], 37 * i, axis=0)
             self._matrices[name] = ops.weight(Weight(data, type, n_out, n_in))
         self._vectors = vectors(rng, shape)
 
@@ -67,10 +75,22 @@ class RandomWeights:
 class StepModel:
     """A model with an adapter whose B is random, not zero, as if half trained."""
 
-    shape: Shape
-    args: llama.Args
-    weights: RandomWeights
+    family: str
+    args: Dimensions
+    weights: RandomWeights | Weights
     adapter: Adapter
+
+    @classmethod
+    def open(cls, path: Path, lora: LoRAConfig) -> StepModel:
+        """Of a GGUF file, which takes the gguf package to read."""
+        from fwdllm.engine.backends import OWN, choose
+        from fwdllm.engine.gguf.file import GGUFFile
+
+        file = GGUFFile.open(path)
+        backend = choose(file, OWN)
+        family = FAMILIES[backend.architecture]
+        weights = Weights(file, *family.shapes(backend.args), ops)
+        return cls._of(backend.architecture, backend.args, weights, backend.linear, lora)
 
     @classmethod
     def make(cls, shape: Shape, type: QuantType, lora: LoRAConfig) -> StepModel:
@@ -91,24 +111,35 @@ class StepModel:
             for name, n_out, n_in in matrices(shape)
             if name.startswith("blk.")
         }
-        adapter = Adapter.empty("llama", layout(linear, lora), lora, 0, ops)
+        return cls._of("llama", args, RandomWeights(shape, type), linear, lora)
+
+    @classmethod
+    def _of(
+        cls,
+        family: str,
+        args: Dimensions,
+        weights: RandomWeights | Weights,
+        linear: Mapping[str, tuple[int, int]],
+        lora: LoRAConfig,
+    ) -> StepModel:
+        adapter = Adapter.empty(family, layout(linear, lora), lora, 0, ops)
         rng = np.random.default_rng(0)
         for t in adapter.targets:
             at = t.offset + lora.rank * t.n_in
             size = lora.rank * t.n_out
             adapter.theta[at : at + size] = rng.normal(scale=0.01, size=size)
-        return cls(shape, args, RandomWeights(shape, type), adapter)
+        return cls(family, args, weights, adapter)
 
     def graph(self, exact: bool = False) -> OwnGraph:
         weights: Any = self.weights
         return OwnGraph(
-            self.args, FAMILIES["llama"], weights, ops, adapter=self.adapter, exact=exact
+            self.args, FAMILIES[self.family], weights, ops, adapter=self.adapter, exact=exact
         )
 
 
-def random_batch(shape: Shape, examples: int, tokens: int) -> tuple[np.ndarray, Batch]:
+def random_batch(n_vocab: int, examples: int, tokens: int) -> tuple[np.ndarray, Batch]:
     """Token ids [examples, tokens], and their batch; all tokens but each first are labels."""
-    ids = np.random.default_rng(0).integers(0, shape.n_vocab, (examples, tokens))
+    ids = np.random.default_rng(0).integers(0, n_vocab, (examples, tokens))
     return ids, pack([Tokens(row, [True] * tokens) for row in ids.tolist()])
 
 
@@ -125,6 +156,13 @@ def slopes(
         nll.append(found[int(p.plain) if nll else 0 :])
     losses = np.concatenate(nll).mean(axis=1)
     return p.loss(losses), p.derivative(losses)
+
+
+def update_by_gradient(model: StepModel, batch: Batch) -> tuple[float, np.ndarray]:
+    """One step down the exact gradient: the loss before it, and the gradient."""
+    losses, gradient = model.graph().token_gradient(batch)
+    np.subtract(model.adapter.theta, _UPDATE_RATE * gradient, out=model.adapter.theta)
+    return float(losses.mean()), gradient
 
 
 def measure_gpu_step(
@@ -149,25 +187,37 @@ def measure_gpu_step(
             batch.n_rows * len(plan(seeds, method).lanes) / found[method]["seconds"]
         )
         on_side(method)
-    return {**found, "weight_bytes": model.weights.nbytes}
+    found["backprop"] = timed(lambda: update_by_gradient(model, batch), rounds)
+    on_side("backprop")
+    weights = model.weights
+    assert isinstance(weights, RandomWeights)
+    return {**found, "weight_bytes": weights.nbytes}
 
 
 def measure_recording(
     model: StepModel, batch: Batch, perturbations: int, rounds: int
 ) -> dict[str, Any]:
-    """Seconds of forward-AD derivatives, launched kernel by kernel and as a recording.
+    """Seconds of a pass with tangents, launched kernel by kernel and as a recording.
 
-    "difference": the largest absolute difference between the derivatives of the two.
+    "difference": the largest absolute difference between what the two find: of a decoder
+    derivatives, of an encoder the features of all lanes.
     """
     seeds = np.arange(perturbations, dtype=np.uint64)
+    lanes = Variants(plan(seeds, "forward-ad").lanes, Dense(model.adapter))
+
+    def step() -> tuple[float, np.ndarray]:
+        if FAMILIES[model.family].encoder:
+            return 0.0, model.graph().features(batch, lanes)
+        return slopes(model, batch, seeds, "forward-ad")
+
     found: dict[str, Any] = {}
     values = []
     for name, recorded in (("kernel by kernel", False), ("recorded", True)):
         recording.enabled = recorded
         try:
-            slopes(model, batch, seeds, "forward-ad")  # the second time, the pass is recorded
-            values.append(slopes(model, batch, seeds, "forward-ad")[1])
-            found[name] = timed(lambda: slopes(model, batch, seeds, "forward-ad"), rounds)
+            step()  # the second time, the pass is recorded
+            values.append(step()[1])
+            found[name] = timed(step, rounds)
             if recorded and not recording.enabled:
                 found[name]["skipped"] = "this card or driver does not record the passes"
         finally:
@@ -196,8 +246,10 @@ def timed(step: Callable[[], tuple[float, np.ndarray]], rounds: int) -> dict[str
 
 
 def peer_model(model: StepModel) -> PeerModel:
-    """The same weights decoded to bfloat16, with rows of q and k in transformers' order."""
+    """The weights of a llama decoder in bfloat16, with rows of q and k in transformers' order."""
     args, config = model.args, model.adapter.config
+    assert isinstance(args, llama.Args)
+    assert args.rotary is not None
 
     def rows(name: str, x: torch.Tensor) -> torch.Tensor:
         heads = {"attn_q": args.n_heads, "attn_k": args.n_kv_heads}.get(name.split(".")[2])
@@ -230,7 +282,7 @@ def peer_model(model: StepModel) -> PeerModel:
         n_vocab=args.n_vocab,
         context=args.context,
         norm_eps=args.norm_eps,
-        rope_base=model.shape.rope_base,
+        rope_base=args.rotary.base,
         weight=weight,
         factors=factors,
         rank=config.rank,

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from fwdllm.engine.gguf.file import GGUFFile
 
 POOLINGS = {1: "mean", 2: "cls"}  # llama.cpp's enum llama_pooling_type
+# Of every token: sentences are not compared in pairs. One array, so that a GPU copies it once.
+_FIRST_TYPE = np.zeros(1, np.int32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,7 @@ def embed(args: Args, p: Pass) -> Array:
     """The input of the first layer: float32 [rows, width]."""
     x = p.embedding("token_embd", p.ids)
     x = x + p.embedding("position_embd", p.positions)
-    x = x + p.embedding("token_types", np.zeros(1, np.int32))
+    x = x + p.embedding("token_types", _FIRST_TYPE)
     return p.layer_norm(x, "token_embd_norm", args.norm_eps)
 
 

@@ -97,11 +97,7 @@ class OwnGraph:
                 )
             return found
 
-        inputs = [x for p in passes for x in p.inputs] + rows + labels
-        if self.adapter is not None:
-            inputs.append(self.adapter.theta)
-        size = batch.n_rows * n_lanes * self.args.width
-        found = self.ops.repeated(self._key(batch, variants), size, inputs, losses)
+        found = self._repeated(batch, variants, passes, rows + labels, losses)
         if self.residency:
             self.residency.leave(self.args.n_layers)
         return np.concatenate([self.ops.host(nll).reshape(n_lanes, -1) for nll in found], axis=1)
@@ -110,11 +106,13 @@ class OwnGraph:
         """See ``Graph.features``."""
         if self.family.pool is None:
             raise ConfigError("a decoder has no pooled features; llama.cpp embeds with it")
+        passes = self._passes(batch, variants)
+        outputs = self._repeated(batch, variants, passes, [], lambda: self._outputs(passes))
         found = [
             self.family.pool(self.args, self.ops.host(x), p.starts).reshape(
                 len(p.lanes), -1, self.args.width
             )
-            for p, x in self.run(batch, variants)
+            for p, x in zip(passes, outputs, strict=True)
         ]
         return np.concatenate(found, axis=1).reshape(-1, self.args.width)
 
@@ -344,6 +342,21 @@ class OwnGraph:
             if self.residency:
                 self.residency.leave(i_layer)
         return xs
+
+    def _repeated(
+        self,
+        batch: Batch,
+        variants: Variants,
+        passes: Sequence[Pass],
+        others: Sequence[np.ndarray],
+        run: Callable[[], list[Array]],
+    ) -> list[Array]:
+        """What ``run`` returns, by ``Kernels.repeated``. others: arrays that only it reads."""
+        inputs = [x for p in passes for x in p.inputs] + list(others)
+        if self.adapter is not None:
+            inputs.append(self.adapter.theta)
+        size = batch.n_rows * len(variants.lanes) * self.args.width
+        return self.ops.repeated(self._key(batch, variants), size, inputs, run)
 
     def _key(self, batch: Batch, variants: Variants) -> Hashable | None:
         """The pass's key for ``Kernels.repeated``: what decides which kernels run on which shapes.
