@@ -1,9 +1,9 @@
 """The seeded LoRA term of every lane, and what else is added to the result of a matmul.
 
 ``down`` computes u = x A_l^T, ``rank`` numbers for each row; ``up`` adds scale u B_l^T and the bias
-to the product x W^T in one pass over it. Directions are generated in registers where they are used,
-never stored. The rows of a lane may have parts with seeds of their own; a program works on one
-part.
+to the product x W^T in one pass over it, or writes them for the product to be added to. Directions
+are generated in registers where they are used, never stored. The rows of a lane may have parts with
+seeds of their own; a program works on one part.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fwdllm.kernels.triton.products import added
 from fwdllm.kernels.triton.random import draw, draw4, elements, far, in_turn, is_far
 from fwdllm.kernels.triton.runtime import (
     DEVICE,
@@ -140,6 +141,7 @@ def _down(
     DRAWN: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
     BM: tl.constexpr,
     RANK: tl.constexpr,
 ):
@@ -148,14 +150,12 @@ def _down(
     A program does that for BM rows of a part of a lane and ``chunk`` columns of x.
     x: [n_lanes, n, n_in].  factor: A, float32 [rank, n_in].  mask: multiplies z, of the shape of A,
     or None.  seeds, coefficients, starts: of a ``LaneTable``.  u: partial sums, float32 [chunks,
-    n_lanes, n, RANK], which ``_up`` adds; RANK is rank padded to a power of two.
+    n_lanes, n, RANK]; RANK is rank padded to a power of two.
     z[r, k] is number offset + r * n_in + k of the stream.  DRAWN: the distribution of z, or None to
     leave z out.  WIDE: positions need an int64.  ALIGNED: rows of A begin at multiples of 4, so the
     four numbers of a counter of the stream belong to four adjacent columns.
     """
     BK: tl.constexpr = 64
-    # Used for float32 operands, as those of the adapter always are.
-    PRECISION: tl.constexpr = "tf32" if x.dtype.element_ty == tl.bfloat16 else "ieee"
     lane = tl.program_id(1)
     part, i, i_in = _rows_of_part(starts, part_blocks, BM)
     i_in = i_in[:, None]
@@ -205,9 +205,9 @@ def down(
     wide = _padded(rank)
     chunks = cdiv(n_in, _CHUNK)
     u = torch.empty(chunks, len(x), wide, dtype=torch.float32, device=DEVICE)
-    # In float32 matmuls, threads have whole operands in registers.
-    narrow = x.dtype == torch.bfloat16
-    block_rows = min(128 if narrow else 32, pow2(table.longest, 16))
+    # With many ranks tiles are smaller, so that they fit the shared memory of consumer cards.
+    narrow = x.dtype == torch.bfloat16 and wide <= 16
+    block_rows = min(128 if narrow else 64 if wide <= 32 else 32, pow2(table.longest, 16))
     part_blocks = cdiv(table.longest, block_rows)
     _down[(table.n_parts * part_blocks, table.n_lanes, chunks)](
         x,
@@ -227,39 +227,18 @@ def down(
         DRAWN=drawn,
         WIDE=is_far(lora.offset + wide * n_in),
         ALIGNED=lora.offset % 4 == 0 and n_in % 4 == 0,
+        PRECISION=_precision(x.dtype),
         BM=block_rows,
         RANK=wide,
         num_warps=4,
-        num_stages=3 if narrow else 2,
+        num_stages=3 if wide <= 32 else 2,
     )
-    return u
+    return added(u, torch.float32) if chunks > 1 else u[0]
 
 
 def _padded(rank: int) -> int:
     """How many numbers u has for a row."""
     return pow2(rank, 8)
-
-
-@triton.jit
-def _sum(u, at, mask, chunks, stride):
-    """The sum of the partial sums of u at these positions, added in order."""
-    total = tl.load(u + at, mask=mask, other=0.0)
-    for c in range(1, chunks):
-        total += tl.load(u + c * stride + at, mask=mask, other=0.0)
-    return total
-
-
-@triton.jit
-def _draw_four(seed, index, NORMAL: tl.constexpr, ALIGNED: tl.constexpr):
-    """Elements index .. index + 3 of the stream; ALIGNED: index is a multiple of 4."""
-    if ALIGNED:
-        z0, z1, z2, z3 = draw4(seed, index // 4, NORMAL)
-    else:
-        z0 = draw(seed, index, NORMAL)
-        z1 = draw(seed, index + 1, NORMAL)
-        z2 = draw(seed, index + 2, NORMAL)
-        z3 = draw(seed, index + 3, NORMAL)
-    return z0, z1, z2, z3
 
 
 @triton.jit
@@ -278,7 +257,6 @@ def _up(
     n_out,
     scale,
     offset,
-    chunks,
     part_blocks,
     RANK: tl.constexpr,
     RANK_PADDED: tl.constexpr,
@@ -286,6 +264,7 @@ def _up(
     DRAWN: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -293,9 +272,10 @@ def _up(
 
     For a tangent y_l = product_l + scale (u_l B^T + c_l u_0 z(seed_l)^T), without bias.
     A program does that for BM rows of a part of a lane and BN outputs.
-    product, y: [n_lanes, n, n_out], maybe the same tensor.  u: of ``_down``, or None without LoRA;
-    then RANK is 0.  factor: B, float32 [n_out, RANK].  mask: multiplies z, of the shape of B, or
-    None.  bias: float32 [n_out] or None.  seeds, coefficients, starts: of a ``LaneTable``.
+    product, y: [n_lanes, n, n_out], maybe the same tensor; None for a product that is added later.
+    u: float32 [n_lanes, n, RANK_PADDED], or None without LoRA; then RANK is 0.  factor: B, float32
+    [n_out, RANK].  mask: multiplies z, of the shape of B, or None.  bias: float32 [n_out] or None.
+    seeds, coefficients, starts: of a ``LaneTable``.
     references: of the ``LaneTable`` if rows of the product are differences to rows of a reference
     lane, which are then added here; else None.
     z[o, r] is number offset + o * RANK + r of the stream; DRAWN, WIDE and ALIGNED as in ``_down``,
@@ -307,8 +287,40 @@ def _up(
     o_in = o < n_out
     both = i_in[:, None] & o_in[None, :]
     row = (lane * n + i).to(tl.int64)
-    acc = tl.load(product + row[:, None] * n_out + o[None, :], mask=both, other=0.0)
-    acc = acc.to(tl.float32)
+    acc = tl.zeros([BM, BN], tl.float32)
+    if RANK > 0:
+        seed = _seed_of(seeds, lane, part, part_blocks)
+        coefficient = tl.load(coefficients + lane)
+        r = tl.arange(0, RANK_PADDED)[None, :]
+        inside = o_in[:, None] & (r < RANK)
+        at = o[:, None] * RANK + r
+        b = tl.load(factor + at, mask=inside, other=0.0)
+        mine = tl.load(u + row[:, None] * RANK_PADDED + r, mask=i_in[:, None], other=0.0)
+        if DRAWN is None:
+            z = tl.zeros([BN, RANK_PADDED], tl.float32)
+            source = mine
+        else:
+            if ALIGNED:
+                counter = (offset + far(o * RANK, WIDE))[:, None] // 4
+                counter += tl.arange(0, RANK_PADDED // 4)[None, :]
+                z0, z1, z2, z3 = draw4(seed, counter, DRAWN == "normal")
+                z = in_turn(z0, z1, z2, z3)
+            else:
+                z = draw(seed, offset + far(at, WIDE), DRAWN == "normal")
+            if mask is not None:
+                z *= tl.load(mask + at, mask=inside, other=0.0)
+            z = tl.where(inside, coefficient * z, 0.0)
+            source = mine
+            if TANGENTS:
+                primal_at = i.to(tl.int64)[:, None] * RANK_PADDED + r
+                source = tl.load(u + primal_at, mask=i_in[:, None], other=0.0)
+        # Both terms in one product: of pairs (u_l, u_l or u_0) with pairs (B, c z).
+        left = scale * tl.join(mine, source).reshape(BM, 2 * RANK_PADDED)
+        right = tl.join(b, z).reshape(BN, 2 * RANK_PADDED)
+        acc = dot(left, tl.trans(right), acc, PRECISION)
+    at = row[:, None] * n_out + o[None, :]
+    if product is not None:
+        acc += tl.load(product + at, mask=both, other=0.0).to(tl.float32)
     if references is not None:
         reference = tl.load(references + lane)
         if reference != lane:
@@ -316,62 +328,41 @@ def _up(
             acc += tl.load(product + common, mask=both, other=0.0).to(tl.float32)
     if bias is not None and ((not TANGENTS) or lane == 0):
         acc += tl.load(bias + o, mask=o_in, other=0.0)[None, :]
-    if RANK > 0:
-        seed = _seed_of(seeds, lane, part, part_blocks)
-        coefficient = tl.load(coefficients + lane)
-        u_stride = (tl.num_programs(1) * n).to(tl.int64) * RANK_PADDED
-        for four in tl.static_range(0, RANK, 4):
-            # Elements r = four .. four + 3 of the rows o of B's direction.
-            z0 = tl.zeros([BN], tl.float32)
-            z1, z2, z3 = z0, z0, z0
-            if DRAWN is not None and coefficient != 0.0:
-                index = offset + far(o * RANK + four, WIDE)
-                z0, z1, z2, z3 = _draw_four(seed, index, DRAWN == "normal", ALIGNED)
-            for j in tl.static_range(4):
-                r = four + j
-                if r < RANK:
-                    z = coefficient * (z0 if j == 0 else z1 if j == 1 else z2 if j == 2 else z3)
-                    if mask is not None:
-                        z *= tl.load(mask + o * RANK + r, mask=o_in, other=0.0)
-                    b = tl.load(factor + o * RANK + r, mask=o_in, other=0.0)
-                    mine = scale * _sum(u, row * RANK_PADDED + r, i_in, chunks, u_stride)
-                    if TANGENTS:
-                        acc += mine[:, None] * b[None, :]
-                        if lane > 0:
-                            primal_at = i.to(tl.int64) * RANK_PADDED + r
-                            primal = scale * _sum(u, primal_at, i_in, chunks, u_stride)
-                            acc += primal[:, None] * z[None, :]
-                    else:
-                        acc += mine[:, None] * (b + z)[None, :]
-    tl.store(y + row[:, None] * n_out + o[None, :], cast(acc, y.dtype.element_ty), mask=both)
+    tl.store(y + at, cast(acc, y.dtype.element_ty), mask=both)
 
 
 def up(
-    product: torch.Tensor,
+    product: torch.Tensor | None,
     u: torch.Tensor | None,
     lora: LoRA | None,
     bias: torch.Tensor | None,
     table: LaneTable,
+    y: torch.Tensor,
     *,
     tangents: bool,
     relative: bool,
     drawn: str | None,
 ) -> torch.Tensor:
-    """The product x W^T plus LoRA term, bias and reference rows; in place unless ``relative``.
+    """y, [rows, n_out], made the product x W^T plus LoRA term, bias and reference rows.
 
-    u: of ``down``.  relative: whether rows of a lane are differences to those of its reference.
-    drawn: the distribution of B's direction; None leaves the direction out, for one in a basis.
+    product: None to leave it out; y itself unless ``relative``.  u: of ``down``.  relative: whether
+    rows of a lane are differences to those of its reference.  drawn: the distribution of B's
+    direction; None leaves the direction out, for one in a basis.
     """
-    n_out = product.shape[1]
-    y = torch.empty_like(product) if relative else product
+    n_out = y.shape[1]
     rank = 0 if lora is None else lora.b.shape[1]
-    block_rows = min(64, pow2(table.longest, 8))
+    # The direction is drawn again for every block of rows: 3.5 instructions an output with 128. With
+    # more ranks, or three TF32 parts of each number, a thread has no registers for so many rows.
+    wide = _padded(rank)
+    narrow = y.dtype == torch.bfloat16 and wide <= 16
+    block_rows = min(128 if narrow else 64, pow2(table.longest, 16))
+    block_out = 64 if wide <= 32 else 32
     part_blocks = cdiv(table.longest, block_rows)
     offset = 0 if lora is None else lora.offset_b
     mask = None
     if lora is not None and lora.mask is not None:
         mask = constant(lora.mask)[lora.a.shape[0] * lora.a.shape[1] :]
-    _up[(table.n_parts * part_blocks, table.n_lanes, cdiv(n_out, 64))](
+    _up[(table.n_parts * part_blocks, table.n_lanes, cdiv(n_out, block_out))](
         product,
         u,
         None if lora is None else tensor(lora.b),
@@ -386,19 +377,27 @@ def up(
         n_out,
         1.0 if lora is None else float(lora.scale),
         offset,
-        1 if u is None else len(u),
         part_blocks,
         RANK=rank,
-        RANK_PADDED=_padded(rank),
+        RANK_PADDED=wide,
         TANGENTS=tangents,
         DRAWN=drawn,
         WIDE=is_far(offset + n_out * rank),
         ALIGNED=offset % 4 == 0 and rank % 4 == 0,
+        PRECISION=_precision(y.dtype),
         BM=block_rows,
-        BN=64,
+        BN=block_out,
         num_warps=4,
     )
     return y
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How tensor cores take the adapter's float32 operands, beside activations of this type.
+
+    TF32 has more bits than bfloat16; the product of three TF32 parts is as good as float32.
+    """
+    return "tf32" if dtype == torch.bfloat16 else "tf32x3"
 
 
 def coordinates(lora: LoRA, lanes: Lanes, lane: int, part: int, of_b: bool) -> torch.Tensor:

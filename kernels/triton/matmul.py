@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -18,7 +19,7 @@ from fwdllm.kernels.triton.lora import (
     round_to_references,
     up,
 )
-from fwdllm.kernels.triton.products import added, product, product_back
+from fwdllm.kernels.triton.products import add_product, added_to, product, product_back
 from fwdllm.kernels.triton.runtime import (
     cdiv,
     check_rows,
@@ -65,23 +66,25 @@ def matmul(
     relative = bool(not exact and x.dtype == torch.float32 and (lanes.references != own).any())
     if len(x) == 0:
         return x.new_empty(0, weight.n_out)
-    rows = round_to_references(x, table) if relative else x
-    y = product(rows, weight, x.dtype, exact)
     if bias is None and lora is None and not relative:
-        return y
-    u = None
-    if lora is not None:
-        u = _bottleneck(x, lora, lanes, table)
-    y = up(
-        y,
-        u,
-        lora,
-        None if bias is None else constant(bias),
-        table,
+        return product(x, weight, x.dtype, exact)
+    u = None if lora is None else _bottleneck(x, lora, lanes, table)
+    terms = partial(
+        up,
+        u=u,
+        lora=lora,
+        bias=None if bias is None else constant(bias),
+        table=table,
         tangents=lanes.n_tangents > 0,
         relative=relative,
         drawn=None if lora is None or lora.basis_b is not None else lanes.distribution,
     )
+    if added_to(x, exact) and not relative:
+        y = terms(None, y=x.new_empty(len(x), weight.n_out))
+        add_product(y, x, weight)
+    else:
+        found = product(round_to_references(x, table) if relative else x, weight, x.dtype, exact)
+        y = terms(found, y=torch.empty_like(found) if relative else found)
     if lora is not None and u is not None and lora.basis_b is not None:
         _add_subspace(y, u, lora, lanes, table)
     return y
@@ -109,7 +112,7 @@ def _bottleneck(x: torch.Tensor, lora: LoRA, lanes: Lanes, table: LaneTable) -> 
     for lane, part, rows, primal in _perturbed_rows(lanes, table):
         z = coordinates(lora, lanes, lane, part, of_b=False)
         source = inside[primal if tangents else rows]
-        u[0, rows, : len(z)] += source @ z.T
+        u[rows, : len(z)] += source @ z.T
     return u
 
 
@@ -120,11 +123,10 @@ def _add_subspace(
     assert lora.basis_b is not None
     if len(lora.basis_b) == 0:
         return
-    total = u.sum(dim=0)
     basis = constant(lora.basis_b)
     for lane, part, rows, primal in _perturbed_rows(lanes, table):
         z = coordinates(lora, lanes, lane, part, of_b=True)
-        source = total[primal if lanes.n_tangents else rows, : len(z)]
+        source = u[primal if lanes.n_tangents else rows, : len(z)]
         y[rows] += (lora.scale * (source @ z @ basis)).to(y.dtype)
 
 
@@ -153,7 +155,7 @@ def matmul_vjp(
         return dx
     turned, table = _turned(lora), lane_table(Lanes.plain(), len(dy))
     v = down(dy, turned, table, tangents=False, drawn=None)
-    return up(dx, v, turned, None, table, tangents=False, relative=False, drawn=None)
+    return up(dx, v, turned, None, table, dx, tangents=False, relative=False, drawn=None)
 
 
 def lora_vjp(x: Array, dy: Array, lora: LoRA, da: Array, db: Array) -> None:
@@ -218,7 +220,7 @@ def _add_outer_products(
     there = tensor(to)
     rank, width = len(lora.a), x.shape[1]
     table = lane_table(Lanes.plain(), len(x))
-    c = added(down(side, lora, table, tangents=False, drawn=None), torch.float32)
+    c = down(side, lora, table, tangents=False, drawn=None)
     ranks = min(_RANKS, pow2(rank))
     _add_outer[(cdiv(width, _COLUMNS), cdiv(rank, ranks))](
         c,

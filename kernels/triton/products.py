@@ -175,6 +175,27 @@ def back_by_scratch(x: torch.Tensor, weight: DeviceWeight) -> torch.Tensor:
     return y
 
 
+def added_to(x: torch.Tensor, exact: bool) -> bool:
+    """Whether ``add_product`` can take x: its rows are many, and bfloat16."""
+    return not exact and x.dtype == torch.bfloat16 and len(x) >= SCRATCH_ROWS
+
+
+def add_product(y: torch.Tensor, x: torch.Tensor, weight: DeviceWeight) -> None:
+    """y += x W^T in place, by decoding to scratch; y, x bfloat16.
+
+    The vendor's product reads y while it computes: what is written to y before costs less time than
+    a pass over the product after it.
+    """
+    at = 0
+    for part in _scratch_parts(weight):
+        w, some = decoded(part, torch.bfloat16), y[:, at : at + part.n_out]
+        if INTERPRETED:
+            some[:] = some.float() + x.float() @ w.float().T
+        else:
+            some.addmm_(x, w.T)
+        at += part.n_out
+
+
 def vendor(x: torch.Tensor, w: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """x w^T of bfloat16 matrices as ``dtype``, summed in float32 by PyTorch's library."""
     if INTERPRETED:  # PyTorch on a CPU cannot return float32 for bfloat16 operands

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 import triton
 import triton.language as tl
 
 from fwdllm.kernels.api import Array
 from fwdllm.kernels.triton.random import draw4, far, in_turn, is_far
-from fwdllm.kernels.triton.runtime import cdiv, check_distribution, host, tensor
+from fwdllm.kernels.triton.runtime import cdiv, check_distribution, tensor
 
 # Blocks of four numbers that a program makes of each seed: two in each thread of 4 warps.
 _BLOCK = 256
@@ -78,4 +79,4 @@ def seeded_axpy(
         BLOCK=_BLOCK,
     )
     if isinstance(theta, np.ndarray):
-        theta[:] = host(there)
+        torch.from_numpy(theta).copy_(there)
