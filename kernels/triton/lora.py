@@ -168,7 +168,7 @@ def _down(
     begin = tl.program_id(2) * chunk
     for k0 in range(begin, min(begin + chunk, n_in), BK):
         k = k0 + tl.arange(0, BK)[None, :]
-        rows = tl.load(x + row + k, mask=i_in & (k < n_in), other=0.0).to(tl.float32)
+        rows = tl.load(x + row + k, mask=i_in & (k < n_in), other=0.0)
         inside = (r < rank) & (k < n_in)
         a = tl.load(factor + r * n_in + k, mask=inside, other=0.0)
         if DRAWN is not None and coefficient != 0.0:
@@ -184,10 +184,10 @@ def _down(
             z = tl.where(inside, coefficient * z, 0.0)
             if TANGENTS:
                 primal = tl.load(x + primal_row + k, mask=i_in & (k < n_in), other=0.0)
-                acc = dot(primal.to(tl.float32), tl.trans(z), acc, PRECISION)
+                acc = dot(primal, tl.trans(cast(z, x.dtype.element_ty)), acc, PRECISION)
             else:
                 a += z
-        acc = dot(rows, tl.trans(a), acc, PRECISION)
+        acc = dot(rows, tl.trans(cast(a, x.dtype.element_ty)), acc, PRECISION)
     n_rows = tl.num_programs(1) * n
     to = (tl.program_id(2) * n_rows + lane * n + i).to(tl.int64)[:, None] * RANK
     tl.store(u + to + tl.arange(0, RANK)[None, :], acc, mask=i_in)
@@ -351,8 +351,8 @@ def up(
     """
     n_out = y.shape[1]
     rank = 0 if lora is None else lora.b.shape[1]
-    # The direction is drawn again for every block of rows: 3.5 instructions an output with 128. With
-    # more ranks, or three TF32 parts of each number, a thread has no registers for so many rows.
+    # The direction is drawn again for every block of rows: 3.5 instructions an output with 128.
+    # With more ranks, or three TF32 parts of a number, a thread has no registers for so many rows.
     wide = _padded(rank)
     narrow = y.dtype == torch.bfloat16 and wide <= 16
     block_rows = min(128 if narrow else 64, pow2(table.longest, 16))
@@ -393,9 +393,9 @@ def up(
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How tensor cores take the adapter's float32 operands, beside activations of this type.
+    """How tensor cores take float32 operands of the adapter, beside activations of this type.
 
-    TF32 has more bits than bfloat16; the product of three TF32 parts is as good as float32.
+    TF32 has more bits than bfloat16, and the products of three TF32 parts are as good as float32's.
     """
     return "tf32" if dtype == torch.bfloat16 else "tf32x3"
 

@@ -166,12 +166,13 @@ def by_scratch(x: torch.Tensor, weight: DeviceWeight, dtype: torch.dtype) -> tor
 
 def back_by_scratch(x: torch.Tensor, weight: DeviceWeight) -> torch.Tensor:
     """x W as float32 [rows, n_in], by decoding to scratch; x [rows, n_out] is bfloat16."""
-    y = torch.zeros(len(x), weight.n_in, dtype=torch.float32, device=DEVICE)
-    at = 0
+    y, at = None, 0
     for part in _scratch_parts(weight):
         some = x[:, at : at + part.n_out]
-        y += vendor(some, decoded(part, torch.bfloat16).T, torch.float32)
+        found = vendor(some, decoded(part, torch.bfloat16).T, torch.float32)
+        y = found if y is None else y.add_(found)
         at += part.n_out
+    assert y is not None
     return y
 
 

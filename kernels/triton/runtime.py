@@ -137,7 +137,10 @@ def host(x: Array) -> np.ndarray:
         return x
     if x.dtype == torch.bfloat16:
         x = x.float()
-    found: np.ndarray = x.cpu().numpy()
+    if x.is_cuda:
+        # To pinned memory, which PyTorch keeps for the next time: 33 MB in 1 ms instead of 8.
+        x = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x)
+    found: np.ndarray = x.numpy()
     return found
 
 

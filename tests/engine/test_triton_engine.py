@@ -259,3 +259,27 @@ def test_a_repeated_pass_sees_what_has_changed(path: Path) -> None:
         assert any(used is held for held in found.held)
     engine.directional_derivatives(step_batch([[5, 6, 7]], 1), SEEDS[:1])
     assert len(recording.recordings) == 2
+
+
+def test_a_repeated_pass_of_an_encoder_sees_what_has_changed(tmp_path: Path) -> None:
+    from fwdllm.kernels.triton import recording
+
+    make_encoder(tmp_path / "model.gguf")
+    lora = LoRAConfig(rank=2, targets=("attn_v", "ffn_up"))
+    engine = half_trained(
+        Engine.load(tmp_path / "model.gguf", lora, labels=("bad", "good"), device="cuda")
+    )
+    recording.recordings.clear()
+    for i in range(3):
+        batch = pack([Tokens([3 + i, 9, 4], [False] * 3, 1), Tokens([7, 2 + i], [False] * 2, 0)])
+        seeds = SEEDS[:1] + np.uint64(i)
+        got = engine.directional_derivatives(batch, seeds)
+        [found] = recording.recordings.values()
+        assert (found.launch is not None) == (i > 0)
+        recording.enabled = False
+        try:
+            want = engine.directional_derivatives(batch, seeds)
+        finally:
+            recording.enabled = True
+        assert got.loss == want.loss
+        np.testing.assert_array_equal(got.derivative, want.derivative)

@@ -155,9 +155,11 @@ def adapters() -> None:
     masked = adapter(3, offset=1023, mask=zeros(3 * (HIDDEN + WIDTH)))
     inside = adapter(3, basis_a=zeros(4, HIDDEN), basis_b=zeros(4, WIDTH))
     ops.matmul(narrow, w, lora=even, lanes=tangents)
+    ops.matmul(narrow, w, lora=adapter(64), lanes=tangents)
     ops.matmul(narrow, w, lora=odd, lanes=parts)
     ops.matmul(narrow, w, lora=inside, lanes=tangents)
     ops.matmul(wide, w, lora=even, lanes=pairs(4), bias=empty(WIDTH))
+    ops.matmul(wide, w, lora=adapter(64), lanes=pairs(4))
     ops.matmul(wide, w, lora=masked, lanes=pairs(4, "rademacher"))
     ops.matmul(wide, w, lora=even, lanes=tangents, exact=True)
 
