@@ -86,7 +86,7 @@ def measure(
             n: partial(gpu_step.StepModel.make, s, QuantType.Q4_0, lora) for n, s in names.items()
         }
         models |= {path.name: partial(gpu_step.StepModel.open, path, lora) for path in files}
-        found = {}
+        found: dict[str, Any] = {}
         for name, make in models.items():
             model = make()
             _, batch = gpu_step.random_batch(

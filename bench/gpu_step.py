@@ -262,7 +262,7 @@ def peer_model(model: StepModel) -> PeerModel:
         stem = name.removesuffix(".weight")
         if not model.weights.has(stem):
             return torch.from_numpy(model.weights.vector(name)).to(DEVICE, torch.bfloat16)
-        x = decoded(model.weights.matrix(stem), torch.bfloat16)
+        x = decoded(ops.weight(model.weights.matrix(stem)), torch.bfloat16)
         return rows(name, x) if name.startswith("blk.") else x
 
     def factors(name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,7 +28,6 @@ class Pass:
     Before the first perturbed layer all lanes are equal, so only one is computed; ``enter`` adds
     the rows of the others when the graph reaches that layer. ids, positions, starts and lanes are
     those of the current rows.  block_rows: rows, of all lanes, that ``in_blocks`` takes at a time.
-    theta: the kernels' copy of the adapter's theta, set before the first layer.
     """
 
     def __init__(
@@ -45,15 +44,12 @@ class Pass:
         self.weights = weights
         self.batch = batch
         self.ids = batch.ids
-        self.positions = batch.positions
-        self.starts = batch.starts
         self.exact = exact
         self.block_rows = block_rows
         self._tap = variants.tap
         self.adapter = adapter
-        self.theta: Array | None = None
         self._all_lanes = variants.lanes
-        self.lanes = replace(Lanes.plain(), tangents=self._all_lanes.tangents)
+        self.begin(None)
         self._first_row = 0  # of each lane, in the current block of rows
         self._directions = variants.directions
         moved = self._directions.targets if self._directions else ()
@@ -69,6 +65,12 @@ class Pass:
         self._all_starts = np.concatenate([self.starts[:1], *ends]).astype(np.int32)
         self._all_positions = np.tile(self.positions, n)
         self._still = self._all_lanes.unperturbed()
+
+    def begin(self, theta: Array | None) -> None:
+        """Go to before the first layer. theta: the kernels' copy of the adapter's."""
+        self.theta = theta
+        self.positions, self.starts = self.batch.positions, self.batch.starts
+        self.lanes = replace(Lanes.plain(), tangents=self._all_lanes.tangents)
 
     @property
     def inputs(self) -> list[np.ndarray]:
@@ -89,6 +91,14 @@ class Pass:
             return x
         self.starts, self.positions = self._all_starts, self._all_positions
         return self.ops.spread(x, self.lanes, self.exact)
+
+    def lanes_of(self, x: Array) -> tuple[int, np.ndarray]:
+        """How many lanes an output of the last layer has, and the starts of all their sequences.
+
+        Also of a pass that was not run, because a recording of one like it was.
+        """
+        n = len(x) // self.batch.n_rows
+        return n, self._all_starts if n > 1 else self.batch.starts
 
     def embedding(self, name: str, ids: np.ndarray) -> Array:
         """Rows ``ids`` of the table ``name``: float32 [len(ids), width]."""

@@ -108,12 +108,11 @@ class OwnGraph:
             raise ConfigError("a decoder has no pooled features; llama.cpp embeds with it")
         passes = self._passes(batch, variants)
         outputs = self._repeated(batch, variants, passes, [], lambda: self._outputs(passes))
-        found = [
-            self.family.pool(self.args, self.ops.host(x), p.starts).reshape(
-                len(p.lanes), -1, self.args.width
-            )
-            for p, x in zip(passes, outputs, strict=True)
-        ]
+        found = []
+        for p, x in zip(passes, outputs, strict=True):
+            n_lanes, starts = p.lanes_of(x)
+            features = self.family.pool(self.args, self.ops.host(x), starts)
+            found.append(features.reshape(n_lanes, -1, self.args.width))
         return np.concatenate(found, axis=1).reshape(-1, self.args.width)
 
     def token_gradient(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
@@ -321,10 +320,9 @@ class OwnGraph:
 
     def _inputs(self, passes: Sequence[Pass]) -> list[Array]:
         """The first layer's input of each pass, which from now on is at the adapter's theta."""
-        if self.adapter is not None:
-            theta = self.ops.array(self.adapter.theta)
-            for p in passes:
-                p.theta = theta
+        theta = None if self.adapter is None else self.ops.array(self.adapter.theta)
+        for p in passes:
+            p.begin(theta)
         return [self.family.embed(self.args, p) for p in passes]
 
     def _through_layers(
