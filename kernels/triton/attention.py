@@ -38,7 +38,6 @@ from fwdllm.kernels.triton.runtime import (
     tensor,
 )
 
-
 # Of float32 operands; bfloat16 ones need no more than one product.
 _PRECISION = tl.constexpr("tf32x3")
 # Exponentials are powers of two, which GPUs have an instruction for.
@@ -65,6 +64,7 @@ def _attention(
     v,
     starts,
     y,
+    whole,
     logs,
     rows,
     q_width,
@@ -77,10 +77,12 @@ def _attention(
     BM: tl.constexpr,
     BN: tl.constexpr,
     D: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """y of a block of BM queries of one head, over BN keys at a time.
 
-    logs: float32 [heads, rows], the logarithm to base 2 of each query's sum of exponentials.
+    whole: if WHOLE, also gets y, in float32.  logs: float32 [heads, rows], the logarithm to base 2
+    of each query's sum of exponentials.
     """
     sequence, head = tl.program_id(0) // blocks, tl.program_id(1)
     begin, end = tl.load(starts + sequence), tl.load(starts + sequence + 1)
@@ -116,6 +118,8 @@ def _attention(
     total = tl.where(total == 0.0, 1.0, total)
     out = acc * (1.0 / total)[:, None]
     tl.store(y + q_at, cast(out, y.dtype.element_ty), mask=i_in)
+    if WHOLE:
+        tl.store(whole + q_at, out, mask=i_in)
     tl.store(logs + head.to(tl.int64) * rows + i, largest + tl.log2(total), mask=i < end)
 
 
@@ -126,6 +130,7 @@ def _tangents(
     v,
     starts,
     y,
+    whole,
     logs,
     rows,
     q_width,
@@ -139,7 +144,7 @@ def _tangents(
     BN: tl.constexpr,
     D: tl.constexpr,
 ):
-    """As ``_attention`` for one tangent of y, from the primal's y and logs."""
+    """As ``_attention`` for one tangent of y, from the primal's ``whole`` and ``logs``."""
     sequence, head = tl.program_id(0) // blocks, tl.program_id(1)
     begin, end = tl.load(starts + sequence), tl.load(starts + sequence + 1)
     first = begin + (tl.program_id(0) % blocks) * BM
@@ -174,7 +179,7 @@ def _tangents(
         slopes += tl.sum(weighted, axis=1)
         acc = dot(cast(weighted, vs.dtype), vs, acc, _PRECISION)
         acc = dot(cast(p, vs.dtype), dvs, acc, _PRECISION)
-    acc -= tl.load(y + q_at, mask=i_in, other=0.0).to(tl.float32) * slopes[:, None]
+    acc -= tl.load(whole + q_at, mask=i_in, other=0.0) * slopes[:, None]
     tl.store(y + q_at + move * q_width, cast(acc, y.dtype.element_ty), mask=i_in)
 
 
@@ -194,7 +199,7 @@ def _tiles(kernel: Any, dtype: torch.dtype, head_dim: int, longest: int) -> dict
     wide = pow2(head_dim, 16 if narrow else 32)
     large = _large_tiles() and wide <= 128
     if narrow or kernel is _attention:
-        rows = 64 if large or narrow and kernel is _attention else 32
+        rows = 64 if large or (narrow and kernel is _attention) else 32
     else:  # tangents and cotangents of float32 have the most operands
         rows = 32 if wide <= (128 if kernel is _tangents else 64) else 16
     return {
@@ -236,11 +241,16 @@ def attention(
     heads, group = q.shape[1] // head_dim, q.shape[1] // k.shape[1]
     primal = len(q) // (1 + tangents)
     logs = torch.empty(heads, primal, dtype=torch.float32, device=DEVICE)
-    arrays = (q, k, v, small(starts), y, logs)
+    # Where terms of a tangent cancel, the rounding of y would be much of what is left.
+    separate = tangents > 0 and q.dtype != torch.float32
+    whole = torch.empty_like(q[:primal], dtype=torch.float32) if separate else y
+    arrays = (q, k, v, small(starts), y, whole, logs)
     shape = (primal, q.shape[1], k.shape[1], group, head_dim, scale)
     options = _tiles(_attention, q.dtype, head_dim, longest)
     blocks = cdiv(longest, options["BM"])
-    _attention[(sequences * blocks, heads)](*arrays, *shape, blocks, CAUSAL=causal, **options)
+    _attention[(sequences * blocks, heads)](
+        *arrays, *shape, blocks, CAUSAL=causal, WHOLE=separate, **options
+    )
     if tangents:
         options = _tiles(_tangents, q.dtype, head_dim, longest)
         blocks = cdiv(longest, options["BM"])
@@ -416,7 +426,7 @@ def attention_vjp(
     options = _tiles(_attention, q.dtype, head_dim, longest)
     blocks = cdiv(longest, options["BM"])
     _attention[(sequences * blocks, heads)](
-        *arrays, y, logs, *shape, blocks, CAUSAL=causal, **options
+        *arrays, y, y, logs, *shape, blocks, CAUSAL=causal, WHOLE=False, **options
     )
     options = _tiles(_queries_vjp, q.dtype, head_dim, longest)
     blocks = cdiv(longest, options["BM"])
