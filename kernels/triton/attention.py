@@ -1,17 +1,23 @@
 """Softmax attention inside each sequence, its derivative and its cotangents, without stored scores.
 
 A program has a block of queries of one head and goes through the keys once with a running maximum
-(FlashAttention, arXiv 2205.14135). A program of a tangent computes the primal's probabilities p
-again, and also sums the terms of the product rule: dy = sum p (ds - mean ds) v + sum p dv, where
-mean ds = sum p ds.
+(FlashAttention, arXiv 2205.14135). It keeps the logarithm of each query's sum of exponentials, from
+which the others compute the probabilities p again. A program of a tangent sums the terms of the
+product rule: dy = sum p (ds - mean ds) v + sum p dv, where mean ds = sum p ds and sum p v = y.
 
 Back, dQ = dS K, dK = dS^T Q and dV = P^T dY, where dS = scale P (dP - mean dP), dP = dY V^T and
-mean dP = sum P dP of each query (FlashAttention-2, arXiv 2307.08691). Programs with a block of
-queries add up dQ over the keys, and programs with a block of keys dK and dV over the queries: each
-sum is of one program, in one order.
+mean dP = sum P dP = dY . Y of each query (FlashAttention-2, arXiv 2307.08691). Programs with a
+block of queries add up dQ over the keys, and programs with a block of keys dK and dV over the
+queries: each sum is of one program, in one order.
+
+Products of float32 are three products of TF32 on tensor cores, of the high and the low halves of
+their operands: what is left out, of both low halves, is 2^-22 of a product at most.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +27,7 @@ import triton.language as tl
 from fwdllm.kernels.api import Array
 from fwdllm.kernels.triton.runtime import (
     DEVICE,
+    INTERPRETED,
     cast,
     cdiv,
     check_rows,
@@ -31,15 +38,23 @@ from fwdllm.kernels.triton.runtime import (
     tensor,
 )
 
+# Of float32 operands; bfloat16 ones need no more than one product.
+_PRECISION = tl.constexpr("tf32x3")
+# Exponentials are powers of two, which GPUs have an instruction for.
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
-def _scores(qs, ks, i, j, end, scale, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """scale q k^T of queries i and keys j, -inf where a query does not see a key: [BM, BN]."""
-    scores = scale * dot(qs, tl.trans(ks), tl.zeros([BM, BN], tl.float32), "ieee")
+def _exponents(qs, ks, i, j, end, scale, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """scale q k^T of queries i and keys j by log2 e, -inf where a query does not see a key.
+
+    qs: [BM, D].  ks: [BN, D].  [BM, BN].
+    """
+    scores = dot(qs, tl.trans(ks), tl.zeros([BM, BN], tl.float32), _PRECISION)
     seen = j[None, :] < end
     if CAUSAL:
         seen = seen & (j[None, :] <= i[:, None])
-    return tl.where(seen, scores, float("-inf"))
+    return tl.where(seen, (scale * _LOG2_E) * scores, float("-inf"))
 
 
 @triton.jit
@@ -49,6 +64,8 @@ def _attention(
     v,
     starts,
     y,
+    whole,
+    logs,
     rows,
     q_width,
     kv_width,
@@ -57,28 +74,27 @@ def _attention(
     scale,
     blocks,
     CAUSAL: tl.constexpr,
-    TANGENT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     D: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
+    """y of a block of BM queries of one head, over BN keys at a time.
+
+    whole: if WHOLE, also gets y, in float32.  logs: float32 [heads, rows], the logarithm to base 2
+    of each query's sum of exponentials.
+    """
     sequence, head = tl.program_id(0) // blocks, tl.program_id(1)
     begin, end = tl.load(starts + sequence), tl.load(starts + sequence + 1)
     first = begin + (tl.program_id(0) % blocks) * BM
     i = first + tl.arange(0, BM)
     d = tl.arange(0, D)
     i_in = (i[:, None] < end) & (d[None, :] < head_dim)
-    # Rows of a tangent come after those of the primal and of the tangents before it.
-    move = (tl.program_id(2) + 1).to(tl.int64) * rows
     q_at = i.to(tl.int64)[:, None] * q_width + head * head_dim + d[None, :]
     qs = tl.load(q + q_at, mask=i_in, other=0.0)
     largest = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
-    if TANGENT:
-        dqs = tl.load(q + q_at + move * q_width, mask=i_in, other=0.0)
-        slopes = tl.zeros([BM], tl.float32)
-        dacc = tl.zeros([BM, D], tl.float32)
     stop = end
     if CAUSAL:
         stop = tl.minimum(end, first + BM)
@@ -90,31 +106,109 @@ def _attention(
         kv_at = j.to(tl.int64)[:, None] * kv_width + (head // group) * head_dim + d[None, :]
         ks = tl.load(k + kv_at, mask=j_in, other=0.0)
         vs = tl.load(v + kv_at, mask=j_in, other=0.0)
-        scores = _scores(qs, ks, i, j, end, scale, CAUSAL, BM, BN)
-        above = tl.maximum(largest, tl.max(scores, axis=1))
+        exponents = _exponents(qs, ks, i, j, end, scale, CAUSAL, BM, BN)
+        above = tl.maximum(largest, tl.max(exponents, axis=1))
         # A row past the end sees no key: its maximum is -inf, and -inf minus -inf would be NaN.
         shift = tl.where(above == float("-inf"), 0.0, above)
-        p = tl.exp(scores - shift[:, None])
-        shrink = tl.exp(largest - shift)
+        p = tl.exp2(exponents - shift[:, None])
+        shrink = tl.exp2(largest - shift)
         largest = above
         total = total * shrink + tl.sum(p, axis=1)
-        acc = dot(cast(p, vs.dtype), vs, acc * shrink[:, None], "ieee")
-        if TANGENT:
-            dks = tl.load(k + kv_at + move * kv_width, mask=j_in, other=0.0)
-            dvs = tl.load(v + kv_at + move * kv_width, mask=j_in, other=0.0)
-            ds = dot(dqs, tl.trans(ks), tl.zeros([BM, BN], tl.float32), "ieee")
-            ds = scale * dot(qs, tl.trans(dks), ds, "ieee")
-            weighted = p * ds
-            slopes = slopes * shrink + tl.sum(weighted, axis=1)
-            dacc = dot(cast(weighted, vs.dtype), vs, dacc * shrink[:, None], "ieee")
-            dacc = dot(cast(p, vs.dtype), dvs, dacc, "ieee")
-    total = tl.where(total == 0.0, 1.0, total)[:, None]
-    out = acc / total
-    if TANGENT:
-        out = dacc / total - out * (slopes[:, None] / total)
-        tl.store(y + q_at + move * q_width, cast(out, y.dtype.element_ty), mask=i_in)
-    else:
-        tl.store(y + q_at, cast(out, y.dtype.element_ty), mask=i_in)
+        acc = dot(cast(p, vs.dtype), vs, acc * shrink[:, None], _PRECISION)
+    total = tl.where(total == 0.0, 1.0, total)
+    out = acc * (1.0 / total)[:, None]
+    tl.store(y + q_at, cast(out, y.dtype.element_ty), mask=i_in)
+    if WHOLE:
+        tl.store(whole + q_at, out, mask=i_in)
+    tl.store(logs + head.to(tl.int64) * rows + i, largest + tl.log2(total), mask=i < end)
+
+
+@triton.jit
+def _tangents(
+    q,
+    k,
+    v,
+    starts,
+    y,
+    whole,
+    logs,
+    rows,
+    q_width,
+    kv_width,
+    group,
+    head_dim,
+    scale,
+    blocks,
+    CAUSAL: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    D: tl.constexpr,
+):
+    """As ``_attention`` for one tangent of y, from the primal's ``whole`` and ``logs``."""
+    sequence, head = tl.program_id(0) // blocks, tl.program_id(1)
+    begin, end = tl.load(starts + sequence), tl.load(starts + sequence + 1)
+    first = begin + (tl.program_id(0) % blocks) * BM
+    i = first + tl.arange(0, BM)
+    d = tl.arange(0, D)
+    i_in = (i[:, None] < end) & (d[None, :] < head_dim)
+    # Rows of a tangent come after those of the primal and of the tangents before it.
+    move = (tl.program_id(2) + 1).to(tl.int64) * rows
+    q_at = i.to(tl.int64)[:, None] * q_width + head * head_dim + d[None, :]
+    qs = tl.load(q + q_at, mask=i_in, other=0.0)
+    dqs = tl.load(q + q_at + move * q_width, mask=i_in, other=0.0)
+    log = tl.load(logs + head.to(tl.int64) * rows + i, mask=i < end, other=0.0)
+    slopes = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, D], tl.float32)
+    stop = end
+    if CAUSAL:
+        stop = tl.minimum(end, first + BM)
+    if first >= end:
+        stop = begin
+    for j0 in range(begin, stop, BN):
+        j = j0 + tl.arange(0, BN)
+        j_in = (j[:, None] < end) & (d[None, :] < head_dim)
+        kv_at = j.to(tl.int64)[:, None] * kv_width + (head // group) * head_dim + d[None, :]
+        ks = tl.load(k + kv_at, mask=j_in, other=0.0)
+        vs = tl.load(v + kv_at, mask=j_in, other=0.0)
+        dks = tl.load(k + kv_at + move * kv_width, mask=j_in, other=0.0)
+        dvs = tl.load(v + kv_at + move * kv_width, mask=j_in, other=0.0)
+        p = tl.exp2(_exponents(qs, ks, i, j, end, scale, CAUSAL, BM, BN) - log[:, None])
+        ds = dot(dqs, tl.trans(ks), tl.zeros([BM, BN], tl.float32), _PRECISION)
+        ds = dot(qs, tl.trans(dks), ds, _PRECISION)
+        weighted = p * (scale * ds)
+        slopes += tl.sum(weighted, axis=1)
+        acc = dot(cast(weighted, vs.dtype), vs, acc, _PRECISION)
+        acc = dot(cast(p, vs.dtype), dvs, acc, _PRECISION)
+    acc -= tl.load(whole + q_at, mask=i_in, other=0.0) * slopes[:, None]
+    tl.store(y + q_at + move * q_width, cast(acc, y.dtype.element_ty), mask=i_in)
+
+
+@lru_cache(maxsize=1)
+def _large_tiles() -> bool:
+    """Whether tensor cores read 64 rows at a time from shared memory, as those of an H100 do."""
+    if INTERPRETED:
+        return True
+    target = triton.runtime.driver.active.get_current_target()
+    return bool(target.backend == "cuda" and target.arch // 10 == 9)
+
+
+def _tiles(kernel: Any, dtype: torch.dtype, head_dim: int, longest: int) -> dict[str, int]:
+    """How a program works: for heads of 128 with few spills and 99 KB of shared memory or less."""
+    narrow = dtype == torch.bfloat16
+    # With float32 heads of 16 dimensions, a tangent kernel fails an LLVM assertion in Triton 3.9.
+    wide = pow2(head_dim, 16 if narrow else 32)
+    large = _large_tiles() and wide <= 128
+    if narrow or kernel is _attention:
+        rows = 64 if large or (narrow and kernel is _attention) else 32
+    else:  # tangents and cotangents of float32 have the most operands
+        rows = 32 if wide <= (128 if kernel is _tangents else 64) else 16
+    return {
+        "BM": min(rows, pow2(longest, 16)),
+        "BN": 32,
+        "D": wide,
+        "num_warps": 4,
+        "num_stages": 2 if narrow else 1,
+    }
 
 
 def attention(
@@ -145,35 +239,23 @@ def attention(
     if longest == 0:
         return y
     heads, group = q.shape[1] // head_dim, q.shape[1] // k.shape[1]
-    # Float32 matmuls have their operands in shared memory, of which GPUs have 99 KB or more.
-    narrow = q.dtype == torch.bfloat16
-    # With float32 heads of 16 dimensions, the tangent kernel fails an LLVM assertion in Triton 3.9.
-    wide = pow2(head_dim, 16 if narrow else 32)
-    most = 64 if narrow else 32
-    # The tangent kernel has five operands in registers, the primal kernel three.
-    for tangent, block in ((False, min(most, pow2(longest, 16))), (True, 32))[: 1 + bool(tangents)]:
-        blocks = cdiv(longest, block)
-        _attention[(sequences * blocks, heads, tangents if tangent else 1)](
-            q,
-            k,
-            v,
-            small(starts),
-            y,
-            len(q) // (1 + tangents),
-            q.shape[1],
-            k.shape[1],
-            group,
-            head_dim,
-            scale,
-            blocks,
-            CAUSAL=causal,
-            TANGENT=tangent,
-            BM=block,
-            BN=32,
-            D=wide,
-            num_warps=4,
-            num_stages=2 if narrow else 1,
-        )
+    primal = len(q) // (1 + tangents)
+    logs = torch.empty(heads, primal, dtype=torch.float32, device=DEVICE)
+    # Where terms of a tangent cancel, the rounding of y would be much of what is left.
+    separate = tangents > 0 and q.dtype != torch.float32
+    whole = torch.empty_like(q[:primal], dtype=torch.float32) if separate else y
+    arrays = (q, k, v, small(starts), y, whole, logs)
+    shape = (primal, q.shape[1], k.shape[1], group, head_dim, scale)
+    options = _tiles(_attention, q.dtype, head_dim, longest)
+    blocks = cdiv(longest, options["BM"])
+    _attention[(sequences * blocks, heads)](
+        *arrays, *shape, blocks, CAUSAL=causal, WHOLE=separate, **options
+    )
+    if tangents:
+        options = _tiles(_tangents, q.dtype, head_dim, longest)
+        blocks = cdiv(longest, options["BM"])
+        grid = (sequences * blocks, heads, tangents)
+        _tangents[grid](*arrays, *shape, blocks, CAUSAL=causal, **options)
     return y
 
 
@@ -193,8 +275,10 @@ def _queries_vjp(
     k,
     v,
     starts,
+    y,
+    logs,
     dy,
-    sums,
+    means,
     dq,
     rows,
     q_width,
@@ -204,61 +288,44 @@ def _queries_vjp(
     scale,
     blocks,
     CAUSAL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
     D: tl.constexpr,
 ):
-    """dQ of a block of queries of one head, and for ``_keys_vjp`` the sums of each query.
+    """dQ of a block of BM queries of one head, and for ``_keys_vjp`` mean dP of each query.
 
-    The keys are gone through twice, because dS needs the sums. sums: float32 [2, heads, rows], the
-    logarithm of the sum of exponentials, and mean dP.
+    y, logs: as of ``_attention``, both float32.  means: float32 [heads, rows].
     """
     sequence, head = tl.program_id(0) // blocks, tl.program_id(1)
     begin, end = tl.load(starts + sequence), tl.load(starts + sequence + 1)
-    first = begin + (tl.program_id(0) % blocks) * BLOCK
-    i = first + tl.arange(0, BLOCK)
+    first = begin + (tl.program_id(0) % blocks) * BM
+    i = first + tl.arange(0, BM)
     d = tl.arange(0, D)
     i_in = (i[:, None] < end) & (d[None, :] < head_dim)
     q_at = i.to(tl.int64)[:, None] * q_width + head * head_dim + d[None, :]
     qs = tl.load(q + q_at, mask=i_in, other=0.0)
     dys = tl.load(dy + q_at, mask=i_in, other=0.0)
-    zero = tl.zeros([BLOCK, BLOCK], tl.float32)
+    ys = tl.load(y + q_at, mask=i_in, other=0.0)
+    mean = tl.sum(dys.to(tl.float32) * ys, axis=1)
+    of_query = head.to(tl.int64) * rows + i
+    log = tl.load(logs + of_query, mask=i < end, other=0.0)
+    tl.store(means + of_query, mean, mask=i < end)
+    acc = tl.zeros([BM, D], tl.float32)
     stop = end
     if CAUSAL:
-        stop = tl.minimum(end, first + BLOCK)
+        stop = tl.minimum(end, first + BM)
     if first >= end:
         stop = begin
-    largest = tl.full([BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    mean = tl.zeros([BLOCK], tl.float32)
-    for j0 in range(begin, stop, BLOCK):
-        j = j0 + tl.arange(0, BLOCK)
+    for j0 in range(begin, stop, BN):
+        j = j0 + tl.arange(0, BN)
         j_in = (j[:, None] < end) & (d[None, :] < head_dim)
         kv_at = j.to(tl.int64)[:, None] * kv_width + (head // group) * head_dim + d[None, :]
         ks = tl.load(k + kv_at, mask=j_in, other=0.0)
         vs = tl.load(v + kv_at, mask=j_in, other=0.0)
-        scores = _scores(qs, ks, i, j, end, scale, CAUSAL, BLOCK, BLOCK)
-        above = tl.maximum(largest, tl.max(scores, axis=1))
-        p = tl.exp(scores - above[:, None])
-        shrink = tl.exp(largest - above)
-        largest = above
-        total = total * shrink + tl.sum(p, axis=1)
-        mean = mean * shrink + tl.sum(p * dot(dys, tl.trans(vs), zero, "ieee"), axis=1)
-    total = tl.where(total == 0.0, 1.0, total)
-    mean /= total
-    logarithm = largest + tl.log(total)
-    sums_at = head.to(tl.int64) * rows + i
-    tl.store(sums + sums_at, logarithm, mask=i < end)
-    tl.store(sums + tl.num_programs(1).to(tl.int64) * rows + sums_at, mean, mask=i < end)
-    acc = tl.zeros([BLOCK, D], tl.float32)
-    for j0 in range(begin, stop, BLOCK):
-        j = j0 + tl.arange(0, BLOCK)
-        j_in = (j[:, None] < end) & (d[None, :] < head_dim)
-        kv_at = j.to(tl.int64)[:, None] * kv_width + (head // group) * head_dim + d[None, :]
-        ks = tl.load(k + kv_at, mask=j_in, other=0.0)
-        vs = tl.load(v + kv_at, mask=j_in, other=0.0)
-        p = tl.exp(_scores(qs, ks, i, j, end, scale, CAUSAL, BLOCK, BLOCK) - logarithm[:, None])
-        ds = scale * p * (dot(dys, tl.trans(vs), zero, "ieee") - mean[:, None])
-        acc = dot(cast(ds, ks.dtype), ks, acc, "ieee")
+        p = tl.exp2(_exponents(qs, ks, i, j, end, scale, CAUSAL, BM, BN) - log[:, None])
+        dp = dot(dys, tl.trans(vs), tl.zeros([BM, BN], tl.float32), _PRECISION)
+        ds = scale * p * (dp - mean[:, None])
+        acc = dot(cast(ds, ks.dtype), ks, acc, _PRECISION)
     tl.store(dq + q_at, acc, mask=i_in)
 
 
@@ -268,8 +335,9 @@ def _keys_vjp(
     k,
     v,
     starts,
+    logs,
     dy,
-    sums,
+    means,
     dk,
     dv,
     rows,
@@ -280,26 +348,26 @@ def _keys_vjp(
     scale,
     blocks,
     CAUSAL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
     D: tl.constexpr,
 ):
-    """dK and dV of a block of keys of one key/value head, over one query head after the other.
+    """dK and dV of a block of BM keys of one key/value head, over one query head after the other.
 
     Scores are transposed, [keys, queries], as the products with dY and Q read them.
     """
     sequence, kv_head = tl.program_id(0) // blocks, tl.program_id(1)
     begin, end = tl.load(starts + sequence), tl.load(starts + sequence + 1)
-    first = begin + (tl.program_id(0) % blocks) * BLOCK
-    j = first + tl.arange(0, BLOCK)
+    first = begin + (tl.program_id(0) % blocks) * BM
+    j = first + tl.arange(0, BM)
     d = tl.arange(0, D)
     j_in = (j[:, None] < end) & (d[None, :] < head_dim)
     kv_at = j.to(tl.int64)[:, None] * kv_width + kv_head * head_dim + d[None, :]
     ks = tl.load(k + kv_at, mask=j_in, other=0.0)
     vs = tl.load(v + kv_at, mask=j_in, other=0.0)
-    zero = tl.zeros([BLOCK, BLOCK], tl.float32)
-    means = sums + (tl.num_programs(1) * group).to(tl.int64) * rows
-    of_k = tl.zeros([BLOCK, D], tl.float32)
-    of_v = tl.zeros([BLOCK, D], tl.float32)
+    zero = tl.zeros([BM, BN], tl.float32)
+    of_k = tl.zeros([BM, D], tl.float32)
+    of_v = tl.zeros([BM, D], tl.float32)
     start = begin
     if CAUSAL:
         start = first
@@ -308,23 +376,23 @@ def _keys_vjp(
         stop = start
     for h in range(group):
         head = kv_head * group + h
-        for i0 in range(start, stop, BLOCK):
-            i = i0 + tl.arange(0, BLOCK)
+        for i0 in range(start, stop, BN):
+            i = i0 + tl.arange(0, BN)
             i_in = (i[:, None] < end) & (d[None, :] < head_dim)
             q_at = i.to(tl.int64)[:, None] * q_width + head * head_dim + d[None, :]
             qs = tl.load(q + q_at, mask=i_in, other=0.0)
             dys = tl.load(dy + q_at, mask=i_in, other=0.0)
-            sums_at = head.to(tl.int64) * rows + i
-            logarithm = tl.load(sums + sums_at, mask=i < end, other=0.0)
-            mean = tl.load(means + sums_at, mask=i < end, other=0.0)
+            of_query = head.to(tl.int64) * rows + i
+            log = tl.load(logs + of_query, mask=i < end, other=0.0)
+            mean = tl.load(means + of_query, mask=i < end, other=0.0)
             seen = (j[:, None] < end) & (i[None, :] < end)
             if CAUSAL:
                 seen = seen & (j[:, None] <= i[None, :])
-            scores = scale * dot(ks, tl.trans(qs), zero, "ieee") - logarithm[None, :]
-            p = tl.where(seen, tl.exp(scores), 0.0)
-            ds = scale * p * (dot(vs, tl.trans(dys), zero, "ieee") - mean[None, :])
-            of_v = dot(cast(p, dys.dtype), dys, of_v, "ieee")
-            of_k = dot(cast(ds, qs.dtype), qs, of_k, "ieee")
+            exponents = (scale * _LOG2_E) * dot(ks, tl.trans(qs), zero, _PRECISION)
+            p = tl.where(seen, tl.exp2(exponents - log[None, :]), 0.0)
+            ds = scale * p * (dot(vs, tl.trans(dys), zero, _PRECISION) - mean[None, :])
+            of_v = dot(cast(p, dys.dtype), dys, of_v, _PRECISION)
+            of_k = dot(cast(ds, qs.dtype), qs, of_k, _PRECISION)
     tl.store(dk + kv_at, of_k, mask=j_in)
     tl.store(dv + kv_at, of_v, mask=j_in)
 
@@ -350,21 +418,22 @@ def attention_vjp(
     if longest == 0:
         return dq, dk, dv
     heads, kv_heads = q.shape[1] // head_dim, k.shape[1] // head_dim
-    sums = torch.empty(2, heads, len(q), dtype=torch.float32, device=DEVICE)
-    narrow = q.dtype == torch.bfloat16
-    wide = pow2(head_dim, 16 if narrow else 32)  # as in ``attention``
-    # Five operands are in registers, for float32 matmuls whole: larger blocks of wide heads spill.
-    block = 32 if narrow or wide <= 64 else 16
-    blocks = cdiv(longest, block)
-    programs = (len(starts) - 1) * blocks
-    shape = (len(q), q.shape[1], k.shape[1], heads // kv_heads, head_dim, scale, blocks)
-    options = {
-        "CAUSAL": causal,
-        "BLOCK": block,
-        "D": wide,
-        "num_warps": 4 if narrow else 8,
-        "num_stages": 2 if narrow else 1,
-    }
-    _queries_vjp[(programs, heads)](q, k, v, small(starts), dy, sums, dq, *shape, **options)
-    _keys_vjp[(programs, kv_heads)](q, k, v, small(starts), dy, sums, dk, dv, *shape, **options)
+    y = torch.empty_like(q, dtype=torch.float32)
+    logs, means = (torch.empty(heads, len(q), dtype=torch.float32, device=DEVICE) for _ in "lm")
+    arrays = (q, k, v, small(starts))
+    shape = (len(q), q.shape[1], k.shape[1], heads // kv_heads, head_dim, scale)
+    sequences = len(starts) - 1
+    options = _tiles(_attention, q.dtype, head_dim, longest)
+    blocks = cdiv(longest, options["BM"])
+    _attention[(sequences * blocks, heads)](
+        *arrays, y, y, logs, *shape, blocks, CAUSAL=causal, WHOLE=False, **options
+    )
+    options = _tiles(_queries_vjp, q.dtype, head_dim, longest)
+    blocks = cdiv(longest, options["BM"])
+    _queries_vjp[(sequences * blocks, heads)](
+        *arrays, y, logs, dy, means, dq, *shape, blocks, CAUSAL=causal, **options
+    )
+    _keys_vjp[(sequences * blocks, kv_heads)](
+        *arrays, logs, dy, means, dk, dv, *shape, blocks, CAUSAL=causal, **options
+    )
     return dq, dk, dv

@@ -21,6 +21,7 @@ from fwdllm.kernels.triton.lora import (
 )
 from fwdllm.kernels.triton.products import add_product, added_to, product, product_back
 from fwdllm.kernels.triton.runtime import (
+    IN_NUMPY,
     cdiv,
     check_rows,
     constant,
@@ -32,12 +33,9 @@ from fwdllm.kernels.triton.runtime import (
 from fwdllm.kernels.triton.runtime import weight as on_device
 from fwdllm.kernels.types import Lanes, LoRA
 
-# Columns that a program of ``_add_outer`` has, one a thread of its one warp: it goes through all
-# rows, so there have to be many programs.
-_COLUMNS = 32
-# Numbers of the bottleneck that it has for each column, and rows that it reads ahead: 16 registers
-# each.
-_RANKS, _AHEAD = 16, 16
+# What a program of ``_add_outer`` has: few columns because it goes through all rows, so that there
+# have to be many programs; numbers of the bottleneck for each column; and rows at a time.
+_COLUMNS, _RANKS, _ROWS = 32, 16, 32
 
 
 def matmul(
@@ -179,6 +177,23 @@ def _turned(lora: LoRA) -> LoRA:
 
 
 @triton.jit
+def _add_in_order(a, b, acc, K: tl.constexpr):
+    """acc + a b, term after term: a matmul without tensor cores is a chain of multiply-adds.
+
+    So zeros at the end of a and b leave acc as it is.
+    """
+    if IN_NUMPY:  # which would sum up a b first
+        k = tl.arange(0, K)
+        for n in range(K):
+            column = tl.sum(tl.where(k[None, :] == n, a, 0.0), axis=1)
+            row = tl.sum(tl.where(k[:, None] == n, b, 0.0), axis=0)
+            acc += column[:, None] * row[None, :]
+    else:
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
 def _add_outer(
     c,
     x,
@@ -190,12 +205,13 @@ def _add_outer(
     of_rank,
     of_column,
     scale,
-    AHEAD: tl.constexpr,
+    BK: tl.constexpr,
     BR: tl.constexpr,
     BN: tl.constexpr,
 ):
     """out[r, j] += scale c[i, r] x[i, j] for row after row i, of BN columns j and BR ranks r.
 
+    BK: rows that are in shared memory at a time.
     c: float32 [rows, c_width].  x: [rows, width].  out[r, j] is at r * of_rank + j * of_column.
     """
     j = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -203,13 +219,14 @@ def _add_outer(
     at = r[:, None] * of_rank + j.to(tl.int64)[None, :] * of_column
     inside = (r[:, None] < rank) & (j[None, :] < width)
     acc = tl.load(out + at, mask=inside, other=0.0)
-    c_at, x_at = c + r, x + j
-    for _ in tl.range(0, rows, loop_unroll_factor=AHEAD):
-        mine = scale * tl.load(c_at, mask=r < rank, other=0.0)
-        row = tl.load(x_at, mask=j < width, other=0.0).to(tl.float32)
-        acc += mine[:, None] * row[None, :]
-        c_at += c_width
-        x_at += width
+    for i0 in range(0, rows, BK):
+        i = i0 + tl.arange(0, BK)
+        c_in = (r[:, None] < rank) & (i[None, :] < rows)
+        mine = scale * tl.load(c + r[:, None] + i[None, :] * c_width, mask=c_in, other=0.0)
+        x_in = (i[:, None] < rows) & (j[None, :] < width)
+        x_at = i.to(tl.int64)[:, None] * width + j[None, :]
+        block = tl.load(x + x_at, mask=x_in, other=0.0).to(tl.float32)
+        acc = _add_in_order(mine, block, acc, BK)
     tl.store(out + at, acc, mask=inside)
 
 
@@ -233,10 +250,11 @@ def _add_outer_products(
         1 if transposed else width,
         rank if transposed else 1,
         float(lora.scale),
-        AHEAD=_AHEAD,
+        BK=_ROWS,
         BR=ranks,
         BN=_COLUMNS,
-        num_warps=1,
+        num_warps=4,
+        num_stages=4,
     )
     if isinstance(to, np.ndarray):
         to[:] = host(there)

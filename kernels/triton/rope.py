@@ -8,10 +8,18 @@ import triton
 import triton.language as tl
 
 from fwdllm.kernels.api import Array
-from fwdllm.kernels.triton.runtime import cast, cdiv, check_indices, constant, require, tensor
+from fwdllm.kernels.triton.runtime import (
+    cast,
+    cdiv,
+    check_indices,
+    constant,
+    pow2,
+    require,
+    tensor,
+)
 
-# Pairs that a program rotates.
-_BLOCK = 1024
+# Pairs that a program rotates: some heads of one row, which have the same angles.
+_BLOCK = 2048
 
 
 @triton.jit
@@ -21,29 +29,32 @@ def _rope(
     cos,
     sin,
     y,
-    n,
     width,
-    pairs,
     half,
     head_dim,
     INTERLEAVED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
 ):
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < n
-    row, pair = index // pairs, index % pairs
-    i = pair % half
-    head = row * width + (pair // half) * head_dim
-    at = tl.load(positions + row, mask=mask, other=0) * half + i
-    c = tl.load(cos + at, mask=mask, other=0.0)
-    s = tl.load(sin + at, mask=mask, other=0.0)
-    if INTERLEAVED:  # both elements of a pair at a time
-        both = (head + 2 * i)[:, None] + tl.arange(0, 2)[None, :]
-        a, b = tl.split(tl.load(x + both, mask=mask[:, None], other=0.0).to(tl.float32))
-        turned = tl.join(a * c - b * s, a * s + b * c)
-        tl.store(y + both, cast(turned, y.dtype.element_ty), mask=mask[:, None])
+    row = tl.program_id(0)
+    i = tl.arange(0, HALF)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)) * head_dim
+    head_in = head[:, None] < width
+    head_at = row.to(tl.int64) * width + head[:, None]
+    at = tl.load(positions + row) * half + i
+    c = tl.load(cos + at, mask=i < half, other=0.0)[None, :]
+    s = tl.load(sin + at, mask=i < half, other=0.0)[None, :]
+    if INTERLEAVED:  # rows of heads as they are, whose pairs are split in registers
+        k = tl.arange(0, 2 * HALF)[None, :]
+        mask = head_in & (k < 2 * half)
+        both = tl.load(x + head_at + k, mask=mask, other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(both, [HEADS, HALF, 2]))
+        turned = tl.reshape(tl.join(a * c - b * s, a * s + b * c), [HEADS, 2 * HALF])
+        tl.store(y + head_at + k, cast(turned, y.dtype.element_ty), mask=mask)
     else:
-        first, second = head + i, head + i + half
+        mask = head_in & (i[None, :] < half)
+        first = head_at + i[None, :]
+        second = first + half
         a = tl.load(x + first, mask=mask, other=0.0).to(tl.float32)
         b = tl.load(x + second, mask=mask, other=0.0).to(tl.float32)
         tl.store(y + first, cast(a * c - b * s, y.dtype.element_ty), mask=mask)
@@ -71,21 +82,21 @@ def rope(
     require(len(positions) == len(x), f"{len(positions)} positions of {len(x)} rows")
     half = cos.shape[1]
     y = torch.empty_like(x) if 2 * half == head_dim else x.clone()
-    pairs = x.shape[1] // head_dim * half
-    n = len(x) * pairs
-    if n:
-        _rope[(cdiv(n, _BLOCK),)](
+    heads = x.shape[1] // head_dim
+    if len(x) and heads and half:
+        wide = pow2(half)
+        some = min(pow2(heads), max(1, _BLOCK // wide))
+        _rope[(len(x), cdiv(heads, some))](
             x,
             constant(positions),
             constant(cos),
             constant(sin),
             y,
-            n,
             x.shape[1],
-            pairs,
             half,
             head_dim,
             INTERLEAVED=interleaved,
-            BLOCK=_BLOCK,
+            HEADS=some,
+            HALF=wide,
         )
     return y

@@ -31,6 +31,7 @@ SCRIPT = Path(__file__).with_name("triton_compile.py")
 KERNELS = Path(fwdllm.kernels.__file__).parent / "triton"
 # The instruction of their tensor cores for whole tiles.
 FULL_TILE = {80: "mma.sync", 90: "wgmma.mma_async"}
+ATTENTION = {"_attention", "_tangents", "_queries_vjp", "_keys_vjp"}
 # A program's on consumer cards, compute capability 8.6 to 12.
 SHARED_BYTES = 99 * 1024
 # Of a thread: 32 registers, kept where they are seldom read.
@@ -85,8 +86,7 @@ def operands(variant: Variant) -> str:
 
 def exact(variant: Variant) -> bool:
     """Whether only ``exact`` has it: products and tangents of float32."""
-    constants = variant["constants"]
-    tangents = constants.get("TANGENTS") or constants.get("TANGENT")
+    tangents = variant["constants"].get("TANGENTS") or variant["name"] == "_tangents"
     return operands(variant) == "*fp32" and bool(variant["name"] == "_fused" or tangents)
 
 
@@ -112,7 +112,7 @@ def test_kernels_fit_consumer_cards(variants: list[Variant]) -> None:
     assert not large, described(large)
 
 
-@pytest.mark.parametrize("name", ["_fused", "_down", "_attention", "_queries_vjp", "_keys_vjp"])
+@pytest.mark.parametrize("name", sorted({"_fused", "_down", *ATTENTION}))
 def test_products_of_bfloat16_are_for_tensor_cores(variants: list[Variant], name: str) -> None:
     products = [v for v in variants if v["name"] == name and operands(v) == "*bf16"]
     assert products
@@ -135,5 +135,18 @@ def test_full_tiles_have_the_instructions_of_the_card(
 
 def test_exact_products_are_not_rounded(variants: list[Variant]) -> None:
     """No TF32, which tensor cores would make of float32."""
-    rounded = [v for v in variants if operands(v) == "*fp32" and v["mma"]]
+    exact = [v for v in variants if operands(v) == "*fp32" and v["name"] not in ATTENTION]
+    rounded = [v for v in exact if v["mma"] or v["precisions"] not in ([], ["ieee"])]
     assert not rounded, described(rounded)
+
+
+def test_float32_attention_has_the_low_halves_of_its_operands(
+    variants: list[Variant], capability: int
+) -> None:
+    """Three products of TF32 each, on tensor cores."""
+    found = [v for v in variants if operands(v) == "*fp32" and v["name"] in ATTENTION]
+    assert {v["name"] for v in found} == (ATTENTION if capability == CAPABILITIES[-1] else set())
+    for v in found:
+        assert v["precisions"] == ["tf32x3"], described([v])
+        assert v["mma"] and all("tf32" in i for i in v["mma"]), described([v])
+        assert v["mma_count"] % 3 == 0, described([v])

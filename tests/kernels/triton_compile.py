@@ -4,7 +4,8 @@ Usage: python triton_compile.py CAPABILITY, such as 90, with no GPU visible to P
 The operations run on tensors without values (PyTorch's fake ones), and launches only compile.
 Each kernel variant is one line of JSON: its name, the types of its arguments, its constants, and
 what the compiler made of them: registers of a thread, bytes of its stack, to which registers spill,
-bytes of shared memory of a program, and the instructions of the tensor cores.
+bytes of shared memory of a program, the precisions of its products, and the instructions of the
+tensor cores.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ CAPABILITIES = (80, 90)
 DTYPES = (torch.bfloat16, torch.float32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 MMA = re.compile(r"\b(?:wgmma\.mma_async|mma)\.sync\.aligned\.\S+")
+# A product of float32 that does not say its precision has all of it.
+DOT = re.compile(r"= tt\.dot (?:.*inputPrecision = (\w+))?")
 
 
 class Driver:
@@ -73,13 +76,16 @@ def report_launches() -> None:
 def facts(kernel: Any) -> dict[str, Any]:
     source = kernel.src
     constants = {source.fn.arg_names[at]: value for (at,), value in source.constants.items()}
+    mma = MMA.findall(kernel.asm["ptx"])
     return {
         "name": source.fn.__name__,
         "types": {name: type for name, type in source.signature.items() if type != "constexpr"},
         "constants": constants,
         **resources(kernel.asm["cubin"]),
         "shared": kernel.metadata.shared,
-        "mma": sorted(set(MMA.findall(kernel.asm["ptx"]))),
+        "precisions": sorted({found or "ieee" for found in DOT.findall(kernel.asm["ttir"])}),
+        "mma": sorted(set(mma)),
+        "mma_count": len(mma),
     }
 
 
