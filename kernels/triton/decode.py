@@ -1,4 +1,4 @@
-"""GGUF block formats in Triton, element by element; layouts as in ``kernels.reference.decode``.
+"""Weights in Triton, element by element; the fields of blocks are in planes as of ``layout``.
 
 ``decode`` is called inside kernels and returns a tile of a matrix as float32. Each element loads
 the byte with its bits and the scales of its block; neighbours load the same bytes, which come from
@@ -51,14 +51,19 @@ def _byte(data, at, mask):
 
 
 @triton.jit
-def _nibble(byte, high):
-    return tl.where(high, byte >> 4, byte & 15)
-
-
-@triton.jit
 def _signed(byte):
     """The int8 of a byte."""
     return tl.where(byte > 127, byte - 256, byte)
+
+
+@triton.jit
+def _field(data, plane, k, n_in, mask, BITS: tl.constexpr, SIZE: tl.constexpr, EACH: tl.constexpr):
+    """Field k of a plane of tiles of ``SIZE`` sub-blocks of ``EACH`` elements."""
+    block = k // EACH
+    first = block // SIZE * SIZE
+    size = tl.minimum(SIZE, n_in // EACH - first)
+    at = (first * EACH + k % EACH * size + block - first) * BITS
+    return (_byte(data, plane + (at >> 3), mask) >> (at & 7)) & ((1 << BITS) - 1)
 
 
 @triton.jit
@@ -75,44 +80,42 @@ def _scale_and_minimum(data, fields, at, sub, mask):
 
 
 @triton.jit
-def decode(data, fields, row, k, mask, TYPE: tl.constexpr):
+def decode(data, fields, row, k, n_in, mask, TYPE: tl.constexpr):
     """Elements k of rows that begin at byte ``row``: float32, of the shape they broadcast to.
 
     data, fields: of a ``DeviceWeight``.  row: int64.  k: int32.
     """
     if TYPE == Q4_0:
-        at = row + (k // 32) * 18
-        q = _nibble(_byte(data, at + 2 + k % 16, mask), (k & 16) != 0)
+        q = _field(data, row, k, n_in, mask, 4, 4, 32)
+        at = row + n_in // 2 + (k // 32) * 2
         return _half(fields, at, mask) * (q - 8).to(tl.float32)
     elif TYPE == Q4_1:
-        at = row + (k // 32) * 20
-        q = _nibble(_byte(data, at + 4 + k % 16, mask), (k & 16) != 0)
+        q = _field(data, row, k, n_in, mask, 4, 4, 32)
+        at = row + n_in // 2 + (k // 32) * 4
         return _half(fields, at, mask) * q.to(tl.float32) + _half(fields, at + 2, mask)
     elif TYPE == Q8_0:
-        at = row + (k // 32) * 34
-        q = _signed(_byte(data, at + 2 + k % 32, mask))
+        q = _signed(_field(data, row, k, n_in, mask, 8, 2, 32))
+        at = row + n_in + (k // 32) * 2
         return _half(fields, at, mask) * q.to(tl.float32)
     elif TYPE == Q4_K:
-        at = row + (k // 256) * 144
-        sub = (k // 32) % 8
-        q = _nibble(_byte(data, at + 16 + (sub // 2) * 32 + k % 32, mask), (sub & 1) == 1)
-        scale, minimum = _scale_and_minimum(data, fields, at, sub, mask)
+        q = _field(data, row, k, n_in, mask, 4, 4, 32)
+        at = row + n_in // 2 + (k // 256) * 16
+        scale, minimum = _scale_and_minimum(data, fields, at, (k // 32) % 8, mask)
         return scale * q.to(tl.float32) - minimum
     elif TYPE == Q5_K:
-        at = row + (k // 256) * 176
-        sub = (k // 32) % 8
-        low = _nibble(_byte(data, at + 48 + (sub // 2) * 32 + k % 32, mask), (sub & 1) == 1)
-        high = (_byte(data, at + 16 + k % 32, mask) >> sub) & 1
-        scale, minimum = _scale_and_minimum(data, fields, at, sub, mask)
+        low = _field(data, row, k, n_in, mask, 4, 4, 32)
+        high = _field(data, row + n_in // 2, k, n_in, mask, 1, 8, 32)
+        at = row + n_in // 2 + n_in // 8 + (k // 256) * 16
+        scale, minimum = _scale_and_minimum(data, fields, at, (k // 32) % 8, mask)
         return scale * (low | (high << 4)).to(tl.float32) - minimum
     elif TYPE == Q6_K:
-        at = row + (k // 256) * 210
-        half, r = (k // 128) % 2, k % 128
-        low = _nibble(_byte(data, at + half * 64 + r % 64, mask), r >= 64)
-        high = (_byte(data, at + 128 + half * 32 + r % 32, mask) >> ((r // 32) * 2)) & 3
-        scale = _signed(_byte(data, at + 192 + (k // 16) % 16, mask))
+        low = _field(data, row, k, n_in, mask, 4, 4, 16)
+        high = _field(data, row + n_in // 2, k, n_in, mask, 2, 8, 16)
+        at = row + n_in // 2 + n_in // 4
+        scale = _signed(_byte(data, at + k // 16, mask))
+        d = _half(fields, at + n_in // 16 + (k // 256) * 2, mask)
         q = (low | (high << 4)) - 32
-        return (_half(fields, at + 208, mask) * scale.to(tl.float32)) * q.to(tl.float32)
+        return (d * scale.to(tl.float32)) * q.to(tl.float32)
     else:  # F32, F16 and BF16: the fields are the elements
         return tl.load(
             fields + row // (fields.dtype.element_ty.primitive_bitwidth // 8) + k,
@@ -141,7 +144,7 @@ def _rows(
     if GATHER:
         row = tl.load(ids + i, mask=i < rows, other=0).to(tl.int64)
     mask = (i < rows) & (k < n_in)
-    values = decode(data, fields, row * row_bytes, k, mask, TYPE)
+    values = decode(data, fields, row * row_bytes, k, n_in, mask, TYPE)
     tl.store(out + i * n_in + k, cast(values, out.dtype.element_ty), mask=mask)
 
 

@@ -79,9 +79,10 @@ def _fused(
         if BACK:
             k_at = k.to(tl.int64)[:, None] * row_bytes
             there = (k[:, None] < terms) & (o[None, :] < width)
-            w = cast(decode(data, fields, k_at, o[None, :], there, TYPE), a.dtype)
+            w = cast(decode(data, fields, k_at, o[None, :], n_in, there, TYPE), a.dtype)
         else:
-            w = decode(data, fields, o_at, k[None, :], (o[:, None] < width) & inside, TYPE)
+            there = (o[:, None] < width) & inside
+            w = decode(data, fields, o_at, k[None, :], n_in, there, TYPE)
             w = tl.trans(cast(w, a.dtype))
         acc = dot(a, w, acc, PRECISION)
     mask = (m[:, None] < rows) & (o[None, :] < width)
