@@ -26,6 +26,14 @@ from fwdllm.kernels.triton.runtime import (
 from fwdllm.kernels.triton.runtime import (
     weight as on_device,
 )
+from fwdllm.kernels.triton.tiles import (
+    codes,
+    high_bits,
+    scale_words,
+    steps,
+    values,
+    words,
+)
 from fwdllm.kernels.types import QuantType
 
 Q4_0 = tl.constexpr(int(QuantType.Q4_0))
@@ -37,6 +45,8 @@ Q6_K = tl.constexpr(int(QuantType.Q6_K))
 
 # Elements that a program decodes: 16 in each thread of 4 warps.
 _TILE = 2048
+# Steps that a program decodes, of 128 or 256 elements.
+_STEPS = 64
 
 
 @triton.jit
@@ -148,29 +158,91 @@ def _rows(
     tl.store(out + i * n_in + k, cast(values, out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _steps(
+    data,
+    halves,
+    words,
+    out,
+    size,
+    n_in,
+    row_units,
+    TYPE: tl.constexpr,
+    STEP: tl.constexpr,
+    EACH: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """As ``_rows``, of BLOCK of all ``size`` steps: every byte of them is read once."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = i < size
+    n_steps = n_in // STEP
+    row = (tl.minimum(i, size - 1) // n_steps).to(tl.int64)
+    step = i % n_steps
+    to = out + (row * n_in + step * STEP)[:, None] + tl.arange(0, EACH)[None, :]
+    row *= row_units
+    scales = scale_words(words, row, step, n_in, TYPE)
+    for tile in tl.static_range(STEP // EACH // SIZE):
+        code = codes(halves, row, step, tile, TYPE, EACH)
+        high = code
+        if TYPE == Q5_K or TYPE == Q6_K:
+            high = high_bits(data, halves, row, step, n_in, tile // 2, TYPE, EACH)
+        for s in tl.static_range(SIZE):
+            value = values(code, high, scales, tile * SIZE + s, TYPE)
+            at = to + (tile * SIZE + s) * EACH
+            tl.store(at, cast(value, out.dtype.element_ty), mask=there[:, None])
+
+
 def decoded(
     weight: DeviceWeight, dtype: torch.dtype, ids: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Rows ``ids`` of the matrix, all by default: [rows, n_in] of type ``dtype``."""
     rows = weight.n_out if ids is None else len(ids)
     out = torch.empty(rows, weight.n_in, dtype=dtype, device=DEVICE)
+    if rows == 0:
+        return out
+    if ids is None and steps(weight) is not None:
+        in_steps(weight, out, _STEPS, 4)
+        return out
     block = min(_TILE, pow2(weight.n_in))
     many = _TILE // block
-    if rows:
-        _rows[(cdiv(rows, many), cdiv(weight.n_in, block))](
-            weight.data,
-            weight.fields,
-            ids,
-            out,
-            rows,
-            weight.n_in,
-            weight.data.shape[1],
-            GATHER=ids is not None,
-            TYPE=int(weight.type),
-            BM=many,
-            BLOCK=block,
-        )
+    _rows[(cdiv(rows, many), cdiv(weight.n_in, block))](
+        weight.data,
+        weight.fields,
+        ids,
+        out,
+        rows,
+        weight.n_in,
+        weight.data.shape[1],
+        GATHER=ids is not None,
+        TYPE=int(weight.type),
+        BM=many,
+        BLOCK=block,
+    )
     return out
+
+
+def in_steps(weight: DeviceWeight, out: torch.Tensor, block: int, warps: int) -> None:
+    """All of a matrix whose rows are whole steps to ``out``, by programs of ``block`` steps."""
+    how = steps(weight)
+    assert how is not None
+    size = weight.n_out * (weight.n_in // how.step)
+    data, halves, wide, units = words(weight)
+    _steps[(cdiv(size, block),)](
+        data,
+        halves,
+        wide,
+        out,
+        size,
+        weight.n_in,
+        units,
+        TYPE=int(weight.type),
+        STEP=how.step,
+        EACH=how.each,
+        SIZE=how.size,
+        BLOCK=block,
+        num_warps=warps,
+    )
 
 
 def embedding(weight: Matrix, ids: Array) -> torch.Tensor:

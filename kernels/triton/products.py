@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from fwdllm.kernels.triton.decode import decode, decoded
+from fwdllm.kernels.triton.few import few
 from fwdllm.kernels.triton.runtime import (
     DEVICE,
     INTERPRETED,
@@ -25,6 +26,7 @@ from fwdllm.kernels.triton.runtime import (
     dot,
     pow2,
 )
+from fwdllm.kernels.triton.tiles import steps
 
 # From this many rows on the weights are decoded to scratch. An estimate, not measured yet (``make
 # bench-gpu`` shows both routes): decoding 4096 x 11008 weights moves 115 MB, 40 us on an H100,
@@ -120,6 +122,8 @@ def fused(
     back: x W as [rows, n_in], x [rows, n_out].  Sums are taken in an order that depends on their
     number of terms alone.
     """
+    if x.dtype == torch.bfloat16 and not back and steps(weight) is not None:
+        return added(few(x, weight), dtype)
     rows, terms = x.shape
     width = weight.n_in if back else weight.n_out
     n_parts = max(1, min(_PARTS, terms // 256))
