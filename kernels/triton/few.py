@@ -124,7 +124,7 @@ def _multiplied(
 def few(x: torch.Tensor, weight: DeviceWeight) -> torch.Tensor:
     """Parts of x W^T, float32 [parts, rows, n_out], to be added; x is bfloat16 [rows, n_in]."""
     rows = min(MOST_ROWS, pow2(len(x), 8))
-    return launch(x, weight, rows, Shape(128 if rows <= 16 else 64, 2, 4), PARTS)
+    return launch(x, weight, rows, Shape(64, 2, 4 if rows <= 16 else 3), PARTS)
 
 
 def launch(

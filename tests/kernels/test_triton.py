@@ -209,7 +209,7 @@ def test_both_routes_agree(monkeypatch: pytest.MonkeyPatch, type: QuantType) -> 
     monkeypatch.setattr(products, "fused", None)  # the other route
     scratch = ops.host(ops.matmul(x, weight))
     assert relative_error(scratch, fused) < BF16  # whose weights are not rounded
-    for rows in (32, 1, 0):
+    for rows in (32, 0):
         monkeypatch.setattr(products, "SCRATCH_BYTES", rows * 2 * 256)
         assert error(ops.matmul(x, weight), scratch) < 1e-5
 
