@@ -29,6 +29,7 @@ from fwdllm.kernels.triton.runtime import (
 from fwdllm.kernels.triton.tiles import (
     codes,
     high_bits,
+    place,
     scale_words,
     steps,
     values,
@@ -114,7 +115,8 @@ def decode(data, fields, row, k, n_in, mask, TYPE: tl.constexpr):
         return scale * q.to(tl.float32) - minimum
     elif TYPE == Q5_K:
         low = _field(data, row, k, n_in, mask, 4, 4, 32)
-        high = _field(data, row + n_in // 2, k, n_in, mask, 1, 8, 32)
+        at = row + n_in // 2 + (k // 256) * 32 + k % 16 * 2 + (k // 16) % 2
+        high = (_byte(data, at, mask) >> ((k // 32) % 8)) & 1
         at = row + n_in // 2 + n_in // 8 + (k // 256) * 16
         scale, minimum = _scale_and_minimum(data, fields, at, (k // 32) % 8, mask)
         return scale * (low | (high << 4)).to(tl.float32) - minimum
@@ -160,7 +162,6 @@ def _rows(
 
 @triton.jit
 def _steps(
-    data,
     halves,
     words,
     out,
@@ -186,10 +187,10 @@ def _steps(
         code = codes(halves, row, step, tile, TYPE, EACH)
         high = code
         if TYPE == Q5_K or TYPE == Q6_K:
-            high = high_bits(data, halves, row, step, n_in, tile // 2, TYPE, EACH)
+            high = high_bits(halves, row, step, n_in, tile // 2, TYPE, EACH)
         for s in tl.static_range(SIZE):
             value = values(code, high, scales, tile * SIZE + s, TYPE)
-            at = to + (tile * SIZE + s) * EACH
+            at = to + place(tile * SIZE + s, TYPE, EACH)
             tl.store(at, cast(value, out.dtype.element_ty), mask=there[:, None])
 
 
@@ -227,9 +228,8 @@ def in_steps(weight: DeviceWeight, out: torch.Tensor, block: int, warps: int) ->
     how = steps(weight)
     assert how is not None
     size = weight.n_out * (weight.n_in // how.step)
-    data, halves, wide, units = words(weight)
+    halves, wide, units = words(weight)
     _steps[(cdiv(size, block),)](
-        data,
         halves,
         wide,
         out,

@@ -21,6 +21,7 @@ from fwdllm.kernels.triton.tiles import (
     Q8_0,
     codes,
     high_bits,
+    place,
     quants,
     scale,
     scale_words,
@@ -51,7 +52,6 @@ MOST_ROWS = 64
 @triton.jit
 def _few(
     x,
-    data,
     halves,
     words,
     y,
@@ -89,7 +89,7 @@ def _few(
             code = codes(halves, row, step, tile, TYPE, EACH)
             high = code
             if TYPE == Q5_K or TYPE == Q6_K:
-                high = high_bits(data, halves, row, step, n_in, tile // 2, TYPE, EACH)
+                high = high_bits(halves, row, step, n_in, tile // 2, TYPE, EACH)
             for s in tl.static_range(SIZE):
                 acc = _multiplied(
                     x_at + step * STEP,
@@ -110,8 +110,8 @@ def _few(
 def _multiplied(
     x_at, there, code, high, scales, acc, J: tl.constexpr, TYPE: tl.constexpr, EACH: tl.constexpr
 ):
-    """acc + the products of sub-block J."""
-    own = tl.load(x_at + J * EACH, mask=there, other=0.0)
+    """acc + the products of piece J."""
+    own = tl.load(x_at + place(J, TYPE, EACH), mask=there, other=0.0)
     nothing = tl.zeros(acc.shape, tl.float32)
     a, b = scale(scales, J, TYPE)
     acc += a[:, None] * dot(quants(code, high, J, TYPE), own, nothing, "ieee")
@@ -135,11 +135,10 @@ def launch(
     assert how is not None
     n_parts = max(1, min(most_parts, weight.n_in // 512))
     parts = torch.empty(n_parts, len(x), weight.n_out, dtype=torch.float32, device=DEVICE)
-    data, halves, wide, units = words(weight)
+    halves, wide, units = words(weight)
     grid = (cdiv(weight.n_out, shape.outputs), n_parts, cdiv(len(x), block))
     _few[grid](
         x,
-        data,
         halves,
         wide,
         parts,

@@ -11,11 +11,11 @@ up to a whole number of 16 bytes:
     Q6_K    q4    q2       scales 16    d 2
 
 Quants lie in tiles of so many sub-blocks, of elements with one scale, that an element of all
-sub-blocks together is 16 bits, or 8 of q1: those of element 0 of sub-blocks 0, 1, ..., lowest bits
+sub-blocks together is 16 bits: those of element 0 of sub-blocks 0, 1, ..., lowest bits
 first, then those of element 1, and so on. One mask then takes two elements of one sub-block out of
 32 bits, and neighbouring elements lie beside each other in every tile, as they do in the other
 factor of a product. A last tile of fewer sub-blocks is shorter in the same way: its elements are
-nearer to each other.
+nearer to each other. q1 has 16 bits for elements i and i + 16 of the eight sub-blocks of a block.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def _q4_k(blocks: torch.Tensor) -> list[torch.Tensor]:
 
 def _q5_k(blocks: torch.Tensor) -> list[torch.Tensor]:
     q = _nibbles(blocks[..., 48:].unflatten(-1, (4, 32)), 32)
-    return [_tiles(q, 4, 4), blocks[..., 16:48], blocks[..., :16]]  # q1 lies in such tiles already
+    high = blocks[..., 16:48].unflatten(-1, (2, 16)).transpose(-2, -1)
+    return [_tiles(q, 4, 4), high, blocks[..., :16]]
 
 
 def _q6_k(blocks: torch.Tensor) -> list[torch.Tensor]:

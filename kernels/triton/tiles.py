@@ -1,10 +1,11 @@
-"""Whole tiles of quantized rows (``layout``), decoded by a sub-block of one scale at a time.
+"""Whole tiles of quantized rows (``layout``), decoded a piece of one scale at a time.
 
 Tiles are read as they lie, as 16-bit words. Two words side by side have the quants of two elements
 in the same bits; one mask moves both to the last bits of two bfloat16 numbers, 128 + q each. That
 is exact, and takes two instructions or three for both of them.
 
-A step is the fewest elements that are whole tiles of all planes.
+A step is the fewest elements that are whole tiles of all planes. It has so many pieces, which are
+decoded one at a time: they are the sub-blocks, or of Q5_K halves of them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Q6_K = tl.constexpr(int(QuantType.Q6_K))
 
 @dataclass(frozen=True)
 class Steps:
-    """Elements of a step and of a sub-block, sub-blocks of a tile of the first plane."""
+    """Elements of a step and of a piece, pieces of a tile of the first plane."""
 
     step: int
     each: int
@@ -41,7 +42,7 @@ STEPS = {
     QuantType.Q4_1: Steps(128, 32, 4),
     QuantType.Q8_0: Steps(128, 32, 2),
     QuantType.Q4_K: Steps(256, 32, 4),
-    QuantType.Q5_K: Steps(256, 32, 4),
+    QuantType.Q5_K: Steps(256, 16, 4),
     QuantType.Q6_K: Steps(256, 16, 4),
 }
 
@@ -52,10 +53,10 @@ def steps(weight: DeviceWeight) -> Steps | None:
     return found if found is not None and weight.n_in % found.step == 0 else None
 
 
-def words(weight: DeviceWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+def words(weight: DeviceWeight) -> tuple[torch.Tensor, torch.Tensor, int]:
     """The bytes of a weight, as words of 16 and of 32 bits, and a row's bytes / ``ALIGNMENT``."""
     data = weight.data
-    return data, data.view(torch.int16), data.view(torch.int32), data.shape[1] // ALIGNMENT
+    return data.view(torch.int16), data.view(torch.int32), data.shape[1] // ALIGNMENT
 
 
 @triton.jit
@@ -68,24 +69,30 @@ def codes(halves, row, step, TILE: tl.constexpr, TYPE: tl.constexpr, EACH: tl.co
     tiles = 2
     if TYPE == Q4_0 or TYPE == Q4_1:
         tiles = 1
-    elif TYPE == Q6_K:
+    elif TYPE == Q5_K or TYPE == Q6_K:
         tiles = 4
     at = row * 8 + (step * tiles + TILE) * EACH
     return tl.load(halves + at[:, None] + tl.arange(0, EACH)[None, :])
 
 
 @triton.jit
-def high_bits(
-    data, halves, row, step, n_in, TILE: tl.constexpr, TYPE: tl.constexpr, EACH: tl.constexpr
-):
-    """Tile ``TILE`` of a step of the second plane: int16 [rows, EACH]."""
-    e = tl.arange(0, EACH)[None, :]
-    if TYPE == Q5_K:
-        at = row * 16 + n_in // 2 + step * EACH
-        return tl.load(data + at[:, None] + e).to(tl.int16)
+def high_bits(halves, row, step, n_in, TILE: tl.constexpr, TYPE: tl.constexpr, EACH: tl.constexpr):
+    """Tile ``TILE`` of a step of the second plane, q1 or q2, for pieces 8 TILE and on."""
+    at = row * 8 + n_in // 4
+    if TYPE == Q5_K:  # has one tile
+        at += step * EACH
     else:
-        at = row * 8 + n_in // 4 + (step * 2 + TILE) * EACH
-        return tl.load(halves + at[:, None] + e)
+        at += (step * 2 + TILE) * EACH
+    return tl.load(halves + at[:, None] + tl.arange(0, EACH)[None, :])
+
+
+@triton.jit
+def place(J: tl.constexpr, TYPE: tl.constexpr, EACH: tl.constexpr):
+    """Where in a step piece J begins."""
+    if TYPE == Q5_K:  # tiles of half 0 and half 1 of four sub-blocks, and of the other four
+        return J // 8 * 128 + J % 4 * 32 + J // 4 % 2 * 16
+    else:
+        return J * EACH
 
 
 @triton.jit
@@ -128,7 +135,7 @@ def _six_bits(first, rest, J: tl.constexpr, LATE: tl.constexpr):
 
 @triton.jit
 def scale(words, J: tl.constexpr, TYPE: tl.constexpr):
-    """Scale and minimum of sub-block J of a step: elements are scale * q - minimum.
+    """Scale and minimum of piece J of a step: elements are scale * q - minimum.
 
     words: as of ``scale_words``.  The minimum is 0 for types that have none.
     """
@@ -141,16 +148,16 @@ def scale(words, J: tl.constexpr, TYPE: tl.constexpr):
         return _half(words[4], False) * each.to(tl.float32), 0.0
     else:
         d, d_min = _half(words[0], False), _half(words[0], True)
-        a = _six_bits(words[1], words[3], J, 0)
-        b = _six_bits(words[2], words[3], J, 4)
+        a = _six_bits(words[1], words[3], J if TYPE == Q4_K else J // 8 * 4 + J % 4, 0)
+        b = _six_bits(words[2], words[3], J if TYPE == Q4_K else J // 8 * 4 + J % 4, 4)
         return d * a, d_min * b
 
 
 @triton.jit
 def quants(code, high, J: tl.constexpr, TYPE: tl.constexpr):
-    """Quants of sub-block J of a step as bfloat16 numbers: q, or for types with a minimum 128 + q.
+    """Quants of piece J of a step as bfloat16 numbers: q, or for types with a minimum 128 + q.
 
-    code: the sub-block's tile of ``codes``.  high: that of ``high_bits``, if the type has them.
+    code: the piece's tile of ``codes``.  high: that of ``high_bits``, if the type has them.
     """
     if IN_NUMPY:
         return cast(_quants_in_numpy(code, high, J, TYPE), tl.bfloat16)
@@ -178,7 +185,12 @@ def quants(code, high, J: tl.constexpr, TYPE: tl.constexpr):
         return _pairs(
             "shr.b32 q, $1, %d;" % (J % 4 * 4)
             + "lop3.b32 q, q, 0x000F000F, 0x43004300, 0xEA;"
-            + ("shl.b32 t, $2, %d;" % (4 - J) if J < 4 else "shr.b32 t, $2, %d;" % (J - 4))
+            # bit J // 8 * 4 + J % 4 of the byte of the half to bit 4
+            + (
+                "shl.b32 t, $2, %d;" % (4 - J % 4)
+                if J < 4
+                else "shr.b32 t, $2, %d;" % (J // 4 % 2 * 8 + J // 8 * 4 + J % 4 - 4)
+            )
             + "lop3.b32 $0, t, 0x00100010, q, 0xEA;",
             code,
             high,
@@ -208,7 +220,7 @@ def quants(code, high, J: tl.constexpr, TYPE: tl.constexpr):
 
 @triton.jit
 def values(code, high, scales, J: tl.constexpr, TYPE: tl.constexpr):
-    """Elements of sub-block J of a step: float32 [rows, EACH].
+    """Elements of piece J of a step: float32 [rows, EACH].
 
     code, high: as of ``quants``.  scales: as of ``scale_words``.
     """
@@ -244,7 +256,7 @@ def _quants_in_numpy(code, high, J: tl.constexpr, TYPE: tl.constexpr):
     else:
         q = (code.to(tl.int32) >> (J % 4 * 4)) & 15
     if TYPE == Q5_K:
-        q = q | ((high.to(tl.int32) >> J) & 1) << 4
+        q = q | ((high.to(tl.int32) >> (J // 4 % 2 * 8 + J // 8 * 4 + J % 4)) & 1) << 4
     elif TYPE == Q6_K:
         q = (q | ((high.to(tl.int32) >> (J % 8 * 2)) & 3) << 4) - 32
     elif TYPE == Q4_0:
