@@ -1,4 +1,4 @@
-"""GGUF block formats in Triton, element by element; layouts as in ``kernels.reference.decode``.
+"""Weights in Triton, element by element; the fields of blocks are in planes as of ``layout``.
 
 ``decode`` is called inside kernels and returns a tile of a matrix as float32. Each element loads
 the byte with its bits and the scales of its block; neighbours load the same bytes, which come from
@@ -26,6 +26,15 @@ from fwdllm.kernels.triton.runtime import (
 from fwdllm.kernels.triton.runtime import (
     weight as on_device,
 )
+from fwdllm.kernels.triton.tiles import (
+    codes,
+    high_bits,
+    place,
+    scale_words,
+    steps,
+    values,
+    words,
+)
 from fwdllm.kernels.types import QuantType
 
 Q4_0 = tl.constexpr(int(QuantType.Q4_0))
@@ -37,6 +46,8 @@ Q6_K = tl.constexpr(int(QuantType.Q6_K))
 
 # Elements that a program decodes: 16 in each thread of 4 warps.
 _TILE = 2048
+# Steps that a program decodes, of 128 or 256 elements.
+_STEPS = 64
 
 
 @triton.jit
@@ -51,14 +62,19 @@ def _byte(data, at, mask):
 
 
 @triton.jit
-def _nibble(byte, high):
-    return tl.where(high, byte >> 4, byte & 15)
-
-
-@triton.jit
 def _signed(byte):
     """The int8 of a byte."""
     return tl.where(byte > 127, byte - 256, byte)
+
+
+@triton.jit
+def _field(data, plane, k, n_in, mask, BITS: tl.constexpr, SIZE: tl.constexpr, EACH: tl.constexpr):
+    """Field k of a plane of tiles of ``SIZE`` sub-blocks of ``EACH`` elements."""
+    block = k // EACH
+    first = block // SIZE * SIZE
+    size = tl.minimum(SIZE, n_in // EACH - first)
+    at = (first * EACH + k % EACH * size + block - first) * BITS
+    return (_byte(data, plane + (at >> 3), mask) >> (at & 7)) & ((1 << BITS) - 1)
 
 
 @triton.jit
@@ -75,44 +91,43 @@ def _scale_and_minimum(data, fields, at, sub, mask):
 
 
 @triton.jit
-def decode(data, fields, row, k, mask, TYPE: tl.constexpr):
+def decode(data, fields, row, k, n_in, mask, TYPE: tl.constexpr):
     """Elements k of rows that begin at byte ``row``: float32, of the shape they broadcast to.
 
     data, fields: of a ``DeviceWeight``.  row: int64.  k: int32.
     """
     if TYPE == Q4_0:
-        at = row + (k // 32) * 18
-        q = _nibble(_byte(data, at + 2 + k % 16, mask), (k & 16) != 0)
+        q = _field(data, row, k, n_in, mask, 4, 4, 32)
+        at = row + n_in // 2 + (k // 32) * 2
         return _half(fields, at, mask) * (q - 8).to(tl.float32)
     elif TYPE == Q4_1:
-        at = row + (k // 32) * 20
-        q = _nibble(_byte(data, at + 4 + k % 16, mask), (k & 16) != 0)
+        q = _field(data, row, k, n_in, mask, 4, 4, 32)
+        at = row + n_in // 2 + (k // 32) * 4
         return _half(fields, at, mask) * q.to(tl.float32) + _half(fields, at + 2, mask)
     elif TYPE == Q8_0:
-        at = row + (k // 32) * 34
-        q = _signed(_byte(data, at + 2 + k % 32, mask))
+        q = _signed(_field(data, row, k, n_in, mask, 8, 2, 32))
+        at = row + n_in + (k // 32) * 2
         return _half(fields, at, mask) * q.to(tl.float32)
     elif TYPE == Q4_K:
-        at = row + (k // 256) * 144
-        sub = (k // 32) % 8
-        q = _nibble(_byte(data, at + 16 + (sub // 2) * 32 + k % 32, mask), (sub & 1) == 1)
-        scale, minimum = _scale_and_minimum(data, fields, at, sub, mask)
+        q = _field(data, row, k, n_in, mask, 4, 4, 32)
+        at = row + n_in // 2 + (k // 256) * 16
+        scale, minimum = _scale_and_minimum(data, fields, at, (k // 32) % 8, mask)
         return scale * q.to(tl.float32) - minimum
     elif TYPE == Q5_K:
-        at = row + (k // 256) * 176
-        sub = (k // 32) % 8
-        low = _nibble(_byte(data, at + 48 + (sub // 2) * 32 + k % 32, mask), (sub & 1) == 1)
-        high = (_byte(data, at + 16 + k % 32, mask) >> sub) & 1
-        scale, minimum = _scale_and_minimum(data, fields, at, sub, mask)
+        low = _field(data, row, k, n_in, mask, 4, 4, 32)
+        at = row + n_in // 2 + (k // 256) * 32 + k % 16 * 2 + (k // 16) % 2
+        high = (_byte(data, at, mask) >> ((k // 32) % 8)) & 1
+        at = row + n_in // 2 + n_in // 8 + (k // 256) * 16
+        scale, minimum = _scale_and_minimum(data, fields, at, (k // 32) % 8, mask)
         return scale * (low | (high << 4)).to(tl.float32) - minimum
     elif TYPE == Q6_K:
-        at = row + (k // 256) * 210
-        half, r = (k // 128) % 2, k % 128
-        low = _nibble(_byte(data, at + half * 64 + r % 64, mask), r >= 64)
-        high = (_byte(data, at + 128 + half * 32 + r % 32, mask) >> ((r // 32) * 2)) & 3
-        scale = _signed(_byte(data, at + 192 + (k // 16) % 16, mask))
+        low = _field(data, row, k, n_in, mask, 4, 4, 16)
+        high = _field(data, row + n_in // 2, k, n_in, mask, 2, 8, 16)
+        at = row + n_in // 2 + n_in // 4
+        scale = _signed(_byte(data, at + k // 16, mask))
+        d = _half(fields, at + n_in // 16 + (k // 256) * 2, mask)
         q = (low | (high << 4)) - 32
-        return (_half(fields, at + 208, mask) * scale.to(tl.float32)) * q.to(tl.float32)
+        return (d * scale.to(tl.float32)) * q.to(tl.float32)
     else:  # F32, F16 and BF16: the fields are the elements
         return tl.load(
             fields + row // (fields.dtype.element_ty.primitive_bitwidth // 8) + k,
@@ -141,8 +156,42 @@ def _rows(
     if GATHER:
         row = tl.load(ids + i, mask=i < rows, other=0).to(tl.int64)
     mask = (i < rows) & (k < n_in)
-    values = decode(data, fields, row * row_bytes, k, mask, TYPE)
+    values = decode(data, fields, row * row_bytes, k, n_in, mask, TYPE)
     tl.store(out + i * n_in + k, cast(values, out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _steps(
+    halves,
+    words,
+    out,
+    size,
+    n_in,
+    row_units,
+    TYPE: tl.constexpr,
+    STEP: tl.constexpr,
+    EACH: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """As ``_rows``, of BLOCK of all ``size`` steps: every byte of them is read once."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = i < size
+    n_steps = n_in // STEP
+    row = (tl.minimum(i, size - 1) // n_steps).to(tl.int64)
+    step = i % n_steps
+    to = out + (row * n_in + step * STEP)[:, None] + tl.arange(0, EACH)[None, :]
+    row *= row_units
+    scales = scale_words(words, row, step, n_in, TYPE)
+    for tile in tl.static_range(STEP // EACH // SIZE):
+        code = codes(halves, row, step, tile, TYPE, EACH)
+        high = code
+        if TYPE == Q5_K or TYPE == Q6_K:
+            high = high_bits(halves, row, step, n_in, tile // 2, TYPE, EACH)
+        for s in tl.static_range(SIZE):
+            value = values(code, high, scales, tile * SIZE + s, TYPE)
+            at = to + place(tile * SIZE + s, TYPE, EACH)
+            tl.store(at, cast(value, out.dtype.element_ty), mask=there[:, None])
 
 
 def decoded(
@@ -151,23 +200,49 @@ def decoded(
     """Rows ``ids`` of the matrix, all by default: [rows, n_in] of type ``dtype``."""
     rows = weight.n_out if ids is None else len(ids)
     out = torch.empty(rows, weight.n_in, dtype=dtype, device=DEVICE)
+    if rows == 0:
+        return out
+    if ids is None and steps(weight) is not None:
+        in_steps(weight, out, _STEPS, 4)
+        return out
     block = min(_TILE, pow2(weight.n_in))
     many = _TILE // block
-    if rows:
-        _rows[(cdiv(rows, many), cdiv(weight.n_in, block))](
-            weight.data,
-            weight.fields,
-            ids,
-            out,
-            rows,
-            weight.n_in,
-            weight.data.shape[1],
-            GATHER=ids is not None,
-            TYPE=int(weight.type),
-            BM=many,
-            BLOCK=block,
-        )
+    _rows[(cdiv(rows, many), cdiv(weight.n_in, block))](
+        weight.data,
+        weight.fields,
+        ids,
+        out,
+        rows,
+        weight.n_in,
+        weight.data.shape[1],
+        GATHER=ids is not None,
+        TYPE=int(weight.type),
+        BM=many,
+        BLOCK=block,
+    )
     return out
+
+
+def in_steps(weight: DeviceWeight, out: torch.Tensor, block: int, warps: int) -> None:
+    """All of a matrix whose rows are whole steps to ``out``, by programs of ``block`` steps."""
+    how = steps(weight)
+    assert how is not None
+    size = weight.n_out * (weight.n_in // how.step)
+    halves, wide, units = words(weight)
+    _steps[(cdiv(size, block),)](
+        halves,
+        wide,
+        out,
+        size,
+        weight.n_in,
+        units,
+        TYPE=int(weight.type),
+        STEP=how.step,
+        EACH=how.each,
+        SIZE=how.size,
+        BLOCK=block,
+        num_warps=warps,
+    )
 
 
 def embedding(weight: Matrix, ids: Array) -> torch.Tensor:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from fwdllm.kernels.triton.decode import decode, decoded
+from fwdllm.kernels.triton.few import few
 from fwdllm.kernels.triton.runtime import (
     DEVICE,
     INTERPRETED,
@@ -25,6 +26,7 @@ from fwdllm.kernels.triton.runtime import (
     dot,
     pow2,
 )
+from fwdllm.kernels.triton.tiles import steps
 
 # From this many rows on the weights are decoded to scratch. An estimate, not measured yet (``make
 # bench-gpu`` shows both routes): decoding 4096 x 11008 weights moves 115 MB, 40 us on an H100,
@@ -36,6 +38,8 @@ SCRATCH_BYTES = 128 * 2**20
 # (split-K). Otherwise, with few rows, there are only about as many programs as multiprocessors, and
 # nothing hides the time that they wait for memory.
 _PARTS = 8
+# Sums that a program of ``_add`` has, 4 in each thread of 4 warps.
+_ADDED = 512
 
 
 @triton.jit
@@ -79,9 +83,10 @@ def _fused(
         if BACK:
             k_at = k.to(tl.int64)[:, None] * row_bytes
             there = (k[:, None] < terms) & (o[None, :] < width)
-            w = cast(decode(data, fields, k_at, o[None, :], there, TYPE), a.dtype)
+            w = cast(decode(data, fields, k_at, o[None, :], n_in, there, TYPE), a.dtype)
         else:
-            w = decode(data, fields, o_at, k[None, :], (o[:, None] < width) & inside, TYPE)
+            there = (o[:, None] < width) & inside
+            w = decode(data, fields, o_at, k[None, :], n_in, there, TYPE)
             w = tl.trans(cast(w, a.dtype))
         acc = dot(a, w, acc, PRECISION)
     mask = (m[:, None] < rows) & (o[None, :] < width)
@@ -90,12 +95,12 @@ def _fused(
 
 
 @triton.jit
-def _add(parts, y, size, n_parts, BLOCK: tl.constexpr):
+def _add(parts, y, size, N_PARTS: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < size
     total = tl.load(parts + i, mask=mask, other=0.0)
     at = i
-    for _ in range(1, n_parts):
+    for _ in tl.static_range(1, N_PARTS):  # unrolled, to wait for memory once
         at += size
         total += tl.load(parts + at, mask=mask, other=0.0)
     tl.store(y + i, cast(total, y.dtype.element_ty), mask=mask)
@@ -104,10 +109,12 @@ def _add(parts, y, size, n_parts, BLOCK: tl.constexpr):
 def added(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The sum of parts [n_parts, rows, columns], float32, one after the other, as ``dtype``."""
     n_parts, rows, width = parts.shape
+    if n_parts == 1 and dtype == torch.float32:
+        return parts[0]
     y = torch.empty(rows, width, dtype=dtype, device=DEVICE)
     size = rows * width
     if size:
-        _add[(cdiv(size, 1024),)](parts, y, size, n_parts, BLOCK=1024)
+        _add[(cdiv(size, _ADDED),)](parts, y, size, N_PARTS=n_parts, BLOCK=_ADDED)
     return y
 
 
@@ -119,6 +126,8 @@ def fused(
     back: x W as [rows, n_in], x [rows, n_out].  Sums are taken in an order that depends on their
     number of terms alone.
     """
+    if x.dtype == torch.bfloat16 and not back and steps(weight) is not None:
+        return added(few(x, weight), dtype)
     rows, terms = x.shape
     width = weight.n_in if back else weight.n_out
     n_parts = max(1, min(_PARTS, terms // 256))

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from fwdllm.kernels.api import Array, Matrix
+from fwdllm.kernels.triton.layout import aligned, has_planes, in_planes
 from fwdllm.kernels.types import DISTRIBUTIONS, QuantType
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -30,10 +31,11 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED el
 
 @dataclass(frozen=True, eq=False)
 class DeviceWeight:
-    """A ``Weight`` on the device, byte for byte.
+    """A ``Weight`` on the device.
 
-    data: uint8 [n_out, row_bytes].  fields: the same bytes viewed as float16, or for BF16 and F32
-    weights as these types, to read the elements of such types or the scales of blocks.
+    data: uint8 [n_out, row_bytes], rows as in the file, or of blocks in planes (``layout``).
+    fields: the same bytes viewed as float16, or for BF16 and F32 weights as these types, to read
+    the elements of such types or the scales of blocks.
     """
 
     data: torch.Tensor
@@ -56,9 +58,23 @@ def weight(weight: Matrix) -> DeviceWeight:
     """A weight on the device; one that is there already is returned as it is."""
     if isinstance(weight, DeviceWeight):
         return weight
-    data = _copy(weight.data)
+    data = _planes(weight) if has_planes(weight.type) else _copy(weight.data)
     fields = data.view(_FIELDS.get(weight.type, torch.float16))
     return DeviceWeight(data, fields, weight.type, weight.n_out, weight.n_in)
+
+
+# Bytes of a file's blocks that are put in planes at a time: several times as many are needed to.
+_UPLOAD_BYTES = 32 * 2**20
+
+
+def _planes(weight: Matrix) -> torch.Tensor:
+    n_out, row_bytes = weight.data.shape
+    step = max(1, _UPLOAD_BYTES // max(1, row_bytes))
+    out = torch.empty(n_out, aligned(row_bytes), dtype=torch.uint8, device=DEVICE)
+    for first in range(0, n_out, step):
+        at = slice(first, first + step)
+        out[at] = in_planes(_copy(weight.data[at]), weight.type)
+    return out
 
 
 def usable() -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 import fwdllm.kernels
-from fwdllm.kernels.types import SUPPORTED_TYPES
+from fwdllm.kernels.types import BLOCKS, SUPPORTED_TYPES
 
 if any(importlib.util.find_spec(name) is None for name in ("torch", "triton")):
     pytest.skip("torch or triton is not installed", allow_module_level=True)
@@ -97,9 +97,14 @@ def described(variants: list[Variant]) -> str:
 def test_every_kernel_compiles(variants: list[Variant], capability: int) -> None:
     names = {variant["name"] for variant in variants}
     assert names == launched() if capability == CAPABILITIES[-1] else names < launched()
-    for name in ("_fused", "_rows"):
-        found = {v["constants"]["TYPE"] for v in variants if v["name"] == name}
-        assert found == set(SUPPORTED_TYPES)
+    quantized = {type for type in SUPPORTED_TYPES if BLOCKS[type][0] > 1}
+    for name, types in (
+        ("_fused", set(SUPPORTED_TYPES)),
+        ("_rows", set(SUPPORTED_TYPES)),
+        ("_few", quantized),
+        ("_steps", quantized),
+    ):
+        assert {v["constants"]["TYPE"] for v in variants if v["name"] == name} == types
 
 
 def test_kernels_keep_to_registers(variants: list[Variant]) -> None:
@@ -112,7 +117,7 @@ def test_kernels_fit_consumer_cards(variants: list[Variant]) -> None:
     assert not large, described(large)
 
 
-@pytest.mark.parametrize("name", sorted({"_fused", "_down", *ATTENTION}))
+@pytest.mark.parametrize("name", sorted({"_fused", "_few", "_down", *ATTENTION}))
 def test_products_of_bfloat16_are_for_tensor_cores(variants: list[Variant], name: str) -> None:
     products = [v for v in variants if v["name"] == name and operands(v) == "*bf16"]
     assert products
