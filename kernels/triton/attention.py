@@ -145,14 +145,14 @@ def _tangents(
     D: tl.constexpr,
 ):
     """As ``_attention`` for one tangent of y, from the primal's ``whole`` and ``logs``."""
-    sequence, head = tl.program_id(0) // blocks, tl.program_id(1)
+    sequence, head = tl.program_id(0) // blocks, tl.program_id(2)
     begin, end = tl.load(starts + sequence), tl.load(starts + sequence + 1)
     first = begin + (tl.program_id(0) % blocks) * BM
     i = first + tl.arange(0, BM)
     d = tl.arange(0, D)
     i_in = (i[:, None] < end) & (d[None, :] < head_dim)
     # Rows of a tangent come after those of the primal and of the tangents before it.
-    move = (tl.program_id(2) + 1).to(tl.int64) * rows
+    move = (tl.program_id(1) + 1).to(tl.int64) * rows
     q_at = i.to(tl.int64)[:, None] * q_width + head * head_dim + d[None, :]
     qs = tl.load(q + q_at, mask=i_in, other=0.0)
     dqs = tl.load(q + q_at + move * q_width, mask=i_in, other=0.0)
@@ -254,7 +254,8 @@ def attention(
     if tangents:
         options = _tiles(_tangents, q.dtype, head_dim, longest)
         blocks = cdiv(longest, options["BM"])
-        grid = (sequences * blocks, heads, tangents)
+        # All tangents of a head at about the same time, for what they read of the primal.
+        grid = (sequences * blocks, tangents, heads)
         _tangents[grid](*arrays, *shape, blocks, CAUSAL=causal, **options)
     return y
 
