@@ -117,7 +117,9 @@ def test_kernels_fit_consumer_cards(variants: list[Variant]) -> None:
     assert not large, described(large)
 
 
-@pytest.mark.parametrize("name", ["_fused", "_few", "_down", "_attention", "_queries_vjp", "_keys_vjp"])
+@pytest.mark.parametrize(
+    "name", ["_fused", "_few", "_down", "_attention", "_queries_vjp", "_keys_vjp"]
+)
 def test_products_of_bfloat16_are_for_tensor_cores(variants: list[Variant], name: str) -> None:
     products = [v for v in variants if v["name"] == name and operands(v) == "*bf16"]
     assert products
