@@ -1,8 +1,9 @@
-"""x W^T of few rows: weights are read once, and decoded in the registers that they are multiplied in.
+"""x W^T of few rows: weights are read once, and decoded in the registers they are multiplied in.
 
-W is the left factor of products of tensor cores, with outputs as the rows of the tile, because few
-instructions have to be spent on each weight to keep up with memory. Products are of quants, which
-are exact in bfloat16, and of one sub-block each; their sums are multiplied by its scale, in float32.
+W is the left factor, its outputs the rows of a tile of tensor cores: a thread then has only a few
+scales, and the tile is as narrow as there are rows of x. Tensor cores multiply quants, which are
+exact in bfloat16, of one piece with one scale at a time (``tiles``); the sums are multiplied by the
+scale, in float32. That leaves two to four instructions for a weight, so that memory is the limit.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import triton.language as tl
 
 from fwdllm.kernels.triton.runtime import DEVICE, DeviceWeight, cdiv, dot, pow2
 from fwdllm.kernels.triton.tiles import (
-    Q4_0,
+    Q4_1,
+    Q4_K,
     Q5_K,
     Q6_K,
-    Q8_0,
     codes,
     high_bits,
     place,
@@ -45,8 +46,9 @@ class Shape(NamedTuple):
 # Parts of a sum, of at least 512 terms, that programs add up on their own (split-K): bits do not
 # depend on the other rows, so neither does the number of parts.
 PARTS = 8
-# Rows that a program has, at most: their sums are in registers, twice.
-MOST_ROWS = 64
+# Rows that a program has, at most, by elements of a step: their sums are in registers, twice, and
+# those of a step, which is read ahead, in shared memory.
+MOST_ROWS = {128: 64, 256: 32}
 
 
 @triton.jit
@@ -115,16 +117,21 @@ def _multiplied(
     nothing = tl.zeros(acc.shape, tl.float32)
     a, b = scale(scales, J, TYPE)
     acc += a[:, None] * dot(quants(code, high, J, TYPE), own, nothing, "ieee")
-    if TYPE != Q4_0 and TYPE != Q8_0 and TYPE != Q6_K:
+    if TYPE == Q4_1 or TYPE == Q4_K or TYPE == Q5_K:
         ones = tl.full(code.shape, 1.0, tl.bfloat16)
         acc -= (b + 128.0 * a)[:, None] * dot(ones, own, nothing, "ieee")
     return acc
 
 
 def few(x: torch.Tensor, weight: DeviceWeight) -> torch.Tensor:
-    """Parts of x W^T, float32 [parts, rows, n_out], to be added; x is bfloat16 [rows, n_in]."""
-    rows = min(MOST_ROWS, pow2(len(x), 8))
-    return launch(x, weight, rows, Shape(64, 2, 4 if rows <= 16 else 3), PARTS)
+    """Parts of x W^T, float32 [parts, rows, n_out], to be added; x is bfloat16 [rows, n_in].
+
+    weight: one that has ``tiles.steps``.
+    """
+    how = steps(weight)
+    assert how is not None
+    block = min(MOST_ROWS[how.step], pow2(len(x), 8))
+    return launch(x, weight, block, Shape(64, 2, 4 if block <= 16 else 3), PARTS)
 
 
 def launch(

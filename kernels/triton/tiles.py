@@ -165,7 +165,7 @@ def quants(code, high, J: tl.constexpr, TYPE: tl.constexpr):
         # Of a byte, the low seven bits become 128 + them. 128 is subtracted, or 256 if the byte is
         # negative: its sign is the last bit of the exponent.
         return _pairs(
-            "shr.b32 q, $1, %d;" % (J % 2 * 8)
+            f"shr.b32 q, $1, {J % 2 * 8};"
             + "lop3.b32 t, q, 0x00800080, 0xC300C300, 0xEA;"
             + "lop3.b32 q, q, 0x007F007F, 0x43004300, 0xEA;"
             + "fma.rn.bf16x2 $0, q, one, t;",
@@ -174,7 +174,7 @@ def quants(code, high, J: tl.constexpr, TYPE: tl.constexpr):
         )
     elif TYPE == Q4_0:
         return _pairs(
-            "shr.b32 q, $1, %d;" % (J % 4 * 4)
+            f"shr.b32 q, $1, {J % 4 * 4};"
             + "lop3.b32 q, q, 0x000F000F, 0x43004300, 0xEA;"
             + "mov.b32 t, 0xC308C308;"  # -(128 + 8)
             + "fma.rn.bf16x2 $0, q, one, t;",
@@ -183,13 +183,13 @@ def quants(code, high, J: tl.constexpr, TYPE: tl.constexpr):
         )
     elif TYPE == Q5_K:
         return _pairs(
-            "shr.b32 q, $1, %d;" % (J % 4 * 4)
+            f"shr.b32 q, $1, {J % 4 * 4};"
             + "lop3.b32 q, q, 0x000F000F, 0x43004300, 0xEA;"
             # bit J // 8 * 4 + J % 4 of the byte of the half to bit 4
             + (
-                "shl.b32 t, $2, %d;" % (4 - J % 4)
+                f"shl.b32 t, $2, {4 - J % 4};"
                 if J < 4
-                else "shr.b32 t, $2, %d;" % (J // 4 % 2 * 8 + J // 8 * 4 + J % 4 - 4)
+                else f"shr.b32 t, $2, {J // 4 % 2 * 8 + J // 8 * 4 + J % 4 - 4};"
             )
             + "lop3.b32 $0, t, 0x00100010, q, 0xEA;",
             code,
@@ -197,12 +197,12 @@ def quants(code, high, J: tl.constexpr, TYPE: tl.constexpr):
         )
     elif TYPE == Q6_K:
         return _pairs(
-            "shr.b32 q, $1, %d;" % (J % 4 * 4)
+            f"shr.b32 q, $1, {J % 4 * 4};"
             + "lop3.b32 q, q, 0x000F000F, 0x43004300, 0xEA;"
             + (
-                "shl.b32 t, $2, %d;" % (4 - J % 8 * 2)
+                f"shl.b32 t, $2, {4 - J % 8 * 2};"
                 if J % 8 < 2
-                else "shr.b32 t, $2, %d;" % (J % 8 * 2 - 4)
+                else f"shr.b32 t, $2, {J % 8 * 2 - 4};"
             )
             + "lop3.b32 q, t, 0x00300030, q, 0xEA;"
             + "mov.b32 t, 0xC320C320;"  # -(128 + 32)
@@ -212,7 +212,7 @@ def quants(code, high, J: tl.constexpr, TYPE: tl.constexpr):
         )
     else:
         return _pairs(
-            "shr.b32 q, $1, %d;" % (J % 4 * 4) + "lop3.b32 $0, q, 0x000F000F, 0x43004300, 0xEA;",
+            f"shr.b32 q, $1, {J % 4 * 4};" + "lop3.b32 $0, q, 0x000F000F, 0x43004300, 0xEA;",
             code,
             high,
         )
