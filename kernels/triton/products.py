@@ -1,7 +1,8 @@
 """x W^T for a quantized W, and the way back, x W; by one of two routes.
 
 Fused: a kernel decodes a tile of W and multiplies by it. Every block of rows decodes W again, so
-this route is for few rows, where reading the weights takes most of the time.
+this route is for few rows, where reading the weights takes most of the time. That of ``few`` does
+it for bfloat16 rows of whole tiles, and ``_fused`` for all else, element by element.
 Decoded: W is decoded to a bfloat16 scratch buffer, and the vendor's matmul multiplies by it. W is
 decoded once however many rows there are, so this route is for many. The scratch is freed after the
 matmul.
