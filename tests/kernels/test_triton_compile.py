@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 import fwdllm.kernels
-from fwdllm.kernels.types import BLOCKS, SUPPORTED_TYPES
+from fwdllm.kernels.types import BLOCKS, SUPPORTED_TYPES, QuantType
 
 if any(importlib.util.find_spec(name) is None for name in ("torch", "triton")):
     pytest.skip("torch or triton is not installed", allow_module_level=True)
@@ -32,6 +32,9 @@ KERNELS = Path(fwdllm.kernels.__file__).parent / "triton"
 # The instruction of their tensor cores for whole tiles.
 FULL_TILE = {80: "mma.sync", 90: "wgmma.mma_async"}
 ATTENTION = {"_attention", "_tangents", "_queries_vjp", "_keys_vjp"}
+QUANTIZED = {type for type in SUPPORTED_TYPES if BLOCKS[type][0] > 1}
+# Whose float32 operands are taken by tensor cores, in three products of TF32.
+IN_PARTS = {"_up", "_down", *ATTENTION}
 # A program's on consumer cards, compute capability 8.6 to 12.
 SHARED_BYTES = 99 * 1024
 # Of a thread: 32 registers, kept where they are seldom read.
@@ -81,13 +84,19 @@ def launched() -> set[str]:
 
 def operands(variant: Variant) -> str:
     """The type of the activations."""
-    return str(next(iter(variant["types"].values())))
+    types = variant["types"]
+    return str(types["y"] if variant["name"] == "_up" else next(iter(types.values())))
 
 
 def exact(variant: Variant) -> bool:
     """Whether only ``exact`` has it: products and tangents of float32."""
     tangents = variant["constants"].get("TANGENTS") or variant["name"] == "_tangents"
     return operands(variant) == "*fp32" and bool(variant["name"] == "_fused" or tangents)
+
+
+def types(variants: list[Variant], name: str) -> set[QuantType]:
+    """Those of the weights that a kernel was compiled for."""
+    return {v["constants"]["TYPE"] for v in variants if v["name"] == name}
 
 
 def described(variants: list[Variant]) -> str:
@@ -97,14 +106,10 @@ def described(variants: list[Variant]) -> str:
 def test_every_kernel_compiles(variants: list[Variant], capability: int) -> None:
     names = {variant["name"] for variant in variants}
     assert names == launched() if capability == CAPABILITIES[-1] else names < launched()
-    quantized = {type for type in SUPPORTED_TYPES if BLOCKS[type][0] > 1}
-    for name, types in (
-        ("_fused", set(SUPPORTED_TYPES)),
-        ("_rows", set(SUPPORTED_TYPES)),
-        ("_few", quantized),
-        ("_steps", quantized),
-    ):
-        assert {v["constants"]["TYPE"] for v in variants if v["name"] == name} == types
+    assert types(variants, "_rows") == set(SUPPORTED_TYPES)
+    assert types(variants, "_fused") >= set(SUPPORTED_TYPES) - QUANTIZED
+    for name in ("_few", "_steps"):
+        assert types(variants, name) == QUANTIZED
 
 
 def test_kernels_keep_to_registers(variants: list[Variant]) -> None:
@@ -133,24 +138,25 @@ def test_full_tiles_have_the_instructions_of_the_card(
         for v in variants
         if v["name"] == "_fused" and operands(v) == "*bf16" and v["constants"]["BM"] >= 64
     ]
-    assert {v["constants"]["TYPE"] for v in tiles} == set(SUPPORTED_TYPES)
+    assert {v["constants"]["TYPE"] for v in tiles} == set(SUPPORTED_TYPES) - QUANTIZED
     other = [v for v in tiles if not all(i.startswith(FULL_TILE[capability]) for i in v["mma"])]
     assert not other, described(other)
 
 
 def test_exact_products_are_not_rounded(variants: list[Variant]) -> None:
     """No TF32, which tensor cores would make of float32."""
-    exact = [v for v in variants if operands(v) == "*fp32" and v["name"] not in ATTENTION]
+    exact = [v for v in variants if operands(v) == "*fp32" and v["name"] not in IN_PARTS]
     rounded = [v for v in exact if v["mma"] or v["precisions"] not in ([], ["ieee"])]
     assert not rounded, described(rounded)
 
 
-def test_float32_attention_has_the_low_halves_of_its_operands(
+def test_float32_on_tensor_cores_is_in_three_parts(
     variants: list[Variant], capability: int
 ) -> None:
-    """Three products of TF32 each, on tensor cores."""
-    found = [v for v in variants if operands(v) == "*fp32" and v["name"] in ATTENTION]
-    assert {v["name"] for v in found} == (ATTENTION if capability == CAPABILITIES[-1] else set())
+    found = [v for v in variants if operands(v) == "*fp32" and v["name"] in IN_PARTS]
+    found = [v for v in found if v["precisions"]]  # without an adapter, ``_up`` has no product
+    names = IN_PARTS if capability == CAPABILITIES[-1] else {"_up", "_down"}
+    assert {v["name"] for v in found} == names
     for v in found:
         assert v["precisions"] == ["tf32x3"], described([v])
         assert v["mma"] and all("tf32" in i for i in v["mma"]), described([v])

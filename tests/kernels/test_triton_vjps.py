@@ -159,9 +159,10 @@ def test_lora(dtype: torch.dtype, rows: int, n_in: int, n_out: int, rank: int) -
     for found in (here, there):  # in place, wherever it is
         ops.lora_vjp(x, dy, lora, *found)
         for got, exact in zip(found, want, strict=True):
-            # Products with float32 factors of bfloat16 rows are in TF32 on a GPU
-            most = 1e-5 if dtype == torch.float32 else 1e-3
-            assert relative_error(ops.host(got), exact) < most
+            # Factors are rounded to bfloat16 beside such rows. What is added may cancel the ones.
+            most = 1e-5 if dtype == torch.float32 else BF16
+            size = np.linalg.norm(1 + np.abs(exact - 1))
+            assert np.linalg.norm(ops.host(got) - exact) < most * size
 
 
 def test_rows_in_several_calls_give_the_bits_of_one(in_order: None) -> None:
@@ -177,16 +178,15 @@ def test_rows_in_several_calls_give_the_bits_of_one(in_order: None) -> None:
         np.testing.assert_array_equal(one, several)
 
 
-@exactness
-def test_a_row_has_its_bits_in_any_company(in_order: None, exact: bool) -> None:
+def test_an_exact_row_has_its_bits_in_any_company(in_order: None) -> None:
     rng = np.random.default_rng(3)
     weight, lora = random_weight(rng, QuantType.Q4_0, 530, 64), random_lora(rng, 64, 530, 4)
     dy, x = normals(rng, 19, 530), normals(rng, 19, 64)
     labels = rng.integers(0, 530, 19).astype(np.int32)
 
     def run(rows: slice) -> list[np.ndarray]:
-        dx = ops.matmul_vjp(dy[rows], weight, lora=lora, exact=exact)
-        losses, of_x = ops.cross_entropy_vjp(x[rows], weight, labels[rows], exact=exact)
+        dx = ops.matmul_vjp(dy[rows], weight, lora=lora, exact=True)
+        losses, of_x = ops.cross_entropy_vjp(x[rows], weight, labels[rows], exact=True)
         return [ops.host(found) for found in (dx, losses, of_x)]
 
     for among, alone in zip(run(slice(0, 19)), run(slice(17, 19)), strict=True):
