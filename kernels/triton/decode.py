@@ -27,6 +27,12 @@ from fwdllm.kernels.triton.runtime import (
     weight as on_device,
 )
 from fwdllm.kernels.triton.tiles import (
+    Q4_0,
+    Q4_1,
+    Q4_K,
+    Q5_K,
+    Q6_K,
+    Q8_0,
     codes,
     high_bits,
     place,
@@ -35,14 +41,6 @@ from fwdllm.kernels.triton.tiles import (
     values,
     words,
 )
-from fwdllm.kernels.types import QuantType
-
-Q4_0 = tl.constexpr(int(QuantType.Q4_0))
-Q4_1 = tl.constexpr(int(QuantType.Q4_1))
-Q8_0 = tl.constexpr(int(QuantType.Q8_0))
-Q4_K = tl.constexpr(int(QuantType.Q4_K))
-Q5_K = tl.constexpr(int(QuantType.Q5_K))
-Q6_K = tl.constexpr(int(QuantType.Q6_K))
 
 # Elements that a program decodes: 16 in each thread of 4 warps.
 _TILE = 2048
