@@ -207,6 +207,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--small", action="store_true", help="tiny inputs, to try the benchmark")
     options = parser.parse_args(arguments)
+    for name in options.parts:
+        if name not in PARTS:
+            parser.error(f"there is no part {name!r}; these are: {', '.join(PARTS)}")
     use_sources()
     from fwdllm.kernels.triton.runtime import usable
 

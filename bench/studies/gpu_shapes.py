@@ -416,10 +416,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=40.0, help="until no more is compiled")
     parser.add_argument("--small", action="store_true", help="tiny inputs, to try this script")
     options = parser.parse_args()
-    if not usable():
-        raise SystemExit("gpu_shapes.py needs an NVIDIA GPU that PyTorch can use: there is none")
-    sizes, clock = SMALL if options.small else Sizes(), gpu_kernels.Clock()
     begin, names = time.perf_counter(), options.only.split(",")
+    for name in names:
+        if name not in GROUPS:
+            parser.error(f"there is no group {name!r}; these are: {', '.join(GROUPS)}")
+    if not usable():
+        parser.error("this needs an NVIDIA GPU that PyTorch can use: there is none")
+    sizes, clock = SMALL if options.small else Sizes(), gpu_kernels.Clock()
     print(*gpu_kernels.machine().values())
     for at, name in enumerate(names):
         found = [(table, table.candidates()) for table in GROUPS[name](sizes)]
