@@ -135,7 +135,8 @@ def _chat_spans(tokenizer: Tokenizer, example: Example) -> list[tuple[list[int],
                 f"{example.where}: the model's chat template renders earlier turns differently "
                 "once later ones follow; give single turns as prompt and completion"
             )
-        spans += [(before[len(done) :], False), (after[len(before) :], True)]
+        learned = i not in example.context
+        spans += [(before[len(done) :], False), (after[len(before) :], learned)]
         done = after
     ids = _encode_spans(tokenizer, [text for text, _ in spans], special=True)
     return list(zip(ids, [labelled for _, labelled in spans], strict=True))

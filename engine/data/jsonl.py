@@ -7,7 +7,9 @@ Each line is an object of one of four kinds, and a file holds one kind:
     {"text": "..."}
     {"text": "...", "label": "..."}
 
-Other fields are ignored. Blank lines are skipped.
+An assistant's message may have OpenAI's ``weight``: 1, or 0 for a turn that is context only. Fields
+that would change what is learned and are not read yet (tools and their calls, the pairs of
+preference data) are errors; others are ignored. Blank lines are skipped.
 """
 
 from __future__ import annotations
@@ -25,6 +27,18 @@ from fwdllm.engine.errors import ConfigError, DataError
 
 Kind = Literal["messages", "completion", "text", "label"]
 
+# Fields of a line, and of a message, that change what a model reads or learns.
+_LINE_FIELDS = ("tools", "functions", "documents", "images", "chosen", "rejected")
+_MESSAGE_FIELDS = (
+    "tool_calls", "tool_call_id", "function_call", "audio", "refusal",
+    "reasoning_content", "reasoning", "thinking", "images",
+)  # fmt: skip
+# Kinds of data of other tools, by a field that they have.
+_OTHER_KINDS = {
+    "conversations": 'ShareGPT\'s; write its turns as "messages" with "role" and "content"',
+    "instruction": 'Alpaca\'s; write instruction and input as "prompt", output as "completion"',
+}
+
 ROLES = ("system", "developer", "user", "assistant", "tool")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -36,6 +50,7 @@ class Example:
     messages: chat turns, each {"role": str, "content": str}; the loss is on the assistant's.
     prompt, completion: the loss is on the completion.
     text: the loss is on all of it, or with ``label`` it is to be classified.
+    context: numbers from 0 of the assistant's messages that the loss leaves out.
     line, path: where it was read, for error messages; path is "" for examples made in code.
     """
 
@@ -44,6 +59,7 @@ class Example:
     completion: str | None = None
     text: str | None = None
     label: str | None = None
+    context: frozenset[int] = frozenset()
     line: int = 0
     path: str = ""
 
@@ -176,13 +192,18 @@ def _parse(raw: bytes, line: int, path: str) -> Example:
         fields.keys() & {"text", "label"},
     ]
     present = [kind for kind in kinds if kind]
+    _refuse(fields, _LINE_FIELDS, where)
     if not present:
+        for name, what in _OTHER_KINDS.items():
+            if name in fields:
+                raise DataError(f"{where}: the field {name} is {what}")
         raise DataError(f"{where}: it has none of the fields messages, completion and text")
     if len(present) > 1:
         names = ", ".join(sorted(set().union(*present)))
         raise DataError(f"{where}: the fields {names} do not belong together")
     if kinds[0]:
-        return Example(messages=_messages(fields["messages"], where), line=line, path=path)
+        messages, context = _messages(fields["messages"], where)
+        return Example(messages=messages, context=context, line=line, path=path)
     if kinds[1]:
         prompt = _string(fields, "prompt", where)
         completion = _nonempty(fields, "completion", where)
@@ -207,23 +228,46 @@ def _object(raw: bytes, where: str) -> dict[str, object]:
     return value
 
 
-def _messages(value: object, where: str) -> list[dict[str, str]]:
+def _refuse(fields: dict[str, object], names: Iterable[str], where: str) -> None:
+    """DataError for a field that is there, not empty, and would be ignored."""
+    for name in names:
+        if fields.get(name) not in (None, [], {}, ""):
+            raise DataError(
+                f"{where}: the field {name} would change what is learned, and is not read yet; "
+                "take it out, or write the text that the model is to see as prompt and completion"
+            )
+
+
+def _messages(value: object, where: str) -> tuple[list[dict[str, str]], frozenset[int]]:
+    """Messages, and the numbers of the assistant's that are context only."""
     if not isinstance(value, list):
         raise DataError(f"{where}: messages is {_type(value)}, not a list")
-    messages = [_message(item, f"{where}: message {i}") for i, item in enumerate(value, 1)]
-    if not any(message["role"] == "assistant" for message in messages):
+    found = [_message(item, f"{where}: message {i}") for i, item in enumerate(value, 1)]
+    messages = [message for message, _ in found]
+    assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not assistant:
         raise DataError(f"{where}: there is no assistant message to learn from")
-    return messages
+    context = frozenset(i for i in assistant if not found[i][1])
+    if len(context) == len(assistant):
+        raise DataError(f"{where}: every assistant message has weight 0, so none is learned from")
+    return messages, context
 
 
-def _message(value: object, where: str) -> dict[str, str]:
+def _message(value: object, where: str) -> tuple[dict[str, str], bool]:
+    """A message, and whether it has a weight of 1."""
     if not isinstance(value, dict):
         raise DataError(f"{where}: it is {_type(value)}, not an object")
     role = _string(value, "role", where)
     if role not in ROLES:
         raise DataError(f"{where}: the role {_short(role)} is not one of {', '.join(ROLES)}")
+    _refuse(value, _MESSAGE_FIELDS, where)
+    weight = value.get("weight", 1)
+    if weight is None:
+        weight = 1
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise DataError(f"{where}: its weight is {_short(str(weight))}, not 0 or 1")
     take = _nonempty if role == "assistant" else _string
-    return {"role": role, "content": take(value, "content", where)}
+    return {"role": role, "content": take(value, "content", where)}, bool(weight)
 
 
 def _nonempty(fields: dict[str, object], name: str, where: str) -> str:

@@ -7,7 +7,7 @@ import mmap
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fwdllm.engine.errors import ModelError, UnsupportedError
+from fwdllm.engine.gguf.dimensions import padded
 from fwdllm.engine.gguf.header import TensorInfo, read_header
 from fwdllm.kernels.types import SUPPORTED_TYPES, QuantType, Weight
 
@@ -160,6 +161,7 @@ class GGUFFile:
         tensor = self.tensors.get(name)
         if tensor is None:
             raise ModelError(f"{self.path} has no tensor {name!r}; it is not a complete model")
+        tensor = replace(tensor, shape=padded(tensor.shape, n_dims))
         if len(tensor.shape) != n_dims:
             raise ModelError(
                 f"{self.path}: tensor {name!r} has shape {tensor.shape}, "
@@ -175,6 +177,12 @@ class GGUFFile:
 def _open(path: Path, version_of_file: tuple[int, ...]) -> GGUFFile:
     mapping = _map(path)
     version, metadata, tensors = read_header(path, mapping)
+    count = metadata.get("split.count", 1)
+    if count != 1:
+        raise ModelError(
+            f"{path} is one of the {count} files of a split model; join them first: "
+            "llama-gguf-split --merge FIRST-FILE NEW-FILE"
+        )
     return GGUFFile(path, version, metadata, tensors, mapping)
 
 

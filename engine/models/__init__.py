@@ -53,9 +53,18 @@ FAMILIES: dict[str, Family[Any]] = {
 
 
 def family_of(file: GGUFFile) -> tuple[str, Family[Any]]:
-    """The architecture of a file and its family; UnsupportedError if it has no graph."""
+    """The architecture of a file and its family; UnsupportedError if it has no graph.
+
+    As for a decoder whose attention is made to look ahead, and an encoder's that is not.
+    """
     arch = file.string("general.architecture")
     if arch not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise UnsupportedError(file.path, f"architecture {arch!r} is not one of {known}")
-    return arch, FAMILIES[arch]
+    family = FAMILIES[arch]
+    causal = file.boolean(f"{arch}.attention.causal", not family.encoder)
+    if causal == family.encoder:
+        raise UnsupportedError(
+            file.path, f"its attention is {'causal' if causal else 'not causal'}, unlike {arch}'s"
+        )
+    return arch, family

@@ -38,16 +38,22 @@ class Rotary:
 
     @staticmethod
     def from_gguf(file: GGUFFile, arch: str, head_dim: int, context: int) -> Rotary:
-        """Read the rope metadata of ``arch``; ModelError for a scaling that is not known."""
-        scaling = file.string(f"{arch}.rope.scaling.type", "none")
+        """Read the rope metadata of ``arch`` as llama.cpp does; ModelError if it makes no sense.
+
+        A factor without a type is of linear scaling, and in old files it has another name.
+        """
+        scaling = file.string(f"{arch}.rope.scaling.type", "linear")
         if scaling not in ("none", "linear", "yarn"):
             raise UnsupportedError(file.path, f"RoPE scaling {scaling!r} is not supported")
         dim = file.integer(f"{arch}.rope.dimension_count", head_dim)
         if dim % 2 or not 0 < dim <= head_dim:
             raise ModelError(f"{file.path}: rope dimension {dim} does not fit heads of {head_dim}")
         base = file.number(f"{arch}.rope.freq_base", 10000.0)
-        factor = file.number(f"{arch}.rope.scaling.factor", 1.0)
-        if base <= 1 or factor <= 0:
+        factor = file.number(
+            f"{arch}.rope.scaling.factor", file.number(f"{arch}.rope.scale_linear", 0.0)
+        )
+        factor = factor or 1.0  # 0 is what converters write for none
+        if base <= 1 or factor < 0:
             raise ModelError(f"{file.path}: RoPE base {base} or scaling factor {factor} is invalid")
         factors: tuple[float, ...] = ()
         if "rope_freqs.weight" in file.tensors:

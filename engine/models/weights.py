@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fwdllm.engine.errors import ModelError
+from fwdllm.engine.gguf.dimensions import padded
 from fwdllm.kernels.api import Kernels, Matrix
 
 if TYPE_CHECKING:
@@ -24,18 +25,18 @@ class Weights:
     """
 
     def __init__(self, file: GGUFFile, required: Shapes, optional: Shapes, ops: Kernels) -> None:
-        for name, shape in {**required, **optional}.items():
+        wanted = {**required, **optional}
+        for name, shape in wanted.items():
             if name not in file.tensors:
                 if name in required:
                     raise ModelError(f"{file.path} has no tensor {name!r}; it is not complete")
                 continue
             found = file.tensors[name].shape
-            if found != shape:
+            if padded(found, len(shape)) != shape:
                 raise ModelError(f"{file.path}: tensor {name!r} has shape {found}, not {shape}")
-        names = [name for name in (*required, *optional) if name in file.tensors]
-        matrices = [n for n in names if len(file.tensors[n].shape) == 2]
-        self._matrices = {n: ops.weight(file.weight(n)) for n in matrices}
-        self._vectors = {n: file.vector(n) for n in names if len(file.tensors[n].shape) == 1}
+        names = [name for name in wanted if name in file.tensors]
+        self._matrices = {n: ops.weight(file.weight(n)) for n in names if len(wanted[n]) == 2}
+        self._vectors = {n: file.vector(n) for n in names if len(wanted[n]) == 1}
 
     def matrix(self, name: str) -> Matrix:
         """The matrix ``name``.weight as the kernels keep it."""

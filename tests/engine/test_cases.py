@@ -1,0 +1,125 @@
+"""Models and data as people bring them: the inputs of shared/cases, and what must happen."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fwdllm.engine import Engine
+from fwdllm.engine.data.jsonl import Example, parse_jsonl, read_jsonl
+from fwdllm.engine.errors import DataError, FwdllmError, ModelError
+from fwdllm.engine.gguf.file import GGUFFile
+
+TEXT = Example(text="The market opened higher on Monday, and shares of energy firms rose.")
+
+
+@pytest.fixture(scope="module")
+def models(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Odd but honest model files, made from the shared ones."""
+    script = shared / "cases" / "make_models.py"
+    if not script.exists():
+        pytest.skip("no shared/cases beside the repository")
+    folder = tmp_path_factory.mktemp("cases")
+    subprocess.run([sys.executable, str(script), str(folder)], check=True, capture_output=True)
+    return folder
+
+
+def loss(path: Path, backend: str) -> float:
+    return Engine.load(path, backend=backend).evaluate([TEXT]).loss
+
+
+@pytest.mark.parametrize("name", ["rope-scale-linear", "rope-factor-without-type"])
+def test_positions_are_scaled_as_by_llama_cpp(models: Path, shared: Path, name: str) -> None:
+    """A factor under its old name, and one without a type, are of linear scaling."""
+    ours, theirs = (loss(models / f"{name}.gguf", backend) for backend in ("fwdllm", "llama.cpp"))
+    assert ours == pytest.approx(theirs, rel=0.01)
+    assert abs(ours - loss(shared / "models/tinymix-6m.Q4_0.gguf", "fwdllm")) > 0.3
+
+
+def test_a_decoder_that_looks_ahead_is_not_trained_as_causal(models: Path) -> None:
+    path = models / "noncausal.gguf"
+    with pytest.raises(FwdllmError, match="its attention is not causal, unlike llama's"):
+        Engine.load(path, backend="fwdllm")
+    with pytest.raises(FwdllmError):
+        Engine.load(path).evaluate([Example(prompt="The market", completion=" fell")])
+
+
+def test_a_matrix_of_one_row_may_have_one_dimension(models: Path, shared: Path) -> None:
+    found = [
+        Engine.load(path).embed(["a fine film", "dull"])
+        for path in (models / "one-token-type.gguf", shared / "models/minilm-l6-v2.F16.gguf")
+    ]
+    np.testing.assert_allclose(*found, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["auto", "llama.cpp"])
+@pytest.mark.parametrize("shard", ["00001", "00002"])
+def test_a_part_of_a_split_model_is_not_taken_for_all_of_it(
+    models: Path, shard: str, backend: str
+) -> None:
+    with pytest.raises(ModelError, match="one of the 2 files of a split model; join them first"):
+        Engine.load(models / f"split-{shard}-of-00002.gguf", backend=backend)
+    with pytest.raises(ModelError, match="split"):
+        GGUFFile.open(models / f"split-{shard}-of-00002.gguf")
+
+
+def test_a_turn_of_weight_0_is_context_only(shared: Path) -> None:
+    [plain], [weighed] = (
+        read_jsonl(shared / f"cases/01-{name}.jsonl") for name in ("plain", "weight0")
+    )
+    assert (plain.context, weighed.context) == (frozenset(), frozenset({1}))
+    engine = Engine.load(shared / "models/tinymix-6m.Q4_0.gguf")
+    all_of_it, rest = (engine.tokenize(example, None) for example in (plain, weighed))
+    assert all_of_it.ids == rest.ids
+    assert 0 < sum(rest.labels) < sum(all_of_it.labels)
+    last = len(rest.labels) - 1 - all_of_it.labels[::-1].index(True)
+    assert rest.labels[last]
+
+
+def line(message: str, rest: str = "") -> list[bytes]:
+    turns = f'{{"role": "user", "content": "Hi."}}, {message}'
+    return [f'{{"messages": [{turns}]{rest}}}'.encode()]
+
+
+ANSWER = '{"role": "assistant", "content": "Yes."'
+
+
+@pytest.mark.parametrize(
+    ("message", "rest", "what"),
+    [
+        (ANSWER + ', "weight": 0.5}', "", "message 2: its weight is '0.5', not 0 or 1"),
+        (ANSWER + ', "weight": true}', "", "message 2: its weight is 'True', not 0 or 1"),
+        (ANSWER + ', "weight": 0}', "", "every assistant message has weight 0"),
+        (ANSWER + ', "tool_calls": [{}]}', "", "message 2: the field tool_calls would change"),
+        (ANSWER + ', "reasoning_content": "Hm."}', "", "the field reasoning_content would change"),
+        (ANSWER + "}", ', "tools": [{}]', "the field tools would change what is learned"),
+    ],
+)
+def test_what_would_change_the_lesson_is_not_ignored(message: str, rest: str, what: str) -> None:
+    with pytest.raises(DataError, match=what):
+        parse_jsonl(line(message, rest), "data.jsonl")
+
+
+def test_fields_that_change_nothing_are_ignored() -> None:
+    rest = ', "tools": [], "functions": null, "parallel_tool_calls": false, "id": 7'
+    answer = ANSWER + ', "weight": 1, "tool_calls": null, "refusal": null, "time": "noon"}'
+    [example] = parse_jsonl(line(answer, rest), "data.jsonl")
+    assert example.messages is not None
+    assert example.messages[1] == {"role": "assistant", "content": "Yes."}
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "the field chosen would change"),
+        ('{"conversations": [{"from": "human", "value": "Hi."}]}', "conversations is ShareGPT's"),
+        ('{"instruction": "Add.", "input": "1 2", "output": "3"}', "instruction is Alpaca's"),
+    ],
+)
+def test_data_of_other_tools_is_named(row: str, what: str) -> None:
+    with pytest.raises(DataError, match=what):
+        parse_jsonl([row.encode()], "data.jsonl")
