@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from fwdllm.engine.data.batch import Tokens
 from fwdllm.engine.data.jsonl import Example, check_labels
 from fwdllm.engine.data.tokenizer import Tokenizer
-from fwdllm.engine.errors import DataError
+from fwdllm.engine.errors import DataError, ModelError
 
 # Most tokens in the cache of encoded examples, 12 MB: an int in a list takes 36 bytes, a bool 8.
 _MOST_KEPT = 1 << 18
@@ -90,7 +90,7 @@ def encode_decoder(
         tokens = _join([(_encode_spans(tokenizer, [example.text])[0], True)])
     if not any(tokens.labels[1:]):
         raise DataError(f"{example.where}: it has no token to predict")
-    return _fit(tokens, example, context, max_tokens)
+    return _fit(tokens, tokenizer.bos, example, context, max_tokens)
 
 
 def encode_label(
@@ -128,8 +128,11 @@ def _chat_spans(tokenizer: Tokenizer, example: Example) -> list[tuple[list[int],
     for i, message in enumerate(example.messages):
         if message["role"] != "assistant":
             continue
-        before = tokenizer.render_chat(example.messages[:i], add_generation_prompt=True)
-        after = tokenizer.render_chat(example.messages[: i + 1], add_generation_prompt=False)
+        try:
+            before = tokenizer.render_chat(example.messages[:i], add_generation_prompt=True)
+            after = tokenizer.render_chat(example.messages[: i + 1], add_generation_prompt=False)
+        except ModelError as error:
+            raise DataError(f"{example.where}: {error}") from error
         if not before.startswith(done) or not after.startswith(before):
             raise DataError(
                 f"{example.where}: the model's chat template renders earlier turns differently "
@@ -173,9 +176,11 @@ def _join(spans: Iterable[tuple[list[int], bool]]) -> Tokens:
     )
 
 
-def _fit(tokens: Tokens, example: Example, context: int, max_tokens: int | None) -> Tokens:
+def _fit(
+    tokens: Tokens, bos: int | None, example: Example, context: int, max_tokens: int | None
+) -> Tokens:
     """Cut to the limit. A long prompt loses its beginning, so that half of the limit is left for
-    the tokens to predict."""
+    the tokens to predict; not its BOS, without which some models predict next to nothing."""
     n = len(tokens.ids)
     if max_tokens is None and n > context:
         raise _too_long(example, n, context)
@@ -183,7 +188,10 @@ def _fit(tokens: Tokens, example: Example, context: int, max_tokens: int | None)
     first = tokens.labels.index(True)
     predicted = min(n - first, limit - limit // 2)
     start = max(0, first + predicted - limit)
-    return Tokens(tokens.ids[start : start + limit], tokens.labels[start : start + limit])
+    ids, labels = tokens.ids[start : start + limit], tokens.labels[start : start + limit]
+    if 0 < start < first and tokens.ids[0] == bos:
+        ids[0] = tokens.ids[0]
+    return Tokens(ids, labels)
 
 
 def _too_long(example: Example, n_tokens: int, context: int) -> DataError:

@@ -123,7 +123,7 @@ class Tokenizer:
         """
         try:
             formatter = self.formatter(add_generation_prompt)
-            return str(formatter(messages=[dict(message) for message in messages]).prompt)
+            return str(formatter(messages=[_as_templates_expect(m) for m in messages]).prompt)
         except Exception as error:  # a foreign program can raise anything
             raise ModelError(
                 f"the chat template of {self._model.file.path} fails on these messages: {error}"
@@ -166,3 +166,8 @@ class Tokenizer:
         for token in ids:
             if not 0 <= token < self.n_vocab:
                 raise DataError(f"there is no token {token}; the vocabulary has {self.n_vocab}")
+
+
+def _as_templates_expect(message: Message) -> dict[str, str]:
+    """OpenAI's newer name of the system's role is one that templates do not know."""
+    return {**message, "role": "system"} if message.get("role") == "developer" else dict(message)

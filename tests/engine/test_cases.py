@@ -123,3 +123,30 @@ def test_fields_that_change_nothing_are_ignored() -> None:
 def test_data_of_other_tools_is_named(row: str, what: str) -> None:
     with pytest.raises(DataError, match=what):
         parse_jsonl([row.encode()], "data.jsonl")
+
+
+def test_a_template_that_refuses_a_line_is_told_with_the_line(models: Path, shared: Path) -> None:
+    engine = Engine.load(models / "template-alternate.gguf")
+    with pytest.raises(DataError, match=r"24-roles.jsonl:\d+: .*turns have to take turns"):
+        engine.evaluate(read_jsonl(shared / "cases/24-roles.jsonl"))
+
+
+def test_a_developer_is_the_system(shared: Path) -> None:
+    engine = Engine.load(shared / "models/tinymix-6m.Q4_0.gguf")
+    [example] = read_jsonl(shared / "cases/07-developer.jsonl")
+    assert example.messages is not None
+    roles = {"developer": "system"}
+    turns = [{**m, "role": roles.get(m["role"], m["role"])} for m in example.messages]
+    assert turns != example.messages
+    same = Example(messages=turns)
+    assert engine.tokenize(example, None) == engine.tokenize(same, None)
+
+
+def test_a_prompt_cut_at_its_beginning_keeps_bos(bundled: Path) -> None:
+    engine = Engine.load(bundled)
+    whole = engine.tokenize(Example(prompt="One two three. " * 40, completion=" Four."), None)
+    cut = engine.tokenize(Example(prompt="One two three. " * 40, completion=" Four."), 32)
+    bos = engine.tokenizer.bos
+    assert (whole.ids[0], cut.ids[0], len(cut.ids)) == (bos, bos, 32)
+    assert cut.ids[1:] == whole.ids[-31:]
+    assert sum(cut.labels) == sum(whole.labels)

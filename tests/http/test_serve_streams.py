@@ -157,6 +157,29 @@ def test_what_clients_send_is_understood(server: Server, fields: Any) -> None:
     assert answer.status_code == 200, answer.text
 
 
+@pytest.mark.parametrize("stop", ["", [], [""], ["", "~never~"]])
+def test_an_empty_stop_stops_nothing(server: Server, stop: Any) -> None:
+    body = {"messages": HELLO, "max_tokens": 6, "temperature": 0}
+    want, found = (server.post(CHAT, {**body, **more}) for more in ({}, {"stop": stop}))
+    assert want["choices"] == found["choices"]
+    assert found["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_minus_one_is_no_limit_but_the_context(server: Server, field: str) -> None:
+    body = {"messages": HELLO, "temperature": 0, "grammar": 'root ::= "moo " [a-z ]{120}'}
+    answer = server.post(CHAT, {**body, field: -1})
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] > 16
+    assert server.http.post(CHAT, json={**body, field: -2}).status_code == 400
+
+
+def test_a_completion_may_have_no_limit(server: Server) -> None:
+    body = {"prompt": "The", "temperature": 0, "grammar": 'root ::= "moo " [a-z ]{120}'}
+    answer = server.post("/v1/completions", {**body, "max_tokens": -1})
+    assert answer["usage"]["completion_tokens"] > 16
+
+
 def test_a_grammar_is_kept_to(server: Server) -> None:
     body = {"messages": HELLO, "grammar": 'root ::= "moo"', "max_tokens": 8}
     assert server.post(CHAT, body)["choices"][0]["message"]["content"] == "moo"

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from pydantic.types import StringConstraints
 
 MAX_INPUTS = 2048  # OpenAI's limit of texts in one request
+_NO_LIMIT = 2**31 - 1
 
 Temperature = Annotated[float, Field(ge=0, le=100)]
 Penalty = Annotated[float, Field(ge=0, le=10)]
@@ -26,6 +27,32 @@ class NullIsDefault(BaseModel):
         if not isinstance(values, dict):
             return values
         return {name: value for name, value in values.items() if value is not None}
+
+
+class GenerationRequest(NullIsDefault):
+    """What requests for text have in common: what clients write for no limit, and for no stop.
+
+    Empty strings to stop at are left out. -1 tokens are as many as the context has room for, to
+    which ``Llama`` cuts any greater number.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_clients_mean_it(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        found = dict(values)
+        for name in ("max_tokens", "max_completion_tokens"):
+            if found.get(name) == -1:
+                found[name] = _NO_LIMIT
+        stop = found.get("stop")
+        if isinstance(stop, list):
+            stop = [text for text in stop if text != ""]
+        if stop in ("", []):
+            found.pop("stop")
+        elif stop is not None:
+            found["stop"] = stop
+        return found
 
 
 class StreamOptions(NullIsDefault):
@@ -58,7 +85,7 @@ _OURS = {
 }  # fmt: skip
 
 
-class CompletionRequest(NullIsDefault, CreateCompletionRequest):
+class CompletionRequest(GenerationRequest, CreateCompletionRequest):
     """A text to continue.
 
     repeat_penalty: 1.0, not llama-cpp-python's default of 1.1: OpenAI's API has no such penalty,
@@ -81,7 +108,7 @@ class CompletionRequest(NullIsDefault, CreateCompletionRequest):
         return {**options, "prompt": prompt}
 
 
-class ChatRequest(NullIsDefault, CreateChatCompletionRequest):
+class ChatRequest(GenerationRequest, CreateChatCompletionRequest):
     """A conversation to continue; see ``CompletionRequest``."""
 
     n: Literal[1] = 1
