@@ -53,6 +53,8 @@ class Rotary:
             f"{arch}.rope.scaling.factor", file.number(f"{arch}.rope.scale_linear", 0.0)
         )
         factor = factor or 1.0  # 0 is what converters write for none
+        if scaling == "linear" and factor == 1:
+            scaling = "none"
         if base <= 1 or factor < 0:
             raise ModelError(f"{file.path}: RoPE base {base} or scaling factor {factor} is invalid")
         factors: tuple[float, ...] = ()
