@@ -172,7 +172,7 @@ NAN = {name: np.full_like(array, np.nan) for name, array in Q.items()}
         (Q | pair("blk.1.attn_k", n_out=8), {}, "attn_[qk] in some layers"),
         ({k: v for k, v in Q.items() if k.endswith("a")}, {}, "lacks 'blk.0.attn_q.weight.lora_b"),
         (Q | {"blk.0.attn_q.weight.lora_b": np.ones((16, 3), np.float32)}, {}, "ranks 4 and 3"),
-        (Q | {"blk.0.attn_q.weight.lora_b": np.ones(64, np.float32)}, {}, "dimensions"),
+        (Q | {"blk.0.attn_q.weight.lora_b": np.ones(64, np.float32)}, {}, "ranks 4 and 64"),
         (Q | {"blk.0.attn_q.bias": np.ones(16, np.float32)}, {}, "not a LoRA tensor"),
         (NAN, {}, "not finite"),
     ],
