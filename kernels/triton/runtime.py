@@ -154,7 +154,7 @@ def host(x: Array) -> np.ndarray:
     if x.dtype == torch.bfloat16:
         x = x.float()
     if x.is_cuda:
-        # To pinned memory, which PyTorch keeps for the next time: 33 MB in 1 ms instead of 8.
+        # To pinned memory, which PyTorch keeps: 33 MB to new pages took 8 ms on an H200.
         x = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x)
     found: np.ndarray = x.numpy()
     return found
