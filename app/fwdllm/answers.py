@@ -87,7 +87,8 @@ def _parts(example: Example) -> tuple[str | list[dict[str, str]], str]:
         return example.prompt, example.completion
     if example.kind == "messages" and example.messages:
         *before, last = example.messages
-        if before and last["role"] == "assistant":
+        learned = len(before) not in example.context
+        if before and last["role"] == "assistant" and learned:
             return before, last["content"]
     raise DataError(f"{example.where}: there is no prompt with an answer")
 

@@ -64,6 +64,11 @@ def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
         evaluate_answers(MODEL, data, pattern="(")
     with pytest.raises(ConfigError, match="has no group"):
         evaluate_answers(MODEL, data, pattern="moo")
+    turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Moo."}]
+    wrong = [*turns, turns[0], {**turns[1], "weight": 0}]  # context only, so no answer to match
+    chat = write_rows(tmp_path / "c.jsonl", [{"messages": wrong}])
+    with pytest.raises(DataError, match=r"c\.jsonl:1: there is no prompt with an answer"):
+        evaluate_answers(MODEL, chat)
     text = write_rows(tmp_path / "b.jsonl", [{"text": "A cow says moo."}])
     with pytest.raises(DataError, match=r"b\.jsonl:1: there is no prompt with an answer"):
         evaluate_answers(MODEL, text, pattern=SAYS)

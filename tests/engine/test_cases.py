@@ -56,6 +56,15 @@ def test_a_matrix_of_one_row_may_have_one_dimension(models: Path, shared: Path) 
     np.testing.assert_allclose(*found, atol=1e-3)
 
 
+def test_a_factor_of_rank_1_may_have_one_dimension(models: Path, shared: Path) -> None:
+    model, adapter = shared / "models/tinymix-6m.Q4_0.gguf", "adapter-rank1-one-dimension.gguf"
+    ours, theirs = (
+        Engine.load(model, adapter=models / adapter, backend=backend).evaluate([TEXT]).loss
+        for backend in ("fwdllm", "llama.cpp")
+    )
+    assert ours == pytest.approx(theirs, rel=0.01)
+
+
 @pytest.mark.parametrize("backend", ["auto", "llama.cpp"])
 @pytest.mark.parametrize("shard", ["00001", "00002"])
 def test_a_part_of_a_split_model_is_not_taken_for_all_of_it(
