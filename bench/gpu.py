@@ -68,7 +68,7 @@ def measure(
     examples, tokens, perturbations = 8, 256, 16
     if small:
         kinds, rows = (QuantType.Q4_0,), (4,)
-        sizes = gpu_kernels.Sizes(64, 64, 64, 2, 32, 4, 2, 1, 2, 4, 128, 4096, 2, 64, 4096)
+        sizes = gpu_kernels.Sizes(64, 64, 64, 2, 32, 4, 2, 1, 2, 4, 128, 4096, 2, 64, 4096, 2)
         examples, tokens, perturbations = 1, 5, 2
     lora = LoRAConfig(rank=sizes.rank)
 

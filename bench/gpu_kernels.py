@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,9 @@ from fwdllm.kernels.types import Lanes, LoRA, QuantType, Weight
 Call = Callable[[], object]
 
 DEFAULT_TYPES = (QuantType.Q4_0, QuantType.Q4_K, QuantType.Q6_K, QuantType.Q8_0)
-DEFAULT_ROWS = (1, 16, 64, 256, 1024, 4096)
+DEFAULT_ROWS = (1, 16, 64, 128, 256, 1024, 4096)
+# Up to so many, reading the weights is most of the work.
+_FEW_ROWS = 16
 
 _GIGA = 1e9
 # About a millisecond.
@@ -55,6 +57,7 @@ class Sizes:
     seeds: int = 16
     square: int = 8192
     copied: int = 1 << 30
+    layers: int = 16
 
 
 @dataclass(frozen=True)
@@ -193,9 +196,8 @@ def _products(type: QuantType, rows: Sequence[int], sizes: Sizes) -> Iterator[Ca
     weight = random_device_weight(type, sizes.n_out, sizes.n_in)
     w = decoded(weight, torch.bfloat16)
     shape = f"{type.name} {sizes.n_out}x{sizes.n_in}"
-    work = weight.data.numel() / _GIGA
-    decode = partial(decoded, weight, torch.bfloat16)
-    yield Case(f"decode {shape}", "GB/s", work + 2 * w.numel() / _GIGA, decode, "copy")
+    moved = (weight.data.numel() + 2 * w.numel()) / _GIGA
+    yield Case(f"decode {shape}", "GB/s", moved, partial(decoded, weight, torch.bfloat16), "copy")
     for n in rows:
         x = _random(n, sizes.n_in).bfloat16()
         flops = 2 * n * sizes.n_out * sizes.n_in / _GIGA
@@ -205,6 +207,31 @@ def _products(type: QuantType, rows: Sequence[int], sizes: Sizes) -> Iterator[Ca
         for route, function in (("fused", products.fused), ("scratch", products.by_scratch)):
             call = partial(function, x, weight, torch.bfloat16)
             yield Case(f"{name}, {route}", "GFLOPS", flops, call, vendor)
+        if n <= _FEW_ROWS:
+            run, read = _layer_after_layer(x, weight, sizes.layers)
+            yield Case(f"{name}, {sizes.layers} weights in a row", "GB/s", read, run, "copy")
+
+
+def _layer_after_layer(x: torch.Tensor, weight: DeviceWeight, n: int) -> tuple[Call, float]:
+    """Matmuls by n weights, recorded, and their 10^9 bytes: more than the L2 cache keeps.
+
+    So they run in a model: a single one has no neighbour to hide the time in which it begins.
+    """
+    copies = [weight.data.clone() for _ in range(n)]
+    each = [replace(weight, data=data, fields=data.view(weight.fields.dtype)) for data in copies]
+
+    def run() -> None:
+        for w in each:
+            ops.matmul(x, w)
+
+    work = sum(data.numel() for data in copies) / _GIGA
+    if INTERPRETED:
+        return run, work
+    run()  # compiled, and what is made once is there
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay, work
 
 
 def _lanes(rows: int, sizes: Sizes) -> Iterator[Case]:

@@ -13,8 +13,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from fwdllm.engine.models.forward import Pass
 from fwdllm.engine.models.rotary import Rotary
 from fwdllm.kernels.api import Array, BackwardKernels
@@ -218,16 +216,17 @@ class Backward(Pass):
         self, x: Node, rotary: Rotary, head_dim: int, interleaved: bool
     ) -> Node:
         """See ``Pass.rope``; back is the other way round."""
-        cos, sin = rotary.tables(int(self.positions.max()) + 1)
+        n_positions = int(self.positions.max()) + 1
 
-        def turned(x: Array, sin: np.ndarray) -> Array:
+        def turned(x: Array, back: bool) -> Array:
+            cos, sin = rotary.tables(n_positions, back)
             return self.ops.rope(x, self.positions, cos, sin, head_dim, interleaved)
 
         return Node(
             self._tape,
             x.shape,
-            lambda: turned(x.take(), sin),
-            lambda dy: x.add(turned(dy, -sin)),
+            lambda: turned(x.take(), back=False),
+            lambda dy: x.add(turned(dy, back=True)),
             x.wanted,
         )
 

@@ -72,13 +72,17 @@ class Rotary:
             factors,
         )
 
-    def tables(self, n_positions: int) -> tuple[np.ndarray, np.ndarray]:
-        """cos and sin for positions 0 .. n_positions: float32 [at least n_positions, dim / 2]."""
-        return _tables(self, 1 << max(6, (n_positions - 1).bit_length()))
+    def tables(self, n_positions: int, back: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """cos and sin for positions 0 .. n_positions: float32 [at least n_positions, dim / 2].
+
+        back: to turn the other way round.
+        """
+        return _tables(self, 1 << max(6, (n_positions - 1).bit_length()), back)
 
 
-@lru_cache(maxsize=4)
-def _tables(r: Rotary, n_positions: int) -> tuple[np.ndarray, np.ndarray]:
+# Arrays that come again are copied to a GPU once.
+@lru_cache(maxsize=8)
+def _tables(r: Rotary, n_positions: int, back: bool) -> tuple[np.ndarray, np.ndarray]:
     pair = np.arange(r.dim // 2)
     frequency = r.base ** (-2.0 * pair / r.dim)
     if r.factors:
@@ -94,7 +98,7 @@ def _tables(r: Rotary, n_positions: int) -> tuple[np.ndarray, np.ndarray]:
     angle = np.arange(n_positions)[:, None] * frequency
     return (
         (np.cos(angle) * magnitude).astype(np.float32),
-        (np.sin(angle) * magnitude).astype(np.float32),
+        (np.sin(-angle if back else angle) * magnitude).astype(np.float32),
     )
 
 

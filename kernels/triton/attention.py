@@ -193,21 +193,24 @@ def _large_tiles() -> bool:
 
 
 def _tiles(kernel: Any, dtype: torch.dtype, head_dim: int, longest: int) -> dict[str, int]:
-    """How a program works: for heads of 128 with few spills and 99 KB of shared memory or less."""
+    """How a program works: for heads of 128 with few spills and 99 KB of shared memory or less.
+
+    Of those, the fastest on an H200 (bench/studies/gpu_shapes.py).
+    """
     narrow = dtype == torch.bfloat16
     # With float32 heads of 16 dimensions, a tangent kernel fails an LLVM assertion in Triton 3.9.
     wide = pow2(head_dim, 16 if narrow else 32)
     large = _large_tiles() and wide <= 128
-    if narrow or kernel is _attention:
-        rows = 64 if large or (narrow and kernel is _attention) else 32
-    else:  # tangents and cotangents of float32 have the most operands
-        rows = 32 if wide <= (128 if kernel is _tangents else 64) else 16
+    if narrow:
+        rows = 64 if large or kernel is _attention else 32
+    else:  # the cotangents of k and v have the most operands
+        rows = 32 if wide <= (64 if kernel is _keys_vjp else 128) or kernel is _attention else 16
     return {
         "BM": min(rows, pow2(longest, 16)),
         "BN": 32,
         "D": wide,
         "num_warps": 4,
-        "num_stages": 2 if narrow else 1,
+        "num_stages": (3 if kernel is _attention else 2) if narrow else 1,
     }
 
 
@@ -434,6 +437,8 @@ def attention_vjp(
     _queries_vjp[(sequences * blocks, heads)](
         *arrays, y, logs, dy, means, dq, *shape, blocks, CAUSAL=causal, **options
     )
+    options = _tiles(_keys_vjp, q.dtype, head_dim, longest)
+    blocks = cdiv(longest, options["BM"])
     _keys_vjp[(sequences * blocks, kv_heads)](
         *arrays, logs, dy, means, dk, dv, *shape, blocks, CAUSAL=causal, **options
     )

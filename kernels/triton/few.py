@@ -3,18 +3,21 @@
 W is the left factor, its outputs the rows of a tile of tensor cores: a thread then has only a few
 scales, and the tile is as narrow as there are rows of x. Tensor cores multiply quants, which are
 exact in bfloat16, of one piece with one scale at a time (``tiles``); the sums are multiplied by the
-scale, in float32. That leaves two to four instructions for a weight, so that memory is the limit.
+scale, in float32. That leaves two to four instructions for a weight.
+
+Parts of a sum are of different programs (split-K); the last one of them to be done adds all up, in
+order. A count of those that are done is all that is atomic, so results do not depend on it.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 
-from fwdllm.kernels.triton.runtime import DEVICE, DeviceWeight, cdiv, dot, pow2
+from fwdllm.kernels.triton.runtime import DEVICE, DeviceWeight, cast, cdiv, dot, pow2
 from fwdllm.kernels.triton.tiles import (
     Q4_1,
     Q4_K,
@@ -30,25 +33,15 @@ from fwdllm.kernels.triton.tiles import (
     words,
 )
 
-
-class Shape(NamedTuple):
-    """Outputs and warps of a program, and steps that it reads ahead, and one more.
-
-    With 2 warps or fewer, operands of tensor cores come from registers on any card: the
-    instructions of an H100 for whole groups of 4 warps take longer to begin.
-    """
-
-    outputs: int
-    warps: int
-    stages: int
-
-
-# Parts of a sum, of at least 512 terms, that programs add up on their own (split-K): bits do not
-# depend on the other rows, so neither does the number of parts.
-PARTS = 8
-# Rows that a program has, at most, by elements of a step: their sums are in registers, twice, and
-# those of a step, which is read ahead, in shared memory.
-MOST_ROWS = {128: 64, 256: 32}
+# Parts of a sum, of at least 512 terms: bits do not depend on the other rows, so neither does their
+# number.
+_PARTS = 8
+# Rows that a program has, at most: their sums are in registers, twice, and those of a step, which
+# is read ahead, in shared memory.
+_ROWS = 64
+# Outputs of a program. With 2 warps, operands of tensor cores come from registers on any card: the
+# instructions of an H100 for whole groups of 4 warps take longer to begin.
+_OUTPUTS, _WARPS = 64, 2
 
 
 @triton.jit
@@ -56,23 +49,26 @@ def _few(
     x,
     halves,
     words,
+    parts,
+    done,
     y,
     rows,
     n_out,
     n_in,
     row_units,
-    n_parts,
     TYPE: tl.constexpr,
     STEP: tl.constexpr,
     EACH: tl.constexpr,
     SIZE: tl.constexpr,
     BM: tl.constexpr,
     BO: tl.constexpr,
+    PARTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """y[part] = x W^T of BM rows and BO outputs, summed over one part of the steps.
+    """y = x W^T of BM rows and BO outputs, by the last program of PARTS, each of some steps.
 
-    x: bfloat16 [rows, n_in].  y: float32 or, of a single part, any type [n_parts, rows, n_out].
+    x: bfloat16 [rows, n_in].  parts: float32 [PARTS, rows, n_out].  done: int32, how many programs
+    of a tile of y are done: zeros, and zeros again afterwards.
     """
     o = tl.program_id(0) * BO + tl.arange(0, BO)
     r = tl.program_id(2) * BM + tl.arange(0, BM)
@@ -83,9 +79,7 @@ def _few(
     there = r[None, :] < rows
     n_steps = n_in // STEP
     acc = tl.zeros([BO, BM], tl.float32)
-    for step in tl.range(
-        part * n_steps // n_parts, (part + 1) * n_steps // n_parts, num_stages=STAGES
-    ):
+    for step in tl.range(part * n_steps // PARTS, (part + 1) * n_steps // PARTS, num_stages=STAGES):
         scales = scale_words(words, row, step, n_in, TYPE)
         for tile in tl.static_range(STEP // EACH // SIZE):
             code = codes(halves, row, step, tile, TYPE, EACH)
@@ -104,8 +98,23 @@ def _few(
                     TYPE,
                     EACH,
                 )
-    at = (part * rows + r).to(tl.int64)[None, :] * n_out + o[:, None]
-    tl.store(y + at, acc, mask=there & (o[:, None] < n_out))
+    at = r.to(tl.int64)[None, :] * n_out + o[:, None]
+    inside = there & (o[:, None] < n_out)
+    if PARTS > 1:
+        mine = (part * rows + r).to(tl.int64)[None, :] * n_out + o[:, None]
+        tl.store(parts + mine, acc, mask=inside)
+        tl.debug_barrier()  # of all threads of the program, whose numbers the others then see
+        count = done + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        if tl.atomic_add(count, 1, sem="acq_rel", scope="gpu") == PARTS - 1:
+            acc = tl.zeros([BO, BM], tl.float32)
+            for other in tl.static_range(PARTS):
+                theirs = (other * rows + r).to(tl.int64)[None, :] * n_out + o[:, None]
+                # Not from this processor's own cache, which does not know what others write.
+                acc += tl.load(parts + theirs, mask=inside, other=0.0, cache_modifier=".cg")
+            tl.store(y + at, cast(acc, y.dtype.element_ty), mask=inside)
+            tl.store(count, 0)
+    else:
+        tl.store(y + at, cast(acc, y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -123,44 +132,45 @@ def _multiplied(
     return acc
 
 
-def few(x: torch.Tensor, weight: DeviceWeight) -> torch.Tensor:
-    """Parts of x W^T, float32 [parts, rows, n_out], to be added; x is bfloat16 [rows, n_in].
+def few(x: torch.Tensor, weight: DeviceWeight, dtype: torch.dtype) -> torch.Tensor:
+    """x W^T as [rows, n_out] of ``dtype``; x is bfloat16 [rows, n_in].
 
     weight: one that has ``tiles.steps``.
     """
-    how = steps(weight)
+    how, rows = steps(weight), len(x)
     assert how is not None
-    block = min(MOST_ROWS[how.step], pow2(len(x), 8))
-    return launch(x, weight, block, Shape(64, 2, 4 if block <= 16 else 3), PARTS)
-
-
-def launch(
-    x: torch.Tensor, weight: DeviceWeight, block: int, shape: Shape, most_parts: int
-) -> torch.Tensor:
-    """As ``few``, by programs of ``block`` rows and of a shape."""
-    how = steps(weight)
-    assert how is not None
-    n_parts = max(1, min(most_parts, weight.n_in // 512))
-    parts = torch.empty(n_parts, len(x), weight.n_out, dtype=torch.float32, device=DEVICE)
+    block = min(_ROWS, pow2(rows, 8))
+    n_parts = max(1, min(_PARTS, weight.n_in // 512))
     halves, wide, units = words(weight)
-    grid = (cdiv(weight.n_out, shape.outputs), n_parts, cdiv(len(x), block))
+    grid = (cdiv(weight.n_out, _OUTPUTS), n_parts, cdiv(rows, block))
+    y = torch.empty(rows, weight.n_out, dtype=dtype, device=DEVICE)
+    parts = torch.empty(n_parts, *y.shape, device=DEVICE)
     _few[grid](
         x,
         halves,
         wide,
         parts,
-        len(x),
+        _counts(pow2(grid[0] * grid[2])),
+        y,
+        rows,
         weight.n_out,
         weight.n_in,
         units,
-        n_parts,
         TYPE=int(weight.type),
         STEP=how.step,
         EACH=how.each,
         SIZE=how.size,
         BM=block,
-        BO=shape.outputs,
-        STAGES=shape.stages,
-        num_warps=shape.warps,
+        BO=_OUTPUTS,
+        PARTS=n_parts,
+        # Of an H200 (bench/studies/gpu_shapes.py).
+        STAGES=2 if block * how.step >= 8192 else 3,
+        num_warps=_WARPS,
     )
-    return parts
+    return y
+
+
+@cache
+def _counts(size: int) -> torch.Tensor:
+    """Zeros, which launches leave as zeros; launches are on one stream, one after another."""
+    return torch.zeros(size, dtype=torch.int32, device=DEVICE)
