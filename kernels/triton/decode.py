@@ -173,6 +173,7 @@ def _steps(
     BLOCK: tl.constexpr,
 ):
     """As ``_rows``, of BLOCK of all ``size`` steps: every byte of them is read once."""
+    TILES: tl.constexpr = STEP // EACH // SIZE
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = i < size
     n_steps = n_in // STEP
@@ -180,9 +181,9 @@ def _steps(
     step = i % n_steps
     to = out + (row * n_in + step * STEP)[:, None] + tl.arange(0, EACH)[None, :]
     row *= row_units
-    scales = scale_words(words, row, step, n_in, TYPE)
-    for tile in tl.static_range(STEP // EACH // SIZE):
-        code = codes(halves, row, step, tile, TYPE, EACH)
+    scales = scale_words(words, row, step, n_in, TYPE, STEP)
+    for tile in tl.static_range(TILES):
+        code = codes(halves, row, step, tile, TILES, EACH)
         high = code
         if TYPE == Q5_K or TYPE == Q6_K:
             high = high_bits(halves, row, step, n_in, tile // 2, TYPE, EACH)

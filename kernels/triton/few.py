@@ -32,6 +32,7 @@ from fwdllm.kernels.triton.tiles import (
     steps,
     words,
 )
+from fwdllm.kernels.types import QuantType
 
 # Parts of a sum, of at least 512 terms: bits do not depend on the other rows, so neither does their
 # number.
@@ -39,9 +40,9 @@ _PARTS = 8
 # Rows that a program has, at most: their sums are in registers, twice, and those of a step, which
 # is read ahead, in shared memory.
 _ROWS = 64
-# Outputs of a program. With 2 warps, operands of tensor cores come from registers on any card: the
-# instructions of an H100 for whole groups of 4 warps take longer to begin.
-_OUTPUTS, _WARPS = 64, 2
+# Outputs of a program.
+_OUTPUTS = 64
+_MANY_PIECES = (QuantType.Q4_K, QuantType.Q5_K, QuantType.Q6_K)
 
 
 @triton.jit
@@ -70,6 +71,7 @@ def _few(
     x: bfloat16 [rows, n_in].  parts: float32 [PARTS, rows, n_out].  done: int32, how many programs
     of a tile of y are done: zeros, and zeros again afterwards.
     """
+    TILES: tl.constexpr = STEP // EACH // SIZE
     o = tl.program_id(0) * BO + tl.arange(0, BO)
     r = tl.program_id(2) * BM + tl.arange(0, BM)
     part = tl.program_id(1)
@@ -80,9 +82,9 @@ def _few(
     n_steps = n_in // STEP
     acc = tl.zeros([BO, BM], tl.float32)
     for step in tl.range(part * n_steps // PARTS, (part + 1) * n_steps // PARTS, num_stages=STAGES):
-        scales = scale_words(words, row, step, n_in, TYPE)
-        for tile in tl.static_range(STEP // EACH // SIZE):
-            code = codes(halves, row, step, tile, TYPE, EACH)
+        scales = scale_words(words, row, step, n_in, TYPE, STEP)
+        for tile in tl.static_range(TILES):
+            code = codes(halves, row, step, tile, TILES, EACH)
             high = code
             if TYPE == Q5_K or TYPE == Q6_K:
                 high = high_bits(halves, row, step, n_in, tile // 2, TYPE, EACH)
@@ -141,6 +143,12 @@ def few(x: torch.Tensor, weight: DeviceWeight, dtype: torch.dtype) -> torch.Tens
     assert how is not None
     block = min(_ROWS, pow2(rows, 8))
     n_parts = max(1, min(_PARTS, weight.n_in // 512))
+    # The fastest on an H200 (bench/studies/gpu_shapes.py). With 2 warps, operands of tensor cores
+    # come from registers on any card: the instructions of an H100 for whole groups of 4 warps take
+    # longer to begin. Large programs of types with many pieces spill less with 4.
+    many = weight.type in _MANY_PIECES
+    warps = 4 if many and block == 64 else 2
+    stages = 2 if block >= (16 if many else 64) else 3
     halves, wide, units = words(weight)
     grid = (cdiv(weight.n_out, _OUTPUTS), n_parts, cdiv(rows, block))
     y = torch.empty(rows, weight.n_out, dtype=dtype, device=DEVICE)
@@ -163,9 +171,8 @@ def few(x: torch.Tensor, weight: DeviceWeight, dtype: torch.dtype) -> torch.Tens
         BM=block,
         BO=_OUTPUTS,
         PARTS=n_parts,
-        # Of an H200 (bench/studies/gpu_shapes.py).
-        STAGES=2 if block * how.step >= 8192 else 3,
-        num_warps=_WARPS,
+        STAGES=stages,
+        num_warps=warps,
     )
     return y
 

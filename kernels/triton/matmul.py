@@ -16,6 +16,7 @@ from fwdllm.kernels.triton.lora import (
     coordinates,
     down,
     lane_table,
+    plain_table,
     round_to_references,
     up,
 )
@@ -54,18 +55,20 @@ def matmul(
     what lanes have in common cancels in finite differences. exact: matmuls in float32.
     """
     x, weight = tensor(x), on_device(weight)
+    plain = lanes is None
     lanes = Lanes.plain() if lanes is None else lanes
     require(x.shape[1] == weight.n_in, f"rows of {x.shape[1]} for a weight of {weight.n_in}")
     require(bias is None or tuple(bias.shape) == (weight.n_out,), "a bias for the outputs")
     if lora is not None:
         _check(lora, weight.n_in, weight.n_out)
-    table = lane_table(lanes, check_rows(len(x), len(lanes), f"{len(lanes)} equal lanes"))
-    own = np.arange(len(lanes))
-    relative = bool(not exact and x.dtype == torch.float32 and (lanes.references != own).any())
+    n = check_rows(len(x), len(lanes), f"{len(lanes)} equal lanes")
+    relative = not exact and x.dtype == torch.float32 and len(lanes) > 1
+    relative = relative and bool((lanes.references != np.arange(len(lanes))).any())
     if len(x) == 0:
         return x.new_empty(0, weight.n_out)
     if bias is None and lora is None and not relative:
         return product(x, weight, x.dtype, exact)
+    table = plain_table(n) if plain else lane_table(lanes, n)
     u = None if lora is None else _bottleneck(x, lora, lanes, table)
     terms = partial(
         up,
@@ -151,7 +154,7 @@ def matmul_vjp(
     dx = product_back(dy, weight, exact)
     if lora is None:
         return dx
-    turned, table = _turned(lora), lane_table(Lanes.plain(), len(dy))
+    turned, table = _turned(lora), plain_table(len(dy))
     v = down(dy, turned, table, tangents=False, drawn=None)
     return up(dx, v, turned, None, table, dx, tangents=False, relative=False, drawn=None)
 
@@ -236,7 +239,7 @@ def _add_outer_products(
     """to += scale (side A^T)^T x in place. transposed: ``to`` is the transpose of that."""
     there = tensor(to)
     rank, width = len(lora.a), x.shape[1]
-    table = lane_table(Lanes.plain(), len(x))
+    table = plain_table(len(x))
     c = down(side, lora, table, tangents=False, drawn=None)
     ranks = min(_RANKS, pow2(rank))
     _add_outer[(cdiv(width, _COLUMNS), cdiv(rank, ranks))](

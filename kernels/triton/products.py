@@ -29,10 +29,11 @@ from fwdllm.kernels.triton.runtime import (
 )
 from fwdllm.kernels.triton.tiles import steps
 
-# From this many rows on the weights are decoded to scratch. An estimate, not measured yet (``make
-# bench-gpu`` shows both routes): decoding 4096 x 11008 weights moves 115 MB, 40 us on an H100,
-# while the fused kernel reads the weights once for each 64 rows.
-SCRATCH_ROWS = 128
+# From this many rows on weights are decoded to scratch: more than a program of ``few`` has, which
+# reads the weights once for each 64. On an H200 both take as long for 128 rows of Q4_0 and Q8_0,
+# and of Q4_K and Q6_K scratch takes 0.7 and 0.6 times as long; for 64 rows of these types, it takes
+# 1.7, 1.7, 1.3 and 1.1 times as long.
+SCRATCH_ROWS = 65
 # Bytes of scratch: 4096 x 11008 weights in bfloat16 fit, an output matrix is decoded in parts.
 SCRATCH_BYTES = 128 * 2**20
 # Parts of a sum, of at least 256 terms, that the fused kernel adds up in different programs

@@ -4,8 +4,8 @@ Tiles are read as they lie, as 16-bit words. Two words side by side have the qua
 in the same bits; one mask moves both to the last bits of two bfloat16 numbers, 128 + q each. That
 is exact, and takes two instructions or three for both of them.
 
-A step is the fewest elements that are whole tiles of all planes. It has so many pieces, which are
-decoded one at a time: they are the sub-blocks, or of Q5_K halves of them.
+A step is some whole tiles of all planes. It has so many pieces, which are decoded one at a time:
+they are the sub-blocks, or of Q5_K halves of them.
 """
 
 from __future__ import annotations
@@ -37,20 +37,21 @@ class Steps:
     size: int
 
 
+# By type, the first that divides a row is taken: memory is read fastest by 128 bytes or more.
 STEPS = {
-    QuantType.Q4_0: Steps(128, 32, 4),
-    QuantType.Q4_1: Steps(128, 32, 4),
-    QuantType.Q8_0: Steps(128, 32, 2),
-    QuantType.Q4_K: Steps(256, 32, 4),
-    QuantType.Q5_K: Steps(256, 16, 4),
-    QuantType.Q6_K: Steps(256, 16, 4),
+    QuantType.Q4_0: [Steps(256, 32, 4), Steps(128, 32, 4)],
+    QuantType.Q4_1: [Steps(128, 32, 4)],
+    QuantType.Q8_0: [Steps(256, 32, 2), Steps(128, 32, 2)],
+    QuantType.Q4_K: [Steps(256, 32, 4)],
+    QuantType.Q5_K: [Steps(256, 16, 4)],
+    QuantType.Q6_K: [Steps(256, 16, 4)],
 }
 
 
 def steps(weight: DeviceWeight) -> Steps | None:
     """How rows are decoded in steps, if they are whole ones."""
-    found = STEPS.get(weight.type)
-    return found if found is not None and weight.n_in % found.step == 0 else None
+    found = (how for how in STEPS.get(weight.type, ()) if weight.n_in % how.step == 0)
+    return next(found, None)
 
 
 def words(weight: DeviceWeight) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -60,18 +61,13 @@ def words(weight: DeviceWeight) -> tuple[torch.Tensor, torch.Tensor, int]:
 
 
 @triton.jit
-def codes(halves, row, step, TILE: tl.constexpr, TYPE: tl.constexpr, EACH: tl.constexpr):
-    """Tile ``TILE`` of a step of the first plane: int16 [rows, EACH].
+def codes(halves, row, step, TILE: tl.constexpr, TILES: tl.constexpr, EACH: tl.constexpr):
+    """Tile ``TILE`` of the ``TILES`` of a step of the first plane: int16 [rows, EACH].
 
     row: int64 [rows], where rows begin, as a multiple of ``ALIGNMENT``.  step: one for all rows, or
     int32 [rows].
     """
-    tiles = 2
-    if TYPE == Q4_0 or TYPE == Q4_1:
-        tiles = 1
-    elif TYPE == Q5_K or TYPE == Q6_K:
-        tiles = 4
-    at = row * 8 + (step * tiles + TILE) * EACH
+    at = row * 8 + (step * TILES + TILE) * EACH
     return tl.load(halves + at[:, None] + tl.arange(0, EACH)[None, :])
 
 
@@ -96,13 +92,16 @@ def place(J: tl.constexpr, TYPE: tl.constexpr, EACH: tl.constexpr):
 
 
 @triton.jit
-def scale_words(words, row, step, n_in, TYPE: tl.constexpr):
+def scale_words(words, row, step, n_in, TYPE: tl.constexpr, STEP: tl.constexpr):
     """Five words that ``scale`` reads, of which some types use fewer: int32 [rows] each."""
     at = words + row * 4
     if TYPE == Q4_0 or TYPE == Q8_0:
-        at += n_in // (8 if TYPE == Q4_0 else 4) + step * 2
+        at += n_in // (8 if TYPE == Q4_0 else 4) + step * (STEP // 64)
         a, b = tl.load(at), tl.load(at + 1)
-        return a, b, a, a, a
+        if STEP == 128:
+            return a, b, a, a, a
+        else:
+            return a, b, tl.load(at + 2), tl.load(at + 3), a
     elif TYPE == Q6_K:
         at += n_in // 16 * 3
         d = tl.load(at + n_in // 64 + step // 2) >> (step % 2 * 16)
