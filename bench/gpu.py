@@ -206,11 +206,24 @@ def main(arguments: list[str] | None = None) -> int:
         help="a GGUF file whose recorded passes are measured too; takes the gguf package",
     )
     parser.add_argument("--small", action="store_true", help="tiny inputs, to try the benchmark")
+    parser.add_argument(
+        "--draw",
+        type=Path,
+        nargs=2,
+        metavar=("JSON", "PNG"),
+        help="measure nothing: draw the steps and peers of a bench-gpu.json; takes matplotlib",
+    )
     options = parser.parse_args(arguments)
     for name in options.parts:
         if name not in PARTS:
             parser.error(f"there is no part {name!r}; these are: {', '.join(PARTS)}")
     use_sources()
+    if options.draw:
+        from fwdllm.bench.pictures import gpu_steps
+
+        measured, picture = options.draw
+        gpu_steps(json.loads(measured.read_text(encoding="utf-8")), picture)
+        return 0
     from fwdllm.kernels.triton.runtime import usable
 
     if not usable():

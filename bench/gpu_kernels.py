@@ -231,7 +231,12 @@ def _layer_after_layer(x: torch.Tensor, weight: DeviceWeight, n: int) -> tuple[C
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return graph.replay, work
+    return partial(_replay, graph, (x, each)), work
+
+
+def _replay(graph: torch.cuda.CUDAGraph, reads: object) -> None:
+    """Launch a graph. reads: what it reads, which lives as long as this can be called."""
+    graph.replay()
 
 
 def _lanes(rows: int, sizes: Sizes) -> Iterator[Case]:

@@ -108,6 +108,27 @@ def _draw_sides(result: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def gpu_steps(result: Mapping[str, Any], path: Path) -> None:
+    """Draw seconds and peak memory of the steps in a ``bench-gpu.json`` as a PNG."""
+    parts = {_OURS: result["step"], _PEER: result["peers"]}
+    found = [
+        (f"PyTorch, {name}" if color == _PEER else f"fwdllm, {name}", entry, color)
+        for color, part in parts.items()
+        for name, entry in part.items()
+        if isinstance(entry, dict) and "seconds" in entry
+    ]
+    found.sort(key=lambda side: side[1]["seconds"])
+    figure, axes = _figure([len(found)] * 2)
+    for i, (_, entry, color) in enumerate(found):
+        _bars(axes[0], [i], [entry["seconds"]], [entry["seconds_range"]], 0.6, color)
+        gib = entry["peak_bytes"] / 2**30
+        _bars(axes[1], [i], [gib], [[gib, gib]], 0.6, color)
+    for ax, label in zip(axes, ("seconds of a step", "peak GiB of the GPU"), strict=True):
+        ax.set_yticks(range(len(found)), [name for name, _, _ in found], fontsize=8)
+        ax.set_xlabel(label, color=_TEXT)
+    figure.savefig(path, format="png")
+
+
 def _figure(bars: Sequence[int]) -> tuple[Figure, list[Axes]]:
     """Plots one below the other, each as high as its number of bars requires."""
     heights = [_BAR_INCHES * n + 0.8 for n in bars]

@@ -37,7 +37,7 @@ use_sources()
 from fwdllm.bench import gpu_kernels  # noqa: E402
 from fwdllm.bench.gpu_kernels import Sizes, random_device_weight  # noqa: E402
 from fwdllm.kernels import triton as ops  # noqa: E402
-from fwdllm.kernels.triton import decode, few, lora, tiles  # noqa: E402
+from fwdllm.kernels.triton import decode, few, lora  # noqa: E402
 from fwdllm.kernels.triton.products import added  # noqa: E402
 from fwdllm.kernels.triton.random import elements  # noqa: E402
 from fwdllm.kernels.triton.runtime import DEVICE, INTERPRETED, cdiv, usable  # noqa: E402
@@ -55,7 +55,7 @@ Candidates = dict[str, tuple[Call, Call]]
 TILE = ("BM", "BN", "num_warps", "num_stages")
 SMALL = Sizes(64, 256, 32, 2, 32, 20, 1, 2, 4, 8)
 TYPES = (QuantType.Q4_0, QuantType.Q4_K, QuantType.Q6_K, QuantType.Q8_0)
-# By rows of x: rows, outputs, warps, stages and parts; of each kind of steps.
+# By rows of x: rows, outputs, warps, stages and parts.
 FEW: dict[int, Shapes] = {
     1: [(8, *s, 8) for s in ((64, 2, 3), (64, 2, 2), (32, 1, 3))] + [(8, 64, 2, 3, 4)],
     16: [(16, *s, 8) for s in ((64, 2, 3), (64, 2, 2), (32, 1, 3))],
@@ -172,11 +172,9 @@ def of_few(sizes: Sizes) -> Iterator[Table]:
         given["done"] = y.new_zeros(tiles[0] * tiles[1], dtype=torch.int32)
         return tiles[0], n_parts, tiles[1]
 
-    names = ("STEP", "BM", "BO", "num_warps", "STAGES", "PARTS")
+    names = ("BM", "BO", "num_warps", "STAGES", "PARTS")
     for name, weight, plain in weights(sizes):
-        kinds = [how.step for how in tiles.STEPS[weight.type] if sizes.n_in % how.step == 0]
-        for rows, of_rows in FEW.items():
-            shapes = [(step, *shape) for step in kinds for shape in of_rows]
+        for rows, shapes in FEW.items():
             [x] = randoms(1, rows, sizes.n_in, dtype=torch.bfloat16)
             [given] = launches(few, "_few", few.few, x, weight, torch.float32)
             title = f"few: {name}, {rows} rows"

@@ -181,7 +181,7 @@ def _steps(
     step = i % n_steps
     to = out + (row * n_in + step * STEP)[:, None] + tl.arange(0, EACH)[None, :]
     row *= row_units
-    scales = scale_words(words, row, step, n_in, TYPE, STEP)
+    scales = scale_words(words, row, step, n_in, TYPE)
     for tile in tl.static_range(TILES):
         code = codes(halves, row, step, tile, TILES, EACH)
         high = code

@@ -82,7 +82,7 @@ def _few(
     n_steps = n_in // STEP
     acc = tl.zeros([BO, BM], tl.float32)
     for step in tl.range(part * n_steps // PARTS, (part + 1) * n_steps // PARTS, num_stages=STAGES):
-        scales = scale_words(words, row, step, n_in, TYPE, STEP)
+        scales = scale_words(words, row, step, n_in, TYPE)
         for tile in tl.static_range(TILES):
             code = codes(halves, row, step, tile, TILES, EACH)
             high = code
