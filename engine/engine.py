@@ -90,6 +90,7 @@ class Engine:
         *,
         adapter: str | os.PathLike[str] | None = None,
         labels: Sequence[str] = (),
+        literal: bool = False,
         seed: int = 0,
         exact: bool = False,
         memory_budget: int | None = None,
@@ -98,8 +99,9 @@ class Engine:
     ) -> Engine:
         """Open a GGUF model, with a new adapter of shape ``lora`` or the one in a file.
 
-        labels: class names; an encoder gets a linear head for them.  seed: of a new adapter's
-        A.  exact: fp32 arithmetic instead of int8 activations.  memory_budget: bytes the process
+        labels: class names; an encoder gets a linear head for them.  literal: whether names of
+        special tokens in raw text are text, see ``Encoding``.  seed: of a new adapter's A.
+        exact: fp32 arithmetic instead of int8 activations.  memory_budget: bytes the process
         may have resident in a pass, mapped weights included: layers that do not fit are dropped
         after use and read again in the next pass.  device: "cpu", or "cuda" for a GPU.
         backend: "fwdllm", our own graph and kernels; "llama.cpp", its graph and kernels, for any
@@ -115,6 +117,7 @@ class Engine:
             device=device,
             backend=backend,
         )
+        engine.encoding.literal = literal
         if adapter is not None:
             engine._load_adapter(adapter)
         elif lora is not None:
@@ -195,10 +198,17 @@ class Engine:
         return {name: total / batch.n_rows for name, total in tap.sums.items()}
 
     def encode(self, examples: Sequence[Example], max_tokens: int | None = None) -> Batch:
-        """Tokenize examples into one batch, one sequence each; DataError names a bad line."""
+        """Tokenize examples into one batch, one sequence each; DataError names a bad line.
+
+        Of conversations that are several, see ``separate``.
+        """
         if not examples:
             raise DataError("there are no examples")
         return pack([self.tokenize(example, max_tokens) for example in examples])
+
+    def separate(self, examples: Sequence[Example]) -> list[Example]:
+        """Examples of one sequence each, of some that may have more; see ``data.turns``."""
+        return self.encoding.separate(examples)
 
     def loss(self, batch: Batch) -> np.ndarray:
         """Mean negative log-likelihood of each example: float64 [n_examples], in nats."""

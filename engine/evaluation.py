@@ -40,8 +40,9 @@ def evaluate(
         raise DataError("there are no examples to evaluate")
     if examples[0].kind == "label":
         return _by_labels(graph, encoding, examples, max_tokens)
+    parts = encoding.separate(examples)
     total, count = 0.0, 0
-    for batch in pack_many([encoding.example(e, max_tokens) for e in examples], EVAL_ROWS):
+    for batch in pack_many([encoding.example(e, max_tokens) for e in parts], EVAL_ROWS):
         nll = graph.token_losses(batch)
         total += float(nll.sum())
         count += nll.size
@@ -55,8 +56,9 @@ def _by_labels(
     check_labels(examples, labels)
     if encoding.encoder:
         return _by_head(graph, encoding, examples, max_tokens)
+    end = encoding.label_end(labels)
     candidates = [
-        encoding.label(example, label, max_tokens) for example in examples for label in labels
+        encoding.label(example, label, end, max_tokens) for example in examples for label in labels
     ]
     score: list[float] = []  # summed log-likelihood of each candidate
     counts: list[int] = []

@@ -72,7 +72,7 @@ class Meta:
         if (raw["format"], raw["layout_version"]) != (FORMAT, LAYOUT_VERSION):
             raise ValueError(f"it is of format {raw['format']}.{raw['layout_version']}")
         return Meta(
-            FederationConfig(**raw["config"]),
+            FederationConfig.from_recorded(raw["config"]),
             raw["architecture"],
             LoRAConfig(**raw["lora"]),
             tuple(Target(**target) for target in raw["targets"]),

@@ -6,8 +6,9 @@ Nothing here is slow to import.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from fwdllm.engine.settings import DEFAULT_EPSILON, METHODS, setting
 
@@ -22,6 +23,9 @@ MAX_INDEX = 2**28
 # Optimizers' own defaults: FedYogi's tau (Reddi et al. 2021), torch's weight decay of AdamW.
 _EPS = {"yogi": 1e-3}
 _WEIGHT_DECAY = {"adamw": 0.01}
+
+
+_Config = TypeVar("_Config", bound="OptimizerConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,9 @@ class EstimatorConfig:
     epsilon: float = setting(DEFAULT_EPSILON, "Step length of differences.", low=0, open="l")
     max_tokens: int | None = setting(
         None, "Cut examples to this many tokens.", low=2, high=MAX_INDEX
+    )
+    literal: bool = setting(
+        False, "Take names of special tokens in prompts, completions and texts as text."
     )
     seed: int = setting(0, "Fixes data order and directions.", low=0, high=MAX_RUN_SEED)
 
@@ -102,9 +109,18 @@ class OptimizerConfig:
         return own if self.weight_decay is None else self.weight_decay
 
     def recorded(self) -> dict[str, Any]:
-        """As JSON values, with defaults filled in, because another version's may differ."""
+        """As JSON values, with defaults filled in, because another version's may differ.
+
+        Without ``literal`` if it is true: older versions did not record it.
+        """
         in_use = {"eps": self.eps_in_use, "weight_decay": self.weight_decay_in_use}
-        return {**dataclasses.asdict(self), **in_use}
+        fields = {**dataclasses.asdict(self), **in_use}
+        return {name: x for name, x in fields.items() if name != "literal" or not x}
+
+    @classmethod
+    def from_recorded(cls: type[_Config], fields: Mapping[str, Any]) -> _Config:
+        """The inverse of ``recorded``; TypeError for fields that do not exist."""
+        return cls(**{"literal": True, **fields})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.resources import as_file, files
@@ -46,6 +48,17 @@ def shared() -> Path:
     if not (SHARED / "models").is_dir():
         pytest.skip("no folder shared/ with real models beside the repository")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def models(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Odd but honest model files, made from the shared ones."""
+    script = shared / "cases" / "make_models.py"
+    if not script.exists():
+        pytest.skip("no shared/cases beside the repository")
+    folder = tmp_path_factory.mktemp("cases")
+    subprocess.run([sys.executable, str(script), str(folder)], check=True, capture_output=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fwdllm.engine.data.jsonl import Example, read_jsonl
 from fwdllm.engine.errors import ConfigError, DataError
@@ -72,7 +73,9 @@ def evaluate_answers(
         questions.append((example, prompt, expected))
     n_right = 0
     for example, prompt, expected in questions:
-        pieces = generate(model, prompt, adapter=adapter, max_tokens=max_tokens)
+        pieces = generate(
+            model, prompt, adapter=adapter, max_tokens=max_tokens, tools=example.tools
+        )
         text = "".join(pieces)
         answered = Answered(example.line, text, expected, _first(wanted, text))
         n_right += answered.right
@@ -80,7 +83,7 @@ def evaluate_answers(
     return Answers(n_right / len(questions), n_right, len(questions))
 
 
-def _parts(example: Example) -> tuple[str | list[dict[str, str]], str]:
+def _parts(example: Example) -> tuple[str | list[dict[str, Any]], str]:
     """What is put to the model, and the answer."""
     if example.kind == "completion":
         assert example.prompt is not None and example.completion is not None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from fwdllm.adapters import as_gguf
 from fwdllm.engine.data.jsonl import read_jsonl
-from fwdllm.engine.data.tokenizer import Message
+from fwdllm.engine.data.messages import Message
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.evaluation import Evaluation
 from fwdllm.engine.llamacpp import generation
@@ -23,6 +24,7 @@ def evaluate(
     *,
     adapter: _Path | None = None,
     max_tokens: int | None = None,
+    literal: bool = False,
     exact: bool = False,
     device: str = "cpu",
     backend: str = "auto",
@@ -31,12 +33,18 @@ def evaluate(
 
     model: a GGUF file or hf://owner/repo/file.gguf.  adapter: a GGUF file or PEFT folder.
     max_tokens: cut examples to this many; without it an example longer than the model's context is
-    an error.  exact: fp32 arithmetic.  device: "cpu", or "cuda" for an NVIDIA GPU.
-    backend: "auto", "fwdllm" or "llama.cpp", see ``Engine.load``.
+    an error.  literal: whether names of special tokens in raw text are text.  exact: fp32
+    arithmetic.  device: "cpu", or "cuda" for an NVIDIA GPU.  backend: "auto", "fwdllm" or
+    "llama.cpp", see ``Engine.load``.
     Errors: ModelError, DataError, AdapterError, ConfigError, NumericsError.
     """
     engine = Engine.load(
-        local_path(model), adapter=adapter, exact=exact, device=device, backend=backend
+        local_path(model),
+        adapter=adapter,
+        literal=literal,
+        exact=exact,
+        device=device,
+        backend=backend,
     )
     return engine.evaluate(read_jsonl(data), max_tokens)
 
@@ -50,6 +58,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     chat: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> Iterator[str]:
     """Continue a prompt with llama.cpp, piece by piece; see ``generation.generate``.
 
@@ -58,4 +67,6 @@ def generate(
     path = local_path(model)
     # llama.cpp has read the adapter when ``generate`` returns, before the first piece.
     with contextlib.nullcontext() if adapter is None else as_gguf(adapter, path) as gguf:
-        return generation.generate(path, prompt, gguf, max_tokens, temperature, seed, chat=chat)
+        return generation.generate(
+            path, prompt, gguf, max_tokens, temperature, seed, chat=chat, tools=tools
+        )

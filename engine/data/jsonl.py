@@ -2,44 +2,58 @@
 
 Each line is an object of one of four kinds, and a file holds one kind:
 
-    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}
+    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}], "tools": [...]}
     {"prompt": "...", "completion": "..."}
     {"text": "..."}
     {"text": "...", "label": "..."}
 
-An assistant's message may have OpenAI's ``weight``: 1, or 0 for a turn that is context only. Fields
-that would change what is learned and are not read yet (tools and their calls, the pairs of
-preference data) are errors; others are ignored. Blank lines are skipped.
+Messages and tools are OpenAI's, with calls, results, and ``weight``: 0 for an assistant's turn that
+is context only. A prompt beside messages that begin with it says nothing new. Fields that would
+change what is learned and have no place here (the pairs of preference data, documents, images) are
+errors; others are ignored. Blank lines are skipped.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 
+from fwdllm.engine.data.messages import ROLES, as_templates_expect
 from fwdllm.engine.errors import ConfigError, DataError
 
 Kind = Literal["messages", "completion", "text", "label"]
 
-# Fields of a line, and of a message, that change what a model reads or learns.
-_LINE_FIELDS = ("tools", "functions", "documents", "images", "chosen", "rejected")
-_MESSAGE_FIELDS = (
-    "tool_calls", "tool_call_id", "function_call", "audio", "refusal",
-    "reasoning_content", "reasoning", "thinking", "images",
+# Fields of a line that change what a model reads or learns.
+_LINE_FIELDS = ("functions", "documents", "images", "videos", "chosen", "rejected")
+# Fields of a message that a chat template is given.
+MESSAGE_FIELDS = (
+    "name", "tool_calls", "tool_call_id", "refusal",
+    "reasoning_content", "reasoning", "thinking",
 )  # fmt: skip
-# Kinds of data of other tools, by a field that they have.
+# Fields of a message that no template here is given.
+_OTHER_FIELDS = ("function_call", "audio", "images", "videos")
+_NOTHING: tuple[Any, ...] = (None, [], {}, "")
+# Kinds of data of other tools, by a field that they have, with what converts a file of them.
 _OTHER_KINDS = {
-    "conversations": 'ShareGPT\'s; write its turns as "messages" with "role" and "content"',
-    "instruction": 'Alpaca\'s; write instruction and input as "prompt", output as "completion"',
+    "conversations": (
+        "ShareGPT's",
+        'jq -c \'{messages: [.conversations[] | {role: ({human: "user", gpt: "assistant"}[.from] '
+        "// .from), content: .value}]}'",
+    ),
+    "instruction": (
+        "Alpaca's",
+        'jq -c \'{prompt: ([.instruction, (.input // "" | select(. != ""))] | join("\\n") '
+        '+ "\\n"), completion: .output}\'',
+    ),
 }
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -47,14 +61,16 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 class Example:
     """One example; the fields of its kind are set and the others are None.
 
-    messages: chat turns, each {"role": str, "content": str}; the loss is on the assistant's.
+    messages: chat turns, each {"role": str, "content": str, ...}; the loss is on the assistant's.
+    tools: what the assistant may call, as OpenAI describes them.
     prompt, completion: the loss is on the completion.
     text: the loss is on all of it, or with ``label`` it is to be classified.
     context: numbers from 0 of the assistant's messages that the loss leaves out.
     line, path: where it was read, for error messages; path is "" for examples made in code.
     """
 
-    messages: list[dict[str, str]] | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
     prompt: str | None = None
     completion: str | None = None
     text: str | None = None
@@ -85,6 +101,28 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Example]:
     Raises DataError, naming file and line, for anything else than the module describes.
     """
     return parse_jsonl(_lines(Path(path)), str(path))
+
+
+@dataclass(frozen=True)
+class Data:
+    """The examples of a file, and its SHA-256 as hexadecimal digits."""
+
+    examples: list[Example]
+    digest: str
+
+
+def read_data(data: Data | str | os.PathLike[str]) -> Data:
+    """As ``read_jsonl``, in one reading, as of a pipe; ``Data`` is returned as it is."""
+    if isinstance(data, Data):
+        return data
+    digest = hashlib.sha256()
+
+    def lines() -> Iterator[bytes]:
+        for line in _lines(Path(data)):
+            digest.update(line)
+            yield line
+
+    return Data(parse_jsonl(lines(), str(data)), digest.hexdigest())
 
 
 def parse_jsonl(lines: Iterable[bytes], name: str) -> list[Example]:
@@ -191,25 +229,43 @@ def _parse(raw: bytes, line: int, path: str) -> Example:
         fields.keys() & {"prompt", "completion"},
         fields.keys() & {"text", "label"},
     ]
-    present = [kind for kind in kinds if kind]
     _refuse(fields, _LINE_FIELDS, where)
+    if _is_list(fields.get("prompt")) and _is_list(fields.get("completion")):
+        messages, context = _prompt_and_completion(fields, where)
+        tools = _tools(fields, where)
+        return Example(messages=messages, tools=tools, context=context, line=line, path=path)
+    if kinds[0] and "completion" not in fields and _begins(fields["messages"], fields):
+        kinds[1] = set()  # the prompt says nothing that the messages do not
+    present = [kind for kind in kinds if kind]
     if not present:
-        for name, what in _OTHER_KINDS.items():
+        for name, (whose, command) in _OTHER_KINDS.items():
             if name in fields:
-                raise DataError(f"{where}: the field {name} is {what}")
+                raise DataError(
+                    f"{where}: the field {name} is {whose} format; this converts a file of it: "
+                    f"{command} FILE > data.jsonl"
+                )
         raise DataError(f"{where}: it has none of the fields messages, completion and text")
     if len(present) > 1:
         names = ", ".join(sorted(set().union(*present)))
         raise DataError(f"{where}: the fields {names} do not belong together")
     if kinds[0]:
         messages, context = _messages(fields["messages"], where)
-        return Example(messages=messages, context=context, line=line, path=path)
+        tools = _tools(fields, where)
+        return Example(messages=messages, tools=tools, context=context, line=line, path=path)
     if kinds[1]:
         prompt = _string(fields, "prompt", where)
         completion = _nonempty(fields, "completion", where)
         return Example(prompt=prompt, completion=completion, line=line, path=path)
     label = _label(fields["label"], where) if "label" in fields else None
     return Example(text=_nonempty(fields, "text", where), label=label, line=line, path=path)
+
+
+def _begins(messages: object, fields: dict[str, object]) -> bool:
+    """Whether the user's first message is the line's prompt, as in UltraChat and No Robots."""
+    if not _is_list(messages) or "prompt" not in fields:
+        return False
+    users = [m for m in messages if isinstance(m, dict) and m.get("role") == "user"]
+    return bool(users) and users[0].get("content") == fields["prompt"]
 
 
 def _object(raw: bytes, where: str) -> dict[str, object]:
@@ -233,14 +289,14 @@ def _refuse(fields: dict[str, object], names: Iterable[str], where: str) -> None
     for name in names:
         if fields.get(name) not in (None, [], {}, ""):
             raise DataError(
-                f"{where}: the field {name} would change what is learned, and is not read yet; "
-                "take it out, or write the text that the model is to see as prompt and completion"
+                f"{where}: the field {name} would change what is learned, and is not read; take it "
+                "out, or write the text that the model is to see as prompt and completion"
             )
 
 
-def _messages(value: object, where: str) -> tuple[list[dict[str, str]], frozenset[int]]:
+def _messages(value: object, where: str) -> tuple[list[dict[str, Any]], frozenset[int]]:
     """Messages, and the numbers of the assistant's that are context only."""
-    if not isinstance(value, list):
+    if not _is_list(value):
         raise DataError(f"{where}: messages is {_type(value)}, not a list")
     found = [_message(item, f"{where}: message {i}") for i, item in enumerate(value, 1)]
     messages = [message for message, _ in found]
@@ -253,21 +309,81 @@ def _messages(value: object, where: str) -> tuple[list[dict[str, str]], frozense
     return messages, context
 
 
-def _message(value: object, where: str) -> tuple[dict[str, str], bool]:
-    """A message, and whether it has a weight of 1."""
+def _prompt_and_completion(
+    fields: dict[str, Any], where: str
+) -> tuple[list[dict[str, Any]], frozenset[int]]:
+    """As ``_messages``, of a prompt and a completion that are messages, as TRL has them."""
+    messages, context = _messages([*fields["prompt"], *fields["completion"]], where)
+    before = range(len(fields["prompt"]))
+    context |= {i for i in before if messages[i]["role"] == "assistant"}
+    if all(m["role"] != "assistant" or i in context for i, m in enumerate(messages)):
+        raise DataError(f"{where}: the completion has no assistant message to learn from")
+    return messages, context
+
+
+def _message(value: object, where: str) -> tuple[dict[str, Any], bool]:
+    """A message as chat templates expect it, and whether it has a weight of 1."""
     if not isinstance(value, dict):
         raise DataError(f"{where}: it is {_type(value)}, not an object")
     role = _string(value, "role", where)
-    if role not in ROLES:
-        raise DataError(f"{where}: the role {_short(role)} is not one of {', '.join(ROLES)}")
-    _refuse(value, _MESSAGE_FIELDS, where)
+    _refuse(value, _OTHER_FIELDS, where)
     weight = value.get("weight", 1)
     if weight is None:
         weight = 1
     if isinstance(weight, bool) or weight not in (0, 1):
         raise DataError(f"{where}: its weight is {_short(str(weight))}, not 0 or 1")
-    take = _nonempty if role == "assistant" else _string
-    return {"role": role, "content": take(value, "content", where)}, bool(weight)
+    known = {name: value[name] for name in MESSAGE_FIELDS if value.get(name) not in _NOTHING}
+    calls = _calls(known["tool_calls"], where) if "tool_calls" in known else []
+    content = value.get("content")
+    if content is None and (calls or "refusal" in known):
+        content = ""
+    elif _is_list(content):
+        content = _joined(content, where)
+    else:
+        take = _nonempty if role == "assistant" and not (calls or "refusal" in known) else _string
+        content = take(value, "content", where)
+    if role not in ROLES:
+        raise DataError(f"{where}: the role {_short(role)} is not one of {', '.join(ROLES)}")
+    message = as_templates_expect({"role": role, "content": content, **known}, where)
+    return message, bool(weight)
+
+
+def _joined(parts: list[Any], where: str) -> str:
+    """The texts of a content's parts."""
+    texts = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else _type(part)
+        if kind != "text" or not isinstance(part, dict):
+            raise DataError(f"{where}: a part of its content is {_short(str(kind))}, not text")
+        texts.append(_string(part, "text", where))
+    return "".join(texts)
+
+
+def _calls(value: object, where: str) -> list[Any]:
+    """Checks a message's tool calls."""
+    if not _is_list(value):
+        raise DataError(f"{where}: tool_calls is {_type(value)}, not a list")
+    for call in value:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise DataError(f"{where}: a tool call is not a function with a name")
+        if not isinstance(function.get("arguments", ""), (str, dict)):
+            raise DataError(f"{where}: the arguments of a tool call are not JSON in a string")
+    return value
+
+
+def _tools(fields: dict[str, object], where: str) -> list[dict[str, Any]] | None:
+    """The tools of a line, if there are any."""
+    tools = fields.get("tools")
+    if tools in _NOTHING:
+        return None
+    if not _is_list(tools) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(f"{where}: tools is not a list of objects")
+    return tools
+
+
+def _is_list(value: object) -> TypeGuard[list[Any]]:
+    return isinstance(value, list)
 
 
 def _nonempty(fields: dict[str, object], name: str, where: str) -> str:

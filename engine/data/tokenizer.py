@@ -5,20 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
-from fwdllm.engine.errors import DataError, ModelError
+from fwdllm.engine.data.chat import CHATML, ChatTemplate
+from fwdllm.engine.data.messages import Message
+from fwdllm.engine.errors import DataError
 from fwdllm.engine.llamacpp.native import NativeModel, llama_cpp, open_model
-
-Message = Mapping[str, Any]
-
-# What llama.cpp uses for a model without a template.
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 
 _WORDPIECE = 3  # LLAMA_VOCAB_TYPE_WPM in llama.h
 _PIECE_BYTES = 64
@@ -39,7 +32,6 @@ class Tokenizer:
         self.eos = self._token(llama_cpp.llama_vocab_eos(self._vocab))
         self.add_bos = bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
         self.add_eos = bool(llama_cpp.llama_vocab_get_add_eos(self._vocab))
-        self._formatters: dict[bool, Any] = {}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Tokenizer:
@@ -114,43 +106,37 @@ class Tokenizer:
         self._check([token])
         return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
 
-    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        """The text of a conversation by the file's chat template, or ChatML without one.
+    @cached_property
+    def chat(self) -> ChatTemplate:
+        """The file's chat template, or ChatML without one."""
+        source = self._model.file.string("tokenizer.chat_template", CHATML)
+        return ChatTemplate(
+            source, self._text(self.bos), self._text(self.eos), self._model.file.path
+        )
 
-        messages: {"role": ..., "content": ...}.  add_generation_prompt: whether to end with
-        the opening of the assistant's turn. The template is a program from the file; it runs
-        in Jinja's sandbox. Errors: ModelError if it fails or refuses the messages.
+    def encode_prompt(self, text: str) -> list[int]:
+        """The token ids of a text to be continued, in which names of special tokens are those.
+
+        BOS comes first if the model wants it, and never twice; nothing comes behind the text.
         """
-        try:
-            formatter = self.formatter(add_generation_prompt)
-            return str(formatter(messages=[_as_templates_expect(m) for m in messages]).prompt)
-        except Exception as error:  # a foreign program can raise anything
-            raise ModelError(
-                f"the chat template of {self._model.file.path} fails on these messages: {error}"
-            ) from error
+        return self.with_bos(self.encode(text, bos=False, special=True))
 
-    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
-        """The token ids of a conversation, see ``render_chat``; never with BOS twice."""
-        text = self.render_chat(messages, add_generation_prompt)
-        return self.encode(text, bos=not self.has_bos(text), special=True)
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """The token ids of a conversation and the opening of the assistant's turn."""
+        return self.encode_prompt(self.chat.render(messages, True, tools))
 
-    def has_bos(self, text: str) -> bool:
-        """Whether a rendered conversation starts with BOS already."""
-        bos_text = self._text(self.bos)
-        return bool(bos_text) and text.startswith(bos_text)
+    def with_bos(self, ids: list[int]) -> list[int]:
+        """The ids, with BOS in front if the model wants it and it is not there."""
+        if not self.add_bos or self.bos is None or ids[:1] == [self.bos]:
+            return ids
+        return [self.bos, *ids]
 
-    def formatter(self, add_generation_prompt: bool) -> Any:
-        """llama-cpp-python's Jinja2ChatFormatter of the file's template; see ``render_chat``."""
-        # Kept, because compiling a template takes longer than rendering a conversation.
-        if add_generation_prompt not in self._formatters:
-            formatter = llama_cpp.llama_chat_format.Jinja2ChatFormatter
-            self._formatters[add_generation_prompt] = formatter(
-                self._model.file.string("tokenizer.chat_template", CHATML),
-                eos_token=self._text(self.eos),
-                bos_token=self._text(self.bos),
-                add_generation_prompt=add_generation_prompt,
-            )
-        return self._formatters[add_generation_prompt]
+    def with_bos_text(self, text: str) -> str:
+        """As ``with_bos``, for a text in which names of special tokens are those."""
+        bos = self._text(self.bos)
+        return text if not self.add_bos or text.startswith(bos) else bos + text
 
     def _token(self, token: int) -> int | None:
         return token if 0 <= token < self.n_vocab else None
@@ -166,8 +152,3 @@ class Tokenizer:
         for token in ids:
             if not 0 <= token < self.n_vocab:
                 raise DataError(f"there is no token {token}; the vocabulary has {self.n_vocab}")
-
-
-def _as_templates_expect(message: Message) -> dict[str, str]:
-    """OpenAI's newer name of the system's role is one that templates do not know."""
-    return {**message, "role": "system"} if message.get("role") == "developer" else dict(message)

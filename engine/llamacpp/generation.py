@@ -10,12 +10,13 @@ import codecs
 import math
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from fwdllm.engine.data.tokenizer import Message, Tokenizer
+from fwdllm.engine.data.messages import Message
+from fwdllm.engine.data.tokenizer import Tokenizer
 from fwdllm.engine.errors import ConfigError, DataError, ModelError
 from fwdllm.engine.llamacpp.native import (
     NativeModel,
@@ -47,11 +48,13 @@ def generate(
     seed: int = 0,
     n_threads: int | None = None,
     chat: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> Iterator[str]:
     """Continue a prompt; the text arrives piece by piece.
 
     prompt: a text, or the messages of a conversation.  chat: whether a text is a user's
-    message, to be put into the chat template.  temperature: 0 takes the likeliest token;
+    message, to be put into the chat template.  tools: what the template tells the model that it may
+    call.  temperature: 0 takes the likeliest token;
     otherwise llama.cpp's default sampling, repeatable by ``seed``.  n_threads: None for as many as
     our kernels use. Ends at the end-of-text token, after ``max_tokens``, or when the model's
     context is full.
@@ -66,7 +69,7 @@ def generate(
     if not model.is_causal:
         raise ModelError(f"{model_path} is an encoder, which cannot generate text")
     tokenizer = Tokenizer(model)
-    ids = _prompt_ids(tokenizer, prompt, chat)
+    ids = _prompt_ids(tokenizer, prompt, chat, tools)
     _check_length(model, len(ids), "the prompt")
     n_tokens = min(len(ids) + max_tokens - 1, model.context_length)
     session = _Session(model, n_tokens, n_threads)
@@ -208,13 +211,16 @@ def _free_context(context: Any, _model: NativeModel) -> None:
     llama_cpp.llama_free(context)
 
 
-def _prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[Message], chat: bool) -> list[int]:
-    if not isinstance(prompt, str):
-        return tokenizer.encode_chat(prompt, add_generation_prompt=True)
-    if chat:
-        messages = [{"role": "user", "content": prompt}]
-        return tokenizer.encode_chat(messages, add_generation_prompt=True)
-    return tokenizer.encode(prompt, bos=True, special=True)
+def _prompt_ids(
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[Message],
+    chat: bool,
+    tools: Sequence[Mapping[str, Any]] | None,
+) -> list[int]:
+    if isinstance(prompt, str) and not chat:
+        return tokenizer.encode_prompt(prompt)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return tokenizer.encode_chat(messages, tools)
 
 
 def _check_length(model: NativeModel, n_tokens: int, what: str) -> None:

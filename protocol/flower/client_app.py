@@ -47,7 +47,7 @@ def train(message: Message, context: Context) -> Message:
     examples = read_jsonl(Path(str(data)))
     if settings.labels:
         check_labels(examples, settings.labels)
-    report = answer(engine, replica.space, assignment, examples)
+    report = answer(engine, replica.space, assignment, engine.separate(examples))
     report = dataclasses.replace(report, seconds=time.perf_counter() - began)
     return Message(Reply(wire.encode_report(report)).content(), reply_to=message)
 

@@ -125,6 +125,7 @@ class Settings:
             model,
             self.lora,
             labels=self.labels,
+            literal=self.federation.literal,
             seed=self.federation.seed,
             memory_budget=memory_budget,
         )

@@ -198,19 +198,19 @@ def test_the_template_is_the_files(
     jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     template = jinja.from_string(fields["template"])
     want = template.render(messages=messages, add_generation_prompt=generate)
-    assert engine.tokenizer.render_chat(messages, generate) == want
+    assert engine.tokenizer.chat.render(messages, generate) == want
     ids = peers[True].encode(want, add_special_tokens=False).ids
     assert engine.tokenizer.encode_chat(messages, generate) == ids
 
 
 def test_a_conversation_in_full(engine: Engine) -> None:
     messages = [*CONVERSATIONS[1], {"role": "assistant", "content": "Hello!"}]
-    assert engine.tokenizer.render_chat(messages, add_generation_prompt=False) == (
+    assert engine.tokenizer.chat.render(messages, add_generation_prompt=False) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n"
         "<|im_start|>user\nHi  there\n<|im_end|>\n"
         "<|im_start|>assistant\nHello!<|im_end|>\n"
     )
-    assert engine.tokenizer.render_chat(CONVERSATIONS[0], add_generation_prompt=True) == (
+    assert engine.tokenizer.chat.render(CONVERSATIONS[0], add_generation_prompt=True) == (
         "<|im_start|>system\n"
         "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nHi<|im_end|>\n"

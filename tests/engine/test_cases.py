@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fwdllm.engine import Engine
-from fwdllm.engine.data.jsonl import Example, parse_jsonl, read_jsonl
-from fwdllm.engine.errors import DataError, FwdllmError, ModelError
+from fwdllm.engine.data.jsonl import Example
+from fwdllm.engine.errors import FwdllmError, ModelError
 from fwdllm.engine.gguf.file import GGUFFile
 
 TEXT = Example(text="The market opened higher on Monday, and shares of energy firms rose.")
-
-
-@pytest.fixture(scope="module")
-def models(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Odd but honest model files, made from the shared ones."""
-    script = shared / "cases" / "make_models.py"
-    if not script.exists():
-        pytest.skip("no shared/cases beside the repository")
-    folder = tmp_path_factory.mktemp("cases")
-    subprocess.run([sys.executable, str(script), str(folder)], check=True, capture_output=True)
-    return folder
 
 
 def loss(path: Path, backend: str) -> float:
@@ -74,88 +61,3 @@ def test_a_part_of_a_split_model_is_not_taken_for_all_of_it(
         Engine.load(models / f"split-{shard}-of-00002.gguf", backend=backend)
     with pytest.raises(ModelError, match="split"):
         GGUFFile.open(models / f"split-{shard}-of-00002.gguf")
-
-
-def test_a_turn_of_weight_0_is_context_only(shared: Path) -> None:
-    [plain], [weighed] = (
-        read_jsonl(shared / f"cases/01-{name}.jsonl") for name in ("plain", "weight0")
-    )
-    assert (plain.context, weighed.context) == (frozenset(), frozenset({1}))
-    engine = Engine.load(shared / "models/tinymix-6m.Q4_0.gguf")
-    all_of_it, rest = (engine.tokenize(example, None) for example in (plain, weighed))
-    assert all_of_it.ids == rest.ids
-    assert 0 < sum(rest.labels) < sum(all_of_it.labels)
-    last = len(rest.labels) - 1 - all_of_it.labels[::-1].index(True)
-    assert rest.labels[last]
-
-
-def line(message: str, rest: str = "") -> list[bytes]:
-    turns = f'{{"role": "user", "content": "Hi."}}, {message}'
-    return [f'{{"messages": [{turns}]{rest}}}'.encode()]
-
-
-ANSWER = '{"role": "assistant", "content": "Yes."'
-
-
-@pytest.mark.parametrize(
-    ("message", "rest", "what"),
-    [
-        (ANSWER + ', "weight": 0.5}', "", "message 2: its weight is '0.5', not 0 or 1"),
-        (ANSWER + ', "weight": true}', "", "message 2: its weight is 'True', not 0 or 1"),
-        (ANSWER + ', "weight": 0}', "", "every assistant message has weight 0"),
-        (ANSWER + ', "tool_calls": [{}]}', "", "message 2: the field tool_calls would change"),
-        (ANSWER + ', "reasoning_content": "Hm."}', "", "the field reasoning_content would change"),
-        (ANSWER + "}", ', "tools": [{}]', "the field tools would change what is learned"),
-    ],
-)
-def test_what_would_change_the_lesson_is_not_ignored(message: str, rest: str, what: str) -> None:
-    with pytest.raises(DataError, match=what):
-        parse_jsonl(line(message, rest), "data.jsonl")
-
-
-def test_fields_that_change_nothing_are_ignored() -> None:
-    rest = ', "tools": [], "functions": null, "parallel_tool_calls": false, "id": 7'
-    answer = ANSWER + ', "weight": 1, "tool_calls": null, "refusal": null, "time": "noon"}'
-    [example] = parse_jsonl(line(answer, rest), "data.jsonl")
-    assert example.messages is not None
-    assert example.messages[1] == {"role": "assistant", "content": "Yes."}
-
-
-@pytest.mark.parametrize(
-    ("row", "what"),
-    [
-        ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "the field chosen would change"),
-        ('{"conversations": [{"from": "human", "value": "Hi."}]}', "conversations is ShareGPT's"),
-        ('{"instruction": "Add.", "input": "1 2", "output": "3"}', "instruction is Alpaca's"),
-    ],
-)
-def test_data_of_other_tools_is_named(row: str, what: str) -> None:
-    with pytest.raises(DataError, match=what):
-        parse_jsonl([row.encode()], "data.jsonl")
-
-
-def test_a_template_that_refuses_a_line_is_told_with_the_line(models: Path, shared: Path) -> None:
-    engine = Engine.load(models / "template-alternate.gguf")
-    with pytest.raises(DataError, match=r"24-roles.jsonl:\d+: .*turns have to take turns"):
-        engine.evaluate(read_jsonl(shared / "cases/24-roles.jsonl"))
-
-
-def test_a_developer_is_the_system(shared: Path) -> None:
-    engine = Engine.load(shared / "models/tinymix-6m.Q4_0.gguf")
-    [example] = read_jsonl(shared / "cases/07-developer.jsonl")
-    assert example.messages is not None
-    roles = {"developer": "system"}
-    turns = [{**m, "role": roles.get(m["role"], m["role"])} for m in example.messages]
-    assert turns != example.messages
-    same = Example(messages=turns)
-    assert engine.tokenize(example, None) == engine.tokenize(same, None)
-
-
-def test_a_prompt_cut_at_its_beginning_keeps_bos(bundled: Path) -> None:
-    engine = Engine.load(bundled)
-    whole = engine.tokenize(Example(prompt="One two three. " * 40, completion=" Four."), None)
-    cut = engine.tokenize(Example(prompt="One two three. " * 40, completion=" Four."), 32)
-    bos = engine.tokenizer.bos
-    assert (whole.ids[0], cut.ids[0], len(cut.ids)) == (bos, bos, 32)
-    assert cut.ids[1:] == whole.ids[-31:]
-    assert sum(cut.labels) == sum(whole.labels)

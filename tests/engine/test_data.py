@@ -64,7 +64,7 @@ def test_windows_file(tmp_path: Path) -> None:
 
 
 def test_other_message_fields_are_ignored(tmp_path: Path) -> None:
-    path = write(tmp_path, {"messages": [{**CHAT[0], "name": "Ann"}, CHAT[1]]})
+    path = write(tmp_path, {"messages": [{**CHAT[0], "time": "noon"}, CHAT[1]]})
     assert read_jsonl(path)[0].messages == CHAT
 
 
@@ -103,7 +103,7 @@ MISTAKES = {
     "no role": ({"messages": [{"content": "hi"}]}, "message 1: role is missing"),
     "no content": ({"messages": [{"role": "user"}]}, "message 1: content is missing"),
     "role misspelled": ({"messages": [{**USER, "role": "asistant"}]}, "role 'asistant' is not"),
-    "content list": ({"messages": [{"role": "user", "content": []}]}, "content is a list"),
+    "content list": ({"messages": [{"role": "user", "content": [3]}]}, "a part of its content"),
     "not utf-8": (b'{"text": "\xff"}', "not UTF-8"),
     "half surrogate": ('{"text": "\\ud800"}', "half of a surrogate pair"),
     "deep": ('{"text": ' + "[" * 200_000, "nested too deeply"),

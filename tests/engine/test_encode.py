@@ -55,7 +55,7 @@ def test_only_the_assistant_is_predicted(tmp_path: Path) -> None:
     assert predicted(tokenizer, example) == "Moo.<|im_end|>\nMeow.<|im_end|>\n"
     tokens = encode_decoder(tokenizer, example, 512, None)
     assert tokens.ids.count(tokenizer.bos or 0) == 1
-    whole = tokenizer.render_chat(MESSAGES, add_generation_prompt=False)
+    whole = tokenizer.chat.render(MESSAGES, add_generation_prompt=False)
     assert tokenizer.decode(tokens.ids) == whole
 
 
@@ -79,7 +79,7 @@ def test_a_long_prompt_loses_its_beginning(tokenizer: Tokenizer) -> None:
 
 def test_the_text_is_cut_before_its_label(tokenizer: Tokenizer) -> None:
     example = Example(text="a very good film " * 50, label="positive")
-    tokens = encode_label(tokenizer, example, "positive", 512, 30)
+    tokens = encode_label(tokenizer, example, "positive", "", 512, 30)
     assert len(tokens.ids) == 30
     assert tokenizer.decode(tokens.ids).endswith("\nLabel: positive")
     assert tokens.labels[-1]

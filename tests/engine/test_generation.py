@@ -70,7 +70,7 @@ def test_chat_goes_through_the_template() -> None:
     messages = [{"role": "user", "content": "Hi"}]
     chat = text("Hi", chat=True, max_tokens=8)
     assert text(messages, max_tokens=8) == chat
-    rendered = Tokenizer.open(DECODER).render_chat(messages, add_generation_prompt=True)
+    rendered = Tokenizer.open(DECODER).chat.render(messages, add_generation_prompt=True)
     assert text(rendered, max_tokens=8) == chat
 
 

@@ -139,10 +139,10 @@ CHATML = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|
 
 def test_chatml_without_a_template(write: Callable[..., Path]) -> None:
     tokenizer = Tokenizer.open(write())
-    assert tokenizer.render_chat(MESSAGES, add_generation_prompt=False) == CHATML
-    rendered = tokenizer.render_chat(MESSAGES, add_generation_prompt=True)
+    assert tokenizer.chat.render(MESSAGES, add_generation_prompt=False) == CHATML
+    rendered = tokenizer.chat.render(MESSAGES, add_generation_prompt=True)
     assert rendered == CHATML + "<|im_start|>assistant\n"
-    ids = tokenizer.encode_chat(MESSAGES, add_generation_prompt=True)
+    ids = tokenizer.encode_chat(MESSAGES)
     assert ids[:2] == [BOS, TURN]
     assert ids.count(TURN) == 3
     assert tokenizer.decode(ids, special=True) == "<s>" + rendered
@@ -159,11 +159,11 @@ TEMPLATE = (
 def test_template_of_the_file(write: Callable[..., Path]) -> None:
     tokenizer = Tokenizer.open(write(TEMPLATE))
     wanted = "<s>[system] Be brief.<|im_end|>[user] Hi<|im_end|>"
-    assert tokenizer.render_chat(MESSAGES, add_generation_prompt=False) == wanted
-    assert tokenizer.render_chat(MESSAGES, add_generation_prompt=True) == wanted + "[assistant]"
-    ids = tokenizer.encode_chat(MESSAGES, add_generation_prompt=False)
+    assert tokenizer.chat.render(MESSAGES, add_generation_prompt=False) == wanted
+    assert tokenizer.chat.render(MESSAGES, add_generation_prompt=True) == wanted + "[assistant]"
+    ids = tokenizer.encode_chat(MESSAGES)
     assert ids.count(BOS) == 1  # from the template, not a second time
-    assert tokenizer.decode(ids, special=True) == wanted
+    assert tokenizer.decode(ids, special=True) == wanted + "[assistant]"
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_template_that_fails_or_leaves_the_sandbox(
 ) -> None:
     tokenizer = Tokenizer.open(write(template))
     with pytest.raises(ModelError, match="chat template"):
-        tokenizer.render_chat(MESSAGES, add_generation_prompt=True)
+        tokenizer.chat.render(MESSAGES, add_generation_prompt=True)
 
 
 # All of these end the process or read out of bounds if llama.cpp gets them.

@@ -33,7 +33,7 @@ from fwdllm.cli.federation import federate, ledger, simulate
 from fwdllm.cli.options import given, takes
 from fwdllm.cli.serve import serve
 from fwdllm.cli.settings_file import read_settings
-from fwdllm.engine.settings import DirectionsConfig, LoRAConfig
+from fwdllm.engine.settings import DirectionsConfig, LoRAConfig, settings_of
 from fwdllm.protocol.config import TrainConfig
 
 app = typer.Typer(
@@ -55,6 +55,9 @@ MaxTokens = Annotated[
         help="Cut examples, or with --generate answers, to this many tokens.",
         show_default="all, or 256 of an answer",
     ),
+]
+Literally = Annotated[
+    bool, typer.Option("--literal", help=settings_of(TrainConfig)["literal"].help)
 ]
 Exact = Annotated[bool, typer.Option("--exact", help="fp32 arithmetic: slower, without rounding.")]
 RunDir = Annotated[
@@ -117,6 +120,7 @@ def tune(
     """Tune a LoRA adapter. Ctrl-C saves the run and the adapter so far."""
     from fwdllm import recipe
     from fwdllm import tune as tune_model
+    from fwdllm.engine.data.jsonl import read_data
     from fwdllm.resources import parse_bytes
     from fwdllm.tuning.recipes import check_given
     from fwdllm.tuning.run_directory import stop_on_interrupt
@@ -131,14 +135,15 @@ def tune(
     )
     asked = given(TrainConfig, settings)
     train = {**saved["train"], **asked}
-    defaults = recipe(model, data, train.get("method", "auto"), backend)
+    examples = read_data(data)  # once: it may be a pipe
+    defaults = recipe(model, examples, train.get("method", "auto"), backend)
     check_given(defaults.train.method, asked)
     train = {"steps": defaults.train.steps, **train, "method": defaults.train.method}
     train.setdefault("eval_every", max(1, train["steps"] // 10))
     with stop_on_interrupt() as should_stop, tuning_progress() as on_event:
         result = tune_model(
             model,
-            data,
+            examples,
             output,
             lora=dataclasses.replace(
                 defaults.lora, **{**saved["lora"], **given(LoRAConfig, settings)}
@@ -174,6 +179,7 @@ def evaluate(
     data: Data,
     adapter: Adapter = None,
     max_tokens: MaxTokens = None,
+    literal: Literally = False,
     exact: Exact = False,
     device: Device = "cpu",
     backend: Backend = "auto",
@@ -200,6 +206,7 @@ def evaluate(
         data,
         adapter=adapter,
         max_tokens=max_tokens,
+        literal=literal,
         exact=exact,
         device=device,
         backend=backend,
@@ -283,6 +290,29 @@ def inspect(model: Model, json: Json = False) -> None:
         print_json(report)
     else:
         Console().print(render(report), soft_wrap=True, highlight=False)
+
+
+@app.command()
+def tokens(
+    model: Model,
+    data: Data,
+    line: Annotated[int | None, typer.Option(help="Only this line of DATA.")] = None,
+    max_tokens: MaxTokens = None,
+    literal: Literally = False,
+    json: Json = False,
+) -> None:
+    """Show the tokens of examples as a model reads them; what is learned is in colour."""
+    from rich.console import Console
+
+    from fwdllm.tokens import render, view_tokens
+
+    console = Console()
+    views = view_tokens(model, data, line=line, max_tokens=max_tokens, literal=literal)
+    if json:
+        print_json({"sequences": [dataclasses.asdict(view) for view in views]})
+        return
+    for view in views:
+        console.print(render(view), soft_wrap=True)
 
 
 @app.command()

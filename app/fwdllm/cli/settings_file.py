@@ -12,7 +12,7 @@ from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.settings import settings_of, types_of
 
 # Tables of a run's config.json that describe its inputs; the command gets inputs as arguments.
-_INPUTS = ("model", "data", "held_out")
+_INPUTS = ("model", "data", "held_out", "started")
 
 
 def read_settings(
@@ -42,6 +42,8 @@ def read_settings(
             continue
         if name not in configs or not isinstance(table, dict):
             raise ConfigError(f"{path}: tables are {', '.join(configs)}; there is no [{name}]")
+        if name == "train" and "data" in found:  # a run's: see ``OptimizerConfig.recorded``
+            table = {"literal": True, **table}
         tables[name] = {
             key: _value(path, configs[name], f"{name}.{key}", key, value)
             for key, value in table.items()

@@ -150,6 +150,7 @@ def simulate(
         path,
         lora or LoRAConfig(),
         labels=labels,
+        literal=config.literal,
         seed=config.seed,
         memory_budget=memory_budget,
         device=device,
@@ -167,7 +168,7 @@ def simulate(
     model_of = {**fingerprint(path), **settings}
     meta = Meta.of(config, engine.adapter, config.seed, model_of, secrets.randbits(64))
     with open_run(Path(run_dir), meta, resume) as ledger:
-        clients = [[examples[i] for i in share] for share in shares]
+        clients = [engine.separate([examples[i] for i in share]) for share in shares]
         run = _Simulation(engine, Server(ledger), clients, held_out, fleet)
         run.until_done(on_event, should_stop)
         return run.result(Path(run_dir), time.perf_counter() - began)

@@ -167,14 +167,16 @@ def _check_grammar(vocab: Any, grammar: llama_cpp.LlamaGrammar) -> None:
 def _chat_handler(tokenizer: Tokenizer) -> Any:
     """A chat handler that formats conversations as ``Tokenizer.encode_chat`` does in tuning.
 
-    llama-cpp-python's own handler adds no BOS if the template has none, and guesses a template if
-    the file has none.
+    llama-cpp-python's own handler adds no BOS if the template has none, adds an end token if the
+    model wants one behind a text, and guesses a template if the file has none.
     """
-    formatter = tokenizer.formatter(add_generation_prompt=True)
+    formatter = tokenizer.chat.formatter(add_generation_prompt=True)
 
     def render(**options: Any) -> Any:
-        found = formatter(**options)
-        return dataclasses.replace(found, added_special=tokenizer.has_bos(found.prompt))
+        messages = tokenizer.chat.with_arguments(options.pop("messages"))
+        found = formatter(messages=messages, **options)
+        prompt = tokenizer.with_bos_text(found.prompt)
+        return dataclasses.replace(found, prompt=prompt, added_special=True)
 
     return llama_cpp.llama_chat_format.chat_formatter_to_chat_completion_handler(render)
 

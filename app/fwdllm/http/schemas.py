@@ -8,6 +8,8 @@ from llama_cpp.server.types import CreateChatCompletionRequest, CreateCompletion
 from pydantic import BaseModel, Field, field_validator, model_validator
 from pydantic.types import StringConstraints
 
+from fwdllm.engine.data.messages import as_templates_expect
+
 MAX_INPUTS = 2048  # OpenAI's limit of texts in one request
 _NO_LIMIT = 2**31 - 1
 
@@ -76,8 +78,6 @@ class ResponseFormat(NullIsDefault):
         return {"type": "json_object", **({"schema": schema} if schema else {})}
 
 
-_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-
 # Fields that ``Llama`` does not take, or takes in another form.
 _OURS = {
     "best_of", "logit_bias_type", "max_completion_tokens", "messages", "min_tokens", "model", "n",
@@ -124,7 +124,7 @@ class ChatRequest(GenerationRequest, CreateChatCompletionRequest):
     @field_validator("messages")
     @classmethod
     def _as_templates_expect(cls, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [_message(i, message) for i, message in enumerate(messages)]
+        return [as_templates_expect(m, f"message {i}") for i, m in enumerate(messages)]
 
     def options(self) -> dict[str, Any]:
         """Arguments for ``Llama.create_chat_completion``."""
@@ -148,20 +148,3 @@ class EmbeddingRequest(NullIsDefault):
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: None = None
     user: str | None = None
-
-
-def _message(index: int, message: dict[str, Any]) -> dict[str, Any]:
-    """A message with its text parts joined, without nulls, and with "developer" as "system"."""
-    message = {name: value for name, value in message.items() if value is not None}
-    if message.get("role") not in _ROLES:
-        raise ValueError(f"the role of message {index} is not one of {', '.join(_ROLES)}")
-    if message["role"] == "developer":
-        message["role"] = "system"
-    content = message.get("content", "")
-    if isinstance(content, list):
-        if not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-            raise ValueError(f"message {index} has parts other than text")
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise ValueError(f"the content of message {index} is not a text")
-    return {**message, "content": content}

@@ -72,7 +72,7 @@ def settings(request: Mapping[str, Any]) -> tuple[LoRAConfig, TrainConfig, Direc
     lora = {**request["lora"], "targets": tuple(request["lora"]["targets"])}
     if lora["layers"] is not None:
         lora["layers"] = tuple(lora["layers"])
-    return LoRAConfig(**lora), TrainConfig(**request["train"]), directions_of(request)
+    return LoRAConfig(**lora), TrainConfig.from_recorded(request["train"]), directions_of(request)
 
 
 def directions_of(request: Mapping[str, Any]) -> DirectionsConfig:

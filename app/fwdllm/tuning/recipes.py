@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 from fwdllm.engine.backends import Backend, choose
-from fwdllm.engine.data.jsonl import labels_of, read_jsonl
+from fwdllm.engine.data.jsonl import Data, labels_of, read_data
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.engine.settings import LoRAConfig
@@ -37,7 +36,7 @@ class Recipe(NamedTuple):
 
 def recipe(
     model: str | os.PathLike[str],
-    data: str | os.PathLike[str],
+    data: str | os.PathLike[str] | Data,
     method: str = AUTO,
     backend: str = "auto",
 ) -> Recipe:
@@ -48,8 +47,7 @@ def recipe(
     Errors: ModelError, DataError, ConfigError.
     """
     chosen = choose(GGUFFile.open(local_path(model)), backend)
-    labels = labels_of(read_jsonl(Path(data))) if chosen.encoder else ()
-    return recipe_for(chosen, len(labels), method)
+    return recipe_for(chosen, len(labels_of(read_data(data).examples)), method)
 
 
 def recipe_for(backend: Backend, n_labels: int, method: str = AUTO) -> Recipe:

@@ -17,6 +17,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -41,8 +42,16 @@ from fwdllm.resources import rss_bytes
 from fwdllm.tuning import checkpoints
 
 # Settings that earlier versions did not record, with the only value they supported.
-_UNRECORDED = {"device": "cpu", "backend": "fwdllm"}
-_UNRECORDED_TRAIN: dict[str, Any] = {"max_gradient_norm": None}
+_UNRECORDED = {"device": "cpu", "backend": "fwdllm", "started": None}
+_UNRECORDED_TRAIN: dict[str, Any] = {"max_gradient_norm": None, "literal": True}
+
+
+def recorded_start(path: Path) -> datetime | None:
+    """When the run in a directory began, None if it does not say; other faults are for ``open``."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        return datetime.fromisoformat(config["started"])
+    return None
 
 
 class RunDirectory:

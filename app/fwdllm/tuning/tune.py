@@ -8,24 +8,33 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from fwdllm.adapters import check_output, is_peft, write_adapter
-from fwdllm.engine.backends import choose
-from fwdllm.engine.data.jsonl import Example, check_labels, hold_out, labels_of, read_jsonl, split
+from fwdllm.engine.backends import Backend, choose
+from fwdllm.engine.data.jsonl import (
+    Data,
+    Example,
+    check_labels,
+    hold_out,
+    labels_of,
+    read_data,
+    split,
+)
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.evaluation import Evaluation
-from fwdllm.engine.files import fingerprint, sha256
+from fwdllm.engine.files import fingerprint
 from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.engine.settings import DirectionsConfig, LoRAConfig
 from fwdllm.hub import local_path
 from fwdllm.protocol.config import AUTO, TrainConfig
 from fwdllm.protocol.local import Event, StepResult, n_trainable
 from fwdllm.resources import peak_rss_bytes
-from fwdllm.tuning.recipes import recipe
-from fwdllm.tuning.run_directory import RunDirectory, train_recorded
+from fwdllm.tuning.recipes import recipe_for
+from fwdllm.tuning.run_directory import RunDirectory, recorded_start, train_recorded
 
 # By default a tenth of the data is held out, at most this many examples.
 MOST_HELD_OUT = 200
@@ -85,7 +94,7 @@ class TuneResult:
 
 def tune(
     model: _Path,
-    data: _Path,
+    data: _Path | Data,
     output: _Path = "adapter.gguf",
     *,
     lora: LoRAConfig | None = None,
@@ -127,14 +136,20 @@ def tune(
     """
     began = time.perf_counter()
     check_output(output)
+    path, folder = local_path(model), default_run_dir(output) if run_dir is None else Path(run_dir)
+    chosen = choose(GGUFFile.open(path), backend)
+    given = read_data(data)
     if lora is None or train is None or train.method == AUTO:
-        defaults = recipe(model, data, train.method if train else AUTO, backend)
+        n_labels = len(labels_of(given.examples))
+        defaults = recipe_for(chosen, n_labels, train.method if train else AUTO)
         lora, train = lora or defaults.lora, train or defaults.train
         train = dataclasses.replace(train, method=defaults.train.method)
     train = dataclasses.replace(train, eval_every=train.eval_every or train.steps)
     task = _prepare(
-        model,
-        data,
+        path,
+        chosen,
+        given,
+        recorded_start(folder) if resume else datetime.now(),
         lora,
         train,
         directions or DirectionsConfig(),
@@ -142,12 +157,10 @@ def tune(
         held_out,
         exact,
         device,
-        backend,
         memory_budget,
     )
     if should_stop():  # nothing is worth saving yet
         raise KeyboardInterrupt
-    folder = default_run_dir(output) if run_dir is None else Path(run_dir)
     with RunDirectory(folder, task.settings, resume=resume) as run:
         work = _follow(run, task, on_event, should_stop)
         # Before any further evaluation, so that a second interrupt does not lose the adapter.
@@ -192,8 +205,10 @@ class _Task:
 
 
 def _prepare(
-    model: _Path,
-    data: _Path,
+    path: Path,
+    chosen: Backend,
+    given: Data,
+    started: datetime | None,
     lora: LoRAConfig,
     train: TrainConfig,
     directions: DirectionsConfig,
@@ -201,40 +216,47 @@ def _prepare(
     held_out: float | None,
     exact: bool,
     device: str,
-    backend: str,
     memory_budget: int | None,
 ) -> _Task:
-    """Read and check everything first, so that a bad example cannot end a run after hours."""
+    """Check everything first, so that a bad example cannot end a run after hours.
+
+    started: the time that a chat
+    template is told, None for the clock's.
+    """
     if eval_data is not None and held_out is not None:
         raise ConfigError("give either a file to evaluate on or a share to hold out, not both")
-    everything = read_jsonl(data)
-    labels = labels_of(everything)
+    everything: Sequence[Example] = given.examples
+    labels, split_by = labels_of(everything), cast("float | str | None", held_out)
     if eval_data is not None:
-        examples, kept = everything, read_jsonl(eval_data)
+        examples = everything
+        other = read_data(eval_data)
+        kept, split_by = other.examples, other.digest
     elif held_out is None:
         examples, kept = hold_out(everything, train.seed, MOST_HELD_OUT)
     else:
         examples, kept = split(everything, held_out, train.seed)
     if labels:
         check_labels(kept, labels)
-    path = local_path(model)
-    chosen = choose(GGUFFile.open(path), backend)
     chosen.check_method(train.method)
 
     def new_engine() -> Engine:
-        return Engine.load(
+        engine = Engine.load(
             path,
             lora,
             labels=labels,
+            literal=train.literal,
             seed=train.seed,
             exact=exact,
             memory_budget=memory_budget,
             device=device,
             backend=chosen.name,
         )
+        engine.tokenizer.chat.now = started
+        return engine
 
     engine = new_engine()
     engine.check_method(train.method)
+    examples, kept = engine.separate(examples), engine.separate(kept)
     for part in (examples, kept):
         for start in range(0, len(part), _CHECK_AT_ONCE):
             engine.encode(part[start : start + _CHECK_AT_ONCE], train.max_tokens)
@@ -250,14 +272,15 @@ def _prepare(
         engine.use_directions(directions, train.seed, examples[:_MASK_EXAMPLES])
     settings = {
         "model": {"name": engine.file.metadata.get("general.name"), **fingerprint(path)},
-        "data": sha256(Path(data)),
-        "held_out": held_out if eval_data is None else sha256(Path(eval_data)),
+        "data": given.digest,
+        "held_out": split_by,
         "lora": dataclasses.asdict(lora),
         "train": train.recorded(),
         "directions": dataclasses.asdict(directions),
         "exact": exact,
         "device": device,
         "backend": chosen.name,
+        "started": started and started.isoformat(timespec="seconds"),
     }
     return _Task(new_engine, engine, train, examples, kept, settings)
 

@@ -1,0 +1,112 @@
+"""Chat templates: a program in a model's file that makes a text of a conversation.
+
+Messages are OpenAI's. llama.cpp's and vLLM's servers render them as here: text parts are joined,
+"developer" is the system, and a call's arguments are an object where the template writes them as
+one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+from fwdllm.engine.data.messages import Message, as_templates_expect
+from fwdllm.engine.errors import ModelError
+from fwdllm.engine.llamacpp.native import llama_cpp
+
+# What llama.cpp uses for a model without a template.
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+# A call as a template is tried with, to see how it writes arguments.
+_ARGUMENTS = '{"needle": 1}'
+
+
+class ChatTemplate:
+    """The template of a model, in Jinja's sandbox.
+
+    source: the program.  path: of the model, in errors.  now: the time it is told, None for the
+    clock's: a run's tokens must not change with the day.
+    """
+
+    def __init__(self, source: str, bos: str, eos: str, path: object) -> None:
+        self._source, self._bos, self._eos, self._path = source, bos, eos, path
+        self._formatters: dict[bool, Any] = {}
+        self.now: datetime | None = None
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """The text of a conversation. Errors: ModelError if the program fails or refuses it."""
+        try:
+            found = [as_templates_expect(m, f"message {i}") for i, m in enumerate(messages, 1)]
+            formatter = self.formatter(add_generation_prompt)
+            return str(formatter(messages=self.with_arguments(found), tools=tools or None).prompt)
+        except Exception as error:  # a foreign program can raise anything
+            raise ModelError(
+                f"the chat template of {self._path} fails on these messages: {error}"
+            ) from error
+
+    def formatter(self, add_generation_prompt: bool) -> Any:
+        """llama-cpp-python's Jinja2ChatFormatter of the template; see ``render``."""
+        # Kept, because compiling a template takes longer than rendering a conversation.
+        if add_generation_prompt not in self._formatters:
+            formatter = llama_cpp.llama_chat_format.Jinja2ChatFormatter(
+                self._source,
+                eos_token=self._eos,
+                bos_token=self._bos,
+                add_generation_prompt=add_generation_prompt,
+            )
+            formatter.strftime_now = lambda form: (self.now or datetime.now()).strftime(form)
+            self._formatters[add_generation_prompt] = formatter
+        return self._formatters[add_generation_prompt]
+
+    def with_arguments(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages with calls' arguments as objects, if the template wants them so."""
+        if not any(message.get("tool_calls") for message in messages) or not self._takes_objects:
+            return messages
+        return [
+            {**m, "tool_calls": [_with_object(call) for call in m["tool_calls"]]}
+            if m.get("tool_calls")
+            else m
+            for m in messages
+        ]
+
+    @cached_property
+    def _takes_objects(self) -> bool:
+        """Whether a call's arguments appear as JSON only if they are given as an object."""
+
+        def shown(arguments: object) -> str:
+            call = {"name": "probe", "arguments": arguments}
+            calls = [{"id": "call00000", "type": "function", "function": call}]
+            messages = [
+                {"role": "user", "content": "Hi."},
+                {"role": "assistant", "content": "", "tool_calls": calls},
+            ]
+            try:
+                return str(self.formatter(False)(messages=messages).prompt)
+            except Exception:  # a foreign program can raise anything
+                return ""
+
+        return _ARGUMENTS not in shown(_ARGUMENTS) and "needle" in shown(json.loads(_ARGUMENTS))
+
+
+def _with_object(call: Any) -> Any:
+    """A tool call with its arguments read from JSON, if they are an object."""
+    try:
+        found = json.loads(call["function"]["arguments"])
+    except (TypeError, KeyError, ValueError):
+        return call
+    if not isinstance(found, dict):
+        return call
+    return {**call, "function": {**call["function"], "arguments": found}}
