@@ -21,25 +21,27 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import numpy as np
 
-from fwdllm.engine.data.messages import ROLES, as_templates_expect
+from fwdllm.engine.data.messages import (
+    is_list,
+    kind_of,
+    nonempty,
+    parse_messages,
+    parse_prompt_and_completion,
+    parse_tools,
+    refuse,
+    short,
+    string,
+)
 from fwdllm.engine.errors import ConfigError, DataError
 
 Kind = Literal["messages", "completion", "text", "label"]
 
 # Fields of a line that change what a model reads or learns.
 _LINE_FIELDS = ("functions", "documents", "images", "videos", "chosen", "rejected")
-# Fields of a message that a chat template is given.
-MESSAGE_FIELDS = (
-    "name", "tool_calls", "tool_call_id", "refusal",
-    "reasoning_content", "reasoning", "thinking",
-)  # fmt: skip
-# Fields of a message that no template here is given.
-_OTHER_FIELDS = ("function_call", "audio", "images", "videos")
-_NOTHING: tuple[Any, ...] = (None, [], {}, "")
 # Kinds of data of other tools, by a field that they have, with what converts a file of them.
 _OTHER_KINDS = {
     "conversations": (
@@ -154,7 +156,7 @@ def check_labels(examples: Sequence[Example], labels: Sequence[str]) -> None:
             raise DataError(f"{example.where}: it has no label")
         if example.label not in known:
             raise DataError(
-                f"{example.where}: the label {_short(example.label)} is not one of "
+                f"{example.where}: the label {short(example.label)} is not one of "
                 f"{', '.join(labels)}"
             )
 
@@ -229,10 +231,10 @@ def _parse(raw: bytes, line: int, path: str) -> Example:
         fields.keys() & {"prompt", "completion"},
         fields.keys() & {"text", "label"},
     ]
-    _refuse(fields, _LINE_FIELDS, where)
-    if _is_list(fields.get("prompt")) and _is_list(fields.get("completion")):
-        messages, context = _prompt_and_completion(fields, where)
-        tools = _tools(fields, where)
+    refuse(fields, _LINE_FIELDS, where)
+    if is_list(fields.get("prompt")) and is_list(fields.get("completion")):
+        messages, context = parse_prompt_and_completion(fields, where)
+        tools = parse_tools(fields, where)
         return Example(messages=messages, tools=tools, context=context, line=line, path=path)
     if kinds[0] and "completion" not in fields and _begins(fields["messages"], fields):
         kinds[1] = set()  # the prompt says nothing that the messages do not
@@ -249,20 +251,20 @@ def _parse(raw: bytes, line: int, path: str) -> Example:
         names = ", ".join(sorted(set().union(*present)))
         raise DataError(f"{where}: the fields {names} do not belong together")
     if kinds[0]:
-        messages, context = _messages(fields["messages"], where)
-        tools = _tools(fields, where)
+        messages, context = parse_messages(fields["messages"], where)
+        tools = parse_tools(fields, where)
         return Example(messages=messages, tools=tools, context=context, line=line, path=path)
     if kinds[1]:
-        prompt = _string(fields, "prompt", where)
-        completion = _nonempty(fields, "completion", where)
+        prompt = string(fields, "prompt", where)
+        completion = nonempty(fields, "completion", where)
         return Example(prompt=prompt, completion=completion, line=line, path=path)
     label = _label(fields["label"], where) if "label" in fields else None
-    return Example(text=_nonempty(fields, "text", where), label=label, line=line, path=path)
+    return Example(text=nonempty(fields, "text", where), label=label, line=line, path=path)
 
 
 def _begins(messages: object, fields: dict[str, object]) -> bool:
     """Whether the user's first message is the line's prompt, as in UltraChat and No Robots."""
-    if not _is_list(messages) or "prompt" not in fields:
+    if not is_list(messages) or "prompt" not in fields:
         return False
     users = [m for m in messages if isinstance(m, dict) and m.get("role") == "user"]
     return bool(users) and users[0].get("content") == fields["prompt"]
@@ -280,129 +282,7 @@ def _object(raw: bytes, where: str) -> dict[str, object]:
     except RecursionError:
         raise DataError(f"{where}: its brackets are nested too deeply") from None
     if not isinstance(value, dict):
-        raise DataError(f"{where}: it is {_type(value)}, not an object")
-    return value
-
-
-def _refuse(fields: dict[str, object], names: Iterable[str], where: str) -> None:
-    """DataError for a field that is there, not empty, and would be ignored."""
-    for name in names:
-        if fields.get(name) not in (None, [], {}, ""):
-            raise DataError(
-                f"{where}: the field {name} would change what is learned, and is not read; take it "
-                "out, or write the text that the model is to see as prompt and completion"
-            )
-
-
-def _messages(value: object, where: str) -> tuple[list[dict[str, Any]], frozenset[int]]:
-    """Messages, and the numbers of the assistant's that are context only."""
-    if not _is_list(value):
-        raise DataError(f"{where}: messages is {_type(value)}, not a list")
-    found = [_message(item, f"{where}: message {i}") for i, item in enumerate(value, 1)]
-    messages = [message for message, _ in found]
-    assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not assistant:
-        raise DataError(f"{where}: there is no assistant message to learn from")
-    context = frozenset(i for i in assistant if not found[i][1])
-    if len(context) == len(assistant):
-        raise DataError(f"{where}: every assistant message has weight 0, so none is learned from")
-    return messages, context
-
-
-def _prompt_and_completion(
-    fields: dict[str, Any], where: str
-) -> tuple[list[dict[str, Any]], frozenset[int]]:
-    """As ``_messages``, of a prompt and a completion that are messages, as TRL has them."""
-    messages, context = _messages([*fields["prompt"], *fields["completion"]], where)
-    before = range(len(fields["prompt"]))
-    context |= {i for i in before if messages[i]["role"] == "assistant"}
-    if all(m["role"] != "assistant" or i in context for i, m in enumerate(messages)):
-        raise DataError(f"{where}: the completion has no assistant message to learn from")
-    return messages, context
-
-
-def _message(value: object, where: str) -> tuple[dict[str, Any], bool]:
-    """A message as chat templates expect it, and whether it has a weight of 1."""
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: it is {_type(value)}, not an object")
-    role = _string(value, "role", where)
-    _refuse(value, _OTHER_FIELDS, where)
-    weight = value.get("weight", 1)
-    if weight is None:
-        weight = 1
-    if isinstance(weight, bool) or weight not in (0, 1):
-        raise DataError(f"{where}: its weight is {_short(str(weight))}, not 0 or 1")
-    known = {name: value[name] for name in MESSAGE_FIELDS if value.get(name) not in _NOTHING}
-    calls = _calls(known["tool_calls"], where) if "tool_calls" in known else []
-    content = value.get("content")
-    if content is None and (calls or "refusal" in known):
-        content = ""
-    elif _is_list(content):
-        content = _joined(content, where)
-    else:
-        take = _nonempty if role == "assistant" and not (calls or "refusal" in known) else _string
-        content = take(value, "content", where)
-    if role not in ROLES:
-        raise DataError(f"{where}: the role {_short(role)} is not one of {', '.join(ROLES)}")
-    message = as_templates_expect({"role": role, "content": content, **known}, where)
-    return message, bool(weight)
-
-
-def _joined(parts: list[Any], where: str) -> str:
-    """The texts of a content's parts."""
-    texts = []
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else _type(part)
-        if kind != "text" or not isinstance(part, dict):
-            raise DataError(f"{where}: a part of its content is {_short(str(kind))}, not text")
-        texts.append(_string(part, "text", where))
-    return "".join(texts)
-
-
-def _calls(value: object, where: str) -> list[Any]:
-    """Checks a message's tool calls."""
-    if not _is_list(value):
-        raise DataError(f"{where}: tool_calls is {_type(value)}, not a list")
-    for call in value:
-        function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise DataError(f"{where}: a tool call is not a function with a name")
-        if not isinstance(function.get("arguments", ""), (str, dict)):
-            raise DataError(f"{where}: the arguments of a tool call are not JSON in a string")
-    return value
-
-
-def _tools(fields: dict[str, object], where: str) -> list[dict[str, Any]] | None:
-    """The tools of a line, if there are any."""
-    tools = fields.get("tools")
-    if tools in _NOTHING:
-        return None
-    if not _is_list(tools) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(f"{where}: tools is not a list of objects")
-    return tools
-
-
-def _is_list(value: object) -> TypeGuard[list[Any]]:
-    return isinstance(value, list)
-
-
-def _nonempty(fields: dict[str, object], name: str, where: str) -> str:
-    value = _string(fields, name, where)
-    if not value:
-        raise DataError(f"{where}: {name} is empty")
-    return value
-
-
-def _string(fields: dict[str, object], name: str, where: str) -> str:
-    if name not in fields:
-        raise DataError(f"{where}: {name} is missing")
-    value = fields[name]
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {name} is {_type(value)}, not a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair; UTF-8 cannot
-        raise DataError(f"{where}: {name} has half of a surrogate pair") from None
+        raise DataError(f"{where}: it is {kind_of(value)}, not an object")
     return value
 
 
@@ -411,7 +291,7 @@ def _label(value: object, where: str) -> str:
         return str(value)
     if isinstance(value, float):
         raise DataError(f"{where}: label is {value}, not a string or an integer")
-    return _nonempty({"label": value}, "label", where)
+    return nonempty({"label": value}, "label", where)
 
 
 def _describe(example: Example) -> str:
@@ -421,14 +301,3 @@ def _describe(example: Example) -> str:
         "text": "a text without a label",
         "label": "a text with a label",
     }[example.kind]
-
-
-def _type(value: object) -> str:
-    if value is None:
-        return "null"
-    names = {bool: "a bool", int: "a number", float: "a number", str: "a string", list: "a list"}
-    return names.get(type(value), "an object")
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:37] + "...")

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fwdllm.engine.data.chat import ChatTemplate
-from fwdllm.engine.data.jsonl import MESSAGE_FIELDS, Example
+from fwdllm.engine.data.jsonl import Example
+from fwdllm.engine.data.messages import MESSAGE_FIELDS
 from fwdllm.engine.errors import DataError, ModelError
 
 # Contents that a message is rendered with besides its own, to find where a template has put it.
