@@ -108,7 +108,7 @@ def test_too_many_at_once_are_sent_away(server: Server) -> None:
 
 
 def test_a_conversation_has_the_tokens_that_tuning_has(server: Server) -> None:
-    ids = Tokenizer.open(MODEL).encode_chat(HELLO, add_generation_prompt=True)
+    ids = Tokenizer.open(MODEL).encode_chat(HELLO)
     usage = server.post(CHAT, {"messages": HELLO, "max_tokens": 2})["usage"]
     assert usage == {
         "prompt_tokens": len(ids),
