@@ -14,7 +14,7 @@ from fwdllm.engine.data.batch import Tokens
 from fwdllm.engine.data.jsonl import Example, check_labels
 from fwdllm.engine.data.tokenizer import Tokenizer
 from fwdllm.engine.data.turns import separate, turns
-from fwdllm.engine.errors import DataError
+from fwdllm.engine.errors import DataError, TooLongError
 
 # Most tokens in the cache of encoded examples, 12 MB: an int in a list takes 36 bytes, a bool 8.
 _MOST_KEPT = 1 << 18
@@ -226,7 +226,4 @@ def _fit(
 
 
 def _too_long(example: Example, n_tokens: int, context: int) -> DataError:
-    return DataError(
-        f"{example.where}: the example has {n_tokens} tokens, but the model's context is "
-        f"{context}; shorten it or set a maximum number of tokens to cut it"
-    )
+    return TooLongError(example.where, n_tokens, context)
