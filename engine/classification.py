@@ -130,7 +130,9 @@ def _scores(
     # Not by ``Encoding.example``, which would keep the texts of a stream.
     rows = [encode_text(encoding.tokenizer, text, encoding.context, max_tokens) for text in texts]
     batches = pack_many([Tokens(ids, [False] * len(ids)) for ids in rows], EVAL_ROWS)
-    return np.concatenate([class_scores(adapter, graph.features(batch)) for batch in batches])
+    features = np.concatenate([graph.features(batch) for batch in batches])
+    # Row by row, because the bits of NumPy's product of several depend on how many there are.
+    return np.concatenate([class_scores(adapter, row[None]) for row in features])
 
 
 def _ordered(names: tuple[str, ...], scores: np.ndarray) -> Classification:
