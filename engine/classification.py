@@ -16,7 +16,7 @@ from fwdllm.engine.evaluation import EVAL_ROWS, label_scores
 from fwdllm.engine.graph import Graph
 
 # Texts, and characters of them, that are in memory at a time.
-_MOST_TEXTS, _MOST_CHARACTERS = 64, 2**20
+_MOST_TEXTS, _MOST_CHARACTERS = 64, 2**14
 
 
 @dataclass(frozen=True)
