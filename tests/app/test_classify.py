@@ -14,6 +14,7 @@ from cli_runs import MODEL, Cli, write_rows
 
 from fwdllm import classify
 from fwdllm.engine.adapters.io import save_gguf
+from fwdllm.engine.data.lines import read_texts
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.settings import LoRAConfig
 
@@ -77,6 +78,7 @@ def test_texts_are_arguments(fwdllm: Cli, model: Path, adapter: Path) -> None:
          ["nul \0 inside", "\u2028 and \x0b\x0c\x85 are no line ends"]),
         ('\n{"text": "one", "id": 5}\n\n{"label": "ignored", "text": "two\\n2"}\n',
          ["", "one", "", "two\n2"]),
+        ('\ufeff{"text": "one"}\r\n', ["one"]),
         ('[1]\n{"text": "this is plain"}\n', ["[1]", '{"text": "this is plain"}']),
         ("", []),
         ("w" * 100_000, ["w" * 100_000]),
@@ -88,6 +90,7 @@ def test_files_have_a_text_on_each_line(
     """A result is on the line of its text."""
     file = tmp_path / "lines"
     file.write_bytes(content.encode())
+    assert [example.text for example in read_texts(file)] == texts
     limit = ("--max-tokens", 512) if len(content) > 1000 else ()
     outcome = fwdllm("classify", model, "--adapter", adapter, "--file", file, *limit)
     assert (outcome.code, outcome.err) == (0, "")
