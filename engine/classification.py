@@ -12,7 +12,7 @@ from fwdllm.engine.data.batch import Tokens, pack_many
 from fwdllm.engine.data.encode import Encoding, encode_text
 from fwdllm.engine.data.jsonl import Example
 from fwdllm.engine.errors import ConfigError, DataError, NumericsError
-from fwdllm.engine.evaluation import EVAL_ROWS, label_scores
+from fwdllm.engine.evaluation import EVAL_ROWS, check_limit, label_scores
 from fwdllm.engine.graph import Graph
 
 # Texts, and characters of them, that are in memory at a time.
@@ -50,6 +50,7 @@ def classify(
     max_tokens: int | None,
 ) -> Iterator[Classification]:
     """See ``Engine.classify``."""
+    check_limit(max_tokens)
     names = _names(graph, encoding, tuple(labels))
     return _classified(graph, encoding, examples, names, max_tokens)
 

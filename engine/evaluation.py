@@ -11,7 +11,7 @@ from fwdllm.engine.adapters.head import has_head, log_probabilities
 from fwdllm.engine.data.batch import pack_many
 from fwdllm.engine.data.encode import Encoding
 from fwdllm.engine.data.jsonl import Example, check_labels
-from fwdllm.engine.errors import DataError, finite
+from fwdllm.engine.errors import ConfigError, DataError, finite
 from fwdllm.engine.graph import Graph
 
 # Rows of one evaluation batch: enough to amortize decoding the weights, small in memory.
@@ -36,6 +36,7 @@ def evaluate(
     graph: Graph, encoding: Encoding, examples: Sequence[Example], max_tokens: int | None
 ) -> Evaluation:
     """See ``Engine.evaluate``."""
+    check_limit(max_tokens)
     if not examples:
         raise DataError("there are no examples to evaluate")
     if examples[0].kind == "label":
@@ -47,6 +48,12 @@ def evaluate(
         total += float(nll.sum())
         count += nll.size
     return Evaluation(finite(total / count), count, len(examples), None)
+
+
+def check_limit(max_tokens: int | None) -> None:
+    """ConfigError for a limit of tokens that leaves nothing of an example."""
+    if max_tokens is not None and max_tokens < 2:
+        raise ConfigError(f"a maximum number of tokens is at least 2, not {max_tokens}")
 
 
 def _by_labels(

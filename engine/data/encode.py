@@ -145,8 +145,14 @@ def encode_label(
     texts = [example.text, *classification_prompt(label), *([end] if end else [])]
     text, tail, *labels = _encode_spans(tokenizer, texts)
     predicted = [token for span in labels for token in span]
-    room = min(max_tokens or context, context) - len(tail) - len(predicted)
-    if room < 1 or (max_tokens is None and len(text) > room):
+    limit = min(max_tokens or context, context)
+    room = limit - len(tail) - len(predicted)
+    if room < 1:
+        raise DataError(
+            f"{example.where}: {limit} tokens leave none for the text; the label and what stands "
+            f"before it take {len(tail) + len(predicted)}"
+        )
+    if max_tokens is None and len(text) > room:
         raise _too_long(example, len(text) + len(tail) + len(predicted), context)
     return _join([(text[:room], False), (tail, False), (predicted, True)])
 

@@ -158,7 +158,7 @@ def test_what_cannot_be_classified_is_one_sentence(
         return " ".join(outcome.err.split())
 
     file = tmp_path / "lines"
-    file.write_text("x\n")
+    file.write_text('{"text": "x"}\n')
     of_encoder = (model, "--adapter", adapter)
     assert "give texts to classify" in said(*of_encoder)
     assert "give texts to classify" in said(*of_encoder, "x", "-f", file)
@@ -171,6 +171,13 @@ def test_what_cannot_be_classified_is_one_sentence(
     assert "needs an adapter with a head" in said(model, "x")
     assert "no labels of its own" in said(MODEL, "x")
     assert "two or more labels" in said(MODEL, "x", "--label", "a", "--label", "a")
+    for limit in (1, 0, -1):
+        for command in (["classify", *of_encoder, "x"], ["eval", MODEL, file]):
+            outcome = fwdllm(*command, "--max-tokens", limit)
+            assert (outcome.code, outcome.out) == (2, "")
+            assert f"at least 2, not {limit}" in outcome.err
+    ours = (MODEL, "x", "--label", "a", "--label", "b", "--max-tokens", 2)
+    assert "text:1: 2 tokens leave none for the text" in said(*ours)
     assert "is for 'bert' models" in said(MODEL, "x", "--adapter", adapter)
     engine = Engine.load(MODEL, LoRAConfig(2))
     assert engine.adapter is not None

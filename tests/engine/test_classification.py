@@ -126,6 +126,19 @@ def test_a_decoder_chooses_by_what_it_gives_the_labels(decoder: Engine) -> None:
         np.testing.assert_allclose(exps / exps.sum(), one.probabilities)
 
 
+def test_labels_that_begin_alike_are_scored_as_in_evaluation(decoder: Engine) -> None:
+    """With their end, without which the shorter would always be the likelier."""
+    labels = ("1", "10")
+    found = list(decoder.classify(texts(*TEXTS), labels))
+    truth = [labels[i % 2] for i in range(len(TEXTS))]
+    examples = [Example(text=t, label=x) for t, x in zip(TEXTS, truth, strict=True)]
+    result = decoder.evaluate(examples)
+    scores = [one.scores[one.labels.index(x)] for one, x in zip(found, truth, strict=True)]
+    assert -sum(scores) == pytest.approx(result.loss * result.n_tokens)
+    right = [one.label == x for one, x in zip(found, truth, strict=True)]
+    assert np.mean(right) == result.accuracy
+
+
 @pytest.mark.parametrize("name", ["minilm", "decoder"])
 def test_a_text_has_the_same_bits_in_any_company(request: pytest.FixtureRequest, name: str) -> None:
     engine: Engine = request.getfixturevalue(name)
