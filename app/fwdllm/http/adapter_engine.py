@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import math
@@ -101,6 +102,7 @@ class UpdateRequest(_Strict):
 class AdapterEngine:
     """An engine with one adapter of a store at a time. Threads may share it; they take turns.
 
+    classifying: held by the one request to classify that has a thread.
     memory_budget: bytes for its work; not used if llama.cpp runs the model.
     Errors: those of ``Engine.load``; ApiError 429.
     """
@@ -110,6 +112,7 @@ class AdapterEngine:
         # The budget is on top of what is resident already, such as llama.cpp's copy of the weights.
         own = choose(GGUFFile.open(model)).own
         self._memory_budget = resident_bytes() + memory_budget if own else None
+        self.classifying = asyncio.Lock()
         self._lock = threading.Lock()
         self._queue = Queue(limits.MAX_WAITING_FOR_ENGINE)
         self._engine: Engine | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,6 @@ class Context:
     """What the routes of an application share.
 
     folder: the server's.  queue: requests that wait for ``models``.  started: Unix seconds.
-    classifying: held by the one request to classify that has a thread.
     n_tokens, n_requests: generated tokens and answered requests since then.  streams: open now.
     """
 
@@ -36,7 +34,6 @@ class Context:
     engine: AdapterEngine
     runs: Runs
     queue: Queue = field(default_factory=lambda: Queue(limits.MAX_WAITING))
-    classifying: asyncio.Lock = field(default_factory=asyncio.Lock)
     started: float = field(default_factory=time.time)
     n_tokens: int = 0
     n_requests: int = 0

@@ -119,7 +119,7 @@ async def predict(
             raise ApiError(400, text, "inputs", "context_length_exceeded") from error
 
     async def turn() -> list[Classification]:
-        async with served.classifying:
+        async with served.engine.classifying:
             return await run_in_threadpool(work)
 
     served.queue.enter()
