@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from fwdllm.engine.adapters.adapter import Adapter, Head
 from fwdllm.engine.adapters.io import load_adapter
 from fwdllm.engine.backends import choose
+from fwdllm.engine.classification import Classification, classify
 from fwdllm.engine.data.batch import Batch, Tokens, pack, pack_many
 from fwdllm.engine.data.encode import Encoding
 from fwdllm.engine.data.jsonl import Example
@@ -279,6 +280,18 @@ class Engine:
     def evaluate(self, examples: Sequence[Example], max_tokens: int | None = None) -> Evaluation:
         """Loss and accuracy over examples; see ``Evaluation``. Errors: DataError, NumericsError."""
         return evaluate(self.graph, self.encoding, examples, max_tokens)
+
+    def classify(
+        self, examples: Iterable[Example], labels: Sequence[str] = (), max_tokens: int | None = None
+    ) -> Iterator[Classification]:
+        """The labels of texts with their probabilities, those that ``evaluate`` counts, in order.
+
+        examples: with a text each; some at a time are taken and computed together, so that they may
+        be without end.  labels: what a decoder chooses from; an encoder's adapter has its own.
+        max_tokens: as of ``evaluate``. Errors: ConfigError at once; DataError, after the results of
+        the texts before, and NumericsError while it goes.
+        """
+        return classify(self.graph, self.encoding, examples, labels, max_tokens)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Next-token logits after each token of one sequence: float32 [n_tokens, n_vocab]."""

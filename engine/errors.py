@@ -27,6 +27,17 @@ class DataError(FwdllmError):
     """Training or evaluation data that cannot be used; the message names file and line."""
 
 
+class TooLongError(DataError):
+    """A text that is longer than the model's context. where: its place.  n_tokens: its length."""
+
+    def __init__(self, where: str, n_tokens: int, context: int) -> None:
+        super().__init__(
+            f"{where}: the example has {n_tokens} tokens, but the model's context is "
+            f"{context}; shorten it or set a maximum number of tokens to cut it"
+        )
+        self.where, self.n_tokens, self.context = where, n_tokens, context
+
+
 class AdapterError(FwdllmError):
     """An adapter file that cannot be read or does not fit the model."""
 

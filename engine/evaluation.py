@@ -11,7 +11,7 @@ from fwdllm.engine.adapters.head import has_head, log_probabilities
 from fwdllm.engine.data.batch import pack_many
 from fwdllm.engine.data.encode import Encoding
 from fwdllm.engine.data.jsonl import Example, check_labels
-from fwdllm.engine.errors import DataError, finite
+from fwdllm.engine.errors import ConfigError, DataError, finite
 from fwdllm.engine.graph import Graph
 
 # Rows of one evaluation batch: enough to amortize decoding the weights, small in memory.
@@ -36,6 +36,7 @@ def evaluate(
     graph: Graph, encoding: Encoding, examples: Sequence[Example], max_tokens: int | None
 ) -> Evaluation:
     """See ``Engine.evaluate``."""
+    check_limit(max_tokens)
     if not examples:
         raise DataError("there are no examples to evaluate")
     if examples[0].kind == "label":
@@ -49,6 +50,12 @@ def evaluate(
     return Evaluation(finite(total / count), count, len(examples), None)
 
 
+def check_limit(max_tokens: int | None) -> None:
+    """ConfigError for a limit of tokens that leaves nothing of an example."""
+    if max_tokens is not None and max_tokens < 2:
+        raise ConfigError(f"a maximum number of tokens is at least 2, not {max_tokens}")
+
+
 def _by_labels(
     graph: Graph, encoding: Encoding, examples: Sequence[Example], max_tokens: int | None
 ) -> Evaluation:
@@ -56,24 +63,40 @@ def _by_labels(
     check_labels(examples, labels)
     if encoding.encoder:
         return _by_head(graph, encoding, examples, max_tokens)
-    end = encoding.label_end(labels)
+    scores, counts = label_scores(graph, encoding, examples, labels, max_tokens)
+    truth = np.array([labels.index(e.label) for e in examples if e.label is not None])
+    at = np.arange(len(examples))
+    n_tokens = int(counts[at, truth].sum())
+    accuracy = float(np.mean(scores.argmax(axis=1) == truth))
+    loss = finite(float(-scores[at, truth].sum()) / n_tokens)
+    return Evaluation(loss, n_tokens, len(examples), accuracy)
+
+
+def label_scores(
+    graph: Graph,
+    encoding: Encoding,
+    examples: Sequence[Example],
+    labels: Sequence[str],
+    max_tokens: int | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a decoder gives every label as the continuation of every text.
+
+    Returns log-likelihoods in nats, summed over the label's tokens, float64 [n_examples, n_labels],
+    and the numbers of those tokens, int64 of the same shape. Errors: DataError.
+    """
+    end = encoding.label_end(tuple(labels))
     candidates = [
         encoding.label(example, label, end, max_tokens) for example in examples for label in labels
     ]
-    score: list[float] = []  # summed log-likelihood of each candidate
+    scores: list[float] = []
     counts: list[int] = []
     for batch in pack_many(candidates, EVAL_ROWS):
         nll = graph.token_losses(batch)[0]
         n = batch.n_sequences
-        score += (-np.bincount(batch.label_sequence, weights=nll, minlength=n)).tolist()
+        scores += (-np.bincount(batch.label_sequence, weights=nll, minlength=n)).tolist()
         counts += np.bincount(batch.label_sequence, minlength=n).tolist()
-    scores = np.array(score).reshape(len(examples), len(labels))
-    truth = np.array([labels.index(e.label) for e in examples if e.label is not None])
-    at = np.arange(len(examples))
-    n_tokens = int(np.array(counts).reshape(scores.shape)[at, truth].sum())
-    accuracy = float(np.mean(scores.argmax(axis=1) == truth))
-    loss = finite(float(-scores[at, truth].sum()) / n_tokens)
-    return Evaluation(loss, n_tokens, len(examples), accuracy)
+    shape = len(examples), len(labels)
+    return np.array(scores).reshape(shape), np.array(counts).reshape(shape)
 
 
 def _by_head(

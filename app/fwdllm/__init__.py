@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fwdllm.engine.classification import Classification
     from fwdllm.engine.data.jsonl import Example, read_jsonl
     from fwdllm.engine.engine import Engine
     from fwdllm.engine.errors import (
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from fwdllm.engine.settings import DirectionsConfig, LoRAConfig
     from fwdllm.federation.fleet import Fleet
     from fwdllm.federation.simulation import Partition, SimulationResult, simulate
-    from fwdllm.inference import evaluate, generate
+    from fwdllm.inference import classify, evaluate, generate
     from fwdllm.protocol.config import TrainConfig
     from fwdllm.protocol.federation import FederationConfig
     from fwdllm.protocol.presets import preset
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterError",
+    "Classification",
     "ConfigError",
     "DataError",
     "DirectionsConfig",
@@ -60,6 +62,7 @@ __all__ = [
     "TrainConfig",
     "TuneResult",
     "__version__",
+    "classify",
     "evaluate",
     "generate",
     "preset",
@@ -70,6 +73,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Classification": "engine.classification",
     "DirectionsConfig": "engine.settings",
     "Engine": "engine.engine",
     "Evaluation": "engine.evaluation",
@@ -82,6 +86,7 @@ _MODULES = {
     "SimulationResult": "federation.simulation",
     "TrainConfig": "protocol.config",
     "TuneResult": "tuning.tune",
+    "classify": "inference",
     "evaluate": "inference",
     "generate": "inference",
     "preset": "protocol.presets",

@@ -1,14 +1,15 @@
-"""Using a model with a tuned adapter: its loss on a data set, and text from it."""
+"""Using a model with a tuned adapter: its loss on a data set, labels, and text from it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fwdllm.adapters import as_gguf
-from fwdllm.engine.data.jsonl import read_jsonl
+from fwdllm.engine.classification import Classification
+from fwdllm.engine.data.jsonl import Example, read_jsonl
 from fwdllm.engine.data.messages import Message
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.evaluation import Evaluation
@@ -47,6 +48,31 @@ def evaluate(
         backend=backend,
     )
     return engine.evaluate(read_jsonl(data), max_tokens)
+
+
+def classify(
+    model: _Path,
+    texts: Iterable[str],
+    *,
+    adapter: _Path | None = None,
+    labels: Sequence[str] = (),
+    max_tokens: int | None = None,
+    exact: bool = False,
+    device: str = "cpu",
+    backend: str = "auto",
+) -> Iterator[Classification]:
+    """The labels of texts with their probabilities, those that ``evaluate`` counts, in order.
+
+    texts: may be without end; 64 at most are taken at a time.  labels: those that a decoder chooses
+    from, as its data had them; an encoder's adapter has its own.  Others: as ``evaluate``.
+    Errors: those of ``evaluate``; DataError, with the number of the text, and NumericsError come
+    with the result that they are instead of.
+    """
+    engine = Engine.load(
+        local_path(model), adapter=adapter, exact=exact, device=device, backend=backend
+    )
+    examples = (Example(text=text, line=number) for number, text in enumerate(texts, 1))
+    return engine.classify(examples, labels, max_tokens)
 
 
 def generate(

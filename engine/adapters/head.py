@@ -11,16 +11,29 @@ from fwdllm.engine.errors import ConfigError
 def has_head(adapter: Adapter | None) -> Adapter:
     """The adapter; ConfigError if there is no head to classify with."""
     if adapter is None or adapter.head is None:
-        raise ConfigError("classifying with an encoder needs an adapter with a head")
+        raise ConfigError(
+            "classifying with an encoder needs an adapter with a head; tune one on texts with "
+            "labels"
+        )
     return adapter
+
+
+def class_scores(adapter: Adapter, features: np.ndarray) -> np.ndarray:
+    """W h + b of features h float32 [n, width]: float64 [n, n_labels]."""
+    assert adapter.head_weight is not None and adapter.head_bias is not None
+    scores: np.ndarray = features.astype(np.float64) @ adapter.head_weight.T + adapter.head_bias
+    return scores
+
+
+def log_softmax(scores: np.ndarray) -> np.ndarray:
+    """Of each row: float64 [n, n_labels]."""
+    scores = scores - scores.max(axis=1, keepdims=True)
+    return scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
 
 
 def log_probabilities(adapter: Adapter, features: np.ndarray) -> np.ndarray:
     """log softmax(W h + b) of features h float32 [n, width]: float64 [n, n_labels]."""
-    assert adapter.head_weight is not None and adapter.head_bias is not None
-    scores = features.astype(np.float64) @ adapter.head_weight.T + adapter.head_bias
-    scores -= scores.max(axis=1, keepdims=True)
-    return scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
+    return log_softmax(class_scores(adapter, features))
 
 
 def class_losses(

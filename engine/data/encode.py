@@ -14,7 +14,7 @@ from fwdllm.engine.data.batch import Tokens
 from fwdllm.engine.data.jsonl import Example, check_labels
 from fwdllm.engine.data.tokenizer import Tokenizer
 from fwdllm.engine.data.turns import separate, turns
-from fwdllm.engine.errors import DataError
+from fwdllm.engine.errors import DataError, TooLongError
 
 # Most tokens in the cache of encoded examples, 12 MB: an int in a list takes 36 bytes, a bool 8.
 _MOST_KEPT = 1 << 18
@@ -145,8 +145,14 @@ def encode_label(
     texts = [example.text, *classification_prompt(label), *([end] if end else [])]
     text, tail, *labels = _encode_spans(tokenizer, texts)
     predicted = [token for span in labels for token in span]
-    room = min(max_tokens or context, context) - len(tail) - len(predicted)
-    if room < 1 or (max_tokens is None and len(text) > room):
+    limit = min(max_tokens or context, context)
+    room = limit - len(tail) - len(predicted)
+    if room < 1:
+        raise DataError(
+            f"{example.where}: {limit} tokens leave none for the text; the label and what stands "
+            f"before it take {len(tail) + len(predicted)}"
+        )
+    if max_tokens is None and len(text) > room:
         raise _too_long(example, len(text) + len(tail) + len(predicted), context)
     return _join([(text[:room], False), (tail, False), (predicted, True)])
 
@@ -226,7 +232,4 @@ def _fit(
 
 
 def _too_long(example: Example, n_tokens: int, context: int) -> DataError:
-    return DataError(
-        f"{example.where}: the example has {n_tokens} tokens, but the model's context is "
-        f"{context}; shorten it or set a maximum number of tokens to cut it"
-    )
+    return TooLongError(example.where, n_tokens, context)

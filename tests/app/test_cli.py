@@ -91,7 +91,9 @@ def test_modules_list_what_they_import_when_it_is_used() -> None:
     assert {*package.__all__, *package.engine.__all__} <= set(run.stdout.split())
 
 
-@pytest.mark.parametrize("command", ["tune", "eval", "generate", "inspect", "export", "demo"])
+@pytest.mark.parametrize(
+    "command", ["tune", "eval", "classify", "generate", "inspect", "export", "demo"]
+)
 def test_every_command_has_help(fwdllm: Cli, command: str) -> None:
     outcome = fwdllm(command, "--help")
     assert (outcome.code, outcome.err) == (0, "")

@@ -37,6 +37,7 @@ OPERATIONS = (
     "DELETE /v1/fine_tuning/jobs/{job_id}",
     "GET /v1/models", "GET /v1/models/{model}", "DELETE /v1/models/{model}",
     "POST /v1/completions", "POST /v1/chat/completions", "POST /v1/embeddings",
+    "POST /predict",
     "POST /v1/files", "GET /v1/files", "GET /v1/files/{file_id}", "DELETE /v1/files/{file_id}",
     "GET /v1/files/{file_id}/content",
     "POST /v1/fine_tuning/jobs", "GET /v1/fine_tuning/jobs", "GET /v1/fine_tuning/jobs/{job_id}",
@@ -110,6 +111,9 @@ class Target:
             return {"model": ids["model"], "messages": MESSAGES}
         if label.endswith(("completions", "embeddings")):
             return {"model": ids["model"]}
+        if label.endswith("predict"):
+            inputs = ["hello", ["a", "b"], [["a"], ["b c"]], "word " * 700]
+            return {"model": ids["model"], "inputs": inputs, "labels": [["yes", "no"], ["no"]]}
         if label.endswith("jobs"):
             return {"model": ids["model"][:1], "training_file": ids["file_id"]}
         if label.endswith("evaluate"):

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from fwdllm.bench.cli import app as bench
+from fwdllm.cli.classify import classify
 from fwdllm.cli.console import (
     Backend,
     Config,
@@ -245,6 +246,9 @@ def _evaluate_answers(
         print_json(dataclasses.asdict(result))
     else:
         print(f"exact match {result.exact_match:.1%}, {result.n_right} of {result.n_examples}")
+
+
+app.command()(classify)
 
 
 @app.command()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import math
 import threading
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fwdllm.engine.adapters.adapter import Adapter
 from fwdllm.engine.backends import choose
-from fwdllm.engine.data.jsonl import check_labels, parse_jsonl
+from fwdllm.engine.classification import Classification
+from fwdllm.engine.data.jsonl import Example, check_labels, parse_jsonl
 from fwdllm.engine.directions import Dense
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import ConfigError
@@ -99,6 +102,7 @@ class UpdateRequest(_Strict):
 class AdapterEngine:
     """An engine with one adapter of a store at a time. Threads may share it; they take turns.
 
+    classifying: held by the one request to classify that has a thread.
     memory_budget: bytes for its work; not used if llama.cpp runs the model.
     Errors: those of ``Engine.load``; ApiError 429.
     """
@@ -108,6 +112,7 @@ class AdapterEngine:
         # The budget is on top of what is resident already, such as llama.cpp's copy of the weights.
         own = choose(GGUFFile.open(model)).own
         self._memory_budget = resident_bytes() + memory_budget if own else None
+        self.classifying = asyncio.Lock()
         self._lock = threading.Lock()
         self._queue = Queue(limits.MAX_WAITING_FOR_ENGINE)
         self._engine: Engine | None = None
@@ -151,6 +156,24 @@ class AdapterEngine:
             "n_tokens": probe.n_tokens,
         }
 
+    def classify(
+        self,
+        adapter: AdapterRow | None,
+        examples: Sequence[Example],
+        labels: Sequence[str],
+        *,
+        truncate: bool,
+        cancelled: threading.Event,
+    ) -> list[Classification]:
+        """The labels of texts by an adapter, or by the model alone; see ``Engine.classify``.
+
+        truncate: cut texts to the model's context.  cancelled: once it is set, nobody wants them.
+        """
+        with self._lock:
+            engine = self._bare() if adapter is None else self._at(adapter.id)
+            wanted = takewhile(lambda _: not cancelled.is_set(), examples)
+            return list(engine.classify(wanted, labels, engine.args.context if truncate else None))
+
     def update(self, id: str, body: UpdateRequest) -> AdapterRow:
         """Move an adapter along directions."""
         if len(body.seeds) != len(body.coefficients):
@@ -182,6 +205,11 @@ class AdapterEngine:
             with as_file(self._store.adapter_content(adapter.number)) as path:
                 self._engine = self._load(adapter=path)
             self._holds = key
+        return self._engine
+
+    def _bare(self) -> Engine:
+        if self._engine is None or self._engine.adapter is not None:
+            self._engine, self._holds = self._load(), None
         return self._engine
 
     def _load(self, **options: Any) -> Engine:

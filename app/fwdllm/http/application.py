@@ -21,6 +21,7 @@ from fwdllm.http import (
     fine_tuning,
     metrics,
     perturbations,
+    predict,
     stream,
 )
 from fwdllm.http.adapter_engine import AdapterEngine
@@ -90,7 +91,7 @@ def _routes(served: Context, config: ServerConfig) -> FastAPI:
         responses={"4XX": {"model": api_error.ErrorBody, "description": "An error of the request"}},
     )
     app.state.context = served
-    for part in (completions, files, fine_tuning, perturbations, stream):
+    for part in (completions, files, fine_tuning, perturbations, predict, stream):
         app.include_router(part.router)
     api_error.install(app)
     metrics.install(app, served)

@@ -92,7 +92,7 @@ async def create_embedding(
     served.queue.enter()
     future = served.models.run(work, body.model, cancelled, embedding=True)
     future.add_done_callback(lambda _: served.queue.leave())
-    vectors, n_tokens = await _unless_disconnected(request, future, cancelled)
+    vectors, n_tokens = await unless_disconnected(request, future, cancelled)
     encode = _base64 if body.encoding_format == "base64" else list
     data = [
         {"object": "embedding", "index": i, "embedding": encode(vector)}
@@ -141,7 +141,7 @@ async def _generate(
     future = served.models.run(work, body.model, cancelled)
     future.add_done_callback(lambda _: served.queue.leave())
     if not body.stream:
-        return await _unless_disconnected(request, future, cancelled)
+        return await unless_disconnected(request, future, cancelled)
     future.add_done_callback(lambda _: chunks.put_nowait(None))
     first = await chunks.get()
     if first is None:
@@ -167,7 +167,7 @@ async def _events(
         cancelled.set()
 
 
-async def _unless_disconnected(
+async def unless_disconnected(
     request: Request, future: asyncio.Future[Any], cancelled: threading.Event
 ) -> Any:
     """The result; generation is stopped early if the client disconnects."""
