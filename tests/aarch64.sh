@@ -48,7 +48,8 @@ fetch_python() {
     libc6 libgcc-s1 libgomp1 libstdc++6 zlib1g libexpat1 libffi8 libsqlite3-0 libssl3)
   for deb in debs/*.deb; do dpkg -x "$deb" "$root"; done
   python3 -m pip install -q --target "$site" --python-version "$version" --implementation cp \
-    --platform manylinux_2_28_aarch64 --platform manylinux2014_aarch64 --only-binary=:all: \
+    --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 \
+    --platform manylinux_2_26_aarch64 --platform manylinux2014_aarch64 --only-binary=:all: \
     pip scikit-build-core nanobind numpy gguf typer rich matplotlib diskcache jinja2 pytest hypothesis
   # -0 makes it start itself, and so the emulator, for processes of its own.
   printf '#!/bin/sh\nexport PYTHONHOME="%s"\nexec qemu-aarch64 -cpu max -0 "%s" -L "%s" "%s" "$@"\n' \
