@@ -61,7 +61,7 @@ def inspect_model(model: str | os.PathLike[str]) -> dict[str, Any]:
         "reason": backend.reason,
         "name": file.metadata.get("general.name"),
         "file": str(file.path),
-        "file_bytes": len(file.mapping),
+        "file_bytes": file.nbytes,
         "n_parameters": sum(_size(tensor.shape) for tensor in file.tensors.values()),
         "shapes": {
             "layers": args.n_layers,

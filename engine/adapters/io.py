@@ -141,7 +141,7 @@ def _read_alpha(file: GGUFFile) -> float | None:
 
 
 def _read_pairs(file: GGUFFile) -> dict[str, tuple[Weight, Weight]]:
-    if sum(tensor.nbytes for tensor in file.tensors.values()) > len(file.mapping):
+    if sum(tensor.nbytes for tensor in file.tensors.values()) > file.nbytes:
         raise AdapterError(f"{file.path} is damaged: its tensors overlap")
     names = []
     for name in file.tensors:

@@ -58,7 +58,7 @@ class TensorInfo:
 
     type: any that ggml has, whether there are kernels for it or not.  shape: in NumPy order,
     (n_out, n_in) for a matrix.  offset, nbytes: where its data lies in the file, in bytes from the
-    file's start.
+    file's start.  part: which of the files it is in, from 0, if the model is split.
     """
 
     name: str
@@ -66,6 +66,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    part: int = 0
 
     @property
     def n_elements(self) -> int:
