@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from case_models import make_models, models
 
 from fwdllm.engine import Engine
 from fwdllm.engine.data.jsonl import Example, parse_jsonl, read_jsonl
-from fwdllm.engine.errors import DataError, FwdllmError, ModelError
-from fwdllm.engine.gguf.file import GGUFFile
+from fwdllm.engine.errors import DataError, FwdllmError
+
+__all__ = ["make_models", "models"]  # fixtures
 
 TEXT = Example(text="The market opened higher on Monday, and shares of energy firms rose.")
-
-
-@pytest.fixture(scope="module")
-def models(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Odd but honest model files, made from the shared ones."""
-    script = shared / "cases" / "make_models.py"
-    if not script.exists():
-        pytest.skip("no shared/cases beside the repository")
-    folder = tmp_path_factory.mktemp("cases")
-    subprocess.run([sys.executable, str(script), str(folder)], check=True, capture_output=True)
-    return folder
 
 
 def loss(path: Path, backend: str) -> float:
@@ -63,17 +52,6 @@ def test_a_factor_of_rank_1_may_have_one_dimension(models: Path, shared: Path) -
         for backend in ("fwdllm", "llama.cpp")
     )
     assert ours == pytest.approx(theirs, rel=0.01)
-
-
-@pytest.mark.parametrize("backend", ["auto", "llama.cpp"])
-@pytest.mark.parametrize("shard", ["00001", "00002"])
-def test_a_part_of_a_split_model_is_not_taken_for_all_of_it(
-    models: Path, shard: str, backend: str
-) -> None:
-    with pytest.raises(ModelError, match="one of the 2 files of a split model; join them first"):
-        Engine.load(models / f"split-{shard}-of-00002.gguf", backend=backend)
-    with pytest.raises(ModelError, match="split"):
-        GGUFFile.open(models / f"split-{shard}-of-00002.gguf")
 
 
 def test_a_turn_of_weight_0_is_context_only(shared: Path) -> None:
