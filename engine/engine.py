@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from fwdllm.engine.errors import (
     AdapterError,
     ConfigError,
     DataError,
+    FwdllmWarning,
     ModelError,
 )
 from fwdllm.engine.estimators import activation, backprop, derivatives
@@ -67,6 +69,13 @@ class Engine:
         self.exact = exact
         self.memory_budget = memory_budget
         self.backend = choose(file, backend)
+        if self.backend.reason:
+            warnings.warn(
+                f"{file.path} is computed by llama.cpp, slower and without exact derivatives: "
+                f"{self.backend.reason}",
+                FwdllmWarning,
+                stacklevel=2,
+            )
         self.architecture, self.encoder = self.backend.architecture, self.backend.encoder
         self.args = self.backend.args
         self.graph: Graph

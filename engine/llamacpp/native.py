@@ -15,6 +15,7 @@ import functools
 import os
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -214,8 +215,14 @@ def _check_vocabulary(file: GGUFFile) -> None:
     if "tokenizer.ggml.tokens" not in file.metadata:
         raise ModelError(f"{file.path} has no vocabulary")
     tokens = file.strings("tokenizer.ggml.tokens")
-    if not tokens or len(set(tokens)) != len(tokens):
-        raise ModelError(f"{file.path} is damaged: its vocabulary is empty or repeats a token")
+    if not tokens:
+        raise ModelError(f"{file.path} has no vocabulary")
+    if len(set(tokens)) != len(tokens):
+        [(token, _)] = Counter(tokens).most_common(1)
+        raise ModelError(
+            f"{file.path} cannot be used: its vocabulary has the token {token!r} twice, and "
+            "llama.cpp ends the process on that"
+        )
     for key, dtype in (("scores", np.float32), ("token_type", np.int32)):
         values = file.numbers(f"tokenizer.ggml.{key}", np.zeros(len(tokens), dtype))
         if values.dtype != dtype or len(values) != len(tokens):

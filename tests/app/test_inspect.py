@@ -21,7 +21,7 @@ WIDTH, HIDDEN, VOCAB = 64, 96, 128
 
 
 def write_llama(path: Path, down: Type) -> Path:
-    """A one-layer llama without a vocabulary, ``ffn_down`` of the given type."""
+    """A one-layer llama, ``ffn_down`` of the given type."""
     writer = GGUFWriter(path, "llama")
     writer.add_name("one layer")
     writer.add_context_length(256)
@@ -31,6 +31,8 @@ def write_llama(path: Path, down: Type) -> Path:
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"token{i}" for i in range(VOCAB)])
     shapes = {
         "token_embd": (VOCAB, WIDTH),
         "output_norm": (WIDTH,),

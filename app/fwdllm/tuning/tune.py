@@ -230,7 +230,7 @@ def _prepare(
             exact=exact,
             memory_budget=memory_budget,
             device=device,
-            backend=chosen.name,
+            backend=backend,
         )
 
     engine = new_engine()
