@@ -86,8 +86,12 @@ class Engine:
             self._check_llama_cpp()
             self.graph = LlamaGraph(file, self.encoder, self.ops)
             self.tokenizer = Tokenizer(self.graph.model)
-        if self.tokenizer.n_vocab > self.args.n_vocab:
-            raise ModelError(f"{file.path}: the vocabulary has more tokens than the embedding")
+        if self.tokenizer.n_vocab != self.args.n_vocab:
+            raise ModelError(
+                f"{file.path}: the vocabulary has {self.tokenizer.n_vocab} tokens, but the "
+                f"embedding {self.args.n_vocab} rows, which llama.cpp does not run: convert the "
+                "model again with a current llama.cpp"
+            )
         self.encoding = Encoding(self.tokenizer, self.args.context, self.encoder, tuple(labels))
         self._directions: Directions | None = None
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from fwdllm.engine.errors import ModelError, UnsupportedError
 from fwdllm.engine.gguf import split
-from fwdllm.engine.gguf.dimensions import padded
+from fwdllm.engine.gguf.dimensions import fitted
 from fwdllm.engine.gguf.header import TensorInfo, read_header
 from fwdllm.kernels.types import SUPPORTED_TYPES, QuantType, Weight
 
@@ -131,6 +131,21 @@ class GGUFFile:
             raise ModelError(f"{self.path}: metadata {key!r} is 0")
         return value
 
+    def positive_of_layers(self, key: str, default: int | None = None) -> int:
+        """Metadata ``key``, an integer of at least 1, or an array of the same for every layer.
+
+        ModelError if layers have different ones.
+        """
+        values = self.metadata.get(key)
+        if not isinstance(values, np.ndarray):
+            return self.positive(key, default)
+        if not values.size or values.dtype.kind not in "iu" or (values <= 0).any():
+            raise ModelError(f"{self.path}: metadata {key!r} is not a positive integer a layer")
+        if (values != values[0]).any():
+            arch = self.metadata.get("general.architecture")
+            raise ModelError(f"{self.path}: {key!r} differs between layers, which {arch} has not")
+        return int(values[0])
+
     def matrix_rows(self, name: str) -> int:
         """The first dimension of the matrix ``name``; ModelError if it is missing or no matrix."""
         return self._tensor(name, 2).shape[0]
@@ -176,7 +191,7 @@ class GGUFFile:
         tensor = self.tensors.get(name)
         if tensor is None:
             raise ModelError(f"{self.path} has no tensor {name!r}; it is not a complete model")
-        tensor = replace(tensor, shape=padded(tensor.shape, n_dims))
+        tensor = replace(tensor, shape=fitted(tensor.shape, n_dims))
         if len(tensor.shape) != n_dims:
             raise ModelError(
                 f"{self.path}: tensor {name!r} has shape {tensor.shape}, "

@@ -24,6 +24,7 @@ import numpy as np
 from fwdllm.engine.adapters.io import open_gguf_adapter
 from fwdllm.engine.errors import AdapterError, FwdllmWarning, LlamaCppError, ModelError
 from fwdllm.engine.gguf.file import GGUFFile
+from fwdllm.engine.gguf.kinds import check_model
 from fwdllm.engine.llamacpp import probe
 
 if probe.verdict().state == probe.BROKEN:
@@ -86,6 +87,8 @@ def open_model(
     Errors: ModelError, with llama.cpp's reason, if it is missing, damaged or unsupported.
     """
     file = GGUFFile.open(path)
+    if not vocab_only:
+        check_model(file)
     file.integer(f"{file.string('general.architecture')}.block_count", maximum=_MAX_LAYERS)
     _check_vocabulary(file)
     initialize()
@@ -198,6 +201,16 @@ def reason() -> str:
 
 
 @functools.cache
+def _say_default_splitter(path: str) -> None:
+    warnings.warn(
+        f"{path} does not say how a text is split before it is tokenized, as files of before May "
+        "2024: llama.cpp's default may give other tokens than the model was trained on",
+        FwdllmWarning,
+        stacklevel=4,
+    )
+
+
+@functools.cache
 def initialize() -> None:
     """Start llama.cpp once per process and take over its log, which it would print."""
     llama_cpp.llama_log_set(_keep_errors, ctypes.c_void_p(0))
@@ -223,6 +236,9 @@ def _check_vocabulary(file: GGUFFile) -> None:
             f"{file.path} cannot be used: its vocabulary has the token {token!r} twice, and "
             "llama.cpp ends the process on that"
         )
+    model, splitter = file.string("tokenizer.ggml.model", ""), "tokenizer.ggml.pre"
+    if model == "gpt2" and splitter not in file.metadata:
+        _say_default_splitter(str(file.path))
     for key, dtype in (("scores", np.float32), ("token_type", np.int32)):
         values = file.numbers(f"tokenizer.ggml.{key}", np.zeros(len(tokens), dtype))
         if values.dtype != dtype or len(values) != len(tokens):

@@ -33,9 +33,7 @@ def whole(shared: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def models(
-    make_models: ModuleType, shared: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def models(make_models: ModuleType, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the same model in two files."""
     folder = tmp_path_factory.mktemp("split")
     make_models.shards(folder, shared / "models/tinymix-6m.Q4_0.gguf", "split", 2)
@@ -61,8 +59,7 @@ def test_all_files_are_one_model(models: Path, whole: Path) -> None:
 @pytest.mark.parametrize("backend", ["fwdllm", "llama.cpp"])
 def test_losses_are_those_of_the_whole(models: Path, whole: Path, backend: str) -> None:
     split, joined = (
-        Engine.load(path, backend=backend).evaluate([TEXT]).loss
-        for path in (models / FIRST, whole)
+        Engine.load(path, backend=backend).evaluate([TEXT]).loss for path in (models / FIRST, whole)
     )
     assert split == joined
 
@@ -112,7 +109,9 @@ def test_the_fingerprint_of_one_file_is_as_it_was(tmp_path: Path) -> None:
     }
 
 
-def part(number: int, count: int, *names: str, total: int = 2, more: tuple[bytes, ...] = ()) -> bytes:
+def part(
+    number: int, count: int, *names: str, total: int = 2, more: tuple[bytes, ...] = ()
+) -> bytes:
     """A file of a split model with some tensors of one number."""
     pairs = {"split.no": number, "split.count": count, "split.tensors.count": total}
     return gguf(

@@ -249,7 +249,10 @@ def _prepare(
     else:
         engine.use_directions(directions, train.seed, examples[:_MASK_EXAMPLES])
     settings = {
-        "model": {"name": engine.file.metadata.get("general.name"), **fingerprint(*engine.file.paths)},
+        "model": {
+            "name": engine.file.metadata.get("general.name"),
+            **fingerprint(*engine.file.paths),
+        },
         "data": sha256(Path(data)),
         "held_out": held_out if eval_data is None else sha256(Path(eval_data)),
         "lora": dataclasses.asdict(lora),
