@@ -18,7 +18,6 @@ from fwdllm.engine.settings import LoRAConfig
 from fwdllm.kernels.api import Kernels
 from fwdllm.kernels.types import Weight
 
-
 # Matrices outside of layers that other tools adapt, too, and PEFT's names of their modules.
 _OUTSIDE = {
     "output": ("the output matrix", ("lm_head", "embed_out")),

@@ -149,7 +149,12 @@ def test_three_files(opened: Callable[..., GGUFFile]) -> None:
         part(1, 3, "b", "c", total=4),
         part(2, 3, "d", total=4, more=llama),
     )
-    assert {name: info.part for name, info in file.tensors.items()} == dict(a=0, b=1, c=1, d=2)
+    assert {name: info.part for name, info in file.tensors.items()} == {
+        "a": 0,
+        "b": 1,
+        "c": 1,
+        "d": 2,
+    }
     assert file.string("general.architecture") == "llama"
 
 
