@@ -48,7 +48,7 @@ def inspect_model(model: str | os.PathLike[str]) -> dict[str, Any]:
     if backend.own:
         Engine(file)
     else:
-        open_model(file.path, vocab_only=True)  # all of it may take minutes to load
+        open_model(file.path, vocab_only=False, header_only=True)
     args, linear = backend.args, backend.linear
     types = _tensor_types(file)
     lora, train = recipe_for(backend, n_labels=2)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gguf import GGML_QUANT_SIZES
+
 from fwdllm.engine.errors import ModelError
 
 if TYPE_CHECKING:
@@ -22,7 +24,8 @@ _KINDS = {
 def check_model(file: GGUFFile) -> None:
     """ModelError if the file says that it is something else than a model, or has no weights.
 
-    Or if its layers differ where those of the architecture cannot: llama.cpp asserts that.
+    Or for what llama.cpp takes for granted and would end the process on: layers that differ where
+    those of the architecture cannot, a mixture that uses no expert, vectors in blocks.
     """
     kind = file.metadata.get("general.type")
     if file.metadata.get("general.architecture") == _PROJECTOR:
@@ -35,3 +38,9 @@ def check_model(file: GGUFFile) -> None:
     if arch in _EVEN:
         for key in ("head_count", "head_count_kv"):
             file.positive_of_layers(f"{arch}.attention.{key}", 1)
+    n_experts = file.integer(f"{arch}.expert_count", 0)
+    if n_experts and not 1 <= file.integer(f"{arch}.expert_used_count", 0) <= n_experts:
+        raise ModelError(f"{file.path}: '{arch}.expert_used_count' is not 1 to {n_experts} experts")
+    for name, tensor in file.tensors.items():
+        if len(tensor.shape) == 1 and GGML_QUANT_SIZES[tensor.type][0] > 1:
+            raise ModelError(f"{file.path}: tensor {name!r} is a vector of type {tensor.type.name}")

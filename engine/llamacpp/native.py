@@ -79,11 +79,16 @@ class NativeModel:
 
 
 def open_model(
-    path: str | os.PathLike[str], *, vocab_only: bool, cpu_only: bool = False
+    path: str | os.PathLike[str],
+    *,
+    vocab_only: bool,
+    cpu_only: bool = False,
+    header_only: bool = False,
 ) -> NativeModel:
     """Open a GGUF file with llama.cpp, the vocabulary only or the weights too.
 
-    cpu_only: use no GPU, even if llama.cpp was built for one.
+    cpu_only: use no GPU, even if llama.cpp was built for one.  header_only: check weights by the
+    header, and read none of them; nothing can be computed with the model.
     Errors: ModelError, with llama.cpp's reason, if it is missing, damaged or unsupported.
     """
     file = GGUFFile.open(path)
@@ -99,6 +104,8 @@ def open_model(
     no_devices = ctypes.c_void_p(None)  # an empty list of devices
     if cpu_only:
         _set(params, devices=ctypes.addressof(no_devices))
+    if header_only:  # llama.cpp asserts that nothing is mapped then
+        _set(params, no_alloc=True, load_mode=llama_cpp.LLAMA_LOAD_MODE_NONE)
     handle = call(llama_cpp.llama_model_load_from_file, os.fsencode(path), params)
     if not handle:
         raise ModelError(f"llama.cpp cannot read {path}: {reason()}")

@@ -66,6 +66,22 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, np.ndarray | None], str]] = {
         {},
         "'llama.attention.head_count_kv' differs between layers",
     ),
+    "experts unused": (
+        {"llama.expert_count": 8},
+        {},
+        "'llama.expert_used_count' is not 1 to 8 experts",
+    ),
+    "layers that are said to be less": (
+        {"llama.block_count": LAYERS - 1},
+        {},
+        "wrong number of tensors",
+    ),
+    "no norm": ({}, {"output_norm.weight": None}, "'output_norm.weight'"),
+    "a tensor of another name": (
+        {},
+        {"output_norm.weight": None, "other.weight": np.ones(256, np.float32)},
+        "'output_norm.weight'",
+    ),
 }
 
 
@@ -73,9 +89,10 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, np.ndarray | None], str]] = {
 def test_every_command_gives_the_same_reason(bundled: Path, tmp_path: Path, kind: str) -> None:
     metadata, tensors, what = REFUSED[kind]
     path = changed(tmp_path / "m.gguf", bundled, metadata, tensors)
-    first, *others = answers(path)
-    assert what in first
-    assert others == [first, first]
+    inspected, evaluated, generated = answers(path)
+    assert what in inspected
+    assert evaluated == inspected
+    assert what in generated
 
 
 def test_a_token_twice_is_refused_before_llama_cpp_ends_the_process(
@@ -222,3 +239,23 @@ def test_an_unknown_splitter_is_told(bundled: Path, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", FwdllmWarning)
         Engine.load(bundled)
+
+
+def test_a_mixture_goes_to_llama_cpp(small: Callable[..., Path]) -> None:
+    path = small("mixtral")
+    report = inspect_model(path)
+    why = "a mixture of experts has no graph here"
+    assert (report["backend"], report["reason"]) == ("llama.cpp", why)
+    with pytest.warns(FwdllmWarning, match=f"computed by llama.cpp.*{why}"):
+        Engine.load(path)
+    with pytest.raises(UnsupportedError, match=why):
+        Engine.load(path, backend="fwdllm")
+
+
+def test_a_vector_in_blocks_is_refused(bundled: Path, tmp_path: Path) -> None:
+    name = "output_norm.weight"
+    blocks = {name: quants.quantize(ones(256), Type.Q8_0)}
+    path = changed(tmp_path / "m.gguf", bundled, None, blocks, {name: Type.Q8_0})
+    first, *others = answers(path)
+    assert f"tensor '{name}' is a vector of type Q8_0" in first
+    assert others == [first, first]
