@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFWriter, quants
 from places import SHARED
 
-from fwdllm import Engine, LoRAConfig, ModelError
+from fwdllm import Engine, LoRAConfig
 from fwdllm.inspect import inspect_model
 
 ENCODER = SHARED / "models" / "minilm-l6-v2.Q4_0.gguf"
@@ -107,8 +107,6 @@ def test_unsupported_types_are_shown(tmp_path: Path, capfd: pytest.CaptureFixtur
     path = write_llama(tmp_path / "q5.gguf", Type.Q5_0)
     types = {entry["type"]: entry["supported"] for entry in inspect_model(path)["tensor_types"]}
     assert types == {"F32": True, "Q5_0": False}
-    with pytest.raises(ModelError, match="no vocabulary"):
-        Engine.load(path)
     text = make_cli(capfd)("inspect", path).out
     lines = [line.rstrip() for line in text.splitlines()]
     assert any(line.startswith("Q5_0") and line.endswith("no kernels here") for line in lines)
