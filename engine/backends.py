@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fwdllm.engine.errors import ConfigError, UnsupportedError
+from fwdllm.engine.gguf.kinds import check_model
 from fwdllm.engine.models import family_of
 from fwdllm.engine.models.dimensions import Dimensions
 from fwdllm.engine.settings import METHODS, OWN_METHODS
@@ -22,6 +23,8 @@ BACKENDS = ("auto", OWN, LLAMA_CPP)
 _ENCODERS, _ENCODER_DECODERS = ("t5encoder",), ("t5",)
 # Matrices of layers that llama.cpp uses as convolution kernels or lookup tables, not in a matmul.
 _NOT_MULTIPLIED = ("ssm_conv1d", "shortconv.conv", "attn_rel_b")
+# Of encoders made for classes or ranks. Their features, which are all that we use, are before it.
+_CLASSIFIER = "cls."
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def choose(file: GGUFFile, name: str = "auto") -> Backend:
     """
     if name not in BACKENDS:
         raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}, not {name!r}")
+    check_model(file)
     if name == LLAMA_CPP:
         return _llama_cpp(file, None)
     try:
@@ -84,9 +88,14 @@ def _own(file: GGUFFile) -> Backend:
     architecture, family = family_of(file)
     args = family.read_args(file)
     required, optional = family.shapes(args)
-    for tensor in (*required, *optional):
-        if tensor in file.tensors:
+    known = {*required, *optional}
+    for tensor in file.tensors:
+        if tensor in known:
             file.check_type(tensor)
+        elif not tensor.startswith(_CLASSIFIER):
+            raise UnsupportedError(
+                file.path, f"tensor {tensor!r} is none that our graph of {architecture} reads"
+            )
     linear = {
         tensor.removesuffix(".weight"): (shape[0], shape[1])
         for tensor, shape in required.items()

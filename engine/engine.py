@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from fwdllm.engine.errors import (
     AdapterError,
     ConfigError,
     DataError,
+    FwdllmWarning,
     ModelError,
 )
 from fwdllm.engine.estimators import activation, backprop, derivatives
@@ -68,6 +70,13 @@ class Engine:
         self.exact = exact
         self.memory_budget = memory_budget
         self.backend = choose(file, backend)
+        if self.backend.reason:
+            warnings.warn(
+                f"{file.path} is computed by llama.cpp, slower and without exact derivatives: "
+                f"{self.backend.reason}",
+                FwdllmWarning,
+                stacklevel=2,
+            )
         self.architecture, self.encoder = self.backend.architecture, self.backend.encoder
         self.args = self.backend.args
         self.graph: Graph
@@ -78,8 +87,12 @@ class Engine:
             self._check_llama_cpp()
             self.graph = LlamaGraph(file, self.encoder, self.ops)
             self.tokenizer = Tokenizer(self.graph.model)
-        if self.tokenizer.n_vocab > self.args.n_vocab:
-            raise ModelError(f"{file.path}: the vocabulary has more tokens than the embedding")
+        if self.tokenizer.n_vocab != self.args.n_vocab:
+            raise ModelError(
+                f"{file.path}: the vocabulary has {self.tokenizer.n_vocab} tokens, but the "
+                f"embedding {self.args.n_vocab} rows, which llama.cpp does not run: convert the "
+                "model again with a current llama.cpp"
+            )
         self.encoding = Encoding(self.tokenizer, self.args.context, self.encoder, tuple(labels))
         self._directions: Directions | None = None
 

@@ -103,14 +103,20 @@ def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
         raise
 
 
-def fingerprint(path: Path) -> dict[str, int | str]:
-    """Identifies a model file without reading all of it: its size and a hash of its ends."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        ends = file.read(_FINGERPRINT_BYTES)
-        file.seek(max(0, size - _FINGERPRINT_BYTES))
-        ends += file.read(_FINGERPRINT_BYTES)
-    return {"bytes": size, "sha256_of_ends": hashlib.sha256(ends).hexdigest()}
+def fingerprint(*paths: Path) -> dict[str, int | str]:
+    """Identifies a model without reading all of it: its size and a hash of its files' ends.
+
+    paths: all files of the model, in order, see ``GGUFFile.paths``.
+    """
+    size, digest = 0, hashlib.sha256()
+    for path in paths:
+        n_bytes = path.stat().st_size
+        with open(path, "rb") as file:
+            digest.update(file.read(_FINGERPRINT_BYTES))
+            file.seek(max(0, n_bytes - _FINGERPRINT_BYTES))
+            digest.update(file.read(_FINGERPRINT_BYTES))
+        size += n_bytes
+    return {"bytes": size, "sha256_of_ends": digest.hexdigest()}
 
 
 def sha256(path: Path) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.resources import as_file, files
@@ -13,10 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from case_models import make_models, models
 from places import SHARED
 
 if TYPE_CHECKING:
     from cli_runs import Cli
+
+__all__ = ["make_models", "models"]  # fixtures
 
 # Triton reads this when it is imported, in the processes that tests start, too. Its interpreter
 # runs on NumPy; with it set, a machine's GPU would not be tested.
@@ -48,17 +49,6 @@ def shared() -> Path:
     if not (SHARED / "models").is_dir():
         pytest.skip("no folder shared/ with real models beside the repository")
     return SHARED
-
-
-@pytest.fixture(scope="session")
-def models(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Odd but honest model files, made from the shared ones."""
-    script = shared / "cases" / "make_models.py"
-    if not script.exists():
-        pytest.skip("no shared/cases beside the repository")
-    folder = tmp_path_factory.mktemp("cases")
-    subprocess.run([sys.executable, str(script), str(folder)], check=True, capture_output=True)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,10 @@ from rich.table import Table
 
 from fwdllm.engine.adapters.adapter import by_layer, layout
 from fwdllm.engine.backends import choose
+from fwdllm.engine.engine import Engine
 from fwdllm.engine.estimators.plan import n_lanes
 from fwdllm.engine.gguf.file import GGUFFile
+from fwdllm.engine.llamacpp.native import open_model
 from fwdllm.engine.memory.plan import VALUE_BYTES, estimate_gradient, estimate_step
 from fwdllm.hub import local_path
 from fwdllm.kernels.types import SUPPORTED_TYPES, QuantType
@@ -25,7 +27,9 @@ _FLOAT_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 
 
 def inspect_model(model: str | os.PathLike[str]) -> dict[str, Any]:
-    """A report on a GGUF file as JSON values; only its header is read.
+    """A report on a GGUF file as JSON values. A file that tuning would refuse is refused.
+
+    Of the file only the header, the vocabulary and small vectors are read.
 
     architecture, name, file, file_bytes, n_parameters: of the model.  backend: what runs the model,
     "fwdllm" or "llama.cpp".  reason: why the backend is llama.cpp, else None.  shapes: layers,
@@ -41,6 +45,10 @@ def inspect_model(model: str | os.PathLike[str]) -> dict[str, Any]:
     """
     file = GGUFFile.open(local_path(model))
     backend = choose(file)
+    if backend.own:
+        Engine(file)
+    else:
+        open_model(file.path, vocab_only=False, header_only=True)
     args, linear = backend.args, backend.linear
     types = _tensor_types(file)
     lora, train = recipe_for(backend, n_labels=2)
@@ -61,7 +69,7 @@ def inspect_model(model: str | os.PathLike[str]) -> dict[str, Any]:
         "reason": backend.reason,
         "name": file.metadata.get("general.name"),
         "file": str(file.path),
-        "file_bytes": len(file.mapping),
+        "file_bytes": file.nbytes,
         "n_parameters": sum(_size(tensor.shape) for tensor in file.tensors.values()),
         "shapes": {
             "layers": args.n_layers,

@@ -269,7 +269,9 @@ def backprop(
     engine = Engine.load(model, lora, labels=labels_of(examples), seed=config.seed)
     assert engine.adapter is not None
     run_dir.mkdir()
-    meta = Meta.of(config, engine.adapter, config.seed, fingerprint(model), noise_seed=0)
+    meta = Meta.of(
+        config, engine.adapter, config.seed, fingerprint(*engine.file.paths), noise_seed=0
+    )
     with Ledger.create(run_dir / NAME, meta) as ledger:
         server = Server(ledger)
         engine.adapter = server.replica.space.adapter

@@ -15,7 +15,7 @@ from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFType, GGUFWriter, Keys
 
 from fwdllm.engine.adapters.adapter import LAYOUT_VERSION, Adapter, Head
 from fwdllm.engine.adapters.peft import read_peft, save_peft
-from fwdllm.engine.adapters.stored import StoredAdapter, assemble
+from fwdllm.engine.adapters.stored import StoredAdapter, assemble, check_inside_layers
 from fwdllm.engine.errors import AdapterError, ConfigError, ModelError, NumericsError
 from fwdllm.engine.files import atomic_write
 from fwdllm.engine.gguf.file import GGUFFile
@@ -93,7 +93,7 @@ def load_adapter(
 
 
 def open_gguf_adapter(path: str | Path, architecture: str) -> GGUFFile:
-    """Open a GGUF file and check that it is a LoRA adapter for this architecture.
+    """Open a GGUF file and check that it is a LoRA adapter for layers of this architecture.
 
     Errors: AdapterError if not, or if the file is damaged.
     """
@@ -110,6 +110,7 @@ def open_gguf_adapter(path: str | Path, architecture: str) -> GGUFFile:
         raise AdapterError(f"{path} is for {found!r} models, but this model is {architecture!r}")
     if Keys.Adapter.ALORA_INVOCATION_TOKENS in file.metadata:
         raise AdapterError(f"{path} is an activated LoRA (aLoRA), which is not supported")
+    check_inside_layers(file.path, (name for name in file.tensors if _is_half(name)))
     return file
 
 
@@ -141,15 +142,19 @@ def _read_alpha(file: GGUFFile) -> float | None:
 
 
 def _read_pairs(file: GGUFFile) -> dict[str, tuple[Weight, Weight]]:
-    if sum(tensor.nbytes for tensor in file.tensors.values()) > len(file.mapping):
+    if sum(tensor.nbytes for tensor in file.tensors.values()) > file.nbytes:
         raise AdapterError(f"{file.path} is damaged: its tensors overlap")
     names = []
     for name in file.tensors:
-        if name.endswith((SUFFIX_A, SUFFIX_B)):
+        if _is_half(name):
             names.append(name[: -len(SUFFIX_A)])
         elif not name.endswith("_norm.weight"):  # mergekit adds norms; llama.cpp skips them too
             raise AdapterError(f"{file.path} holds {name!r}, which is not a LoRA tensor")
     return {name: (_half(file, name, SUFFIX_A), _half(file, name, SUFFIX_B)) for name in names}
+
+
+def _is_half(name: str) -> bool:
+    return name.endswith((SUFFIX_A, SUFFIX_B))
 
 
 def _half(file: GGUFFile, name: str, suffix: str) -> Weight:

@@ -18,7 +18,7 @@ import numpy as np
 
 from fwdllm.engine.adapters import safetensors
 from fwdllm.engine.adapters.adapter import Adapter, Head
-from fwdllm.engine.adapters.stored import StoredAdapter
+from fwdllm.engine.adapters.stored import StoredAdapter, check_inside_layers
 from fwdllm.engine.errors import AdapterError, ConfigError, NumericsError
 from fwdllm.engine.files import atomic_write
 from fwdllm.kernels.types import Weight
@@ -120,6 +120,7 @@ def read_peft(path: Path, architecture: str, n_heads: int, n_kv_heads: int) -> S
     weights = path / WEIGHTS_FILE if path.is_dir() else path
     config = _read_config(weights.parent / CONFIG_FILE)
     file = safetensors.read(weights)
+    check_inside_layers(weights, file.tensors)
     try:
         pairs = _pairs(file.tensors, architecture)
         for name, (a, b) in pairs.items():

@@ -6,7 +6,7 @@ What a file claims is not trusted: whatever does not fit is an AdapterError.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,29 @@ from fwdllm.engine.errors import AdapterError, ConfigError
 from fwdllm.engine.settings import LoRAConfig
 from fwdllm.kernels.api import Kernels
 from fwdllm.kernels.types import Weight
+
+# Matrices outside of layers that other tools adapt, too, and PEFT's names of their modules.
+_OUTSIDE = {
+    "output": ("the output matrix", ("lm_head", "embed_out")),
+    "token_embd": ("the embedding", ("embed_tokens", "word_embeddings", "wte")),
+}
+
+
+def check_inside_layers(path: Path, names: Iterable[str]) -> None:
+    """AdapterError for a file that adapts a matrix outside of layers: no command applies that.
+
+    names: of its tensors, GGUF's or PEFT's. llama.cpp alone applies some of it and ends the process
+    on others, such as the embedding of a model whose output matrix is the same.
+    """
+    for name in names:
+        parts = name.split(".")
+        for tensor, (what, modules) in _OUTSIDE.items():
+            if parts[0] == tensor or not set(modules).isdisjoint(parts):
+                raise AdapterError(
+                    f"{path} adapts {what} ({modules[0]} in PEFT), but adapters are applied to "
+                    "matrices of layers only: merge it into its model and quantize that, or train "
+                    f"it without {modules[0]}"
+                )
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +107,8 @@ def _check_fit(
 ) -> None:
     if name not in shapes:
         raise AdapterError(
-            f"{path} adapts {name!r}, which is not a tunable layer of this model; it was "
-            "made for another model"
+            f"{path} adapts {name!r}, which is no matrix of this model that adapters are applied "
+            "to; it was made for another model, or for a part that is not tuned here"
         )
     n_out, n_in = shapes[name]
     if b.n_in != a.n_out:

@@ -1,4 +1,4 @@
-"""A GGUF file as read-only mapped memory: metadata, tensors, and weights without copies."""
+"""A GGUF file, or the files of a split model, as read-only mapped memory: metadata and tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from fwdllm.engine.errors import ModelError, UnsupportedError
-from fwdllm.engine.gguf.dimensions import padded
+from fwdllm.engine.gguf import split
+from fwdllm.engine.gguf.dimensions import fitted
 from fwdllm.engine.gguf.header import TensorInfo, read_header
 from fwdllm.kernels.types import SUPPORTED_TYPES, QuantType, Weight
 
@@ -25,36 +26,50 @@ MAX_INTEGER = 2**31 - 1
 
 @dataclass(frozen=True, eq=False)
 class GGUFFile:
-    """An open GGUF file; see ``open``.
+    """An open GGUF file, or all files of a split model; see ``open``.
 
-    path: the file.  version: 2 or 3.
+    paths: the file, or all of them.  version: 2 or 3.
     metadata: str -> int, float, bool, str, tuple[str, ...] or read-only ndarray.
     tensors: by name, in file order, whatever their type.
-    mapping: the whole file, read-only. It stays mapped while this object or an array made
-    by ``weight`` lives. The file must not be shortened meanwhile: the system then ends the
+    mappings: the whole files, read-only. They stay mapped while this object or an array made
+    by ``weight`` lives. A file must not be shortened meanwhile: the system then ends the
     process at the next access.
     """
 
-    path: Path
+    paths: tuple[Path, ...]
     version: int
     metadata: Mapping[str, Any]
     tensors: dict[str, TensorInfo]
-    mapping: mmap.mmap
+    mappings: tuple[mmap.mmap, ...]
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> GGUFFile:
         """Map the file and check its header; tensor data is not read.
 
+        path: of a split model the first file; the others are looked for beside it.
         A file that has not changed since it was last opened is not read again.
         Raises ModelError if the file is missing, not a GGUF file of version 2 or 3 in
         little-endian order, truncated, or inconsistent.
         """
         path = Path(path)
+        versions = []
         try:
-            found = path.stat()
+            for name in split.names_beside(path.name):
+                found = path.with_name(name).stat()
+                versions += [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns]
         except (OSError, ValueError):
-            return _open(path, ())  # raises the error that says what is wrong
-        return _open(path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
+            pass  # the error that says what is wrong is raised when it is opened
+        return _open(path, tuple(versions))
+
+    @property
+    def path(self) -> Path:
+        """The file, of a split model the first: what llama.cpp opens."""
+        return self.paths[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file, or of all of them."""
+        return sum(map(len, self.mappings))
 
     def weight(self, name: str) -> Weight:
         """The matrix ``name`` [n_out, n_in] in its block format, a view of the mapping.
@@ -116,6 +131,21 @@ class GGUFFile:
             raise ModelError(f"{self.path}: metadata {key!r} is 0")
         return value
 
+    def positive_of_layers(self, key: str, default: int | None = None) -> int:
+        """Metadata ``key``, an integer of at least 1, or an array of the same for every layer.
+
+        ModelError if layers have different ones.
+        """
+        values = self.metadata.get(key)
+        if not isinstance(values, np.ndarray):
+            return self.positive(key, default)
+        if not values.size or values.dtype.kind not in "iu" or (values <= 0).any():
+            raise ModelError(f"{self.path}: metadata {key!r} is not a positive integer a layer")
+        if (values != values[0]).any():
+            arch = self.metadata.get("general.architecture")
+            raise ModelError(f"{self.path}: {key!r} differs between layers, which {arch} has not")
+        return int(values[0])
+
     def matrix_rows(self, name: str) -> int:
         """The first dimension of the matrix ``name``; ModelError if it is missing or no matrix."""
         return self._tensor(name, 2).shape[0]
@@ -161,7 +191,7 @@ class GGUFFile:
         tensor = self.tensors.get(name)
         if tensor is None:
             raise ModelError(f"{self.path} has no tensor {name!r}; it is not a complete model")
-        tensor = replace(tensor, shape=padded(tensor.shape, n_dims))
+        tensor = replace(tensor, shape=fitted(tensor.shape, n_dims))
         if len(tensor.shape) != n_dims:
             raise ModelError(
                 f"{self.path}: tensor {name!r} has shape {tensor.shape}, "
@@ -170,20 +200,25 @@ class GGUFFile:
         return tensor
 
     def _bytes(self, tensor: TensorInfo) -> np.ndarray:
-        return np.frombuffer(self.mapping, np.uint8, tensor.nbytes, tensor.offset)
+        return np.frombuffer(self.mappings[tensor.part], np.uint8, tensor.nbytes, tensor.offset)
 
 
 @lru_cache(maxsize=2)  # a command opens its model several times, and so does a server
-def _open(path: Path, version_of_file: tuple[int, ...]) -> GGUFFile:
-    mapping = _map(path)
-    version, metadata, tensors = read_header(path, mapping)
-    count = metadata.get("split.count", 1)
-    if count != 1:
-        raise ModelError(
-            f"{path} is one of the {count} files of a split model; join them first: "
-            "llama-gguf-split --merge FIRST-FILE NEW-FILE"
-        )
-    return GGUFFile(path, version, metadata, tensors, mapping)
+def _open(path: Path, versions_of_files: tuple[int, ...]) -> GGUFFile:
+    mappings = [_map(path)]
+    version, metadata, tensors = read_header(path, mappings[0])
+    paths = split.paths_of(path, metadata)
+    for part, other in enumerate(paths[1:], 1):
+        mappings.append(_map(other))
+        _, of_part, more = read_header(other, mappings[part])
+        split.check_belongs(other, part, of_part, path, metadata)
+        for name, tensor in more.items():
+            if name in tensors:
+                first = paths[tensors[name].part]
+                raise ModelError(f"{other} and {first} both have the tensor {name!r}")
+            tensors[name] = replace(tensor, part=part)
+    split.check_whole(paths, metadata, tensors)
+    return GGUFFile(paths, version, metadata, tensors, tuple(mappings))
 
 
 def _map(path: Path) -> mmap.mmap:

@@ -35,6 +35,16 @@ MAX_ELEMENTS = 2**63 - 1  # ggml counts in int64
 MAX_HEADER_BYTES = 1 << 26
 MAX_ENTRIES = 1 << 17
 
+# Rows interleaved for a processor, which is now done when a file is loaded.
+REMOVED_TYPES = {
+    31: "Q4_0_4_4",
+    32: "Q4_0_4_8",
+    33: "Q4_0_8_8",
+    36: "IQ4_NL_4_4",
+    37: "IQ4_NL_4_8",
+    38: "IQ4_NL_8_8",
+}
+
 # Format characters that struct and NumPy share. A bool is stored as a byte.
 FORMATS: dict[int, str] = {
     GGUFValueType.UINT8: "<B",
@@ -58,7 +68,7 @@ class TensorInfo:
 
     type: any that ggml has, whether there are kernels for it or not.  shape: in NumPy order,
     (n_out, n_in) for a matrix.  offset, nbytes: where its data lies in the file, in bytes from the
-    file's start.
+    file's start.  part: which of the files it is in, from 0, if the model is split.
     """
 
     name: str
@@ -66,6 +76,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    part: int = 0
 
     @property
     def n_elements(self) -> int:
@@ -232,7 +243,10 @@ def _read_version(cursor: _Cursor) -> int:
     if start.startswith(b"version https://git-lfs"):
         raise ModelError(f"{path} is a Git LFS pointer, not the model; run git lfs pull")
     if start[:4] != MAGIC:
-        raise ModelError(f"{path} is not a GGUF file: it starts with {start[:4]!r}, not {MAGIC!r}")
+        raise ModelError(
+            f"{path} is not a GGUF file: it starts with {start[:4]!r}, not {MAGIC!r}; llama.cpp's "
+            "convert_hf_to_gguf.py converts models of other formats"
+        )
     cursor.skip(len(MAGIC), "the magic")
     version: int = cursor.number("<I", "the version")
     if version & 0xFFFF == 0 and version:
@@ -298,6 +312,11 @@ def _read_tensor(cursor: _Cursor, index: int) -> TensorInfo:
 
 
 def _tensor_bytes(path: Path, what: str, code: int, shape: tuple[int, ...]) -> int:
+    if code in REMOVED_TYPES:
+        raise ModelError(
+            f"{path}: {what} has the type {REMOVED_TYPES[code]}, which llama.cpp has given up; "
+            f"use a file of type {REMOVED_TYPES[code][:-4]}"
+        )
     if code not in GGML_QUANT_SIZES:
         raise ModelError(
             f"{path}: {what} has type number {code}, which is not known; the file is damaged or "

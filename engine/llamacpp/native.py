@@ -15,6 +15,7 @@ import functools
 import os
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy as np
 from fwdllm.engine.adapters.io import open_gguf_adapter
 from fwdllm.engine.errors import AdapterError, FwdllmWarning, LlamaCppError, ModelError
 from fwdllm.engine.gguf.file import GGUFFile
+from fwdllm.engine.gguf.kinds import check_model
 from fwdllm.engine.llamacpp import probe
 
 if probe.verdict().state == probe.BROKEN:
@@ -77,14 +79,21 @@ class NativeModel:
 
 
 def open_model(
-    path: str | os.PathLike[str], *, vocab_only: bool, cpu_only: bool = False
+    path: str | os.PathLike[str],
+    *,
+    vocab_only: bool,
+    cpu_only: bool = False,
+    header_only: bool = False,
 ) -> NativeModel:
     """Open a GGUF file with llama.cpp, the vocabulary only or the weights too.
 
-    cpu_only: use no GPU, even if llama.cpp was built for one.
+    cpu_only: use no GPU, even if llama.cpp was built for one.  header_only: check weights by the
+    header, and read none of them; nothing can be computed with the model.
     Errors: ModelError, with llama.cpp's reason, if it is missing, damaged or unsupported.
     """
     file = GGUFFile.open(path)
+    if not vocab_only:
+        check_model(file)
     file.integer(f"{file.string('general.architecture')}.block_count", maximum=_MAX_LAYERS)
     _check_vocabulary(file)
     initialize()
@@ -95,6 +104,8 @@ def open_model(
     no_devices = ctypes.c_void_p(None)  # an empty list of devices
     if cpu_only:
         _set(params, devices=ctypes.addressof(no_devices))
+    if header_only:  # llama.cpp asserts that nothing is mapped then
+        _set(params, no_alloc=True, load_mode=llama_cpp.LLAMA_LOAD_MODE_NONE)
     handle = call(llama_cpp.llama_model_load_from_file, os.fsencode(path), params)
     if not handle:
         raise ModelError(f"llama.cpp cannot read {path}: {reason()}")
@@ -197,6 +208,16 @@ def reason() -> str:
 
 
 @functools.cache
+def _say_default_splitter(path: str) -> None:
+    warnings.warn(
+        f"{path} does not say how a text is split before it is tokenized, as files of before May "
+        "2024: llama.cpp's default may give other tokens than the model was trained on",
+        FwdllmWarning,
+        stacklevel=4,
+    )
+
+
+@functools.cache
 def initialize() -> None:
     """Start llama.cpp once per process and take over its log, which it would print."""
     llama_cpp.llama_log_set(_keep_errors, ctypes.c_void_p(0))
@@ -214,8 +235,17 @@ def _check_vocabulary(file: GGUFFile) -> None:
     if "tokenizer.ggml.tokens" not in file.metadata:
         raise ModelError(f"{file.path} has no vocabulary")
     tokens = file.strings("tokenizer.ggml.tokens")
-    if not tokens or len(set(tokens)) != len(tokens):
-        raise ModelError(f"{file.path} is damaged: its vocabulary is empty or repeats a token")
+    if not tokens:
+        raise ModelError(f"{file.path} has no vocabulary")
+    if len(set(tokens)) != len(tokens):
+        [(token, _)] = Counter(tokens).most_common(1)
+        raise ModelError(
+            f"{file.path} cannot be used: its vocabulary has the token {token!r} twice, and "
+            "llama.cpp ends the process on that"
+        )
+    model, splitter = file.string("tokenizer.ggml.model", ""), "tokenizer.ggml.pre"
+    if model == "gpt2" and splitter not in file.metadata:
+        _say_default_splitter(str(file.path))
     for key, dtype in (("scores", np.float32), ("token_type", np.int32)):
         values = file.numbers(f"tokenizer.ggml.{key}", np.zeros(len(tokens), dtype))
         if values.dtype != dtype or len(values) != len(tokens):

@@ -28,7 +28,7 @@ class Residency:
     """
 
     def __init__(self, file: GGUFFile, n_layers: int) -> None:
-        self._mapping = file.mapping
+        self._mappings = file.mappings
         self._layers: list[list[TensorInfo]] = [[] for _ in range(n_layers + 1)]
         for name, tensor in file.tensors.items():
             match = _LAYER.match(name)
@@ -70,11 +70,12 @@ class Residency:
             self._advise(layer, mmap.MADV_DONTNEED)
 
     def _advise(self, layer: int, advice: int) -> None:
-        for start, end in self._ranges(layer):
-            self._mapping.madvise(advice, start, end - start)
+        for mapping, start, end in self._ranges(layer):
+            mapping.madvise(advice, start, end - start)
 
-    def _ranges(self, layer: int) -> Iterator[tuple[int, int]]:
+    def _ranges(self, layer: int) -> Iterator[tuple[mmap.mmap, int, int]]:
         """Pages that hold the layer's tensors; a page at the end may be shared with the next."""
         for tensor in self._layers[layer]:
+            mapping = self._mappings[tensor.part]
             start = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
-            yield start, min(tensor.offset + tensor.nbytes, len(self._mapping))
+            yield mapping, start, min(tensor.offset + tensor.nbytes, len(mapping))

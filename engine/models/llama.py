@@ -41,11 +41,13 @@ def read_args(
     if file.integer(f"{arch}.expert_count", 0):
         raise UnsupportedError(file.path, "a mixture of experts has no graph here")
     width = file.positive(f"{arch}.embedding_length")
-    n_heads = file.positive(f"{arch}.attention.head_count")
-    n_kv_heads = file.positive(f"{arch}.attention.head_count_kv", n_heads)
+    n_heads = file.positive_of_layers(f"{arch}.attention.head_count")
+    n_kv_heads = file.positive_of_layers(f"{arch}.attention.head_count_kv", n_heads)
     head_dim = file.positive(f"{arch}.attention.key_length", width // n_heads)
-    if n_heads % n_kv_heads or file.integer(f"{arch}.attention.value_length", head_dim) != head_dim:
-        raise ModelError(f"{file.path}: {n_heads} heads over {n_kv_heads} of {head_dim} do not fit")
+    if n_heads % n_kv_heads:
+        raise ModelError(f"{file.path}: {n_heads} heads over {n_kv_heads} do not fit")
+    if file.integer(f"{arch}.attention.value_length", head_dim) != head_dim:
+        raise UnsupportedError(file.path, "its keys and values have different lengths")
     context = file.positive(f"{arch}.context_length")
     return Args(
         n_layers=file.integer(f"{arch}.block_count", maximum=len(file.tensors)),
@@ -53,7 +55,7 @@ def read_args(
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
-        hidden=file.positive(f"{arch}.feed_forward_length"),
+        hidden=file.positive_of_layers(f"{arch}.feed_forward_length"),
         n_vocab=file.matrix_rows("token_embd.weight"),
         context=context,
         norm_eps=file.number(f"{arch}.attention.layer_norm_rms_epsilon"),
@@ -70,7 +72,10 @@ def shapes(args: Args) -> tuple[Shapes, Shapes]:
         "token_embd.weight": (args.n_vocab, args.width),
         "output_norm.weight": (args.width,),
     }
-    optional: dict[str, tuple[int, ...]] = {"output.weight": (args.n_vocab, args.width)}
+    optional: dict[str, tuple[int, ...]] = {
+        "output.weight": (args.n_vocab, args.width),
+        "rope_freqs.weight": (args.rotary.dim // 2,),
+    }
     for i in range(args.n_layers):
         linear = {
             "attn_q": (q, args.width),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fwdllm.engine.errors import ModelError
-from fwdllm.engine.gguf.dimensions import padded
+from fwdllm.engine.gguf.dimensions import fitted
 from fwdllm.kernels.api import Kernels, Matrix
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Weights:
                     raise ModelError(f"{file.path} has no tensor {name!r}; it is not complete")
                 continue
             found = file.tensors[name].shape
-            if padded(found, len(shape)) != shape:
+            if fitted(found, len(shape)) != shape:
                 raise ModelError(f"{file.path}: tensor {name!r} has shape {found}, not {shape}")
         names = [name for name in wanted if name in file.tensors]
         self._matrices = {n: ops.weight(file.weight(n)) for n in names if len(wanted[n]) == 2}

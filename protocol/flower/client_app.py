@@ -18,6 +18,7 @@ from flwr.clientapp import ClientApp
 from fwdllm.engine.data.jsonl import check_labels, read_jsonl
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.files import fingerprint
+from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.protocol import wire
 from fwdllm.protocol.client import answer
 from fwdllm.protocol.flower.messages import RECORD, Reply, Settings, Task
@@ -35,7 +36,7 @@ def train(message: Message, context: Context) -> Message:
     data = context.node_config.get("data")
     if not data:
         raise ConfigError("the node's configuration does not name its data")
-    if json.loads(task.model) != fingerprint(Path(model)):
+    if json.loads(task.model) != fingerprint(*GGUFFile.open(model).paths):
         raise ConfigError(f"{model} is not the model of this federation")
     budget = context.node_config.get("memory-budget")
     engine = settings.engine(model, None if budget is None else int(budget))

@@ -45,7 +45,7 @@ def _meta(settings: Settings, engine: Engine) -> Meta:
         settings.federation,
         engine.adapter,
         settings.federation.seed,
-        fingerprint(engine.file.path),
+        fingerprint(*engine.file.paths),
         secrets.randbits(64),
     )
 

@@ -70,3 +70,10 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ConfigError, match=r"install it with: pip install 'fwdllm\[hub\]'"):
         local_path("hf://owner/repo/model.gguf")
+
+
+def test_with_the_first_file_of_a_split_model_come_the_others(
+    downloads: list[tuple[str, str]],
+) -> None:
+    local_path("hf://owner/repo/Q4_0/m-00001-of-00003.gguf")
+    assert [file for _, file in downloads] == [f"Q4_0/m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]

@@ -165,7 +165,7 @@ NAN = {name: np.full_like(array, np.nan) for name, array in Q.items()}
         (Q, {"alpha": float("nan")}, "alpha"),
         ({}, {}, "no LoRA tensors"),
         (pair("blk.9.attn_q"), {}, "blk.9.attn_q.*another model"),
-        (pair("token_embd"), {}, "'token_embd'.*another model"),
+        (pair("token_embd"), {}, "adapts the embedding"),
         (pair("blk.0.attn_q", n_in=32), {}, "16 x 32, but it is 16 x 16"),
         (pair("blk.0.attn_q", n_out=8), {}, "8 x 16, but it is 16 x 16"),
         (Q | pair("blk.1.attn_q", rank=2), {}, r"mixes ranks \(2, 4\)"),

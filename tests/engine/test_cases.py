@@ -9,8 +9,7 @@ import pytest
 
 from fwdllm.engine import Engine
 from fwdllm.engine.data.jsonl import Example
-from fwdllm.engine.errors import FwdllmError, ModelError
-from fwdllm.engine.gguf.file import GGUFFile
+from fwdllm.engine.errors import FwdllmError
 
 TEXT = Example(text="The market opened higher on Monday, and shares of energy firms rose.")
 
@@ -50,14 +49,3 @@ def test_a_factor_of_rank_1_may_have_one_dimension(models: Path, shared: Path) -
         for backend in ("fwdllm", "llama.cpp")
     )
     assert ours == pytest.approx(theirs, rel=0.01)
-
-
-@pytest.mark.parametrize("backend", ["auto", "llama.cpp"])
-@pytest.mark.parametrize("shard", ["00001", "00002"])
-def test_a_part_of_a_split_model_is_not_taken_for_all_of_it(
-    models: Path, shard: str, backend: str
-) -> None:
-    with pytest.raises(ModelError, match="one of the 2 files of a split model; join them first"):
-        Engine.load(models / f"split-{shard}-of-00002.gguf", backend=backend)
-    with pytest.raises(ModelError, match="split"):
-        GGUFFile.open(models / f"split-{shard}-of-00002.gguf")

@@ -165,7 +165,7 @@ def simulate(
         "device": device,
     }
     assert engine.adapter is not None
-    model_of = {**fingerprint(path), **settings}
+    model_of = {**fingerprint(*engine.file.paths), **settings}
     meta = Meta.of(config, engine.adapter, config.seed, model_of, secrets.randbits(64))
     with open_run(Path(run_dir), meta, resume) as ledger:
         clients = [engine.separate([examples[i] for i in share]) for share in shares]

@@ -14,6 +14,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fwdllm.adapters import as_gguf
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.files import fingerprint, lock
+from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.http import (
     api_error,
     completions,
@@ -67,7 +68,7 @@ def application(config: ServerConfig) -> Iterator[FastAPI]:
         store = Store(folder)
         stack.callback(store.close)
         base = config.model.stem
-        store.claim(base, fingerprint(config.model))
+        store.claim(base, fingerprint(*GGUFFile.open(config.model).paths))
         default = base
         if config.adapter is not None:
             default = _keep_adapter(store, base, config)

@@ -148,6 +148,7 @@ def tune(
     task = _prepare(
         path,
         chosen,
+        backend,
         given,
         recorded_start(folder) if resume else datetime.now(),
         lora,
@@ -207,6 +208,7 @@ class _Task:
 def _prepare(
     path: Path,
     chosen: Backend,
+    backend: str,
     given: Data,
     started: datetime | None,
     lora: LoRAConfig,
@@ -220,8 +222,7 @@ def _prepare(
 ) -> _Task:
     """Check everything first, so that a bad example cannot end a run after hours.
 
-    started: the time that a chat
-    template is told, None for the clock's.
+    started: the time that a chat template is told, None for the clock's.
     """
     if eval_data is not None and held_out is not None:
         raise ConfigError("give either a file to evaluate on or a share to hold out, not both")
@@ -249,7 +250,7 @@ def _prepare(
             exact=exact,
             memory_budget=memory_budget,
             device=device,
-            backend=chosen.name,
+            backend=backend,
         )
         engine.tokenizer.chat.now = started
         return engine
@@ -271,7 +272,10 @@ def _prepare(
     else:
         engine.use_directions(directions, train.seed, examples[:_MASK_EXAMPLES])
     settings = {
-        "model": {"name": engine.file.metadata.get("general.name"), **fingerprint(path)},
+        "model": {
+            "name": engine.file.metadata.get("general.name"),
+            **fingerprint(*engine.file.paths),
+        },
         "data": given.digest,
         "held_out": split_by,
         "lora": dataclasses.asdict(lora),
