@@ -114,16 +114,34 @@ class Tokenizer:
         self._check([token])
         return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
 
-    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def encode_prompt(self, text: str) -> list[int]:
+        """The token ids of a text that is to be continued, special tokens by their names.
+
+        In front is the BOS that the model wants, not twice; there is no end token behind, which
+        would end the text before it is continued.
+        """
+        ids = self.encode(text, bos=False, special=True)
+        if self.add_bos and self.bos is not None and ids[:1] != [self.bos]:
+            return [self.bos, *ids]
+        return ids
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """The text of a conversation by the file's chat template, or ChatML without one.
 
         messages: {"role": ..., "content": ...}.  add_generation_prompt: whether to end with
-        the opening of the assistant's turn. The template is a program from the file; it runs
-        in Jinja's sandbox. Errors: ModelError if it fails or refuses the messages.
+        the opening of the assistant's turn.  tools: in OpenAI's format. The template is a program
+        from the file; it runs in Jinja's sandbox. Errors: ModelError if it fails or refuses the
+        messages.
         """
         try:
             formatter = self.formatter(add_generation_prompt)
-            return str(formatter(messages=[_as_templates_expect(m) for m in messages]).prompt)
+            expected = [_as_templates_expect(message) for message in messages]
+            return str(formatter(messages=expected, tools=tools).prompt)
         except Exception as error:  # a foreign program can raise anything
             raise ModelError(
                 f"the chat template of {self._model.file.path} fails on these messages: {error}"
@@ -132,6 +150,8 @@ class Tokenizer:
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
         """The token ids of a conversation, see ``render_chat``; never with BOS twice."""
         text = self.render_chat(messages, add_generation_prompt)
+        if add_generation_prompt:
+            return self.encode_prompt(text)
         return self.encode(text, bos=not self.has_bos(text), special=True)
 
     def has_bos(self, text: str) -> bool:

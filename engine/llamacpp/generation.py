@@ -214,7 +214,7 @@ def _prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[Message], chat: boo
     if chat:
         messages = [{"role": "user", "content": prompt}]
         return tokenizer.encode_chat(messages, add_generation_prompt=True)
-    return tokenizer.encode(prompt, bos=True, special=True)
+    return tokenizer.encode_prompt(prompt)
 
 
 def _check_length(model: NativeModel, n_tokens: int, what: str) -> None:
