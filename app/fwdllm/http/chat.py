@@ -39,8 +39,9 @@ def prompt_of(tokenizer: Tokenizer, body: ChatRequest) -> list[int]:
                 what = f"the chat template of this model has no place for {name!r}"
                 raise ApiError(400, what, f"messages.{i}.{name}")
     ids = tokenizer.encode_prompt(text)
-    if len(tools := forced(body)) == 1:  # what is known need not be written
-        ids += tokenizer.encode(tool_calls.opening_of(tools[0]), bos=False)
+    called = forced(body)
+    if len(called) == 1:  # what is known need not be written
+        ids += tokenizer.encode(tool_calls.opening_of(called[0]), bos=False)
     return ids
 
 
