@@ -4,7 +4,9 @@ BIN := .venv/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find app engine kernels protocol bench -type f \
 	-not -name '*.pyc')
 
-.PHONY: demo demo-smollm2 test bench bench-gpu lint format docs clean
+CLIENTS := tests/http/clients
+
+.PHONY: demo demo-smollm2 test clients bench bench-gpu lint format docs clean
 
 demo: .venv/installed
 	$(BIN)/fwdllm demo
@@ -16,6 +18,12 @@ demo-smollm2: .venv/installed
 # In several processes, so that one that dies is a failed test and not the end.
 test: .venv/installed-test
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --durations 10
+
+# Clients of the server that its tests run where they are installed.
+clients: .venv/bin/python
+	$(BIN)/python -m venv $(CLIENTS)/.venv
+	$(CLIENTS)/.venv/bin/python -m pip install --quiet --requirement $(CLIENTS)/requirements.txt
+	if command -v npm >/dev/null; then npm install --prefix $(CLIENTS) --no-package-lock --silent; fi
 
 bench: .venv/installed-test
 	$(BIN)/python -m pytest bench/suites --benchmark-only

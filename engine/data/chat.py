@@ -72,11 +72,12 @@ class ChatTemplate:
         return self._formatters[add_generation_prompt]
 
     def with_arguments(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The messages with calls' arguments as objects, if the template wants them so."""
-        if not any(message.get("tool_calls") for message in messages) or not self._takes_objects:
+        """The messages with calls' arguments as objects or as JSON, as the template wants them."""
+        if not any(message.get("tool_calls") for message in messages):
             return messages
+        convert = _with_object if self._takes_objects else _with_text
         return [
-            {**m, "tool_calls": [_with_object(call) for call in m["tool_calls"]]}
+            {**m, "tool_calls": [convert(call) for call in m["tool_calls"]]}
             if m.get("tool_calls")
             else m
             for m in messages
@@ -99,6 +100,14 @@ class ChatTemplate:
                 return ""
 
         return _ARGUMENTS not in shown(_ARGUMENTS) and "needle" in shown(json.loads(_ARGUMENTS))
+
+
+def _with_text(call: Any) -> Any:
+    """A tool call with its arguments as JSON, if they are an object."""
+    function = call.get("function", {})
+    if not isinstance(function.get("arguments"), dict):
+        return call
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"])}}
 
 
 def _with_object(call: Any) -> Any:

@@ -27,6 +27,7 @@ JOBS = "/v1/fine_tuning/jobs"
 CHAT = "/v1/chat/completions"
 EVALUATE = "/v1/perturbations/evaluate"
 HELLO = [{"role": "user", "content": "Hello"}]
+INPUT: dict[str, Any] = {CHAT: {"messages": HELLO}, "/v1/completions": {"prompt": "x"}}
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +240,7 @@ def test_a_prompt_longer_than_the_context_is_refused(
 ) -> None:
     """With a status of its own, also where the answer would be a stream."""
     text = "hello " * 800
-    body = {"messages": [{"role": "user", "content": text}], "prompt": text}
+    body = {"messages": [{"role": "user", "content": text}]} if path == CHAT else {"prompt": text}
     error = refused(server.http.post(path, json={**body, "stream": stream}), 400)
     assert error["code"] == "context_length_exceeded"
     assert "512" in error["message"]
@@ -301,16 +302,14 @@ def test_what_cannot_be_answered_is_refused(server: Server, path: str, body: Any
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
 def test_null_is_a_default(server: Server, path: str, field: str) -> None:
     """OpenAI's API has these as optional, and clients send null."""
-    body = {"messages": HELLO, "prompt": "x", "max_tokens": 1, field: None}
-    if path == CHAT:
-        del body["prompt"]
+    body = {**INPUT[path], "max_tokens": 1, field: None}
     server.post(path, body)
 
 
 @pytest.mark.parametrize("grammar", ["nonsense", "root ::= ", "root ::= root", "\0", ""])
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
 def test_a_bad_grammar_does_not_end_the_server(server: Server, path: str, grammar: str) -> None:
-    body = {"messages": HELLO, "prompt": "x", "max_tokens": 2, "grammar": grammar}
+    body = {**INPUT[path], "max_tokens": 2, "grammar": grammar}
     answer = server.http.post(path, json=body)
     assert answer.status_code < 500, answer.text
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import pydantic
 import pytest
 from cli_runs import MODEL, TRAIN
 from serving import (
@@ -109,6 +110,17 @@ def test_a_streamed_chat_is_the_whole_one_in_pieces(client: Any) -> None:
     assert sum(piece is not None for piece in pieces) > 2
     assert "".join(piece or "" for piece in pieces) == answer(client, NAME)
     assert chunks[-1].choices[0].finish_reason in ("stop", "length")
+
+
+def test_an_answer_with_a_schema_is_parsed(client: Any) -> None:
+    class Cow(pydantic.BaseModel):
+        says: Literal["moo", "baa"]
+        legs: Annotated[int, pydantic.Field(ge=0, le=4)]
+
+    found = client.chat.completions.parse(
+        model=NAME, messages=[{"role": "user", "content": QUESTION}], response_format=Cow
+    )
+    assert isinstance(found.choices[0].message.parsed, Cow)
 
 
 @pytest.mark.parametrize("encoding", [None, "float", "base64"])

@@ -109,6 +109,8 @@ def _describe(fault: Mapping[str, Any]) -> str:
     if fault["type"] == "json_invalid":
         return f"the body is not JSON: {fault['ctx']['error']} at character {fault['loc'][-1]}"
     param, message = _param(fault), str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        message = "there is no such field"
     return f"{param}: {message}" if param else message
 
 

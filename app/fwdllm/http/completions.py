@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import itertools
 import json
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -16,11 +17,11 @@ from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request
-from jinja2 import TemplateError
 from sse_starlette.sse import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
 
 from fwdllm.engine.llamacpp.native import llama_cpp
+from fwdllm.http import chat
 from fwdllm.http.api_error import ApiError
 from fwdllm.http.context import Context, Served
 from fwdllm.http.models import ServedLlama
@@ -60,13 +61,33 @@ def delete_model(model: str, served: Served) -> dict[str, Any]:
 @router.post("/v1/completions")
 async def create_completion(request: Request, body: CompletionRequest, served: Served) -> Any:
     """Continue a text."""
-    return await _generate(request, body, served, ServedLlama.create_completion)
+
+    def answer(llama: ServedLlama) -> Any:
+        prompt = _prompt(body, served)
+        found = _continue(llama, served, body, prompt, body.grammar)
+        if not body.echo:
+            return found
+        text = body.prompt if isinstance(body.prompt, str) else None
+        if text is None:
+            text = served.models.tokenizer.decode(prompt)
+        if body.stream:
+            first = next(found)
+            return itertools.chain([_after(text, first)], found)
+        return _after(text, found)
+
+    return await _generate(request, body, served, answer)
 
 
 @router.post("/v1/chat/completions")
 async def create_chat_completion(request: Request, body: ChatRequest, served: Served) -> Any:
     """Continue a conversation."""
-    return await _generate(request, body, served, ServedLlama.create_chat_completion)
+
+    def answer(llama: ServedLlama) -> Any:
+        prompt = chat.prompt_of(served.models.tokenizer, body)
+        found = _continue(llama, served, body, prompt, chat.constraint(body))
+        return (chat.streamed if body.stream else chat.whole)(found, chat.reader_of(body))
+
+    return await _generate(request, body, served, answer)
 
 
 @router.post("/v1/embeddings")
@@ -85,7 +106,7 @@ async def create_embedding(
                 if cancelled.is_set():
                     break
                 vector, n = llama.embed(text, normalize=True, truncate=False, return_count=True)
-                vectors.append(vector)
+                vectors.append(_cut(vector, body.dimensions))
                 n_tokens += n
         return vectors, n_tokens
 
@@ -111,8 +132,9 @@ async def _generate(
     request: Request,
     body: CompletionRequest | ChatRequest,
     served: Context,
-    create: Callable[..., Any],
+    answer: Callable[[ServedLlama], Any],
 ) -> Any:
+    """answer: gives the answer, or its chunks if the request has ``stream``."""
     if not served.models.is_causal:
         text = f"{served.models.base} is an encoder, which cannot generate text"
         raise ApiError(400, text, "model", "model_not_supported")
@@ -124,8 +146,7 @@ async def _generate(
     def work(llama: ServedLlama) -> Any:
         try:
             with _refusals():
-                options = {**body.options(), **_constraints(body, llama)}
-                found = create(llama, model=body.model or served.models.default, **options)
+                found = answer(llama)
                 if not body.stream:
                     return found
                 last: dict[str, Any] = {}
@@ -178,17 +199,59 @@ async def unless_disconnected(
     return future.result()
 
 
-def _constraints(body: CompletionRequest | ChatRequest, llama: ServedLlama) -> dict[str, Any]:
-    """Options that need the loaded model."""
-    options: dict[str, Any] = {}
-    if body.grammar is not None:
-        options["grammar"] = llama_cpp.LlamaGrammar.from_string(body.grammar, verbose=False)
+def _prompt(body: CompletionRequest, served: Context) -> list[int]:
+    """The tokens to continue. Errors: ApiError 400."""
+    tokenizer = served.models.tokenizer
+    prompt: Any = body.prompt
+    if isinstance(prompt, list) and isinstance(prompt[0], (str, list)):
+        [prompt] = prompt
+    if isinstance(prompt, list):
+        if not all(token < tokenizer.n_vocab for token in prompt):
+            raise ApiError(400, f"tokens are numbers from 0 to {tokenizer.n_vocab - 1}", "prompt")
+        return prompt
+    prompt.encode()  # UnicodeEncodeError for half of a surrogate pair
+    if ids := tokenizer.encode_prompt(prompt):
+        return ids
+    if tokenizer.bos is None:
+        raise ApiError(400, "it is empty, and this model has no token to begin with", "prompt")
+    return [tokenizer.bos]
+
+
+def _continue(
+    llama: ServedLlama,
+    served: Context,
+    body: CompletionRequest | ChatRequest,
+    prompt: list[int],
+    grammar: str | None,
+) -> Any:
+    """What llama-cpp-python makes of a prompt: its completion, or chunks of it."""
+    options = {**body.options(), "model": body.model or served.models.default}
+    if not body.logit_bias:  # which would copy all logits at each token
+        del options["logit_bias"]
+    if grammar is not None:
+        options["grammar"] = llama_cpp.LlamaGrammar.from_string(grammar, verbose=False)
     if body.min_tokens > 0:
         least = llama_cpp.MinTokensLogitsProcessor(body.min_tokens, llama.token_eos())
         options["logits_processor"] = llama_cpp.LogitsProcessorList([least])
     if not all(0 <= token < llama.n_vocab() for token in body.logit_bias):
         raise ApiError(400, f"tokens are numbers from 0 to {llama.n_vocab() - 1}", "logit_bias")
-    return options
+    return llama.create_completion(prompt, **options)
+
+
+def _after(text: str, found: dict[str, Any]) -> dict[str, Any]:
+    """A completion with its prompt before it."""
+    [choice] = found["choices"]
+    return {**found, "choices": [{**choice, "text": text + choice["text"]}]}
+
+
+def _cut(vector: list[float], dimensions: int | None) -> list[float]:
+    """The first numbers of a vector, of length 1 again. Errors: ApiError 400 if it has fewer."""
+    if dimensions is None:
+        return vector
+    if dimensions > len(vector):
+        raise ApiError(400, f"vectors of this model have {len(vector)} dimensions", "dimensions")
+    cut = np.array(vector[:dimensions])
+    return list(cut / max(float(np.linalg.norm(cut)), np.finfo(np.float32).tiny))
 
 
 def _usage(llama: ServedLlama) -> dict[str, int]:
@@ -204,9 +267,7 @@ def _refusals() -> Iterator[None]:
         yield
     except UnicodeEncodeError:  # a ValueError, too
         raise
-    except (
-        AssertionError, IndexError, KeyError, TemplateError, TypeError, ValueError
-    ) as error:  # fmt: skip
+    except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
         code = "context_length_exceeded" if "context window" in str(error) else None
         raise ApiError(400, f"llama.cpp cannot do this: {error}", code=code) from error
 

@@ -26,11 +26,16 @@ router = APIRouter(prefix="/v1/files", tags=["files"])
 
 @router.post("")
 async def upload(
-    file: UploadFile, purpose: Annotated[str, Form()], served: Served
+    file: UploadFile,
+    purpose: Annotated[str, Form()],
+    served: Served,
+    expires_after: Annotated[str | None, Form(alias="expires_after[anchor]")] = None,
 ) -> dict[str, Any]:
     """Upload a JSONL file of examples."""
     if purpose != PURPOSE:
         raise ApiError(400, f"the purpose of a file is {PURPOSE!r}, not {purpose!r}", "purpose")
+    if expires_after is not None:
+        raise ApiError(400, "files do not expire here; delete them", "expires_after")
     return file_object(await run_in_threadpool(_keep, served, file))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
-from pydantic import ConfigDict, Field, create_model
+from pydantic import ConfigDict, Field, StringConstraints, create_model
 
 from fwdllm.engine.backends import Backend
 from fwdllm.engine.data.jsonl import labels_of
@@ -19,7 +19,7 @@ from fwdllm.http.api_error import ApiError
 from fwdllm.http.context import Context, Served
 from fwdllm.http.files import examples_of, find, page
 from fwdllm.http.limits import MAX_RANK
-from fwdllm.http.schemas import NullIsDefault, Suffix
+from fwdllm.http.schemas import Metadata, NullIsDefault, Refused
 from fwdllm.http.store import AdapterRow, Event, Job
 from fwdllm.http.worker import directions_of, work_folder
 from fwdllm.protocol.config import AUTO, TrainConfig
@@ -80,13 +80,19 @@ class Settings(create_model("_Fields", __base__=_Settings, **_fields())):  # typ
     """The settings of ``fwdllm tune``, under the same names. None: its default."""
 
 
+# OpenAI says no more than the length; text that is no name is refused.
+JobSuffix = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f/\\]*$", max_length=64)]
+
+
 class JobRequest(NullIsDefault):
-    """A request for a tuning job."""
+    """A request for a tuning job. suffix: becomes part of the model's name, see ``model_name``."""
 
     model: str
     training_file: str
     validation_file: str | None = None
-    suffix: Suffix | None = None
+    suffix: JobSuffix | None = None
+    metadata: Metadata | None = None
+    integrations: Refused = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     hyperparameters: Hyperparameters | None = None
     method: Method | None = None
@@ -215,7 +221,7 @@ def job_object(served: Context, job: Job) -> dict[str, Any]:
         "seed": request["seed"],
         "estimated_finish": None,
         "integrations": [],
-        "metadata": None,
+        "metadata": request.get("metadata"),
         "hyperparameters": hyperparameters,
         "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
         "user_provided_suffix": request["suffix"] or None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import dataclasses
 import itertools
 import os
 import threading
@@ -41,7 +40,7 @@ class Models:
 
     path: the GGUF file.  base: the base model's name.  default: the model for requests that name
     none.  context: tokens of a conversation.  is_causal: whether the model generates text; an
-    encoder only embeds.  backend: what tunes the model.
+    encoder only embeds.  backend: what tunes the model.  tokenizer: the model's.
     Errors of the constructor: ModelError.
     """
 
@@ -54,7 +53,7 @@ class Models:
         self.architecture, self.is_causal = native.architecture, native.is_causal
         self.context = min(context or DEFAULT_CONTEXT, native.context_length)
         self._pooling = native.pooling
-        self._chat_handler = _chat_handler(Tokenizer(native))
+        self.tokenizer = Tokenizer(native)
         self._closing = threading.Event()
         self._sessions: dict[bool, _Session] = {}
         self._session(embedding=not self.is_causal)
@@ -118,7 +117,6 @@ class Models:
                 n_threads_batch=n_threads,
                 embedding=embedding,
                 pooling_type=self._pooling if embedding else -1,
-                chat_handler=self._chat_handler,
                 verbose=False,
             )
         except (RuntimeError, ValueError) as error:
@@ -133,6 +131,16 @@ class ServedLlama(Llama):
 
     stops: tuple[threading.Event, ...] = ()
     n_prompt = n_generated = 0
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The file's, without templates: ``Llama`` would compile them, and end on a bad one."""
+        return self._metadata
+
+    @metadata.setter
+    def metadata(self, found: dict[str, str]) -> None:
+        template = "tokenizer.chat_template"
+        self._metadata = {k: v for k, v in found.items() if not k.startswith(template)}
 
     def generate(self, tokens: Any, *values: Any, **options: Any) -> Iterator[int]:
         """Generate tokens until one of ``stops`` is set."""
@@ -162,23 +170,6 @@ def _check_grammar(vocab: Any, grammar: llama_cpp.LlamaGrammar) -> None:
     if not sampler:
         raise ValueError(f"the grammar is not one in GBNF: {reason()}")
     llama_cpp.llama_sampler_free(sampler)
-
-
-def _chat_handler(tokenizer: Tokenizer) -> Any:
-    """A chat handler that formats conversations as ``Tokenizer.encode_chat`` does in tuning.
-
-    llama-cpp-python's own handler adds no BOS if the template has none, adds an end token if the
-    model wants one behind a text, and guesses a template if the file has none.
-    """
-    formatter = tokenizer.chat.formatter(add_generation_prompt=True)
-
-    def render(**options: Any) -> Any:
-        messages = tokenizer.chat.with_arguments(options.pop("messages"))
-        found = formatter(messages=messages, **options)
-        prompt = tokenizer.with_bos_text(found.prompt)
-        return dataclasses.replace(found, prompt=prompt, added_special=True)
-
-    return llama_cpp.llama_chat_format.chat_formatter_to_chat_completion_handler(render)
 
 
 class _Session:

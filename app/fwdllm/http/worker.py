@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -63,8 +64,12 @@ def tidy(folder: Path, number: int) -> None:
 
 
 def model_name(job: Job) -> str:
-    """The model name of a job's result, in OpenAI's format."""
-    return f"ft:{job.request['model']}:{job.request['suffix']}:{job.id[-8:]}"
+    """The model name of a job's result, in OpenAI's format.
+
+    As there, what cannot stand in a name becomes a hyphen: "my model" makes "my-model".
+    """
+    suffix = re.sub(r"[^A-Za-z0-9_.-]+", "-", job.request["suffix"])
+    return f"ft:{job.request['model']}:{suffix}:{job.id[-8:]}"
 
 
 def settings(request: Mapping[str, Any]) -> tuple[LoRAConfig, TrainConfig, DirectionsConfig]:
