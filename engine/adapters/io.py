@@ -22,7 +22,7 @@ from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.kernels.api import Kernels
 from fwdllm.kernels.types import Weight
 
-__all__ = ["load_adapter", "open_gguf_adapter", "save_gguf", "save_peft"]
+__all__ = ["load_adapter", "open_gguf_adapter", "read_adapter", "save_gguf", "save_peft"]
 
 KEY_LAYOUT_VERSION = "fwdllm.layout_version"
 KEY_HEAD_LABELS = "fwdllm.head.labels"
@@ -84,12 +84,19 @@ def load_adapter(
     ops: the kernels that the adapter will use.
     Errors: AdapterError if the file is missing, damaged or made for another model.
     """
+    return assemble(
+        read_adapter(path, architecture, n_heads, n_kv_heads), architecture, shapes, ops
+    )
+
+
+def read_adapter(
+    path: str | Path, architecture: str, n_heads: int, n_kv_heads: int
+) -> StoredAdapter:
+    """The factors in a file, as ``load_adapter`` reads them, whether they fit the model or not."""
     path = Path(path)
     if path.is_dir() or path.suffix == ".safetensors":
-        stored = read_peft(path, architecture, n_heads, n_kv_heads)
-    else:
-        stored = _read_gguf(path, architecture)
-    return assemble(stored, architecture, shapes, ops)
+        return read_peft(path, architecture, n_heads, n_kv_heads)
+    return _read_gguf(path, architecture)
 
 
 def open_gguf_adapter(path: str | Path, architecture: str) -> GGUFFile:
