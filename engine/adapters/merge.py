@@ -6,6 +6,7 @@ little memory. Metadata and all other tensors are the model's, byte for byte.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from fwdllm.engine.adapters.stored import StoredAdapter, check_fit
 from fwdllm.engine.errors import AdapterError, ConfigError, NumericsError, UnsupportedError
 from fwdllm.engine.files import atomic_write
-from fwdllm.engine.gguf.dimensions import padded
 from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.engine.gguf.header import DEFAULT_ALIGNMENT, MAGIC, TensorInfo, metadata_bytes
 from fwdllm.kernels.reference import dequantize
@@ -95,7 +95,7 @@ def merge(model: GGUFFile, adapter: StoredAdapter, path: Path, type: str) -> Non
 def _changes(model: GGUFFile, adapter: StoredAdapter) -> dict[str, _Change]:
     """What the adapter adds, by the name of the tensor that it is added to, with ".weight"."""
     shapes = {
-        name.removesuffix(".weight"): padded(tensor.shape, 2)
+        name.removesuffix(".weight"): _rows(tensor)
         for name, tensor in model.tensors.items()
         if len(tensor.shape) <= 2 and name.endswith(".weight")
     }
@@ -114,6 +114,11 @@ def _changes(model: GGUFFile, adapter: StoredAdapter) -> dict[str, _Change]:
         scale = 1.0 if adapter.alpha is None else adapter.alpha / rank
         changes[f"{name}.weight"] = _Change(np.float32(scale) * left, np.ascontiguousarray(right))
     return changes
+
+
+def _rows(tensor: TensorInfo) -> tuple[int, int]:
+    """(n_out, n_in); one row may be written without its first dimension."""
+    return math.prod(tensor.shape[:-1]), tensor.shape[-1]
 
 
 def _is_tied(model: GGUFFile) -> bool:
@@ -178,7 +183,7 @@ def _alignment(model: GGUFFile) -> int:
 
 
 def _write_header(file: BinaryIO, model: GGUFFile, outputs: list[_Output]) -> None:
-    n_keys, metadata = metadata_bytes(model.path, model.mapping)
+    n_keys, metadata = metadata_bytes(model.path)
     file.write(MAGIC + struct.pack("<IQQ", model.version, len(outputs), n_keys) + metadata)
     for output in outputs:
         info, name = output.info, output.info.name.encode()
@@ -196,14 +201,13 @@ def _pad(file: BinaryIO, alignment: int) -> None:
 def _blocks(model: BinaryIO, output: _Output) -> Iterator[bytes]:
     """The data of a tensor. model: the model's file, which is read, as mapped pages would stay."""
     source, change = output.source, output.change
-    n_out, n_in = padded(source.shape, 2) if change else (1, source.n_elements)
-    row = source.nbytes // n_out
-    step = max(1, _BLOCK // n_in) if change else 1
     model.seek(source.offset)
     if change is None:
         for start in range(0, source.nbytes, _BLOCK):
             yield model.read(min(_BLOCK, source.nbytes - start))
         return
+    n_out, n_in = _rows(source)
+    row, step = source.nbytes // n_out, max(1, _BLOCK // n_in)
     for first in range(0, n_out, step):
         end = min(first + step, n_out)
         data = np.frombuffer(model.read((end - first) * row), np.uint8).reshape(end - first, row)

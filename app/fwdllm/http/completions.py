@@ -51,8 +51,9 @@ def get_model(model: str, served: Served) -> dict[str, Any]:
 def delete_model(model: str, served: Served) -> dict[str, Any]:
     """Delete a tuned model with its adapter."""
     adapter = served.models.adapter_of(model)
-    if adapter is None or model == served.models.default:
+    if adapter is None:
         raise ApiError(403, "The model that is served cannot be deleted", "model")
+    served.check_unused(adapter)
     served.store.delete_adapter(adapter.number)
     return {"id": model, "object": "model", "deleted": True}
 
@@ -75,7 +76,7 @@ async def create_embedding(
 ) -> dict[str, Any]:
     """Embed texts, each as a vector of length 1."""
     texts = [body.input] if isinstance(body.input, str) else body.input
-    await run_in_threadpool(served.models.adapter_of, body.model)
+    await run_in_threadpool(served.models.mix_of, body.model, body.lora)
     cancelled = threading.Event()
 
     def work(llama: ServedLlama) -> tuple[list[list[float]], int]:
@@ -90,7 +91,7 @@ async def create_embedding(
         return vectors, n_tokens
 
     served.queue.enter()
-    future = served.models.run(work, body.model, cancelled, embedding=True)
+    future = served.models.run(work, body.model, cancelled, lora=body.lora, embedding=True)
     future.add_done_callback(lambda _: served.queue.leave())
     vectors, n_tokens = await _unless_disconnected(request, future, cancelled)
     encode = _base64 if body.encoding_format == "base64" else list
@@ -99,7 +100,7 @@ async def create_embedding(
         for i, vector in enumerate(vectors)
     ]
     usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
-    model = body.model or served.models.default
+    model = served.models.name_of(body.model, body.lora)
     return {"object": "list", "data": data, "model": model, "usage": usage}
 
 
@@ -116,7 +117,7 @@ async def _generate(
     if not served.models.is_causal:
         text = f"{served.models.base} is an encoder, which cannot generate text"
         raise ApiError(400, text, "model", "model_not_supported")
-    await run_in_threadpool(served.models.adapter_of, body.model)
+    await run_in_threadpool(served.models.mix_of, body.model, body.lora)
     cancelled = threading.Event()
     chunks: asyncio.Queue[Any] = asyncio.Queue()
     loop = asyncio.get_running_loop()
@@ -125,7 +126,8 @@ async def _generate(
         try:
             with _refusals():
                 options = {**body.options(), **_constraints(body, llama)}
-                found = create(llama, model=body.model or served.models.default, **options)
+                name = served.models.name_of(body.model, body.lora)
+                found = create(llama, model=name, **options)
                 if not body.stream:
                     return found
                 last: dict[str, Any] = {}
@@ -138,7 +140,7 @@ async def _generate(
             served.n_tokens += llama.n_generated
 
     served.queue.enter()
-    future = served.models.run(work, body.model, cancelled)
+    future = served.models.run(work, body.model, cancelled, lora=body.lora)
     future.add_done_callback(lambda _: served.queue.leave())
     if not body.stream:
         return await _unless_disconnected(request, future, cancelled)

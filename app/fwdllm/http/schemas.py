@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from llama_cpp.server.types import CreateChatCompletionRequest, CreateCompletionRequest
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.types import StringConstraints
+
+from fwdllm.http import limits
 
 MAX_INPUTS = 2048  # OpenAI's limit of texts in one request
 _NO_LIMIT = 2**31 - 1
@@ -76,12 +78,23 @@ class ResponseFormat(NullIsDefault):
         return {"type": "json_object", **({"schema": schema} if schema else {})}
 
 
+class LoraScale(BaseModel):
+    """An adapter for a request, as for llama.cpp's server: its number, and how much it counts."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: Annotated[int, Field(ge=0, lt=2**31)]
+    scale: Annotated[float, Field(ge=-limits.MAX_LORA_SCALE, le=limits.MAX_LORA_SCALE)]
+
+
+LoraScales = Annotated[list[LoraScale], Field(max_length=limits.MAX_LORAS)]
+
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 # Fields that ``Llama`` does not take, or takes in another form.
 _OURS = {
-    "best_of", "logit_bias_type", "max_completion_tokens", "messages", "min_tokens", "model", "n",
-    "grammar", "response_format", "stream_options", "user",
+    "best_of", "logit_bias_type", "lora", "max_completion_tokens", "messages", "min_tokens",
+    "model", "n", "grammar", "response_format", "stream_options", "user",
 }  # fmt: skip
 
 
@@ -99,6 +112,7 @@ class CompletionRequest(GenerationRequest, CreateCompletionRequest):
     temperature: Temperature = 0.8
     repeat_penalty: Penalty = 1.0
     logit_bias: Bias = {}
+    lora: LoraScales | None = None
     stream_options: StreamOptions = StreamOptions()
 
     def options(self) -> dict[str, Any]:
@@ -118,6 +132,7 @@ class ChatRequest(GenerationRequest, CreateChatCompletionRequest):
     temperature: Temperature = 0.8
     repeat_penalty: Penalty = 1.0
     logit_bias: Bias = {}
+    lora: LoraScales | None = None
     response_format: ResponseFormat = ResponseFormat()
     stream_options: StreamOptions = StreamOptions()
 
@@ -139,6 +154,7 @@ class EmbeddingRequest(NullIsDefault):
     """Texts to embed, each as a vector of the model's embedding size."""
 
     model: str | None = None
+    lora: LoraScales | None = None
     input: (
         Annotated[str, Field(min_length=1)]
         | Annotated[
