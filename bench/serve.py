@@ -38,9 +38,9 @@ def measure_serve(model: Path | None, clients: int, seconds: float, rounds: int)
 
     model: None: the bundled model.  clients: number of concurrent clients.  seconds: of each part;
     a round has two parts, without and with the job.  In the result, "ratio" is the p95 latency with
-    the job over that without; "tuned_answer_s" is the time from a job's end to the first answer of its
-    model, on an idle server; "jobs_lost" counts accepted jobs that the server did not list at the
-    end.  Errors: ConfigError.
+    the job over that without; "tuned_answer_s" is the time from a job's end to the first answer of
+    its model, on an idle server; "jobs_lost" counts accepted jobs that the server did not list at
+    the end.  Errors: ConfigError.
     """
     if min(clients, rounds) < 1 or not seconds > 0:
         raise ConfigError("clients, rounds and seconds must be above 0")

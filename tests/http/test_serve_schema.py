@@ -47,7 +47,8 @@ OPERATIONS = (
     "DELETE /v1/adapters/{adapter_id}", "GET /v1/adapters/{adapter_id}/content",
     "POST /v1/adapters/{adapter_id}/updates", "POST /v1/perturbations/evaluate",
     "GET /lora-adapters", "POST /lora-adapters", "POST /v1/load_lora_adapter",
-    "POST /v1/unload_lora_adapter", "GET /healthz", "GET /v1/server", "GET /v1/runs", "GET /metrics",
+    "POST /v1/unload_lora_adapter",
+    "GET /healthz", "GET /v1/server", "GET /v1/runs", "GET /metrics",
 )  # fmt: skip
 
 EXAMPLES: list[list[Any]] = [
