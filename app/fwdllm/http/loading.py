@@ -10,12 +10,9 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
 from fwdllm.adapters import as_gguf
-from fwdllm.engine.adapters.io import load_adapter
 from fwdllm.engine.adapters.peft import CONFIG_FILE, HEAD_FILE, WEIGHTS_FILE
-from fwdllm.engine.backends import choose
-from fwdllm.engine.devices import kernels_of
+from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import AdapterError, ConfigError
-from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.http import limits
 from fwdllm.http.api_error import ApiError
 from fwdllm.http.context import Served
@@ -110,23 +107,14 @@ def check_name(name: str, base: str) -> None:
 def keep(store: Store, model: Path, name: str, path: Path) -> AdapterRow:
     """Put an adapter, GGUF or PEFT, into the store; one of that name and other bytes is replaced.
 
-    Errors: AdapterError if it does not fit the model, ConfigError if it is too large.
+    Errors: AdapterError if it does not fit the model, ConfigError if it is too large or llama.cpp
+    would not apply all of it.
     """
-    backend = choose(GGUFFile.open(model))
-    args = backend.args
     with as_gguf(path, model) as gguf:
-        adapter = load_adapter(
-            gguf,
-            backend.architecture,
-            backend.linear,
-            args.n_heads,
-            args.n_kv_heads,
-            kernels_of("cpu"),
-        )
-        if adapter.head is not None and not (backend.encoder and adapter.head.n_in == args.width):
-            raise AdapterError(f"{path} has a classification head for another model")
-        if gguf.stat().st_size > limits.MAX_ADAPTER_BYTES:
+        if gguf.exists() and gguf.stat().st_size > limits.MAX_ADAPTER_BYTES:
             raise ConfigError(f"{path} has over {limits.MAX_ADAPTER_BYTES:,} bytes")
+        adapter = Engine.load(model, adapter=gguf).adapter
+        assert adapter is not None
         content = gguf.read_bytes()
     known = store.adapter_of_model(name)
     if known is not None and store.adapter_content(known.number) != content:
