@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from cli_runs import MODEL
 from gguf import GGMLQuantizationType
+from llama_models import TARGETS as ARCHITECTURE_TARGETS
 from llama_models import make_model
 from small_adapters import random_adapter
 
@@ -18,7 +19,7 @@ from fwdllm.engine.adapters.adapter import Head
 from fwdllm.engine.adapters.io import read_adapter, save_gguf, save_peft
 from fwdllm.engine.adapters.merge import merge
 from fwdllm.engine.adapters.stored import StoredAdapter
-from fwdllm.engine.errors import AdapterError, ConfigError, NumericsError
+from fwdllm.engine.errors import AdapterError, ConfigError, NumericsError, UnsupportedError
 from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.engine.gguf.header import metadata_bytes
 from fwdllm.engine.llamacpp import generation
@@ -169,6 +170,37 @@ def test_what_cannot_be_merged_is_refused(
     with pytest.raises(error, match=what):
         merge(file, change(adapter), tmp_path / "merged.gguf", "f16")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_split_model_and_a_type_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    file = GGUFFile.open(MODEL)
+    stored = read_adapter(tuned(tmp_path), "llama", 4, 4)
+    path, name = tmp_path / "merged.gguf", "blk.0.attn_q.weight"
+    split = {**file.metadata, "split.count": 2}
+    with pytest.raises(ConfigError, match="is split: join its files first"):
+        merge(replace(file, metadata=split), stored, path, "f16")
+    unknown = replace(file.tensors[name], type=GGMLQuantizationType.I8)
+    with pytest.raises(UnsupportedError, match="has the type I8, which is not read"):
+        merge(replace(file, tensors={**file.tensors, name: unknown}), stored, path, "f16")
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mamba"])
+def test_models_that_llama_cpp_alone_computes_are_merged_too(tmp_path: Path, name: str) -> None:
+    model, adapter = make_model(tmp_path, name, "F16"), tmp_path / "adapter.gguf"
+    engine = Engine.load(model, LoRAConfig(4, 8.0, targets=ARCHITECTURE_TARGETS[name]))
+    assert engine.adapter is not None
+    theta = engine.adapter.theta
+    theta[:] = np.random.default_rng(0).normal(0, 0.05, theta.size)
+    save_gguf(engine.adapter, adapter)
+    args, path = engine.args, tmp_path / "merged.gguf"
+    stored = read_adapter(adapter, engine.architecture, args.n_heads, args.n_kv_heads)
+    merge(GGUFFile.open(model), stored, path, "own")
+    base, want, got = (
+        generation.logits(file, [5, 77, 300, 9], lora, n_threads=1)
+        for file, lora in ((model, None), (model, adapter), (path, None))
+    )
+    assert np.abs(got - want).mean() < 0.01 * np.abs(want - base).mean()
 
 
 def test_types_too_coarse_and_rows_too_short_are_refused(tmp_path: Path) -> None:
