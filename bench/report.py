@@ -104,7 +104,8 @@ def render_serve(result: Mapping[str, Any]) -> RenderableType:
         "",
         f"answers: {statuses}; jobs lost: {result['jobs_lost']}",
         f"the job: {pace['alone']:.2f} steps/s alone, {pace['with']:.2f} beside the clients",
-        f"first answer {result['first_answer_s']:.2f} s after the start",
+        f"first answer {result['first_answer_s']:.2f} s after the start, "
+        f"and {result['tuned_answer_s']:.2f} s after a job's end by its model",
     )
 
 

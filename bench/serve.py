@@ -38,8 +38,9 @@ def measure_serve(model: Path | None, clients: int, seconds: float, rounds: int)
 
     model: None: the bundled model.  clients: number of concurrent clients.  seconds: of each part;
     a round has two parts, without and with the job.  In the result, "ratio" is the p95 latency with
-    the job over that without; "jobs_lost" counts accepted jobs that the server did not list at the
-    end.  Errors: ConfigError.
+    the job over that without; "tuned_answer_s" is the time from a job's end to the first answer of
+    its model, on an idle server; "jobs_lost" counts accepted jobs that the server did not list at
+    the end.  Errors: ConfigError.
     """
     if min(clients, rounds) < 1 or not seconds > 0:
         raise ConfigError("clients, rounds and seconds must be above 0")
@@ -48,6 +49,7 @@ def measure_serve(model: Path | None, clients: int, seconds: float, rounds: int)
         began = time.perf_counter()
         with _server(model, folder) as url:
             first_answer = _first_answer(url) - began
+            tuned_answer = asyncio.run(_tuned_answer(url))
             load = asyncio.run(_measure(url, clients, seconds, rounds))
     parts = {part: _summary(load.seconds[part]) for part in ("without", "with")}
     return {
@@ -60,6 +62,7 @@ def measure_serve(model: Path | None, clients: int, seconds: float, rounds: int)
             "answer_tokens": _ANSWER_TOKENS,
         },
         "first_answer_s": first_answer,
+        "tuned_answer_s": tuned_answer,
         "statuses": dict(load.statuses),
         "jobs_lost": load.jobs_lost,
         "steps_per_s": {"alone": load.steps_alone, "with": load.steps_beside},
@@ -91,7 +94,7 @@ async def _measure(url: str, clients: int, seconds: float, rounds: int) -> _Load
     load = _Load()
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as client:
-        jobs = await _queue_jobs(client)
+        jobs = await _queue_jobs(client, _JOBS, _ENDLESS_STEPS)
         # While jobs are not paused, the first one runs and the others wait in the queue.
         await asyncio.sleep(_settle(seconds))
         load.steps_alone = await _pace(client, jobs[0], seconds / 2)
@@ -118,15 +121,15 @@ def _settle(seconds: float) -> float:
     return min(5.0, seconds)
 
 
-async def _queue_jobs(client: httpx.AsyncClient) -> list[str]:
+async def _queue_jobs(client: httpx.AsyncClient, n: int, steps: int) -> list[str]:
     data = asset("pirate.train.jsonl").read_bytes()
     files = {"file": ("pirate.jsonl", data)}
     uploaded = await client.post("/v1/files", files=files, data={"purpose": "fine-tune"})
     model = (await _get(client, "/v1/server"))["model"]
-    settings = {"steps": _ENDLESS_STEPS, "eval_every": _ENDLESS_STEPS}
+    settings = {"steps": steps, "eval_every": steps}
     body = {"model": model, "training_file": uploaded.json()["id"], "fwdllm": settings}
     jobs = []
-    for _ in range(_JOBS):
+    for _ in range(n):
         created = await client.post("/v1/fine_tuning/jobs", json=body)
         jobs.append(created.raise_for_status().json()["id"])
     return jobs
@@ -230,6 +233,27 @@ def _first_answer(url: str) -> float:
     with httpx.Client(base_url=url, timeout=None) as client:
         client.post("/v1/chat/completions", json=_question(_QUESTIONS[0])).raise_for_status()
         return time.perf_counter()
+
+
+async def _tuned_answer(url: str) -> float:
+    """Seconds from the end of a short tuning job to the first answer of its model.
+
+    They count from when the job was last seen running, so that they are rather too many.
+    """
+    async with httpx.AsyncClient(base_url=url, timeout=None) as client:
+        [job] = await _queue_jobs(client, 1, steps=2)
+        while True:
+            asked = time.perf_counter()
+            found = await _get(client, f"/v1/fine_tuning/jobs/{job}")
+            if found["status"] == "succeeded":
+                break
+            if found["status"] == "failed":
+                raise ConfigError(f"the job failed: {found['error']['message']}")
+            running = asked
+            await asyncio.sleep(0.005)
+        body = {**_question(_QUESTIONS[0]), "model": found["fine_tuned_model"]}
+        (await client.post("/v1/chat/completions", json=body)).raise_for_status()
+        return time.perf_counter() - running
 
 
 @contextlib.contextmanager

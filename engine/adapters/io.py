@@ -22,7 +22,7 @@ from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.kernels.api import Kernels
 from fwdllm.kernels.types import Weight
 
-__all__ = ["load_adapter", "open_gguf_adapter", "save_gguf", "save_peft"]
+__all__ = ["load_adapter", "open_gguf_adapter", "read_adapter", "save_gguf", "save_peft"]
 
 KEY_LAYOUT_VERSION = "fwdllm.layout_version"
 KEY_HEAD_LABELS = "fwdllm.head.labels"
@@ -84,12 +84,19 @@ def load_adapter(
     ops: the kernels that the adapter will use.
     Errors: AdapterError if the file is missing, damaged or made for another model.
     """
+    stored = read_adapter(path, architecture, n_heads, n_kv_heads)
+    check_inside_layers(stored.path, stored.pairs)
+    return assemble(stored, architecture, shapes, ops)
+
+
+def read_adapter(
+    path: str | Path, architecture: str, n_heads: int, n_kv_heads: int
+) -> StoredAdapter:
+    """The factors in a file, as ``load_adapter`` reads them, whether they fit the model or not."""
     path = Path(path)
     if path.is_dir() or path.suffix == ".safetensors":
-        stored = read_peft(path, architecture, n_heads, n_kv_heads)
-    else:
-        stored = _read_gguf(path, architecture)
-    return assemble(stored, architecture, shapes, ops)
+        return read_peft(path, architecture, n_heads, n_kv_heads)
+    return _read_gguf(path, architecture)
 
 
 def open_gguf_adapter(path: str | Path, architecture: str) -> GGUFFile:
@@ -97,6 +104,12 @@ def open_gguf_adapter(path: str | Path, architecture: str) -> GGUFFile:
 
     Errors: AdapterError if not, or if the file is damaged.
     """
+    file = _open_gguf(path, architecture)
+    check_inside_layers(file.path, (name for name in file.tensors if _is_half(name)))
+    return file
+
+
+def _open_gguf(path: str | Path, architecture: str) -> GGUFFile:
     try:
         file = GGUFFile.open(path)
     except ModelError as error:
@@ -110,7 +123,6 @@ def open_gguf_adapter(path: str | Path, architecture: str) -> GGUFFile:
         raise AdapterError(f"{path} is for {found!r} models, but this model is {architecture!r}")
     if Keys.Adapter.ALORA_INVOCATION_TOKENS in file.metadata:
         raise AdapterError(f"{path} is an activated LoRA (aLoRA), which is not supported")
-    check_inside_layers(file.path, (name for name in file.tensors if _is_half(name)))
     return file
 
 
@@ -128,7 +140,7 @@ def _add_metadata(writer: GGUFWriter, adapter: Adapter) -> None:
 
 
 def _read_gguf(path: Path, architecture: str) -> StoredAdapter:
-    file = open_gguf_adapter(path, architecture)
+    file = _open_gguf(path, architecture)
     try:
         head, values = _read_head(file)
         return StoredAdapter(path, _read_pairs(file), _read_alpha(file), head, values)

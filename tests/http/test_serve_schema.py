@@ -47,6 +47,8 @@ OPERATIONS = (
     "POST /v1/adapters", "GET /v1/adapters", "GET /v1/adapters/{adapter_id}",
     "DELETE /v1/adapters/{adapter_id}", "GET /v1/adapters/{adapter_id}/content",
     "POST /v1/adapters/{adapter_id}/updates", "POST /v1/perturbations/evaluate",
+    "GET /lora-adapters", "POST /lora-adapters", "POST /v1/load_lora_adapter",
+    "POST /v1/unload_lora_adapter",
     "GET /healthz", "GET /v1/server", "GET /v1/runs", "GET /metrics",
 )  # fmt: skip
 
@@ -64,6 +66,9 @@ MESSAGES: list[list[Any]] = [
     [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
     [{"role": "user", "content": [{"type": "image_url", "image_url": "file:///etc/passwd"}]}],
 ]
+
+
+LORAS: list[Any] = [None, [{"id": 0, "scale": 0.5}], [{"id": 1, "scale": -100}], []]
 
 
 class Target:
@@ -108,9 +113,11 @@ class Target:
     def _contents(self, label: str) -> dict[str, list[Any]]:
         ids = self.ids
         if label.endswith("chat/completions"):
-            return {"model": ids["model"], "messages": MESSAGES}
+            return {"model": ids["model"], "messages": MESSAGES, "lora": LORAS}
         if label.endswith(("completions", "embeddings")):
-            return {"model": ids["model"]}
+            return {"model": ids["model"], "lora": LORAS}
+        if label.endswith("load_lora_adapter"):
+            return {"lora_name": ids["model"], "lora_path": ["adapter.gguf", "../x", "\0"]}
         if label.endswith("predict"):
             inputs = ["hello", ["a", "b"], [["a"], ["b c"]], "word " * 700]
             return {"model": ids["model"], "inputs": inputs, "labels": [["yes", "no"], ["no"]]}

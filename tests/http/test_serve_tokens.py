@@ -11,10 +11,9 @@ from real_models import smollm2
 
 from fwdllm.engine import Engine, Example
 from fwdllm.engine.data.messages import as_templates_expect
-from fwdllm.engine.data.tokenizer import Tokenizer
 from fwdllm.engine.llamacpp import generation
-from fwdllm.http.models import ServedLlama, _chat_handler
-from fwdllm.http.schemas import ChatRequest, CompletionRequest
+from fwdllm.http.chat import prompt_of
+from fwdllm.http.schemas import ChatRequest
 
 __all__ = ["smollm2"]  # a fixture
 
@@ -47,21 +46,14 @@ def model(models: Path, bundled: Path, smollm2: Path) -> Callable[[str], Path]:
     return lambda name: real.get(name) or models / f"template-{name}.gguf"
 
 
-def served(path: Path) -> ServedLlama:
-    handler = _chat_handler(Tokenizer.open(path))
-    return ServedLlama(str(path), n_ctx=512, chat_handler=handler, verbose=False)
-
-
 @pytest.mark.parametrize("name", [*TEMPLATES, "bundled", "SmolLM2"])
 def test_a_conversation(model: Callable[[str], Path], name: str) -> None:
-    engine, llama = Engine.load(model(name)), served(model(name))
+    engine = Engine.load(model(name))
     for what, (messages, tools) in CONVERSATIONS.items():
         if (name, what) in REFUSED or (tools and name != "tools"):
             continue
         *before, _ = messages
-        body = ChatRequest(messages=before, tools=tools, max_tokens=1)
-        llama.create_chat_completion(**body.options())
-        ids = llama._input_ids[: llama.n_prompt].tolist()
+        ids = prompt_of(engine.tokenizer, ChatRequest(messages=before, tools=tools))
         assert ids == generation._prompt_ids(engine.tokenizer, before, False, tools), what
         # What is tuned on begins with that, and then learns.
         read = [as_templates_expect(message, "it") for message in messages]
@@ -74,10 +66,9 @@ def test_a_conversation(model: Callable[[str], Path], name: str) -> None:
 @pytest.mark.parametrize("name", ["tools", "bundled", "SmolLM2"])
 @pytest.mark.parametrize("text", ["The market", "<|im_start|>user\nHi.<|im_end|>\n", " a  b"])
 def test_a_text(model: Callable[[str], Path], name: str, text: str) -> None:
-    engine, llama = Engine.load(model(name)), served(model(name))
-    llama.create_completion(**CompletionRequest(prompt=text, max_tokens=1).options())
-    ids = llama._input_ids[: llama.n_prompt].tolist()
-    assert ids == generation._prompt_ids(engine.tokenizer, text, False, None)
+    """The server's is in test_serve_fields.py."""
+    engine = Engine.load(model(name))
+    ids = generation._prompt_ids(engine.tokenizer, text, False, None)
     tokens = engine.tokenize(Example(prompt=text, completion=" fell."), None)
     assert tokens.ids[: len(ids)] == ids
     assert engine.tokenize(Example(text=text + " fell."), None).ids[0] == ids[0]

@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -322,13 +322,39 @@ def tokens(
 @app.command()
 def export(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="GGUF LoRA or PEFT folder.")],
-    output: Annotated[str, typer.Argument(metavar="OUT", help="NAME.gguf, or NAME/ for PEFT.")],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="NAME.gguf, or NAME/ for a folder.")],
     model: Annotated[str, typer.Option("--model", help="The model it was made for.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write the model with the adapter merged into it.")
+    ] = False,
+    ollama: Annotated[
+        bool, typer.Option("--ollama", help="Write a folder for ollama create.")
+    ] = False,
+    type: Annotated[
+        Literal["f16", "q8_0", "own"],
+        typer.Option(help="What --merge rounds changed tensors to; own: to the type they have."),
+    ] = "f16",
+    data: Annotated[
+        Path | None, typer.Option("--data", help="JSONL file to evaluate before and after --merge.")
+    ] = None,
 ) -> None:
-    """Convert an adapter between GGUF and PEFT."""
+    """Convert an adapter between GGUF and PEFT, merge it into its model, or hand it to Ollama."""
     from fwdllm.adapters import export as export_adapter
+    from fwdllm.merging import merge as merge_adapter
+    from fwdllm.ollama import export_ollama
 
-    print(export_adapter(adapter, output, model))
+    if not merge and (type != "f16" or data is not None):
+        raise typer.BadParameter("--type and --data are for --merge")
+    if not merge and not ollama:
+        print(export_adapter(adapter, output, model))
+        return
+    if ollama:
+        result = export_ollama(adapter, output, model, type if merge else None, data)
+    else:
+        result = merge_adapter(adapter, output, model, type, data)
+    print(result.path)
+    if result.loss_before is not None:
+        print(f"loss {result.loss_before:.4f} with the adapter, {result.loss_after:.4f} merged")
 
 
 @app.command()

@@ -13,7 +13,14 @@ from fwdllm.cli.console import Model
 def serve(
     model: Model,
     adapter: Annotated[
-        Path | None, typer.Option("--adapter", help="GGUF LoRA file or PEFT folder to serve too.")
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]PATH",
+            help="GGUF LoRA or PEFT folder to serve too; repeatable, the first is the default.",
+        ),
+    ] = None,
+    adapter_folder: Annotated[
+        Path | None, typer.Option(help="Folder that requests may load adapters from.")
     ] = None,
     host: Annotated[
         str, typer.Option(help="Address to bind; any but a local one needs --api-key.")
@@ -54,5 +61,15 @@ def serve(
             f'the server needs {error.name}; pip install "fwdllm[server]"'
         ) from error
     run(
-        model, adapter, host, port, api_key, state, runs, memory_budget, context, allow_origin or []
+        model,
+        adapter or [],
+        adapter_folder,
+        host,
+        port,
+        api_key,
+        state,
+        runs,
+        memory_budget,
+        context,
+        allow_origin or [],
     )

@@ -11,8 +11,7 @@ from pathlib import Path
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from fwdllm.adapters import as_gguf
-from fwdllm.engine.engine import Engine
+from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.files import fingerprint, lock
 from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.http import (
@@ -20,6 +19,7 @@ from fwdllm.http import (
     completions,
     files,
     fine_tuning,
+    loading,
     metrics,
     perturbations,
     predict,
@@ -31,7 +31,7 @@ from fwdllm.http.jobs import Jobs
 from fwdllm.http.models import Models
 from fwdllm.http.runs import Runs
 from fwdllm.http.security import Guard
-from fwdllm.http.store import Store, open_folder
+from fwdllm.http.store import AdapterRow, Store, open_folder
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class ServerConfig:
     """The settings of a server.
 
     model: a GGUF file.  state: the server's folder.  memory_budget: bytes for a job, and the same
-    for the engine.  adapter: GGUF or PEFT, or None; used for requests that name no model.
+    for the engine.  adapters: GGUF or PEFT, and their names or None; the first is used for requests
+    that name no model.  adapter_folder: where requests may load adapters from, or None.
     host: the address the server is bound to.  api_key: None: no key is needed.  runs: a folder
     whose runs are shown.  context: tokens of a conversation; None: ``models.DEFAULT_CONTEXT``.
     allow_origins: other sites whose pages may send requests.
@@ -48,7 +49,8 @@ class ServerConfig:
     model: Path
     state: Path
     memory_budget: int
-    adapter: Path | None = None
+    adapters: tuple[tuple[str | None, Path], ...] = ()
+    adapter_folder: Path | None = None
     host: str = "127.0.0.1"
     api_key: str | None = None
     runs: Path | None = None
@@ -69,16 +71,14 @@ def application(config: ServerConfig) -> Iterator[FastAPI]:
         stack.callback(store.close)
         base = config.model.stem
         store.claim(base, fingerprint(*GGUFFile.open(config.model).paths))
-        default = base
-        if config.adapter is not None:
-            default = _keep_adapter(store, base, config)
-        models = Models(config.model, base, default, store, config.context)
+        given = _keep_adapters(store, base, config)
+        models = Models(config.model, base, given, store, config.context)
         stack.callback(models.close)
         jobs = Jobs(store, folder, config.model, config.memory_budget)
         stack.callback(jobs.close)
         engine = AdapterEngine(config.model, store, config.memory_budget)
         runs = Runs(store, folder, config.runs)
-        served = Context(folder, store, models, jobs, engine, runs)
+        served = Context(folder, store, models, jobs, engine, runs, config.adapter_folder)
         yield _routes(served, config)
 
 
@@ -92,7 +92,7 @@ def _routes(served: Context, config: ServerConfig) -> FastAPI:
         responses={"4XX": {"model": api_error.ErrorBody, "description": "An error of the request"}},
     )
     app.state.context = served
-    for part in (completions, files, fine_tuning, perturbations, predict, stream):
+    for part in (completions, files, fine_tuning, loading, perturbations, predict, stream):
         app.include_router(part.router)
     api_error.install(app)
     metrics.install(app, served)
@@ -110,16 +110,18 @@ def _routes(served: Context, config: ServerConfig) -> FastAPI:
     return app
 
 
-def _keep_adapter(store: Store, base: str, config: ServerConfig) -> str:
-    """Put the given adapter into the store; returns its model name."""
-    assert config.adapter is not None
-    with as_gguf(config.adapter, config.model) as path:
-        engine = Engine.load(config.model, adapter=path)  # checks that it fits the model
-        content = path.read_bytes()
-    assert engine.adapter is not None
-    name = f"{base}:{config.adapter.stem}"
-    known = store.adapter_of_model(name)
-    if known is not None and store.adapter_content(known.number) != content:
-        store.delete_adapter(known.number)
-    store.add_adapter(name, content, engine.adapter.theta.size)
-    return name
+def _keep_adapters(store: Store, base: str, config: ServerConfig) -> list[AdapterRow]:
+    """Put the given adapters into the store, under names of their own."""
+    named: dict[str, Path] = {}
+    for name, path in config.adapters:
+        if name is None:
+            name = f"{base}:{path.stem}"
+        else:
+            loading.check_name(name, base)
+        if name in named:
+            raise ConfigError(
+                f"{path} and {named[name]} would both be {name}: name them, as in "
+                f"--adapter NAME={path}"
+            )
+        named[name] = path
+    return [loading.keep(store, config.model, name, path) for name, path in named.items()]

@@ -52,8 +52,9 @@ def get_model(model: str, served: Served) -> dict[str, Any]:
 def delete_model(model: str, served: Served) -> dict[str, Any]:
     """Delete a tuned model with its adapter."""
     adapter = served.models.adapter_of(model)
-    if adapter is None or model == served.models.default:
+    if adapter is None:
         raise ApiError(403, "The model that is served cannot be deleted", "model")
+    served.check_unused(adapter)
     served.store.delete_adapter(adapter.number)
     return {"id": model, "object": "model", "deleted": True}
 
@@ -96,7 +97,7 @@ async def create_embedding(
 ) -> dict[str, Any]:
     """Embed texts, each as a vector of length 1."""
     texts = [body.input] if isinstance(body.input, str) else body.input
-    await run_in_threadpool(served.models.adapter_of, body.model)
+    await run_in_threadpool(served.models.mix_of, body.model, body.lora)
     cancelled = threading.Event()
 
     def work(llama: ServedLlama) -> tuple[list[list[float]], int]:
@@ -111,7 +112,7 @@ async def create_embedding(
         return vectors, n_tokens
 
     served.queue.enter()
-    future = served.models.run(work, body.model, cancelled, embedding=True)
+    future = served.models.run(work, body.model, cancelled, lora=body.lora, embedding=True)
     future.add_done_callback(lambda _: served.queue.leave())
     vectors, n_tokens = await unless_disconnected(request, future, cancelled)
     encode = _base64 if body.encoding_format == "base64" else list
@@ -120,7 +121,7 @@ async def create_embedding(
         for i, vector in enumerate(vectors)
     ]
     usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
-    model = body.model or served.models.default
+    model = served.models.name_of(body.model, body.lora)
     return {"object": "list", "data": data, "model": model, "usage": usage}
 
 
@@ -138,7 +139,7 @@ async def _generate(
     if not served.models.is_causal:
         text = f"{served.models.base} is an encoder, which cannot generate text"
         raise ApiError(400, text, "model", "model_not_supported")
-    await run_in_threadpool(served.models.adapter_of, body.model)
+    await run_in_threadpool(served.models.mix_of, body.model, body.lora)
     cancelled = threading.Event()
     chunks: asyncio.Queue[Any] = asyncio.Queue()
     loop = asyncio.get_running_loop()
@@ -159,7 +160,7 @@ async def _generate(
             served.n_tokens += llama.n_generated
 
     served.queue.enter()
-    future = served.models.run(work, body.model, cancelled)
+    future = served.models.run(work, body.model, cancelled, lora=body.lora)
     future.add_done_callback(lambda _: served.queue.leave())
     if not body.stream:
         return await unless_disconnected(request, future, cancelled)
@@ -225,7 +226,7 @@ def _continue(
     grammar: str | None,
 ) -> Any:
     """What llama-cpp-python makes of a prompt: its completion, or chunks of it."""
-    options = {**body.options(), "model": body.model or served.models.default}
+    options = {**body.options(), "model": served.models.name_of(body.model, body.lora)}
     if not body.logit_bias:  # which would copy all logits at each token
         del options["logit_bias"]
     if grammar is not None:

@@ -16,14 +16,15 @@ from fwdllm.http.jobs import Jobs
 from fwdllm.http.models import Models
 from fwdllm.http.queue import Queue
 from fwdllm.http.runs import Runs
-from fwdllm.http.store import Store
+from fwdllm.http.store import AdapterRow, Store
 
 
 @dataclass
 class Context:
     """What the routes of an application share.
 
-    folder: the server's.  queue: requests that wait for ``models``.  started: Unix seconds.
+    folder: the server's.  adapter_folder: where requests may load adapters from, or None.
+    queue: requests that wait for ``models``.  started: Unix seconds.
     n_tokens, n_requests: generated tokens and answered requests since then.  streams: open now.
     """
 
@@ -33,6 +34,7 @@ class Context:
     jobs: Jobs
     engine: AdapterEngine
     runs: Runs
+    adapter_folder: Path | None = None
     queue: Queue = field(default_factory=lambda: Queue(limits.MAX_WAITING))
     started: float = field(default_factory=time.time)
     n_tokens: int = 0
@@ -43,6 +45,11 @@ class Context:
         """ApiError 413 if the store's adapters are over the size limit."""
         if self.store.adapters_bytes() > limits.MAX_ADAPTERS_BYTES:
             raise ApiError(413, "the server keeps no more adapters; delete some")
+
+    def check_unused(self, adapter: AdapterRow) -> None:
+        """ApiError 403 for an adapter that requests without a model use."""
+        if self.models.loras.scale(adapter):
+            raise ApiError(403, "The model that is served cannot be deleted", "model")
 
 
 def _context(request: Request) -> Context:

@@ -9,6 +9,11 @@ MAX_NAME_CHARACTERS = 255
 MAX_FILES_BYTES = 4 * 2**30
 MAX_ADAPTERS_BYTES = 4 * 2**30
 MAX_UNFINISHED_JOBS = 16
+# SQLite keeps up to 10^9 bytes in one place.
+MAX_ADAPTER_BYTES = 900_000_000
+# Adapters of one request, and how much more than themselves they may count.
+MAX_LORAS = 8
+MAX_LORA_SCALE = 100.0
 
 # Requests that wait for the model or use it. Further ones would wait for minutes, so they get 429.
 MAX_WAITING = 64

@@ -7,7 +7,7 @@ import ctypes
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,8 @@ from fwdllm.engine.llamacpp.native import Llama, call, llama_cpp, open_model, re
 from fwdllm.http import limits
 from fwdllm.http.adapter_bytes import as_file
 from fwdllm.http.api_error import ApiError
+from fwdllm.http.loras import Loras, Mix
+from fwdllm.http.schemas import LoraScale
 from fwdllm.http.store import AdapterRow, Store
 from fwdllm.kernels.cpu import num_threads
 
@@ -38,18 +40,24 @@ class Models:
     One thread, because a llama.cpp context can have only one user at a time. Not a lock, because a
     cancelled coroutine would release the lock while its call into llama.cpp still runs.
 
-    path: the GGUF file.  base: the base model's name.  default: the model for requests that name
-    none.  context: tokens of a conversation.  is_causal: whether the model generates text; an
+    path: the GGUF file.  base: the base model's name.  given: adapters of the command line, see
+    ``Loras``.  context: tokens of a conversation.  is_causal: whether the model generates text; an
     encoder only embeds.  backend: what tunes the model.  tokenizer: the model's.
     Errors of the constructor: ModelError.
     """
 
     def __init__(
-        self, path: Path, base: str, default: str, store: Store, context: int | None
+        self,
+        path: Path,
+        base: str,
+        given: Sequence[AdapterRow],
+        store: Store,
+        context: int | None,
     ) -> None:
         native = open_model(path, vocab_only=True)
         self.backend = choose(native.file)
-        self.path, self.base, self.default, self._store = path, base, default, store
+        self.path, self.base, self._store = path, base, store
+        self.loras = Loras(store, given)
         self.architecture, self.is_causal = native.architecture, native.is_causal
         self.context = min(context or DEFAULT_CONTEXT, native.context_length)
         self._pooling = native.pooling
@@ -72,25 +80,52 @@ class Models:
         model: str | None,
         cancelled: threading.Event,
         *,
+        lora: Sequence[LoraScale] | None = None,
         embedding: bool = False,
     ) -> asyncio.Future[T]:
         """Queue some work with a model for the thread.
 
-        cancelled: once it is set, text ends with the next token.
+        model, lora: see ``mix_of``.  cancelled: once it is set, text ends with the next token.
         """
 
         def task() -> T:
             if cancelled.is_set():
                 raise ApiError(400, "the client has closed the request")
-            llama = self._session(embedding=embedding).use(self.adapter_of(model))
+            llama = self._session(embedding=embedding).use(self.mix_of(model, lora))
             llama.stops = (cancelled, self._closing)
             return work(llama)
 
         return asyncio.wrap_future(self._thread.submit(task))
 
+    def mix_of(self, model: str | None, lora: Sequence[LoraScale] | None) -> Mix:
+        """The adapters for a request that names a model, or adapters, or neither.
+
+        Errors: ApiError 404 for an unknown model, 400 for unknown adapters, and if the model has
+        an adapter and others are named, too.
+        """
+        adapter = None if model is None else self.adapter_of(model)
+        if lora is not None:
+            if adapter is not None:
+                text = f"{model} has an adapter already: name lora with {self.base}, or no model"
+                raise ApiError(400, text, "lora")
+            return self.loras.mix(lora)
+        if model is None:
+            return self.loras.default
+        return () if adapter is None else ((adapter, 1.0),)
+
+    def name_of(self, model: str | None, lora: Sequence[LoraScale] | None) -> str:
+        """The model's name in the answer to a request."""
+        if model is not None or lora is not None:
+            return model or self.base
+        match self.loras.default:
+            case ((adapter, 1.0),):
+                return adapter.model
+            case _:
+                return self.base
+
     def adapter_of(self, model: str | None) -> AdapterRow | None:
         """The adapter of a model name, None for the base model. Errors: ApiError 404."""
-        model = self.default if model is None else model
+        model = self.name_of(None, None) if model is None else model
         if model == self.base:
             return None
         found = self._store.adapter_of_model(model)
@@ -178,23 +213,23 @@ class _Session:
     def __init__(self, llama: ServedLlama, architecture: str, store: Store) -> None:
         self.llama, self._architecture, self._store = llama, architecture, store
         self._loaded: dict[tuple[int, int], Any] = {}
-        self._used: tuple[int, int] | None = None
+        self._used: dict[tuple[int, int], float] = {}
 
-    def use(self, adapter: AdapterRow | None) -> ServedLlama:
-        key = None if adapter is None else (adapter.number, adapter.version)
-        if key != self._used:
-            self._set(None if adapter is None else self._load(adapter))
-            self._used = key
-            self.llama.reset()  # the KV cache is the previous adapter's
+    def use(self, mix: Mix) -> ServedLlama:
+        wanted = {(adapter.number, adapter.version): scale for adapter, scale in mix}
+        if wanted != self._used:
+            self._set([(self._load(adapter), scale) for adapter, scale in mix])
+            self._used = wanted
+            self.llama.reset()  # the KV cache is the previous adapters'
+            for key in list(self._loaded)[: max(0, len(self._loaded) - _MAX_LOADED)]:
+                if key not in wanted:
+                    llama_cpp.llama_adapter_lora_free(self._loaded.pop(key))
         return self.llama
 
     def _load(self, adapter: AdapterRow) -> Any:
         key = (adapter.number, adapter.version)
-        handle = self._loaded.pop(key, None) or self._read(adapter)
-        self._loaded[key] = handle
-        while len(self._loaded) > _MAX_LOADED:
-            llama_cpp.llama_adapter_lora_free(self._loaded.pop(next(iter(self._loaded))))
-        return handle
+        self._loaded[key] = self._loaded.pop(key, None) or self._read(adapter)
+        return self._loaded[key]
 
     def _read(self, adapter: AdapterRow) -> Any:
         with as_file(self._store.adapter_content(adapter.number)) as path:
@@ -204,9 +239,9 @@ class _Session:
             raise AdapterError(f"llama.cpp cannot use {adapter.model}: {reason()}")
         return handle
 
-    def _set(self, handle: Any) -> None:
-        handles = [] if handle is None else [handle]
-        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * len(handles))(*handles)
-        scales = (ctypes.c_float * len(handles))(*[1.0] * len(handles))
-        if call(llama_cpp.llama_set_adapters_lora, self.llama.ctx, adapters, len(handles), scales):
+    def _set(self, mix: Sequence[tuple[Any, float]]) -> None:
+        n = len(mix)
+        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * n)(*(handle for handle, _ in mix))
+        scales = (ctypes.c_float * n)(*(scale for _, scale in mix))
+        if call(llama_cpp.llama_set_adapters_lora, self.llama.ctx, adapters, n, scales):
             raise AdapterError(f"llama.cpp cannot apply the adapter: {reason()}")

@@ -54,8 +54,7 @@ def get_adapter(adapter_id: str, served: Served) -> dict[str, Any]:
 def delete_adapter(adapter_id: str, served: Served) -> dict[str, Any]:
     """Delete an adapter, and the model of its name."""
     adapter = find_adapter(served.store, adapter_id)
-    if adapter.model == served.models.default:
-        raise ApiError(403, "The model that is served cannot be deleted", "adapter")
+    served.check_unused(adapter)
     served.store.delete_adapter(adapter.number)
     return {"id": adapter_id, "object": "adapter", "deleted": True}
 

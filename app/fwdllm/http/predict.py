@@ -19,8 +19,9 @@ from fwdllm.engine.errors import TooLongError
 from fwdllm.http.adapter_engine import Name
 from fwdllm.http.api_error import ApiError
 from fwdllm.http.completions import unless_disconnected
-from fwdllm.http.context import Served
+from fwdllm.http.context import Context, Served
 from fwdllm.http.schemas import MAX_INPUTS, NullIsDefault
+from fwdllm.http.store import AdapterRow
 
 router = APIRouter(tags=["inference"])
 
@@ -102,7 +103,7 @@ async def predict(
     if len(texts) * len(body.labels) > MAX_INPUTS:
         text = f"texts times labels may be {MAX_INPUTS:,}, not {len(texts) * len(body.labels):,}"
         raise ApiError(400, text, "labels")
-    adapter = await run_in_threadpool(served.models.adapter_of, body.model)
+    adapter = await run_in_threadpool(_adapter_of, served, body.model)
     cancelled = threading.Event()
     examples = [Example(text=t, line=i, path="inputs") for i, t in enumerate(texts, 1)]
 
@@ -132,6 +133,18 @@ async def predict(
     answers = [_predictions(body, classified) for classified in found]
     # Hugging Face's clients, which send parameters, want a list of lists in any case.
     return answers[0] if isinstance(body.inputs, str) and body.parameters is None else answers
+
+
+def _adapter_of(served: Context, model: str | None) -> AdapterRow | None:
+    """The adapter to classify with. Errors: ApiError, also for a mix of adapters."""
+    mix = served.models.mix_of(model, None)
+    if not mix:
+        return None
+    [(adapter, scale), *others] = mix
+    if others or scale != 1:
+        text = "requests that name no model use a mix of adapters now, which cannot classify"
+        raise ApiError(400, f"{text}: name a model", "model")
+    return adapter
 
 
 def _predictions(body: PredictRequest, found: Classification) -> list[Prediction]:

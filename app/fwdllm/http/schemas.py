@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from fwdllm.http import limits
 from fwdllm.http.messages import checked
 
 MAX_INPUTS = 2048  # OpenAI's limit of texts in one request
@@ -135,6 +136,18 @@ class ResponseFormat(NullIsDefault):
         return f"response_format.{inner}"
 
 
+class LoraScale(BaseModel):
+    """An adapter for a request, as for llama.cpp's server: its number, and how much it counts."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: Annotated[int, Field(ge=0, lt=2**31)]
+    scale: Annotated[float, Field(ge=-limits.MAX_LORA_SCALE, le=limits.MAX_LORA_SCALE)]
+
+
+LoraScales = Annotated[list[LoraScale], Field(max_length=limits.MAX_LORAS)]
+
+
 class Function(NullIsDefault):
     """A function that a model may call. parameters: a JSON schema.  strict: as ``JsonSchema``."""
 
@@ -164,7 +177,7 @@ class NamedTool(NullIsDefault):
 
 # Fields that ``Llama.create_completion`` does not take, or takes in another form.
 _OURS = {
-    "best_of", "cache_prompt", "echo", "grammar", "logit_bias_type", "logprobs",
+    "best_of", "cache_prompt", "echo", "grammar", "logit_bias_type", "logprobs", "lora",
     "max_completion_tokens", "min_tokens", "model", "n", "prompt", "stream_options", "suffix",
     "user",
 }  # fmt: skip
@@ -192,6 +205,7 @@ class CompletionRequest(GenerationRequest, CreateCompletionRequest):
     temperature: Temperature = 0.8
     repeat_penalty: Penalty = 1.0
     logit_bias: Bias = {}
+    lora: LoraScales | None = None
     stream_options: StreamOptions = StreamOptions()
 
     def options(self) -> dict[str, Any]:
@@ -213,6 +227,7 @@ class ChatRequest(GenerationRequest, CreateChatCompletionRequest):
     temperature: Temperature = 0.8
     repeat_penalty: Penalty = 1.0
     logit_bias: Bias = {}
+    lora: LoraScales | None = None
     response_format: ResponseFormat = ResponseFormat()
     stream_options: StreamOptions = StreamOptions()
     tools: Annotated[list[Tool], Field(max_length=128)] = []
@@ -285,6 +300,7 @@ class EmbeddingRequest(NullIsDefault):
     """Texts to embed. dimensions: the first so many numbers, scaled to length 1 again."""
 
     model: str | None = None
+    lora: LoraScales | None = None
     input: Annotated[
         Annotated[str, Field(min_length=1)]
         | Annotated[

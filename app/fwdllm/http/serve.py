@@ -26,7 +26,8 @@ _KEEP_ALIVE_SECONDS = 75
 
 def run(
     model: str,
-    adapter: Path | None,
+    adapters: Sequence[str],
+    adapter_folder: Path | None,
     host: str,
     port: int,
     api_key: str | None,
@@ -54,7 +55,8 @@ def run(
         model=local_path(model),
         state=state,
         memory_budget=parse_bytes(memory_budget) if memory_budget else _half_of_memory(),
-        adapter=adapter,
+        adapters=tuple(map(named, adapters)),
+        adapter_folder=None if adapter_folder is None else _existing(adapter_folder),
         host=host,
         api_key=api_key,
         runs=runs,
@@ -91,6 +93,20 @@ def _stop_quietly() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def named(text: str) -> tuple[str | None, Path]:
+    """An adapter and its name, None if only a path is given."""
+    name, equals, path = text.partition("=")
+    if not equals or Path(text).exists():
+        return None, Path(text)
+    return name, Path(path)
+
+
+def _existing(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder")
+    return folder.resolve()
 
 
 def is_local(host: str) -> bool:
