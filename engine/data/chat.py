@@ -50,14 +50,14 @@ class ChatTemplate:
         """The text of a conversation. Errors: ModelError if the program fails or refuses it."""
         try:
             found = [as_templates_expect(m, f"message {i}") for i, m in enumerate(messages, 1)]
-            formatter = self.formatter(add_generation_prompt)
-            return str(formatter(messages=self.with_arguments(found), tools=tools or None).prompt)
+            formatter = self._formatter(add_generation_prompt)
+            return str(formatter(messages=self._with_arguments(found), tools=tools or None).prompt)
         except Exception as error:  # a foreign program can raise anything
             raise ModelError(
                 f"the chat template of {self._path} fails on these messages: {error}"
             ) from error
 
-    def formatter(self, add_generation_prompt: bool) -> Any:
+    def _formatter(self, add_generation_prompt: bool) -> Any:
         """llama-cpp-python's Jinja2ChatFormatter of the template; see ``render``."""
         # Kept, because compiling a template takes longer than rendering a conversation.
         if add_generation_prompt not in self._formatters:
@@ -71,7 +71,7 @@ class ChatTemplate:
             self._formatters[add_generation_prompt] = formatter
         return self._formatters[add_generation_prompt]
 
-    def with_arguments(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _with_arguments(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages with calls' arguments as objects or as JSON, as the template wants them."""
         if not any(message.get("tool_calls") for message in messages):
             return messages
@@ -95,7 +95,7 @@ class ChatTemplate:
                 {"role": "assistant", "content": "", "tool_calls": calls},
             ]
             try:
-                return str(self.formatter(False)(messages=messages).prompt)
+                return str(self._formatter(False)(messages=messages).prompt)
             except Exception:  # a foreign program can raise anything
                 return ""
 

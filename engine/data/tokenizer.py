@@ -133,11 +133,6 @@ class Tokenizer:
             return ids
         return [self.bos, *ids]
 
-    def with_bos_text(self, text: str) -> str:
-        """As ``with_bos``, for a text in which names of special tokens are those."""
-        bos = self._text(self.bos)
-        return text if not self.add_bos or text.startswith(bos) else bos + text
-
     def _token(self, token: int) -> int | None:
         return token if 0 <= token < self.n_vocab else None
 
