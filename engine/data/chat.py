@@ -1,8 +1,7 @@
 """Chat templates: a program in a model's file that makes a text of a conversation.
 
-Messages are OpenAI's. llama.cpp's and vLLM's servers render them as here: text parts are joined,
-"developer" is the system, and a call's arguments are an object where the template writes them as
-one.
+Messages are OpenAI's: text parts are joined, "developer" is the system, and a call's arguments,
+JSON in a string, are an object where the template writes them as one.
 """
 
 from __future__ import annotations
