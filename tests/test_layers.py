@@ -9,6 +9,7 @@ import ast
 from collections.abc import Collection, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from places import ROOT
@@ -46,6 +47,12 @@ LLAMA_CPP_TYPES = {
 # The parts that are there to touch the world: the ledger's file, Flower's apps, the HTTP server and
 # the kernels of GPUs.
 WORLDLY = ("protocol/ledger.py", "protocol/flower/", "app/fwdllm/http/", "kernels/triton/")
+
+
+def sources(folder: str) -> list[Path]:
+    """The Python files of a folder, without what `make clients` installs there."""
+    files = sorted((ROOT / folder).rglob("*.py"))
+    return [path for path in files if not {".venv", "node_modules"}.intersection(path.parts)]
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
@@ -138,7 +145,7 @@ def modules() -> dict[str, str]:
     """The source of every module of the package, by the name it is imported with."""
     found = {}
     for package, folder in PACKAGES.items():
-        for path in sorted((ROOT / folder).rglob("*.py")):
+        for path in sources(folder):
             inside = path.relative_to(ROOT / folder).with_suffix("").parts
             if inside[0] != "studies":  # scripts that are not installed
                 name = ".".join((package, *inside)).removesuffix(".__init__")
@@ -167,7 +174,7 @@ def circle(graph: Mapping[str, Collection[str]]) -> list[str]:
 
 
 def test_modules() -> set[str]:
-    return {"tests"} | {path.stem for path in (ROOT / "tests").rglob("*.py")}
+    return {"tests"} | {path.stem for path in sources("tests")}
 
 
 test_modules.__test__ = False  # a helper in spite of its name
@@ -175,7 +182,7 @@ test_modules.__test__ = False  # a helper in spite of its name
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_sources_keep_to_their_layer(folder: str) -> None:
-    files = sorted((ROOT / folder).rglob("*.py"))
+    files = sources(folder)
     assert files
     found = {}
     for path in files:
@@ -190,7 +197,7 @@ def test_sources_keep_to_their_layer(folder: str) -> None:
 def test_llama_cpp_has_one_door(folder: str) -> None:
     found = {
         path.name: opened_beside_the_door(ast.parse(path.read_text(encoding="utf-8")))
-        for path in sorted((ROOT / folder).rglob("*.py"))
+        for path in sources(folder)
         if path.relative_to(ROOT).as_posix() not in DOOR
     }
     assert {path: what for path, what in found.items() if what} == {}

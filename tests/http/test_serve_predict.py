@@ -111,7 +111,7 @@ def test_a_long_text_is_refused_or_cut(server: Server, engine: Engine) -> None:
         ({"inputs": ["x"] * (MAX_INPUTS + 1)}, "inputs", "2,048 texts, not 2,049"),
         ({"inputs": "x", "truncation_direction": "left"}, "truncation_direction", "right"),
         ({"inputs": "x", "raw_scores": 7}, "raw_scores", "boolean"),
-        ({"inputs": "x", "top_k": 1}, "top_k", "not permitted"),
+        ({"inputs": "x", "top_k": 1}, "top_k", "no such field"),
         ({"inputs": "x", "parameters": {"top_k": 0}}, "parameters.top_k", "greater"),
         ({"inputs": "x", "labels": ["a", "b"]}, None, "its own labels"),
     ],
