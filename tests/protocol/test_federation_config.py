@@ -327,3 +327,13 @@ def test_a_preset_without_rounds_is_refused() -> None:
     for name in PRESETS:
         with pytest.raises(ConfigError, match="rounds"):
             preset(name)
+
+
+def test_what_an_older_version_recorded_is_as_it_was() -> None:
+    """It took names of special tokens in raw text as text, and did not say so."""
+    older = make().recorded() | {"rounds": 3}
+    assert older.pop("literal") is False
+    config = FederationConfig.from_recorded(older)
+    assert config.literal
+    assert config.recorded() == older
+    assert not FederationConfig.from_recorded(make().recorded()).literal
