@@ -6,8 +6,8 @@
 #
 # Needs Debian, for the compiler and for an ARM Python of the same release. That Python, its packages
 # and a llama.cpp are fetched and built in FOLDER (600 MB; a temporary one if none is given) and found
-# there by the next run: two cores take 20 minutes the first time, most of it for llama.cpp.
-# Nothing is installed.
+# there by the next run: two idle cores take about half an hour the first time, most of it for
+# llama.cpp. Nothing is installed.
 set -euo pipefail
 
 missing=
