@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 from case_models import make_models, models
+from hostile import hostile
 from places import SHARED
 
 if TYPE_CHECKING:
     from cli_runs import Cli
 
-__all__ = ["make_models", "models"]  # fixtures
+__all__ = ["hostile", "make_models", "models"]  # fixtures
 
 # Triton reads this when it is imported, in the processes that tests start, too. Its interpreter
 # runs on NumPy; with it set, a machine's GPU would not be tested.
