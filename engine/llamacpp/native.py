@@ -152,12 +152,13 @@ class Llama(llama_cpp.Llama):
     others as of the base class.
     """
 
-    def __init__(self, model_path: str, **options: Any) -> None:
+    def __new__(cls, model_path: str, **_options: Any) -> Llama:
+        # Not in __init__: the base class cannot free what was not opened.
         file = GGUFFile.open(model_path)
         check_model(file)
         _check(file)
         trial.check(file.paths, trial.WEIGHTS, extra_buffers())
-        super().__init__(model_path, **options)
+        return super().__new__(cls)
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         """The token ids of a text, see ``native.tokenize``."""

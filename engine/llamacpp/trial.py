@@ -33,7 +33,7 @@ _CHARACTERS = (*range(1, 0x700), *range(0x2000, 0x2100), 0x4E2D, 0xAC00, 0xFFFD,
 _POOLING_MEAN = 1  # LLAMA_POOLING_TYPE_MEAN
 
 _trials = Child("fwdllm.engine.llamacpp.trial:run", 0, forks=True)
-_passed: set[str] = set()  # in this process
+_known: dict[str, str] = {}  # in this process: "" or what llama.cpp dies of
 
 
 def check(paths: tuple[Path, ...], stage: str, extra_buffers: bool) -> None:
@@ -45,9 +45,9 @@ def check(paths: tuple[Path, ...], stage: str, extra_buffers: bool) -> None:
     if _is_ours(paths[0]):
         return
     key = _key(paths, stage, extra_buffers)
-    if key in _passed:
-        return
-    if key not in probe.remembered(_FILE):
+    if key not in _known and key in probe.remembered(_FILE):
+        _known[key] = ""
+    if key not in _known:
         nbytes = sum(path.stat().st_size for path in paths)
         request = {
             "path": str(paths[0]),
@@ -58,13 +58,17 @@ def check(paths: tuple[Path, ...], stage: str, extra_buffers: bool) -> None:
         try:
             _trials.ask(request, _SECONDS + nbytes / _BYTES_A_SECOND)
         except ChildError as error:
-            raise ModelError(
-                f"llama.cpp cannot use {paths[0]}, as a trial in a process of its own shows: {error}"
-            ) from error
+            _known[key] = str(error)
         except OSError:  # no process can be started here, so there is none to try it in
             return
-        probe.remember(_FILE, key, stage, _REMEMBERED)
-    _passed.add(key)
+        else:
+            _known[key] = ""
+            probe.remember(_FILE, key, stage, _REMEMBERED)
+    if _known[key]:
+        raise ModelError(
+            f"llama.cpp cannot use {paths[0]}, as a trial in a process of its own shows: "
+            f"{_known[key]}"
+        )
 
 
 def run(request: dict[str, Any]) -> None:
