@@ -180,7 +180,7 @@ class _Running:
 
 def main(target: str, memory: int, forks: bool) -> None:
     """What the process does: answer the requests of standard input until there are no more."""
-    _leave_no_core()
+    leave_no_core()
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # what libraries print is no answer
     module, _, name = target.partition(":")
@@ -260,7 +260,7 @@ def _limit_memory(memory: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
 
 
-def _leave_no_core() -> None:
+def leave_no_core() -> None:
     """Turn off core dumps: a crash is expected here, and the memory is of no use."""
     with contextlib.suppress(ImportError):  # not Unix
         import resource

@@ -42,7 +42,7 @@ REFUSED = {
 @pytest.fixture(autouse=True)
 def little_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """As what takes time without end should here."""
-    monkeypatch.setattr(trial, "_SECONDS", 2.0)
+    monkeypatch.setattr(trial, "SECONDS", 2.0)
 
 
 @pytest.fixture
