@@ -116,6 +116,11 @@ _METHODS = {
 }
 
 
+# A step of more tokens than this is announced, as nothing is said while it goes. The first tokens
+# that are evaluated tell its speed only if they are so many that the start does not matter.
+_LARGE_STEP, _TYPICAL = 500_000, 1000
+
+
 class _Follower:
     """Shows the events of ``tuning_progress``."""
 
@@ -124,6 +129,7 @@ class _Follower:
         self._task = bar.add_task("reading", total=None, status="")
         self._clock = time.perf_counter()
         self._steps = 0
+        self._step_tokens = 0
         self._durations: list[float] = []
         self._loss: float | None = None
         self._held_out: float | None = None
@@ -142,6 +148,8 @@ class _Follower:
             self._loss, self._speed = event.loss, event.n_tokens / seconds
             self._show(event.step)
         elif isinstance(event, EvalResult):
+            if self._held_out is None:
+                self._announce_large_steps(event.n_tokens, now - self._clock)
             self._held_out = event.loss
             self._show(event.step)
             if not self._console.is_terminal:
@@ -149,7 +157,7 @@ class _Follower:
         self._clock = now
 
     def _start(self, event: Started) -> None:
-        self._steps = event.steps
+        self._steps, self._step_tokens = event.steps, event.step_tokens
         self._bar.update(self._task, description="tuning", total=event.steps, completed=event.step)
         for path in event.damaged:
             self._say(f"passed over {path}, a damaged checkpoint")
@@ -159,6 +167,15 @@ class _Follower:
             f"{event.n_held_out:,} held out"
         )
         self._say(f"method {event.method}: {_METHODS[event.method]}")
+
+    def _announce_large_steps(self, n_evaluated: int, seconds: float) -> None:
+        if self._step_tokens < _LARGE_STEP:
+            return
+        line = f"every step computes some {self._step_tokens:,} tokens"
+        if n_evaluated >= _TYPICAL:
+            expected = self._step_tokens / n_evaluated * seconds
+            line += f": {expected:,.0f} s at the speed of the evaluation"
+        self._say(line)
 
     def _show(self, step: int) -> None:
         self._bar.update(self._task, completed=step, status=self._status())
