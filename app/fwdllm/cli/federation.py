@@ -170,9 +170,12 @@ def replay(
 ) -> None:
     """Make the adapter again from an empty one and the clients' contributions alone."""
     from fwdllm.engine.adapters.io import save_gguf
+    from fwdllm.engine.files import check_destination
     from fwdllm.protocol import replay as replay_module
     from fwdllm.protocol.ledger import NAME, Ledger, theta_hash
 
+    if output is not None:
+        check_destination(output)
     with Ledger(run_dir / NAME) as record:
         replica = replay_module.replay(record)
     if output is not None:

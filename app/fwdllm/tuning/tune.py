@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -355,7 +356,9 @@ def _follow(
             clock = time.perf_counter()
     except BaseException:
         if work.step == 0 and not run.damaged:  # there is nothing to resume
-            shutil.rmtree(run.path, ignore_errors=True)
+            with contextlib.suppress(ConfigError):
+                run.check()
+                shutil.rmtree(run.path, ignore_errors=True)
         raise
     return work
 
