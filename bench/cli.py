@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fwdllm.cli.console import Backend, Model, parse_layers, print_json
+from fwdllm.cli.console import Backend, Model, Terminal, parse_layers, print_json, say
 from fwdllm.resources import parse_bytes
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def make_model(
     from fwdllm.bench.shapes import type_named
 
     make_named(output, shape, type_named(type), seed)
-    print(output)
+    say(output)
 
 
 @app.command()
@@ -232,9 +232,7 @@ def serve(
 
 def _status() -> Status:
     """What is shown on stderr while a measurement runs, if that is a terminal."""
-    from rich.console import Console
-
-    return Console(stderr=True).status("measuring")
+    return Terminal(stderr=True).status("measuring")
 
 
 Render = Callable[[Mapping[str, Any]], "RenderableType"]

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 
+from fwdllm.cli.console import Terminal
 from fwdllm.engine.backends import OWN
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.files import atomic_write
@@ -180,11 +181,11 @@ def _range(bounds: tuple[float, float], form: str) -> str:
 
 def show(*parts: RenderableType) -> None:
     """Print on stdout; in a file or pipe, lines are ``_FILE_WIDTH`` wide."""
-    console = Console()
+    console = Terminal()
     if not console.is_terminal:
-        console = Console(width=_FILE_WIDTH)
+        console = Terminal(width=_FILE_WIDTH)
     for part in parts:
-        console.print(part, highlight=False)
+        console.print(part)
 
 
 def _table(*columns: str) -> Table:

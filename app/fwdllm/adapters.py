@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from fwdllm.engine.adapters.io import save_gguf, save_peft
+from fwdllm.engine.adapters.peft import CONFIG_FILE, HEAD_FILE, WEIGHTS_FILE
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import ConfigError
-from fwdllm.engine.files import check_destination
+from fwdllm.engine.files import check_destination, temporary_folder
 from fwdllm.hub import local_path
 
 _Path = str | os.PathLike[str]
@@ -37,10 +37,13 @@ def check_output(name: _Path) -> None:
     path = Path(name)
     if not is_peft(name):
         check_destination(path)
-    elif path.exists() and not path.is_dir():
+    elif path.is_dir():
+        for file in (WEIGHTS_FILE, HEAD_FILE, CONFIG_FILE):
+            check_destination(path / file)
+    elif path.exists():
         raise ConfigError(f"cannot write the folder {path}: there is a file of that name")
-    elif not path.parent.is_dir():
-        raise ConfigError(f"cannot write {path}: the folder {path.parent} does not exist")
+    else:
+        check_destination(path)
 
 
 def write_adapter(engine: Engine, name: _Path) -> Path:
@@ -82,8 +85,8 @@ def as_gguf(adapter: _Path, model: _Path) -> Iterator[Path]:
     if not path.is_dir() and path.suffix != ".safetensors":
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="fwdllm-") as folder:
-        yield export(path, Path(folder) / "adapter.gguf", model)
+    with temporary_folder() as folder:
+        yield export(path, folder / "adapter.gguf", model)
 
 
 def _base_model(engine: Engine) -> str:

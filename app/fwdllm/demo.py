@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from fwdllm.engine.data.jsonl import read_jsonl
 from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.files import temporary_folder
 from fwdllm.engine.settings import LoRAConfig
 from fwdllm.inference import generate
 from fwdllm.protocol.config import TrainConfig
@@ -115,9 +115,9 @@ def run_demo(
     model = _model(demo)
     folder = folder or _new_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as temporary:
+    with temporary_folder() as temporary:
         data, eval_data = (
-            _data(demo, f"pirate.{part}.jsonl", Path(temporary)) for part in ("train", "valid")
+            _data(demo, f"pirate.{part}.jsonl", temporary) for part in ("train", "valid")
         )
         result = tune(
             model,

@@ -12,8 +12,8 @@ from importlib import metadata
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from fwdllm.engine.llamacpp import probe
 from fwdllm.engine.memory.system import available_bytes, limit_bytes
@@ -94,7 +94,7 @@ def render(report: Mapping[str, Any]) -> RenderableType:
             f"(FWDLLM_ISA could be {others or 'nothing else'})",
         )
     else:
-        table.add_row("our kernels", f"[red]do not work[/red]: {escape(kernels['error'])}")
+        table.add_row("our kernels", Text.assemble(("do not work", "red"), f": {kernels['error']}"))
     amounts = [f"{_gigabytes(memory['total_bytes'])} in all"]
     amounts += [
         f"{_gigabytes(memory[key])} {word}"
@@ -102,21 +102,21 @@ def render(report: Mapping[str, Any]) -> RenderableType:
         if memory[key] is not None
     ]
     table.add_row("memory", ", ".join(amounts))
-    why = escape(f" ({llama['reason']})") if llama["reason"] else ""
+    why = f" ({llama['reason']})" if llama["reason"] else ""
     color = {probe.FULL: "green", probe.PLAIN: "yellow"}.get(llama["state"], "red")
-    table.add_row("llama.cpp", f"[{color}]{llama['meaning']}[/{color}]{why}")
+    table.add_row("llama.cpp", Text.assemble((llama["meaning"], color), why))
     if why:
         table.add_row("", probe.REBUILD)
-    table.add_row("", escape(llama["library"]))
-    table.add_row("", escape(llama["system"]))
+    table.add_row("", llama["library"])
+    table.add_row("", llama["system"])
     for name, line in report["compilers"].items():
-        table.add_row(name, escape(line))
+        table.add_row(name, line)
     for name, version in report["libraries"].items():
         table.add_row(name, version or "not installed")
     table.add_row("GPU", "; ".join(report["gpus"]) or "none (no nvidia-smi that answers)")
     for extra, missing in report["extras"].items():
-        without = escape(f"pip install 'fwdllm[{extra}]' brings {', '.join(missing)}")
-        table.add_row(escape(f"[{extra}]"), without if missing else "installed")
+        without = f"pip install 'fwdllm[{extra}]' brings {', '.join(missing)}"
+        table.add_row(f"[{extra}]", without if missing else "installed")
     return Group(table)
 
 

@@ -18,7 +18,7 @@ from fwdllm.engine.backends import choose
 from fwdllm.engine.data.messages import Message
 from fwdllm.engine.data.tokenizer import Tokenizer
 from fwdllm.engine.errors import AdapterError, ConfigError, ModelError
-from fwdllm.engine.files import atomic_write
+from fwdllm.engine.files import atomic_write, check_destination
 from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.hub import local_path
 from fwdllm.merging import Merged, merge
@@ -48,6 +48,9 @@ def export_ollama(
     ``merging.merge``.
     data: for a merged model: a JSONL file to evaluate before and after.
     Errors: those of ``merging.merge``.
+
+    A folder is complete once it has its Modelfile: that of an earlier export is taken away before
+    anything else changes, and put back if this one fails.
     """
     folder, base = Path(folder), local_path(model).absolute()
     if not all(character.isprintable() for character in str(base)):
@@ -58,6 +61,10 @@ def export_ollama(
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot make the folder {folder}: {error.strerror}") from error
+    modelfile = folder / MODELFILE
+    check_destination(modelfile)
+    before = modelfile.read_bytes() if modelfile.exists() else None
+    modelfile.unlink(missing_ok=True)
     try:
         if merged is None:
             _write_adapter(adapter, folder / ADAPTER, base)
@@ -67,9 +74,11 @@ def export_ollama(
             made = merge(adapter, folder / MODEL, base, merged, data)
             result = Merged(folder, made.loss_before, made.loss_after)
             lines = f"FROM ./{MODEL}\n"
-        with atomic_write(folder / MODELFILE) as temporary:
+        with atomic_write(modelfile) as temporary:
             temporary.write_text(lines + template, encoding="utf-8")
     except BaseException:
+        if before is not None:
+            modelfile.write_bytes(before)
         if is_new:
             shutil.rmtree(folder, ignore_errors=True)
         raise

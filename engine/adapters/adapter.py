@@ -154,9 +154,16 @@ class Adapter:
 
         Element i of theta inside an A is element i of the normal stream of ``seed`` (a 64-bit
         integer) divided by sqrt(n_in), so that equal seeds give equal adapters everywhere.
-        Errors: ConfigError as ``layout``.
+        Errors: ConfigError as ``layout``, and for a rank that no target has.
         """
-        return cls.empty(architecture, layout(shapes, config), config, seed, ops, head)
+        targets = layout(shapes, config)
+        most = max(min(target.n_in, target.n_out) for target in targets)
+        if config.rank > most:
+            raise ConfigError(
+                f"rank {config.rank} is more than {most}, the smaller side of the largest target: "
+                "a higher rank adds nothing that B A can express"
+            )
+        return cls.empty(architecture, targets, config, seed, ops, head)
 
     @classmethod
     def empty(

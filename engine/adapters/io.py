@@ -7,22 +7,29 @@ is metadata, because llama.cpp refuses a file with tensors it does not know.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFType, GGUFWriter, Keys
+from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFType, GGUFValueType, GGUFWriter, Keys
 
 from fwdllm.engine.adapters.adapter import LAYOUT_VERSION, Adapter, Head
 from fwdllm.engine.adapters.peft import read_peft, save_peft
-from fwdllm.engine.adapters.stored import StoredAdapter, assemble, check_inside_layers
+from fwdllm.engine.adapters.stored import (
+    StoredAdapter,
+    assemble,
+    check_fit,
+    check_inside_layers,
+    check_values,
+)
 from fwdllm.engine.errors import AdapterError, ConfigError, ModelError, NumericsError
 from fwdllm.engine.files import atomic_write
 from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.kernels.api import Kernels
 from fwdllm.kernels.types import Weight
 
-__all__ = ["load_adapter", "open_gguf_adapter", "read_adapter", "save_gguf", "save_peft"]
+__all__ = ["check_gguf_adapter", "load_adapter", "read_adapter", "save_gguf", "save_peft"]
 
 KEY_LAYOUT_VERSION = "fwdllm.layout_version"
 KEY_HEAD_LABELS = "fwdllm.head.labels"
@@ -31,6 +38,8 @@ KEY_HEAD_BIAS = "fwdllm.head.bias"
 
 SUFFIX_A = ".weight.lora_a"
 SUFFIX_B = ".weight.lora_b"
+# mergekit adds norms, which llama.cpp skips, too.
+_NORM = re.compile(r"[\w.]+_norm\.weight", re.ASCII)
 
 
 def save_gguf(adapter: Adapter, path: str | Path) -> None:
@@ -95,18 +104,26 @@ def read_adapter(
     """The factors in a file, as ``load_adapter`` reads them, whether they fit the model or not."""
     path = Path(path)
     if path.is_dir() or path.suffix == ".safetensors":
-        return read_peft(path, architecture, n_heads, n_kv_heads)
-    return _read_gguf(path, architecture)
+        stored = read_peft(path, architecture, n_heads, n_kv_heads)
+    else:
+        stored = _read_gguf(path, architecture)
+    check_values(stored)
+    return stored
 
 
-def open_gguf_adapter(path: str | Path, architecture: str) -> GGUFFile:
-    """Open a GGUF file and check that it is a LoRA adapter for layers of this architecture.
+def check_gguf_adapter(
+    path: str | Path, architecture: str, shapes: Mapping[str, tuple[int, int]]
+) -> None:
+    """Check a GGUF file before llama.cpp reads it, which ends the process on some.
 
-    Errors: AdapterError if not, or if the file is damaged.
+    architecture, shapes: as ``load_adapter``, of the model that it is to be applied to.
+    Errors: AdapterError if it is damaged, no LoRA adapter, or for another model.
     """
-    file = _open_gguf(path, architecture)
-    check_inside_layers(file.path, (name for name in file.tensors if _is_half(name)))
-    return file
+    stored = _read_gguf(Path(path), architecture)
+    check_values(stored)
+    check_inside_layers(stored.path, stored.pairs)
+    for name, (a, b) in stored.pairs.items():
+        check_fit(stored.path, name, a, b, shapes)
 
 
 def _open_gguf(path: str | Path, architecture: str) -> GGUFFile:
@@ -123,6 +140,12 @@ def _open_gguf(path: str | Path, architecture: str) -> GGUFFile:
         raise AdapterError(f"{path} is for {found!r} models, but this model is {architecture!r}")
     if Keys.Adapter.ALORA_INVOCATION_TOKENS in file.metadata:
         raise AdapterError(f"{path} is an activated LoRA (aLoRA), which is not supported")
+    layout = file.metadata.get(KEY_LAYOUT_VERSION, LAYOUT_VERSION)
+    if type(layout) is not int or layout != LAYOUT_VERSION:
+        raise AdapterError(
+            f"{path} has the layout {layout!r}, but only {LAYOUT_VERSION} is known: it is damaged, "
+            "or made by a newer fwdllm"
+        )
     return file
 
 
@@ -149,24 +172,25 @@ def _read_gguf(path: Path, architecture: str) -> StoredAdapter:
 
 
 def _read_alpha(file: GGUFFile) -> float | None:
+    key = Keys.Adapter.LORA_ALPHA
+    kind = file.metadata.types.get(key, GGUFValueType.FLOAT32)
+    alpha = file.number(key, 0.0)
+    if kind != GGUFValueType.FLOAT32:  # on others llama.cpp ends the process
+        raise AdapterError(f"{file.path}: its alpha is {kind.name}, not FLOAT32")
+    if alpha < 0:
+        raise AdapterError(f"{file.path}: its alpha is {alpha}, which is no scale")
     # llama.cpp takes a missing alpha and an alpha of 0 as "no scale".
-    return file.number(Keys.Adapter.LORA_ALPHA, 0.0) or None
+    return alpha or None
 
 
 def _read_pairs(file: GGUFFile) -> dict[str, tuple[Weight, Weight]]:
-    if sum(tensor.nbytes for tensor in file.tensors.values()) > file.nbytes:
-        raise AdapterError(f"{file.path} is damaged: its tensors overlap")
     names = []
     for name in file.tensors:
-        if _is_half(name):
+        if name.endswith((SUFFIX_A, SUFFIX_B)):
             names.append(name[: -len(SUFFIX_A)])
-        elif not name.endswith("_norm.weight"):  # mergekit adds norms; llama.cpp skips them too
+        elif not _NORM.fullmatch(name):
             raise AdapterError(f"{file.path} holds {name!r}, which is not a LoRA tensor")
     return {name: (_half(file, name, SUFFIX_A), _half(file, name, SUFFIX_B)) for name in names}
-
-
-def _is_half(name: str) -> bool:
-    return name.endswith((SUFFIX_A, SUFFIX_B))
 
 
 def _half(file: GGUFFile, name: str, suffix: str) -> Weight:

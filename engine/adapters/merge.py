@@ -112,7 +112,9 @@ def _changes(model: GGUFFile, adapter: StoredAdapter) -> dict[str, _Change]:
             check_fit(adapter.path, name, a, b, shapes)
             left, right, rank = dequantize(b), dequantize(a), a.n_out
         scale = 1.0 if adapter.alpha is None else adapter.alpha / rank
-        changes[f"{name}.weight"] = _Change(np.float32(scale) * left, np.ascontiguousarray(right))
+        with np.errstate(over="ignore"):  # what it gives is looked at
+            left = np.float32(scale) * left
+        changes[f"{name}.weight"] = _Change(left, np.ascontiguousarray(right))
     return changes
 
 
@@ -211,8 +213,8 @@ def _blocks(model: BinaryIO, output: _Output) -> Iterator[bytes]:
     for first in range(0, n_out, step):
         end = min(first + step, n_out)
         data = np.frombuffer(model.read((end - first) * row), np.uint8).reshape(end - first, row)
-        values = quants.dequantize(data, source.type) + change.left[first:end] @ change.right
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = quants.dequantize(data, source.type) + change.left[first:end] @ change.right
             rounded = quants.quantize(values, output.info.type)
         if not np.isfinite(quants.dequantize(rounded.view(np.uint8), output.info.type)).all():
             raise NumericsError(

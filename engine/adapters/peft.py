@@ -3,14 +3,19 @@
 Names and formats: https://huggingface.co/docs/peft/developer_guides/checkpoint. A
 classification head goes into a file of its own, because PEFT's classifiers read other
 features than ours: one must not be loaded as the other.
+
+The files of a folder are replaced one after another, and a process can die in between. So the
+weights say what they were saved with, in metadata that PEFT passes over, and are refused beside
+anything else. Other files in the folder are the user's, and stay.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +25,14 @@ from fwdllm.engine.adapters import safetensors
 from fwdllm.engine.adapters.adapter import Adapter, Head
 from fwdllm.engine.adapters.stored import StoredAdapter, check_inside_layers
 from fwdllm.engine.errors import AdapterError, ConfigError, NumericsError
-from fwdllm.engine.files import atomic_write
+from fwdllm.engine.files import atomic_write, sha256
 from fwdllm.kernels.types import Weight
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 HEAD_FILE = "fwdllm_head.safetensors"
 HEAD_LABELS = "labels"
+COMPANIONS = "fwdllm.saved_with"
 MAX_CONFIG_BYTES = 1 << 20
 
 _DECODER = {
@@ -93,16 +99,22 @@ def save_peft(
         module = f"base_model.model.{_module(adapter.architecture, target.layer, suffix)}"
         arrays[f"{module}.lora_A.weight"] = factors.a
         arrays[f"{module}.lora_B.weight"] = factors.b[np.argsort(order)]
-    config = json.dumps(_config(adapter, base_model_name), indent=2, sort_keys=True) + "\n"
+    config = _config(adapter, base_model_name)
     folder = Path(folder)
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot make the folder {folder}: {error.strerror}") from error
-    safetensors.write(folder / WEIGHTS_FILE, arrays, {"format": "pt"})
-    with atomic_write(folder / CONFIG_FILE) as temporary:
-        temporary.write_text(config, encoding="utf-8")
-    _save_head(adapter, folder / HEAD_FILE)
+    # All are written before the first takes its place: the weights, as contexts end inside out.
+    with (
+        atomic_write(folder / CONFIG_FILE) as new_config,
+        _head_file(adapter, folder / HEAD_FILE) as new_head,
+        atomic_write(folder / WEIGHTS_FILE) as new_weights,
+    ):
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        new_config.write_text(text, encoding="utf-8")
+        companions = _companions(config, None if new_head is None else sha256(new_head))
+        safetensors.write(new_weights, arrays, {"format": "pt", COMPANIONS: companions})
 
 
 def read_peft(path: Path, architecture: str, n_heads: int, n_kv_heads: int) -> StoredAdapter:
@@ -130,6 +142,7 @@ def read_peft(path: Path, architecture: str, n_heads: int, n_kv_heads: int) -> S
         raise AdapterError(f"{weights}: {error}") from error
     ranks = {a.n_out for a, _ in pairs.values()}
     alpha = _alpha(weights.parent / CONFIG_FILE, config, ranks)
+    _check_companions(weights, file.metadata, config)
     head, values = _read_head(weights.parent / HEAD_FILE)
     return StoredAdapter(weights, pairs, alpha, head, values)
 
@@ -203,14 +216,42 @@ def _target_modules(adapter: Adapter) -> list[str]:
     return sorted(_module(adapter.architecture, t.layer, _suffix(t.name)) for t in targets)
 
 
-def _save_head(adapter: Adapter, path: Path) -> None:
+@contextlib.contextmanager
+def _head_file(adapter: Adapter, path: Path) -> Iterator[Path | None]:
+    """As ``atomic_write``, with the head written; None, and no file at the end, without a head."""
     if adapter.head is None:
+        yield None
         path.unlink(missing_ok=True)  # left by an adapter saved here before
         return
     labels = adapter.head.labels
     weight, bias = np.split(adapter.theta[adapter.n_lora :], [adapter.head.n_weight])
     arrays = {"weight": weight.reshape(len(labels), -1), "bias": bias}
-    safetensors.write(path, arrays, {HEAD_LABELS: json.dumps(labels)})
+    with atomic_write(path) as temporary:
+        safetensors.write(temporary, arrays, {HEAD_LABELS: json.dumps(labels)})
+        yield temporary
+
+
+def _companions(config: Mapping[str, Any], head: str | None) -> str:
+    """What weights need beside them: the scale of a configuration, the SHA-256 of a head's file."""
+    found = {name: config.get(name) for name in ("r", "lora_alpha", "use_rslora")}
+    return json.dumps({**found, "head": head}, sort_keys=True)
+
+
+def _check_companions(
+    weights: Path, metadata: Mapping[str, str], config: Mapping[str, Any]
+) -> None:
+    if COMPANIONS not in metadata:  # PEFT's own, or saved by an older version
+        return
+    head = weights.parent / HEAD_FILE
+    try:
+        found = _companions(config, sha256(head) if head.exists() else None)
+    except OSError as error:
+        raise AdapterError(f"cannot read {head}: {error}") from error
+    if found != metadata[COMPANIONS]:
+        raise AdapterError(
+            f"{weights} was not saved with the {CONFIG_FILE} and {HEAD_FILE} beside it: saving was "
+            "interrupted, or one was changed; save the adapter again"
+        )
 
 
 def _read_head(path: Path) -> tuple[Head | None, np.ndarray | None]:

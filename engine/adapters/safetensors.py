@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from fwdllm.engine.errors import AdapterError
-from fwdllm.engine.files import atomic_write
 from fwdllm.kernels.types import QuantType, Weight
 
 # The types LoRA factors come in.
@@ -74,7 +73,7 @@ def read(path: Path) -> SafetensorsFile:
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write arrays as F32 tensors, in order of name; equal input gives equal bytes."""
+    """Write arrays as F32 tensors into a new file, in order of name; equal input, equal bytes."""
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
     for name, array in sorted(arrays.items()):
@@ -83,7 +82,7 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % ALIGNMENT)  # so that readers can map the data aligned
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
+    with path.open("wb") as file:
         file.write(len(encoded).to_bytes(LENGTH_BYTES, "little"))
         file.write(encoded)
         for _, array in sorted(arrays.items()):

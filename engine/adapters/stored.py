@@ -15,6 +15,7 @@ import numpy as np
 from fwdllm.engine.adapters.adapter import Adapter, Head, by_layer, layout
 from fwdllm.engine.errors import AdapterError, ConfigError
 from fwdllm.engine.settings import LoRAConfig
+from fwdllm.kernels import reference
 from fwdllm.kernels.api import Kernels
 from fwdllm.kernels.types import Weight
 
@@ -66,8 +67,8 @@ def assemble(
 ) -> Adapter:
     """Lay the factors out for the model with these ``shapes`` (see ``adapter.layout``).
 
-    Errors: AdapterError if the adapter is for another model, has a different rank in different
-    tensors or different targets in different layers, or holds values that are not finite.
+    Errors: AdapterError if the adapter is for another model, or has a different rank in different
+    tensors or different targets in different layers.
     """
     rank = _common_rank(stored)
     for name, (a, b) in stored.pairs.items():
@@ -85,14 +86,10 @@ def assemble(
     if stored.head_values is not None:
         parts.append(stored.head_values)
     theta = np.concatenate(parts).astype(np.float32, copy=False)
-    if not np.isfinite(theta).all():
-        raise AdapterError(f"{stored.path} is damaged: it holds values that are not finite")
     return Adapter(architecture, config, targets, theta, ops, stored.head)
 
 
 def _common_rank(stored: StoredAdapter) -> int:
-    if not stored.pairs:
-        raise AdapterError(f"{stored.path} holds no LoRA tensors")
     ranks = {a.n_out for a, _ in stored.pairs.values()}
     if len(ranks) > 1:
         found = ", ".join(str(rank) for rank in sorted(ranks))
@@ -119,6 +116,21 @@ def check_fit(
             f"{path} adapts {name!r} as {b.n_out} x {a.n_in}, but it is {n_out} x {n_in} in "
             "this model; it was made for another model"
         )
+
+
+def check_values(stored: StoredAdapter) -> None:
+    """AdapterError for an adapter without factors, or with a value that is not finite."""
+    if not stored.pairs:
+        raise AdapterError(f"{stored.path} holds no LoRA tensors")
+    finite = all(
+        np.isfinite(reference.dequantize(half)).all()
+        for factors in stored.pairs.values()
+        for half in factors
+    )
+    if stored.head_values is not None:
+        finite = finite and bool(np.isfinite(stored.head_values).all())
+    if not finite:
+        raise AdapterError(f"{stored.path} is damaged: it holds values that are not finite")
 
 
 def _check_head(stored: StoredAdapter, shapes: Mapping[str, tuple[int, int]]) -> None:

@@ -13,6 +13,11 @@ from fwdllm.engine.estimators import backprop
 from fwdllm.engine.estimators.lanes import head_gradient, lane_losses
 from fwdllm.engine.estimators.plan import Plan, Probe, example_seeds, plan
 from fwdllm.engine.graph import Graph, Variants
+from fwdllm.engine.settings import DEFAULT_EPSILON
+
+# A label's losses are equal in two lanes by chance about once in some thousand times; that so many
+# are does not happen. Below this loss, in nats, labels are learned to the last bit and equal, too.
+_LEAST_COMPARED, _NOTHING_TO_LEARN = 8, 1e-3
 
 
 def of_batch(
@@ -34,6 +39,7 @@ def of_batch(
     nll, features = _losses(graph, batch, p, directions)
     losses = nll.mean(axis=1)
     loss = p.loss(losses)
+    _check_moved(p, nll, loss)
     if not np.isfinite(loss):
         raise NumericsError(
             f"the loss is {loss}: the model, the adapter or epsilon {epsilon} is out of range"
@@ -63,16 +69,35 @@ def of_groups(
     p = plan(own, method, epsilon, directions.distribution, batch.classes is not None)
     nll, features = _losses(graph, batch, p, directions)
     sums, found, first = batch.sums_by_sequence(nll), [], 0
+    owners = batch.label_sequence if batch.classes is None else np.arange(batch.n_sequences)
     for size, mine in zip(sizes, seeds, strict=True):
         group = batch.sequences(first, first + size)
         # A copy, so that the order of the sum is the same wherever the group lies.
         losses = np.ascontiguousarray(sums[:, first : first + size]).sum(axis=1) / group.n_labels
+        inside = (owners >= first) & (owners < first + size)
+        _check_moved(p, nll[:, inside], p.loss(losses))
         part = None if features is None else features[first : first + size]
         gradient = head_gradient(graph, group, part)
         n_tokens = _lane_tokens(graph, group, p, directions)
         found.append(Probe(p.loss(losses), mine, p.derivative(losses), gradient, n_tokens))
         first += size
     return found
+
+
+def _check_moved(p: Plan, nll: np.ndarray, loss: float) -> None:
+    """NumericsError if no difference of a finite-difference step is other than zero.
+
+    nll: float64 [n_lanes, n_labels].
+    """
+    if p.method not in ("central", "forward-difference") or not loss > _NOTHING_TO_LEARN:
+        return
+    compared = nll[int(p.plain) :]
+    if compared.size < _LEAST_COMPARED or (compared != nll[0]).any():
+        return
+    raise NumericsError(
+        f"a step of epsilon {p.epsilon:g} along any direction changes no loss at all, so that "
+        f"nothing is learned: it is lost in rounding; the default is {DEFAULT_EPSILON:g}"
+    )
 
 
 def _losses(

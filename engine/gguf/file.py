@@ -6,7 +6,6 @@ import math
 import mmap
 import os
 import stat
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from fwdllm.engine.errors import ModelError, UnsupportedError
 from fwdllm.engine.gguf import split
 from fwdllm.engine.gguf.dimensions import fitted
-from fwdllm.engine.gguf.header import TensorInfo, read_header
+from fwdllm.engine.gguf.header import Metadata, TensorInfo, read_header
 from fwdllm.kernels.types import SUPPORTED_TYPES, QuantType, Weight
 
 VECTOR_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
@@ -38,7 +37,7 @@ class GGUFFile:
 
     paths: tuple[Path, ...]
     version: int
-    metadata: Mapping[str, Any]
+    metadata: Metadata
     tensors: dict[str, TensorInfo]
     mappings: tuple[mmap.mmap, ...]
 

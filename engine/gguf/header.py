@@ -31,9 +31,10 @@ MAX_DIMS = 4
 MAX_ELEMENTS = 2**63 - 1  # ggml counts in int64
 
 # Our own limits, so that a hostile file costs seconds at worst. A vocabulary of 262k tokens with
-# its merges takes 17 MB, and models have some thousands of tensors.
+# its merges takes 17 MB, and models have some thousands of tensors. llama.cpp compares each entry
+# with each: at most these take it a second.
 MAX_HEADER_BYTES = 1 << 26
-MAX_ENTRIES = 1 << 17
+MAX_ENTRIES = 1 << 14
 
 # Rows interleaved for a processor, which is now done when a file is loaded.
 REMOVED_TYPES = {
@@ -101,11 +102,19 @@ class Metadata(Mapping[str, Any]):
     vocabulary takes longer to decode than the rest of the file to open: arrays of strings
     to tuple[str, ...], others to read-only NumPy arrays of the stored type.
 
+    types: of each value as the file has it; of an array ARRAY.
     Raises ModelError on access to an array with a string that is not UTF-8 or a bool that is
     neither 0 nor 1.
     """
 
-    def __init__(self, path: Path, buffer: mmap.mmap, values: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        buffer: mmap.mmap,
+        values: dict[str, Any],
+        types: Mapping[str, GGUFValueType],
+    ) -> None:
+        self.types = types
         self._path = path
         self._buffer = buffer
         self._values = values
@@ -224,17 +233,20 @@ def read_header(path: Path, buffer: mmap.mmap) -> tuple[int, Metadata, dict[str,
     n_tensors = _read_count(cursor, "tensors")
     n_keys = _read_count(cursor, "metadata keys")
     values: dict[str, Any] = {}
+    types: dict[str, GGUFValueType] = {}
     for index in range(n_keys):
         key = cursor.string(f"metadata key {index}", MAX_KEY_BYTES)
+        if not key or "\0" in key:  # llama.cpp ends the process, or reads up to the NUL
+            raise _damaged(path, f"metadata key {index} is {_quoted(key)}")
         if key in values:
             raise _damaged(path, f"metadata key {_quoted(key)} appears twice")
-        values[key] = _read_value(cursor, f"the value of {_quoted(key)}")
+        types[key], values[key] = _read_value(cursor, f"the value of {_quoted(key)}")
     tensors = [_read_tensor(cursor, index) for index in range(n_tensors)]
-    alignment = _alignment(path, values)
+    alignment = _alignment(path, values, types)
     data_start = -(-cursor.position // alignment) * alignment
     placed = _place(path, tensors, data_start, alignment)
     _check_complete(path, placed, len(buffer))
-    return version, Metadata(path, buffer, values), placed
+    return version, Metadata(path, buffer, values, types), placed
 
 
 def metadata_bytes(path: Path) -> tuple[int, bytes]:
@@ -282,20 +294,20 @@ def _read_count(cursor: _Cursor, what: str) -> int:
     return count
 
 
-def _read_value(cursor: _Cursor, what: str) -> Any:
+def _read_value(cursor: _Cursor, what: str) -> tuple[GGUFValueType, Any]:
     type: int = cursor.number("<I", what)
     if type == GGUFValueType.STRING:
-        return cursor.string(what)
+        return GGUFValueType.STRING, cursor.string(what)
     if type == GGUFValueType.ARRAY:
-        return _read_array(cursor, what)
+        return GGUFValueType.ARRAY, _read_array(cursor, what)
     if type not in FORMATS:
         raise _damaged(cursor.path, f"{what} has the unknown type {type}")
     value = cursor.number(FORMATS[type], what)
     if type != GGUFValueType.BOOL:
-        return value
+        return GGUFValueType(type), value
     if value > 1:
         raise _damaged(cursor.path, f"{what} is a bool other than 0 and 1")
-    return bool(value)
+    return GGUFValueType.BOOL, bool(value)
 
 
 def _read_array(cursor: _Cursor, what: str) -> _Array:
@@ -350,23 +362,32 @@ def _tensor_bytes(path: Path, what: str, code: int, shape: tuple[int, ...]) -> i
     return nbytes
 
 
-def _alignment(path: Path, values: dict[str, Any]) -> int:
-    alignment = values.get("general.alignment", DEFAULT_ALIGNMENT)
-    if type(alignment) is not int or alignment < 8 or alignment & (alignment - 1):
-        raise _damaged(path, "general.alignment is not a power of two of at least 8")
+def _alignment(path: Path, values: dict[str, Any], types: Mapping[str, GGUFValueType]) -> int:
+    key = "general.alignment"
+    alignment: int = values.get(key, DEFAULT_ALIGNMENT)
+    is_uint32 = types.get(key, GGUFValueType.UINT32) == GGUFValueType.UINT32
+    if not is_uint32 or alignment < 8 or alignment & (alignment - 1):
+        raise _damaged(path, f"{key} is not a power of two of at least 8, in 32 bits without a sign")
     return alignment
 
 
 def _place(
     path: Path, tensors: list[TensorInfo], data_start: int, alignment: int
 ) -> dict[str, TensorInfo]:
-    """Tensors by name, with offsets from the start of the file."""
+    """Tensors by name, with offsets from the start of the file.
+
+    Each must begin where the one before ends, as llama.cpp wants it, too.
+    """
     placed: dict[str, TensorInfo] = {}
+    end = 0
     for tensor in tensors:
         if tensor.name in placed:
             raise _damaged(path, f"tensor {tensor.name!r} appears twice")
         if tensor.offset % alignment:
             raise _damaged(path, f"tensor {tensor.name!r} is not aligned to {alignment} bytes")
+        if tensor.offset != end:
+            raise _damaged(path, f"tensor {tensor.name!r} overlaps another or leaves a gap")
+        end += tensor.nbytes + -tensor.nbytes % alignment
         offset = data_start + tensor.offset
         placed[tensor.name] = TensorInfo(
             tensor.name, tensor.type, tensor.shape, offset, tensor.nbytes

@@ -12,10 +12,8 @@ its matmuls as differences to one of them (``engine.llamacpp.products``). There 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -23,6 +21,7 @@ from fwdllm.engine.adapters.adapter import Adapter
 from fwdllm.engine.adapters.io import save_gguf
 from fwdllm.engine.data.batch import Batch, Tokens, pack
 from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.files import temporary_folder
 from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.engine.graph import PLAIN, Tap, Variants
 from fwdllm.engine.llamacpp.context import Call, Context
@@ -147,8 +146,8 @@ class LlamaGraph:
         Some of its graphs compute a matmul without the adapter. So llama.cpp applies the adapter
         from a file, as it would after training, and the matmuls of a call are listed.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "adapter.gguf"
+        with temporary_folder() as folder:
+            path = folder / "adapter.gguf"
             save_gguf(adapter, path)
             context = self._context_for(1)
             context.apply(path)

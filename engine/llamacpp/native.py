@@ -23,7 +23,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fwdllm.engine.adapters.io import open_gguf_adapter
+from fwdllm.engine.adapters.io import check_gguf_adapter
+from fwdllm.engine.backends import choose
 from fwdllm.engine.errors import (
     AdapterError,
     FwdllmWarning,
@@ -278,7 +279,7 @@ def _deep(work: Callable[[], T]) -> T:
 
 def apply_adapter(model: NativeModel, context: Any, path: str | os.PathLike[str]) -> None:
     """Apply a GGUF LoRA file to a context of a model; AdapterError if it does not fit."""
-    open_gguf_adapter(os.fspath(path), model.architecture)
+    check_gguf_adapter(os.fspath(path), model.architecture, choose(model.file).linear)
     adapter = call(llama_cpp.llama_adapter_lora_init, model.handle, os.fsencode(path))
     if not adapter:
         raise AdapterError(f"llama.cpp cannot use {path} with this model: {reason()}")

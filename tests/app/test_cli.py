@@ -320,6 +320,7 @@ BAD = {
     "target": ((*TUNE, "--targets", "attn_q,gate"), "'gate'; the targets are attn_k"),
     "layer": ((*TUNE, "--layers", "6"), "no layer 6; it has 0 to 5"),
     "rank": ((*TUNE, "--rank", "0"), "rank"),
+    "a rank of no matrix": ((*TUNE, "--rank", "100000"), "rank 100000 is more than 256"),
     "no data": (("tune", "MODEL", "none.jsonl", *TUNE[3:]), "none.jsonl does not exist"),
     "empty data": (("tune", "MODEL", "empty.jsonl", *TUNE[3:]), "no examples"),
     "torn line": (("tune", "MODEL", "torn.jsonl", *TUNE[3:]), "torn.jsonl:5: it is not JSON"),

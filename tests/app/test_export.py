@@ -9,9 +9,11 @@ import pytest
 from cli_runs import MODEL, Cli, pirate_rows, write_rows
 from real_models import smollm2
 
+from fwdllm import ollama
 from fwdllm.engine import Engine, LoRAConfig
 from fwdllm.engine.adapters.io import save_gguf
 from fwdllm.engine.data.tokenizer import Tokenizer
+from fwdllm.engine.errors import ConfigError
 from fwdllm.ollama import turns_of
 
 __all__ = ["smollm2"]  # a fixture
@@ -88,6 +90,22 @@ def test_ollama_gets_the_adapter_or_the_merged_model(
         for path, adapted in ((MODEL, adapter), (tmp_path / "merged/model.gguf", None))
     )
     np.testing.assert_allclose(got, want, atol=0.02)
+
+
+def test_a_folder_for_ollama_is_complete_once_it_has_a_modelfile(
+    fwdllm: Cli, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("export", adapter, tmp_path, "--model", MODEL, "--ollama")
+    assert fwdllm(*asked).code == 0
+    before = (tmp_path / "Modelfile").read_bytes()
+
+    def end(*_: object) -> None:
+        assert not (tmp_path / "Modelfile").exists()
+        raise ConfigError("the end")
+
+    monkeypatch.setattr(ollama, "merge", end)
+    assert fwdllm(*asked, "--merge").code == 2
+    assert (tmp_path / "Modelfile").read_bytes() == before
 
 
 def test_ollama_gets_no_adapter_of_another_model(fwdllm: Cli, tmp_path: Path) -> None:

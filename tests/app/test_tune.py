@@ -108,9 +108,13 @@ def test_llama_cpp_agrees_on_the_loss(tuned: tuple[TuneResult, Path, list[Progre
 
 def test_events_tell_the_whole_run(tuned: tuple[TuneResult, Path, list[Progress]]) -> None:
     result, _, events = tuned
-    assert events[0] == Started(
-        0, 24, "forward-ad", result.n_trainable, 80, 8, (), events[0].engine
+    begun = events[0]
+    assert isinstance(begun, Started)
+    assert begun == Started(
+        0, 24, "forward-ad", result.n_trainable, 80, 8, begun.step_tokens, (), begun.engine
     )
+    forwarded = [event.n_tokens for event in events if isinstance(event, StepResult)]
+    assert begun.step_tokens == pytest.approx(np.mean(forwarded), rel=0.1)
     evaluations = [event for event in events if isinstance(event, EvalResult)]
     assert [(e.step, e.loss) for e in evaluations] == [
         (0, result.loss_before),

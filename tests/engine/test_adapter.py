@@ -120,6 +120,18 @@ def test_create_draws_each_a_from_the_stream_at_its_own_index() -> None:
     assert adapter.targets[0].layer == 1
 
 
+def test_a_rank_that_no_target_has_is_refused() -> None:
+    # attn_k is 8 x 16 and ffn_up 24 x 16.
+    config = LoRAConfig(rank=16, targets=("attn_k", "ffn_up"))
+    assert Adapter.create("llama", shapes(), config, 1, reference).config.rank == 16
+    for config in (
+        LoRAConfig(17, targets=("attn_k", "ffn_up")),
+        LoRAConfig(9, targets=("attn_k",)),
+    ):
+        with pytest.raises(ConfigError, match=f"rank {config.rank} is more than"):
+            Adapter.create("llama", shapes(), config, 1, reference)
+
+
 def test_factors_are_views_in_the_layout() -> None:
     adapter = random_adapter()
     adapter.theta[:] = np.arange(len(adapter.theta))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from pathlib import Path
 
+import gguf_bytes
 import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
+from gguf_bytes import tensor
 from places import SHARED
-from small_adapters import WIDTH, load, random_adapter, save
+from small_adapters import WIDTH, load, random_adapter, save, shapes
 
+from fwdllm.engine import Engine
 from fwdllm.engine.adapters.adapter import Adapter, Head
-from fwdllm.engine.adapters.io import save_gguf
+from fwdllm.engine.adapters.io import check_gguf_adapter, save_gguf
 from fwdllm.engine.errors import AdapterError, ConfigError, FwdllmError, NumericsError
 from fwdllm.engine.llamacpp.generation import logits
 from fwdllm.engine.settings import LoRAConfig
@@ -183,6 +188,9 @@ def test_gguf_that_does_not_fit(
     path = write_gguf(tmp_path / "a.gguf", tensors, **options)
     with pytest.raises(AdapterError, match=told):
         load(path)
+    if "mixes ranks" not in told and "some layers" not in told:  # those llama.cpp can apply
+        with pytest.raises(AdapterError, match=told):
+            check_gguf_adapter(path, "llama", shapes())
 
 
 def test_gguf_whose_tensors_are_the_same_bytes(tmp_path: Path) -> None:
@@ -196,6 +204,74 @@ def test_gguf_whose_tensors_are_the_same_bytes(tmp_path: Path) -> None:
     path.write_bytes(content[:-n_bytes_of_a])
     with pytest.raises(AdapterError, match="overlap"):
         load(path)
+
+
+def field(key: str, type: int, value: bytes) -> bytes:
+    return gguf_bytes.pair(key, type, value)
+
+
+def small_gguf(*fields: bytes, name: str = "blk.0.attn_q.weight.lora_a") -> bytes:
+    """An adapter of rank 1, byte by byte."""
+    string, text = gguf_bytes.STRING, gguf_bytes.text
+    own = (
+        field("general.architecture", string, text("llama")),
+        field("general.type", string, text("adapter")),
+        field("adapter.type", string, text("lora")),
+    )
+    tensors = (tensor(name, (16, 1)), tensor("blk.0.attn_q.weight.lora_b", (1, 16), 0, 64))
+    return gguf_bytes.gguf(own + fields, tensors, data=bytes(128))
+
+
+WRONG = {
+    "alpha of 64 bits": field("adapter.lora.alpha", 12, struct.pack("<d", 16)),
+    "whole alpha": field("adapter.lora.alpha", gguf_bytes.U32, struct.pack("<I", 16)),
+    "alpha in words": field("adapter.lora.alpha", gguf_bytes.STRING, gguf_bytes.text("16")),
+    "alpha true": field("adapter.lora.alpha", gguf_bytes.BOOL, b"\1"),
+    "alpha endless": field("adapter.lora.alpha", gguf_bytes.F32, struct.pack("<f", math.inf)),
+    "layout 2": field("fwdllm.layout_version", gguf_bytes.U32, struct.pack("<I", 2)),
+    "layout 0": field("fwdllm.layout_version", gguf_bytes.U32, struct.pack("<I", 0)),
+    "layout 1.0": field("fwdllm.layout_version", gguf_bytes.F32, struct.pack("<f", 1)),
+    "layout true": field("fwdllm.layout_version", gguf_bytes.BOOL, b"\1"),
+    # llama.cpp compares up to the NUL: it would end the process for the type of this alpha.
+    "hidden alpha": field("adapter.lora.alpha\0", gguf_bytes.U8, b"\1"),
+    "no key": field("", gguf_bytes.U8, b"\1"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_metadata_that_llama_cpp_reads_otherwise(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_bytes(small_gguf())
+    check_gguf_adapter(path, "llama", shapes())
+    path.write_bytes(small_gguf(WRONG[kind]))
+    for read in (load, lambda path: check_gguf_adapter(path, "llama", shapes())):
+        with pytest.raises(AdapterError):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blk.0.attn_q.weight.lora_a\0_norm.weight",
+        "blk.0.attn_q.lora_a.weight.lora_a",
+        "blk.0.attn_q.weight.lora_a ",
+        "blk.0.attn_norm.weight.lora_a",
+    ],
+)
+def test_names_that_llama_cpp_reads_otherwise(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_bytes(small_gguf(name=name))
+    with pytest.raises(AdapterError):
+        check_gguf_adapter(path, "llama", shapes())
+
+
+@pytest.mark.parametrize("kind", ["i32", "alpha-string", "overlap", "layout-99"])
+def test_adapters_of_an_attack(hostile: Path, bundled: Path, kind: str) -> None:
+    path = hostile / f"adapter-{kind}.gguf"
+    with pytest.raises(AdapterError):
+        Engine.load(bundled, adapter=path)
+    with pytest.raises(AdapterError):
+        logits(bundled, [1, 2], path, n_threads=1)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +362,7 @@ def test_llama_cpp_runs_the_adapter_at_our_scale(tmp_path: Path) -> None:
 @needs_model
 def test_llama_cpp_refuses_what_does_not_fit(tmp_path: Path) -> None:
     small = save(random_adapter(), tmp_path / "small.gguf")
-    with pytest.raises(AdapterError, match="incorrect shape"):
+    with pytest.raises(AdapterError, match="as 16 x 16, but it is 256 x 256"):
         logits(TINYMIX, [1, 2], small, n_threads=1)
     with pytest.raises(AdapterError, match="not an adapter"):
         logits(TINYMIX, [1, 2], TINYMIX, n_threads=1)

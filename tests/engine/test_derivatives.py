@@ -198,6 +198,31 @@ def test_rademacher_directions(bundled: Path) -> None:
     assert correlation(probe.derivative, want) > 0.999
 
 
+@pytest.mark.parametrize("method", ["central", "forward-difference"])
+def test_an_epsilon_that_is_lost_in_rounding_is_reported(bundled: Path, method: str) -> None:
+    engine = Engine.load(bundled, LoRAConfig())
+    batch = engine.encode(read_jsonl(bundled.parent / "pirate.train.jsonl")[:2])
+    with pytest.raises(NumericsError, match="changes no loss at all"):
+        engine.directional_derivatives(batch, SEEDS[:1], method, 1e-12)
+    with pytest.raises(NumericsError, match="changes no loss at all"):
+        engine.group_derivatives(batch, [1, 1], SEEDS[:2].reshape(2, 1), method, 1e-12)
+    probes = engine.group_derivatives(batch, [1, 1], SEEDS[:2].reshape(2, 1), method)
+    assert all(probe.derivative.all() for probe in probes)
+
+
+def test_an_epsilon_that_is_lost_in_rounding_with_a_head(shared: Path) -> None:
+    path = shared / "models" / "minilm-l6-v2.Q4_0.gguf"
+    engine = Engine.load(path, LoRAConfig(), labels=LABELS)
+    assert engine.adapter is not None
+    engine.adapter.theta[engine.adapter.n_lora :] = 0.1 * np.arange(engine.adapter.n_head)
+    batch = engine.encode(read_jsonl(shared / "data" / "sst2.train.jsonl")[:4])
+    with pytest.raises(NumericsError, match="changes no loss at all"):
+        engine.directional_derivatives(batch, SEEDS, "central", 1e-12)
+    groups = SEEDS[:4].reshape(2, 2)
+    with pytest.raises(NumericsError, match="changes no loss at all"):
+        engine.group_derivatives(batch, [2, 2], groups, "central", 1e-12)
+
+
 def test_non_finite_losses_are_reported(bundled: Path) -> None:
     engine = half_trained(Engine.load(bundled, LoRAConfig()))
     assert engine.adapter is not None

@@ -5,12 +5,23 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from fwdllm.engine import files
 from fwdllm.engine.errors import ConfigError
-from fwdllm.engine.files import atomic_write
+from fwdllm.engine.files import (
+    atomic_write,
+    check_destination,
+    check_still_there,
+    identity,
+    lock,
+    temporary_folder,
+)
 
 
 def test_success_replaces_the_file(tmp_path: Path) -> None:
@@ -93,6 +104,94 @@ def test_content_reaches_the_disk_before_the_name(
     with atomic_write(tmp_path / "a") as temporary:
         temporary.touch()
     assert steps == ["fsync", "replace"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.gguf"
+    script = f"""if True:
+        import sys
+        from fwdllm.engine.files import atomic_write
+        with atomic_write({str(path)!r}) as new:
+            new.write_text("half")
+            print(flush=True)
+            sys.stdin.read()"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdin and process.stdout
+    process.stdout.readline()
+    [left] = tmp_path.iterdir()
+    mine = [
+        tmp_path / name for name in (".adapter.gguf.tmp", ".adapter.gguf.tmp1-notours", ".b.tmp")
+    ]
+    for user_file in mine:
+        user_file.touch()
+    os.utime(left, (0, 0))
+    check_destination(path)
+    assert left.exists()  # its process lives
+    process.kill()
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
+    check_destination(path)
+    assert sorted(tmp_path.iterdir()) == sorted(mine)
+
+
+def test_folders_that_killed_processes_left_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dead, living, other = (tmp_path / f"fwdllm-{name}" for name in ("dead", "living", "other"))
+    for folder in (dead, living, other):
+        folder.mkdir()
+        (folder / "adapter.gguf").touch()
+    held = lock(living / "lock")
+    lock(dead / "lock").close()
+    for folder in (dead, living):
+        os.utime(folder / "lock", (0, 0))
+    files._remove_folders.cache_clear()
+    with temporary_folder() as folder:
+        assert folder.parent == tmp_path
+        assert sorted(tmp_path.iterdir()) == sorted([folder, living, other])
+    held.close()
+    assert sorted(tmp_path.iterdir()) == sorted([living, other])
+
+
+def test_a_file_that_is_read_only_stays(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    path.chmod(0o444)
+    for attempt in (lambda: check_destination(path), lambda: atomic_write(path).__enter__()):
+        with pytest.raises(ConfigError, match="it is read-only"):
+            attempt()
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a", b"old")]
+
+
+def test_a_folder_that_is_read_only_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    check_destination(tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("builtins.open", refuse)  # root may write to any folder
+    with pytest.raises(ConfigError, match="Read-only file system"):
+        check_destination(tmp_path / "a")
+
+
+def test_a_file_is_the_same_while_it_is_held(tmp_path: Path) -> None:
+    held = lock(tmp_path / "lock")
+    known = identity(tmp_path / "lock")
+    check_still_there(tmp_path / "lock", known)
+    (tmp_path / "lock").unlink()
+    with pytest.raises(ConfigError, match="was deleted or replaced"):
+        check_still_there(tmp_path / "lock", known)
+    other = lock(tmp_path / "lock")  # another run's
+    with pytest.raises(ConfigError, match="was deleted or replaced"):
+        check_still_there(tmp_path / "lock", known)
+    held.close()
+    other.close()
 
 
 def test_missing_folder(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "half a version": (b"GGUF\x03\0", "truncated or damaged: the version ends 2 bytes past"),
     "tensor count": (gguf(counts=(NONE, 0)), f"claims {NONE} tensors"),
     "key count": (gguf(counts=(0, NONE)), f"claims {NONE} metadata keys"),
-    "key missing": (gguf(counts=(0, 9)), "the value of '' ends 4 bytes past the end"),
+    "key missing": (gguf(counts=(0, 9)), "metadata key 0 is ''"),
+    "key with a NUL": (gguf((pair("a\0b", U8, b"\1"),)), r"metadata key 0 is 'a\\x00b'"),
     "tensor missing": (gguf(counts=(9, 0)), "past the end"),
     "key length": (gguf((struct.pack("<Q", NONE),)), f"key 0 has {NONE} bytes, more than 65535"),
     "key past the end": (gguf((struct.pack("<Q", 60000),)), "key 0 ends .* past the end"),
@@ -87,7 +88,9 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
         gguf(tensors=(VECTOR,), data=bytes(15)),
         "is truncated: it has 79 bytes, but its tensors need 80, 1 more",
     ),
-    "far offset": (gguf(tensors=(tensor("t", (4,), 0, 2**64 - 32),), data=bytes(16)), "truncated"),
+    "far offset": (gguf(tensors=(tensor("t", (4,), 0, 2**64 - 32),), data=bytes(16)), "a gap"),
+    "same bytes": (gguf((), (tensor("t", (8,)), tensor("u", (8,))), data=bytes(64)), "overlaps"),
+    "alignment of 8 bits": (gguf((pair("general.alignment", U8, b"\x20"),)), "not a power of two"),
 }  # fmt: skip
 
 

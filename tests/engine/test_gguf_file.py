@@ -220,12 +220,12 @@ def test_containment_does_not_decode(open_bytes: Callable) -> None:
 def test_tensors_that_cannot_be_used(open_bytes: Callable) -> None:
     tensors = (
         tensor("q2", (256, 2), GGMLQuantizationType.Q2_K),
-        tensor("int", (4,), GGMLQuantizationType.I32),
-        tensor("cube", (2, 2, 2)),
-        tensor("vector", (4,)),
-        tensor("nan", (2,), GGMLQuantizationType.F16),
+        tensor("int", (4,), GGMLQuantizationType.I32, 192),
+        tensor("cube", (2, 2, 2), 0, 224),
+        tensor("vector", (4,), 0, 256),
+        tensor("nan", (2,), GGMLQuantizationType.F16, 288),
     )
-    file = open_bytes(gguf((), tensors, data=b"\xff" * 168))
+    file = open_bytes(gguf((), tensors, data=b"\xff" * 292))
     assert (file.tensors["q2"].shape, file.tensors["q2"].nbytes) == ((2, 256), 168)
     with pytest.raises(ModelError, match="tensor 'q2' has the unsupported type Q2_K"):
         file.weight("q2")

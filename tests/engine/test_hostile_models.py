@@ -28,7 +28,7 @@ HI = [{"role": "user", "content": "hi"}]
 
 # Of the files: what is said of it, by the commands that say something.
 REFUSED = {
-    "alignment-1": "general.alignment is not a power of two of at least 8",
+    "alignment-1": "general.alignment is not a power of two of at least 8, in 32 bits",
     "context-length-1": "reads 1 tokens at once, too few to predict another",
     "expert-count-8": "'llama.expert_used_count' is not 1 to 8 experts",
     "missing-attn-q": "tensor 'blk.0.attn_q.weight' not found",

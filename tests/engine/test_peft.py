@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -200,21 +202,60 @@ LAYERS = "base_model.model.model.layers"
         (add(f"{LAYERS}.0.mlp.up_proj.lora_A.weight", np.ones(2, np.float32)), "not a matrix"),
         (add(f"{LAYERS}.0.mlp.up_proj.lora_A.weight", ONES[:0]), "not a matrix"),
         (add("x", np.ones(2, np.int64)), "not of type"),
-        (remove(HEAD_FILE), None),
-        (overwrite(HEAD_FILE, b"x"), "too short"),
+        (change_config(lora_alpha=6), "not saved with"),
+        (change_config(use_rslora=True), "not saved with"),
+        (remove(HEAD_FILE), "not saved with"),
+        (overwrite(HEAD_FILE, b"x"), "not saved with"),
     ],
 )
-def test_peft_that_does_not_fit(
-    tmp_path: Path, change: Callable[[Path], None], told: str | None
-) -> None:
-    adapter = random_adapter(head=HEAD)
-    save(adapter, tmp_path)
+def test_peft_that_does_not_fit(tmp_path: Path, change: Callable[[Path], None], told: str) -> None:
+    save(random_adapter(head=HEAD), tmp_path)
     change(tmp_path)
-    if told is None:
-        assert load(tmp_path).theta.tobytes() == adapter.theta[: adapter.n_lora].tobytes()
-        return
     with pytest.raises(AdapterError, match=told):
         load(tmp_path)
+
+
+def test_what_does_not_change_the_adapter_may_be_changed(tmp_path: Path) -> None:
+    adapter = random_adapter(head=HEAD)
+    save(adapter, tmp_path)
+    change_config(base_model_name_or_path="/another/place")(tmp_path)
+    assert load(tmp_path).theta.tobytes() == adapter.theta.tobytes()
+
+
+@pytest.mark.parametrize("heads", [(None, HEAD), (HEAD, None), (HEAD, HEAD), (None, None)])
+def test_a_folder_that_is_overwritten_is_never_read_by_halves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heads: tuple[Head | None, Head | None]
+) -> None:
+    """Saving ends before its first rename, its second and so on, as a process that is killed."""
+    old = random_adapter(LoRAConfig(2, 3.0), head=heads[0])
+    new = random_adapter(LoRAConfig(2, 12.0), head=heads[1])
+    new.theta[:] += 1
+    replace, seen = os.replace, []
+    for n_renames in range(4):
+        folder = tmp_path / str(n_renames)
+        save(old, folder)
+        (folder / "README.md").write_text("the user's")
+        left = iter(range(n_renames))
+
+        def rename(source: Path, target: Path, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", rename)
+        with contextlib.suppress(KeyboardInterrupt):
+            save(new, folder)
+        monkeypatch.setattr(os, "replace", replace)
+        assert (folder / "README.md").read_text() == "the user's"
+        try:
+            found = load(folder)
+        except AdapterError:
+            seen.append("refused")
+        else:
+            whole = [a for a in (old, new) if a.theta.tobytes() == found.theta.tobytes()]
+            assert [(a.config, a.head) for a in whole] == [(found.config, found.head)]
+            seen.append("old" if whole[0] is old else "new")
+    assert (seen[0], seen[1], seen[-1]) == ("old", "refused", "new")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fwdllm.cli.console import Backend, Device, Model, print_json
+from fwdllm.cli.console import Backend, Device, Model, print_json, say
 
 if TYPE_CHECKING:
     from fwdllm.engine.classification import Classification
@@ -109,7 +109,7 @@ def _print_blanks(waiting: deque[Example], json: bool) -> None:
     while waiting and not waiting[0].text:
         waiting.popleft()
         if not json:
-            print()
+            say()
 
 
 def _print(found: Classification, json: bool, file: str | None, line: int) -> None:
@@ -120,4 +120,4 @@ def _print(found: Classification, json: bool, file: str | None, line: int) -> No
         return
     # A label with a tab or a line end in it would look like two.
     label = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in found.label)
-    print(f"{label}\t{found.probability:.4f}")
+    say(f"{label}\t{found.probability:.4f}")

@@ -24,9 +24,11 @@ from fwdllm.cli.console import (
     MemoryBudget,
     Model,
     Resume,
+    Terminal,
     explain,
     print_json,
     print_result,
+    say,
     show_warning,
     tuning_progress,
 )
@@ -72,7 +74,7 @@ def print_version(wanted: bool) -> None:
     if wanted:
         from fwdllm import __version__
 
-        print(f"fwdllm {__version__}")
+        say(f"fwdllm {__version__}")
         raise typer.Exit
 
 
@@ -215,9 +217,9 @@ def evaluate(
     if json:
         print_json(dataclasses.asdict(result))
         return
-    print(f"loss {result.loss:.4f} on {result.n_tokens:,} tokens of {result.n_examples:,} examples")
+    say(f"loss {result.loss:.4f} on {result.n_tokens:,} tokens of {result.n_examples:,} examples")
     if result.accuracy is not None:
-        print(f"accuracy {result.accuracy:.1%}")
+        say(f"accuracy {result.accuracy:.1%}")
 
 
 def _evaluate_answers(
@@ -232,7 +234,7 @@ def _evaluate_answers(
 
     def show(answered: Answered) -> None:
         verdict = "right" if answered.right else f"expected {answered.expected}"
-        print(f"line {answered.line}: {answered.found}, {verdict}", file=sys.stderr)
+        say(f"line {answered.line}: {answered.found}, {verdict}", file=sys.stderr)
 
     result = evaluate_answers(
         model,
@@ -245,7 +247,7 @@ def _evaluate_answers(
     if json:
         print_json(dataclasses.asdict(result))
     else:
-        print(f"exact match {result.exact_match:.1%}, {result.n_right} of {result.n_examples}")
+        say(f"exact match {result.exact_match:.1%}, {result.n_right} of {result.n_examples}")
 
 
 app.command()(classify)
@@ -278,22 +280,20 @@ def generate(
         print_json({"prompt": prompt, "text": "".join(pieces)})
         return
     for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+        say(piece, end="", flush=True)
+    say()
 
 
 @app.command()
 def inspect(model: Model, json: Json = False) -> None:
     """Print what is in a model file, what can be tuned, and the memory a step takes."""
-    from rich.console import Console
-
     from fwdllm.inspect import inspect_model, render
 
     report = inspect_model(model)
     if json:
         print_json(report)
     else:
-        Console().print(render(report), soft_wrap=True, highlight=False)
+        Terminal().print(render(report), soft_wrap=True)
 
 
 @app.command()
@@ -306,11 +306,9 @@ def tokens(
     json: Json = False,
 ) -> None:
     """Show the tokens of examples as a model reads them; what is learned is in colour."""
-    from rich.console import Console
-
     from fwdllm.tokens import render, view_tokens
 
-    console = Console()
+    console = Terminal()
     views = view_tokens(model, data, line=line, max_tokens=max_tokens, literal=literal)
     if json:
         print_json({"sequences": [dataclasses.asdict(view) for view in views]})
@@ -346,15 +344,15 @@ def export(
     if not merge and (type != "f16" or data is not None):
         raise typer.BadParameter("--type and --data are for --merge")
     if not merge and not ollama:
-        print(export_adapter(adapter, output, model))
+        say(export_adapter(adapter, output, model))
         return
     if ollama:
         result = export_ollama(adapter, output, model, type if merge else None, data)
     else:
         result = merge_adapter(adapter, output, model, type, data)
-    print(result.path)
+    say(result.path)
     if result.loss_before is not None:
-        print(f"loss {result.loss_before:.4f} with the adapter, {result.loss_after:.4f} merged")
+        say(f"loss {result.loss_before:.4f} with the adapter, {result.loss_after:.4f} merged")
 
 
 @app.command()
@@ -371,23 +369,21 @@ def demo(
     with stop_on_interrupt() as should_stop, tuning_progress() as on_event:
         result = run_demo(model, run_dir, on_event=on_event, should_stop=should_stop)
     print_result(result.tuning)
-    print(f"plot: {result.plot}")
+    say(f"plot: {result.plot}")
     for answer in result.answers:
-        print(f"\n{answer.question}\n  before: {answer.base}\n  after:  {answer.tuned}")
+        say(f"\n{answer.question}\n  before: {answer.base}\n  after:  {answer.tuned}")
 
 
 @app.command()
 def doctor(json: Json = False) -> None:
     """Print what this machine has and whether all works on it; a bug report begins with this."""
-    from rich.console import Console
-
     from fwdllm.doctor import examine, render
 
     report = examine()
     if json:
         print_json(report)
     else:
-        Console().print(render(report), soft_wrap=True, highlight=False)
+        Terminal().print(render(report), soft_wrap=True)
     if not report["ok"]:
         raise typer.Exit(1)
 
@@ -411,5 +407,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sentence = explain(error)
         if sentence is None:
             raise
-        print(f"fwdllm: {sentence}", file=sys.stderr)
+        say(f"fwdllm: {sentence}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
+from rich.text import Text
 
 if TYPE_CHECKING:
     from fwdllm.tuning.tune import Progress as Event
@@ -44,9 +47,42 @@ MemoryBudget = Annotated[
 ]
 
 
+# What controls a terminal or turns the direction of its text, and what no encoding can write.
+_UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """A text that may come from a file or a model, with its controls written out: "\\x1b"."""
+    return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def say(
+    text: object = "", *, end: str = "\n", file: TextIO | None = None, flush: bool = False
+) -> None:
+    """Print a text by ``visible``: all plain text of commands is printed here."""
+    print(visible(str(text)), end=end, file=file, flush=flush)
+
+
+class Terminal(Console):
+    """A console to which no text is markup, and that shows controls by ``visible``."""
+
+    def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
+        super().__init__(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=visible(segment.text))
+
+
 def print_json(value: Mapping[str, Any]) -> None:
     """One JSON object on stdout; paths become strings."""
-    print(json.dumps(value, default=str, allow_nan=False, ensure_ascii=False))
+    text = json.dumps(value, default=str, allow_nan=False, ensure_ascii=False)
+    print(_UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def explain(error: BaseException) -> str | None:
@@ -78,7 +114,7 @@ def show_warning(
 
     ours = issubclass(category, FwdllmWarning)
     text = warnings.formatwarning(message, category, filename, lineno, line)
-    print(f"fwdllm: {message}" if ours else text.rstrip(), file=file or sys.stderr)
+    say(f"fwdllm: {message}" if ours else text.rstrip(), file=file or sys.stderr)
 
 
 @contextlib.contextmanager
@@ -87,7 +123,7 @@ def tuning_progress() -> Iterator[Callable[[Event], None]]:
 
     Yields the function to call with every event.
     """
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     with progress_bar(console) as bar:
         yield _Follower(console, bar)
 
@@ -95,10 +131,10 @@ def tuning_progress() -> Iterator[Callable[[Event], None]]:
 def progress_bar(console: Console) -> Progress:
     """A live bar whose tasks have a field ``status``; shows nothing if this is no terminal."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
+        TextColumn("{task.fields[status]}", markup=False),
         TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,
@@ -116,6 +152,11 @@ _METHODS = {
 }
 
 
+# A step of more tokens than this is announced, as nothing is said while it goes. The first tokens
+# that are evaluated tell its speed only if they are so many that the start does not matter.
+_LARGE_STEP, _TYPICAL = 500_000, 1000
+
+
 class _Follower:
     """Shows the events of ``tuning_progress``."""
 
@@ -124,6 +165,7 @@ class _Follower:
         self._task = bar.add_task("reading", total=None, status="")
         self._clock = time.perf_counter()
         self._steps = 0
+        self._step_tokens = 0
         self._durations: list[float] = []
         self._loss: float | None = None
         self._held_out: float | None = None
@@ -142,6 +184,8 @@ class _Follower:
             self._loss, self._speed = event.loss, event.n_tokens / seconds
             self._show(event.step)
         elif isinstance(event, EvalResult):
+            if self._held_out is None:
+                self._announce_large_steps(event.n_tokens, now - self._clock)
             self._held_out = event.loss
             self._show(event.step)
             if not self._console.is_terminal:
@@ -149,7 +193,7 @@ class _Follower:
         self._clock = now
 
     def _start(self, event: Started) -> None:
-        self._steps = event.steps
+        self._steps, self._step_tokens = event.steps, event.step_tokens
         self._bar.update(self._task, description="tuning", total=event.steps, completed=event.step)
         for path in event.damaged:
             self._say(f"passed over {path}, a damaged checkpoint")
@@ -159,6 +203,15 @@ class _Follower:
             f"{event.n_held_out:,} held out"
         )
         self._say(f"method {event.method}: {_METHODS[event.method]}")
+
+    def _announce_large_steps(self, n_evaluated: int, seconds: float) -> None:
+        if self._step_tokens < _LARGE_STEP:
+            return
+        line = f"every step computes some {self._step_tokens:,} tokens"
+        if n_evaluated >= _TYPICAL:
+            expected = self._step_tokens / n_evaluated * seconds
+            line += f": {expected:,.0f} s at the speed of the evaluation"
+        self._say(line)
 
     def _show(self, step: int) -> None:
         self._bar.update(self._task, completed=step, status=self._status())
@@ -181,22 +234,22 @@ class _Follower:
         self._say(line)
 
     def _say(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(text, soft_wrap=True)
 
 
 def print_result(result: TuneResult) -> None:
     """The outcome of a run on stdout."""
     change = result.loss_after / result.loss_before - 1
     stopped = "stopped early after" if result.stopped_early else "tuned in"
-    print(f"{stopped} {result.steps} steps, {result.seconds:.0f} s, ", end="")
-    print(f"{result.tokens_per_s:,.0f} tokens/s, {result.peak_rss_bytes / 1e6:,.0f} MB")
-    print(f"held-out loss {result.loss_before:.4f} -> {result.loss_after:.4f} ({change:+.1%})")
+    say(f"{stopped} {result.steps} steps, {result.seconds:.0f} s, ", end="")
+    say(f"{result.tokens_per_s:,.0f} tokens/s, {result.peak_rss_bytes / 1e6:,.0f} MB")
+    say(f"held-out loss {result.loss_before:.4f} -> {result.loss_after:.4f} ({change:+.1%})")
     if result.accuracy_before is not None and result.accuracy_after is not None:
-        print(f"held-out accuracy {result.accuracy_before:.1%} -> {result.accuracy_after:.1%}")
-    print(f"adapter: {result.adapter}")
-    print(f"run: {result.run_dir}")
+        say(f"held-out accuracy {result.accuracy_before:.1%} -> {result.accuracy_after:.1%}")
+    say(f"adapter: {result.adapter}")
+    say(f"run: {result.run_dir}")
     if result.stopped_early:
-        print("the same command with --resume continues it", file=sys.stderr)
+        say("the same command with --resume continues it", file=sys.stderr)
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:

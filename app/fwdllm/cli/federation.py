@@ -17,6 +17,7 @@ from fwdllm.cli.console import (
     Model,
     Resume,
     print_json,
+    say,
 )
 from fwdllm.cli.options import given, takes
 from fwdllm.cli.settings_file import read_settings
@@ -155,7 +156,7 @@ def verify(run_dir: RunDir, json: Json = False) -> None:
     if json:
         print_json({"rounds": record_rounds(last), "hash": digest})
     else:
-        print(f"{record_rounds(last)} rounds, nothing changed; hash {digest}")
+        say(f"{record_rounds(last)} rounds, nothing changed; hash {digest}")
 
 
 @ledger.command()
@@ -169,9 +170,12 @@ def replay(
 ) -> None:
     """Make the adapter again from an empty one and the clients' contributions alone."""
     from fwdllm.engine.adapters.io import save_gguf
+    from fwdllm.engine.files import check_destination
     from fwdllm.protocol import replay as replay_module
     from fwdllm.protocol.ledger import NAME, Ledger, theta_hash
 
+    if output is not None:
+        check_destination(output)
     with Ledger(run_dir / NAME) as record:
         replica = replay_module.replay(record)
     if output is not None:
@@ -180,7 +184,7 @@ def replay(
     if json:
         print_json({"rounds": replica.round, "theta_sha256": digest, "output": output})
     else:
-        print(f"{replica.round} rounds replayed to the same adapter, SHA-256 {digest}")
+        say(f"{replica.round} rounds replayed to the same adapter, SHA-256 {digest}")
 
 
 @federate.command()
@@ -215,7 +219,7 @@ def init(
         min_nodes=min_nodes,
         changes={**changes, **parse_settings(setting)},
     )
-    print(f"wrote {path}; start it with: flwr run {path} YOUR-SUPERLINK")
+    say(f"wrote {path}; start it with: flwr run {path} YOUR-SUPERLINK")
 
 
 def parse_settings(settings: list[str] | None) -> dict[str, Any]:

@@ -6,10 +6,9 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
-from fwdllm.cli.console import progress_bar
+from fwdllm.cli.console import Terminal, progress_bar
 
 if TYPE_CHECKING:
     from fwdllm.federation.simulation import Event, SimulationResult
@@ -24,7 +23,7 @@ def simulation_progress(rounds: int) -> Iterator[Callable[[Event], None]]:
     """Show a simulation on stderr: a live bar in a terminal, else a line at each evaluation."""
     from fwdllm.federation.simulation import Evaluated
 
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     with progress_bar(console) as bar:
         task = bar.add_task("rounds", total=rounds, status="")
         status = {"loss": "", "held out": ""}
@@ -66,14 +65,14 @@ def print_simulation(result: SimulationResult) -> None:
     rows += [("adapter", str(r.adapter)), ("run", f"{r.run_dir}, in {r.seconds:.0f} s")]
     for name, value in rows:
         table.add_row(name, value)
-    Console().print(table, soft_wrap=True, highlight=False)
+    Terminal().print(table, soft_wrap=True)
 
 
 def print_ledger(ledger: Ledger) -> None:
     """Rounds, clients and rejections of a run on stdout."""
     from fwdllm.federation.summary import epsilons, summarize
 
-    console, config = Console(), ledger.meta.config
+    console, config = Terminal(), ledger.meta.config
     rounds = summarize(ledger)
     table = Table(box=None, pad_edge=False)
     for name in ("round", "parts", "answers", "rejected", "perturbations", "loss", "variance"):
@@ -101,9 +100,9 @@ def print_ledger(ledger: Ledger) -> None:
             _number(r.variance, ".3g"),
             *(cell for cell, shown in zip(last, optional.values(), strict=True) if shown),
         )
-    console.print(f"{len(rounds)} of {config.rounds} rounds", highlight=False)
+    console.print(f"{len(rounds)} of {config.rounds} rounds")
     # On a narrow terminal, lines that wrap are better than columns that are cut off.
-    Console(width=max(console.width, 100)).print(table, highlight=False)
+    Terminal(width=max(console.width, 100)).print(table)
     clients = ledger.traffic_by_client()
     console.print(f"\n{len(clients)} clients were asked; those that received most:")
     busiest = sorted(clients, key=lambda row: -row[3])[:_LISTED]
@@ -111,14 +110,13 @@ def print_ledger(ledger: Ledger) -> None:
         console.print(
             f"  client {client}: asked {asked} times, {accepted} answers accepted, "
             f"{up:,} bytes up, {down:,} bytes down",
-            highlight=False,
         )
     rejections = ledger.rejections()
     if rejections:
         console.print(f"\n{len(rejections)} contributions were rejected, the last of them:")
     for round, part, client, reason in rejections[-_LISTED:]:
         console.print(
-            f"  round {round + 1}, part {part + 1}, client {client}: {reason}", highlight=False
+            f"  round {round + 1}, part {part + 1}, client {client}: {reason}",
         )
 
 

@@ -22,7 +22,7 @@ from fwdllm.engine.adapters.io import save_gguf
 from fwdllm.engine.data.jsonl import Example, check_labels, hold_out, labels_of, read_jsonl
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.evaluation import Evaluation
-from fwdllm.engine.files import atomic_write, fingerprint, sha256
+from fwdllm.engine.files import atomic_write, check_still_there, fingerprint, identity, sha256
 from fwdllm.engine.settings import LoRAConfig
 from fwdllm.federation.fleet import Fleet, attacked
 from fwdllm.federation.partition import by_user, dirichlet, iid
@@ -197,8 +197,11 @@ class _Simulation:
     ) -> None:
         """Run rounds until all are done or ``should_stop()`` is true."""
         self._evaluate(on_event)
+        ledger = self.server.ledger.path
+        known = identity(ledger)
         while not self.server.done and not should_stop():
             on_event(self._round())
+            check_still_there(ledger, known)
             self._evaluate(on_event)
 
     def result(self, folder: Path, seconds: float) -> SimulationResult:

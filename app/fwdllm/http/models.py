@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fwdllm.engine.adapters.io import open_gguf_adapter
-from fwdllm.engine.backends import choose
+from fwdllm.engine.adapters.io import check_gguf_adapter
+from fwdllm.engine.backends import Backend, choose
 from fwdllm.engine.data.tokenizer import Tokenizer
 from fwdllm.engine.errors import AdapterError, ModelError
 from fwdllm.engine.llamacpp.generation import check_finite, check_logits
@@ -139,7 +139,7 @@ class Models:
     def _session(self, *, embedding: bool) -> _Session:
         if embedding not in self._sessions:
             llama = self._open(embedding)
-            self._sessions[embedding] = _Session(llama, self.architecture, self._store)
+            self._sessions[embedding] = _Session(llama, self.backend, self._store)
         return self._sessions[embedding]
 
     def _open(self, embedding: bool) -> ServedLlama:
@@ -220,8 +220,8 @@ def _check_grammar(vocab: Any, grammar: llama_cpp.LlamaGrammar) -> None:
 class _Session:
     """A ``Llama`` and its loaded adapters by number and version, least recently used first."""
 
-    def __init__(self, llama: ServedLlama, architecture: str, store: Store) -> None:
-        self.llama, self._architecture, self._store = llama, architecture, store
+    def __init__(self, llama: ServedLlama, backend: Backend, store: Store) -> None:
+        self.llama, self._backend, self._store = llama, backend, store
         self._loaded: dict[tuple[int, int], Any] = {}
         self._used: dict[tuple[int, int], float] = {}
 
@@ -243,7 +243,7 @@ class _Session:
 
     def _read(self, adapter: AdapterRow) -> Any:
         with as_file(self._store.adapter_content(adapter.number)) as path:
-            open_gguf_adapter(path, self._architecture)
+            check_gguf_adapter(path, self._backend.architecture, self._backend.linear)
             handle = call(llama_cpp.llama_adapter_lora_init, self.llama.model, os.fsencode(path))
         if not handle:
             raise AdapterError(f"llama.cpp cannot use {adapter.model}: {reason()}")

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from fwdllm.engine.errors import ConfigError
-from fwdllm.engine.files import atomic_write, is_unused, lock
+from fwdllm.engine.files import atomic_write, check_still_there, identity, is_unused, lock
 from fwdllm.protocol.config import TrainConfig
 from fwdllm.protocol.local import (
     CheckpointDue,
@@ -76,7 +76,8 @@ class RunDirectory:
         self._check_presence(resume)
         with contextlib.ExitStack() as stack:
             self.path.mkdir(parents=True, exist_ok=True)
-            stack.callback(lock(self.path / "lock").close)
+            stack.callback(lock(self._lock).close)
+            self._held = identity(self._lock)
             self._check_presence(resume)  # again, as another process may just have started a run
             self._delete_leftovers()
             self._checkpoints.mkdir(exist_ok=True)
@@ -124,13 +125,22 @@ class RunDirectory:
         theta[:] = saved.theta
         return TrainState(saved.step, optimizer)
 
+    def check(self) -> None:
+        """ConfigError if the directory was deleted; there may be one of another run now."""
+        check_still_there(self._lock, self._held)
+
     def log(self, event: Event) -> None:
-        """Append an update or an evaluation to the metrics, with the time in Unix seconds."""
+        """Append an update or an evaluation to the metrics, with the time in Unix seconds.
+
+        This, ``save`` and ``plot`` raise what ``check`` does.
+        """
+        self.check()
         self._metrics_file.write(json.dumps(_record(event, time.time()), allow_nan=False) + "\n")
         self._metrics_file.flush()
 
     def save(self, theta: np.ndarray, state: TrainState) -> Path:
         """Write a checkpoint of the state durably; the metrics so far reach the disk before it."""
+        self.check()
         os.fsync(self._metrics_file.fileno())
         checkpoint = checkpoints.Checkpoint(state.step, theta, state.optimizer.to_arrays())
         return checkpoints.save(self._checkpoints, checkpoint)
@@ -143,10 +153,15 @@ class RunDirectory:
         """Draw the metrics so far into plot.png."""
         from fwdllm.tuning.plot import draw  # matplotlib takes longer to import than all the rest
 
+        self.check()
         path = self.path / "plot.png"
         with atomic_write(path) as temporary:
             draw(self.metrics(), temporary)
         return path
+
+    @property
+    def _lock(self) -> Path:
+        return self.path / "lock"
 
     @property
     def _config(self) -> Path:

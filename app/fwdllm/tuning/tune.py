@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -25,10 +26,11 @@ from fwdllm.engine.data.jsonl import (
 )
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.estimators.plan import n_lanes
 from fwdllm.engine.evaluation import Evaluation
 from fwdllm.engine.files import fingerprint
 from fwdllm.engine.gguf.file import GGUFFile
-from fwdllm.engine.settings import DirectionsConfig, LoRAConfig
+from fwdllm.engine.settings import METHODS, DirectionsConfig, LoRAConfig
 from fwdllm.hub import local_path
 from fwdllm.protocol.config import AUTO, TrainConfig
 from fwdllm.protocol.local import Event, StepResult, n_trainable
@@ -51,8 +53,9 @@ _Path = str | os.PathLike[str]
 class Started:
     """Everything is read and checked; training begins.
 
-    step: updates done before, 0 unless resumed.  steps: updates in all.  damaged: checkpoints that
-    a resumed run skipped.  engine: the one being tuned; its adapter may be read at every event.
+    step: updates done before, 0 unless resumed.  steps: updates in all.  step_tokens: that a step
+    forwards, about; a token counts once in every lane.  damaged: checkpoints that a resumed run
+    skipped.  engine: the one being tuned; its adapter may be read at every event.
     """
 
     step: int
@@ -61,6 +64,7 @@ class Started:
     n_trainable: int
     n_examples: int
     n_held_out: int
+    step_tokens: int
     damaged: tuple[Path, ...]
     engine: Engine = field(repr=False)
 
@@ -192,14 +196,25 @@ def default_run_dir(output: _Path) -> Path:
 
 @dataclass(frozen=True)
 class _Task:
-    """The inputs of a run. settings: everything its numbers depend on, as JSON values."""
+    """The inputs of a run.
+
+    n_rows: tokens of all examples.  settings: everything its numbers depend on, as JSON values.
+    """
 
     new_engine: Callable[[], Engine]
     engine: Engine
     train: TrainConfig
     examples: Sequence[Example]
     held_out: Sequence[Example]
+    n_rows: int
     settings: dict[str, Any]
+
+    @property
+    def step_tokens(self) -> int:
+        """See ``Started``."""
+        train = self.train
+        lanes = n_lanes(train.method, train.perturbations) if train.method in METHODS else 1
+        return round(lanes * train.batch_size * self.n_rows / len(self.examples))
 
     def evaluate(self, engine: Engine) -> Evaluation:
         return engine.evaluate(self.held_out, self.train.max_tokens)
@@ -258,9 +273,13 @@ def _prepare(
     engine = new_engine()
     engine.check_method(train.method)
     examples, kept = engine.separate(examples), engine.separate(kept)
-    for part in (examples, kept):
-        for start in range(0, len(part), _CHECK_AT_ONCE):
-            engine.encode(part[start : start + _CHECK_AT_ONCE], train.max_tokens)
+    n_rows, _ = (
+        sum(
+            engine.encode(part[start : start + _CHECK_AT_ONCE], train.max_tokens).n_rows
+            for start in range(0, len(part), _CHECK_AT_ONCE)
+        )
+        for part in (examples, kept)
+    )
     if train.method == "activation":
         if directions.kind != DirectionsConfig.kind:
             raise ConfigError(
@@ -286,7 +305,7 @@ def _prepare(
         "backend": chosen.name,
         "started": started and started.isoformat(timespec="seconds"),
     }
-    return _Task(new_engine, engine, train, examples, kept, settings)
+    return _Task(new_engine, engine, train, examples, kept, n_rows, settings)
 
 
 @dataclass
@@ -318,6 +337,7 @@ def _follow(
         n_trainable(task.engine),
         len(task.examples),
         len(task.held_out),
+        task.step_tokens,
         tuple(run.damaged),
         task.engine,
     )
@@ -336,7 +356,9 @@ def _follow(
             clock = time.perf_counter()
     except BaseException:
         if work.step == 0 and not run.damaged:  # there is nothing to resume
-            shutil.rmtree(run.path, ignore_errors=True)
+            with contextlib.suppress(ConfigError):
+                run.check()
+                shutil.rmtree(run.path, ignore_errors=True)
         raise
     return work
 
