@@ -30,6 +30,14 @@ MAX_WAITING_FOR_ENGINE = 8
 # Open event streams, one for each open page.
 MAX_STREAMS = 32
 
+# Open connections, of the 1024 files that a process may have open on most systems.
+MAX_CONNECTIONS = 512
+# The head of a request, and its body with what it gains by its length (mod_reqtimeout of Apache:
+# header=20, body=20,MinRate=500), and a client that reads nothing (send_timeout of nginx).
+REQUEST_SECONDS = 20.0
+MIN_BYTES_PER_SECOND = 500
+READER_SECONDS = 60.0
+
 # Higher than anybody needs, and low enough that a request is not too expensive.
 MAX_RANK = 256
 # A grammar, and what it may take in its own process: of CPU at once and for each token, and of
