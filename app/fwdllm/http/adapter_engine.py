@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import FailFast, Field
+from pydantic import Field
 
 from fwdllm.engine.adapters.adapter import Adapter
 from fwdllm.engine.backends import choose
@@ -29,7 +29,7 @@ from fwdllm.http import limits
 from fwdllm.http.adapter_bytes import as_file, to_bytes
 from fwdllm.http.api_error import ApiError
 from fwdllm.http.queue import Queue
-from fwdllm.http.schemas import Strict, Suffix, at_most
+from fwdllm.http.schemas import FirstFault, Strict, Suffix, at_most
 from fwdllm.http.store import AdapterRow, Store
 
 _MAX_SEEDS = 4096
@@ -43,10 +43,6 @@ Name = Annotated[str, Field(min_length=1, max_length=64)]
 Layers = Annotated[list[int], Field(min_length=1, max_length=512), at_most(512)]
 Targets = Annotated[list[Name], Field(min_length=1, max_length=16), at_most(16)]
 Labels = Annotated[list[Name], Field(max_length=1000), at_most(1000)]
-
-
-class _FailFast(FailFast):
-    __hash__ = object.__hash__  # which an optional type needs, and pydantic's has not
 
 
 class AdapterRequest(Strict):
@@ -105,7 +101,7 @@ class UpdateRequest(Strict):
     ]
     scope: ScopeRequest = ScopeRequest()
     distribution: Literal["normal", "rademacher"] = "normal"
-    head: Annotated[list[Number], Field(max_length=10_000_000), _FailFast()] | None = None
+    head: Annotated[list[Number], Field(max_length=10_000_000), FirstFault()] | None = None
     version: Annotated[int, Field(ge=0, lt=2**62)] | None = None
 
 

@@ -30,7 +30,9 @@ class Connection(H11Protocol):
         self._expect()
         if len(self.connections) > limits.MAX_CONNECTIONS:
             others = [c for c in self.connections if isinstance(c, Connection) and c.idle]
-            min(others, key=lambda c: c._since).transport.abort()
+            oldest = min(others, key=lambda c: c._since)
+            self.connections.discard(oldest)  # at once: more may be made before it is lost
+            oldest.transport.abort()
 
     @property
     def idle(self) -> bool:

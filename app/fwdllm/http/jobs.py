@@ -49,8 +49,11 @@ class Jobs:
         self._thread.start()
 
     def close(self) -> None:
-        """Let the running job save its state and stop; it resumes at the server's next start."""
-        self._deadline = time.monotonic() + _CLOSE_SECONDS
+        """Let the running job save its state and stop; it resumes at the server's next start.
+
+        Threads may close it at once.
+        """
+        self._deadline = self._deadline or time.monotonic() + _CLOSE_SECONDS
         self._changed.set()
         self._thread.join()
 

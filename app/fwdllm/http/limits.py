@@ -8,7 +8,6 @@ MAX_BODY_VALUES = 1_000_000
 # Fields of an object that is checked, if it is said nowhere else.
 MAX_FIELDS = 256
 MAX_MESSAGES = 2048  # as of OpenAI
-MAX_TOKENS = 2**20  # of a prompt that is sent as tokens
 MAX_STOPS = 64  # each is looked for at every token
 MAX_BIASES = 4096
 MAX_EXAMPLES = 200_000

@@ -92,7 +92,7 @@ def _whole(items: Sequence[Any], begun: bool = False, ended: bool = False) -> st
 
 def _sequence(items: Iterable[Any], times: int = 1) -> str:
     """times: how often the sequence is repeated."""
-    return " ".join(_item(*item, times) for item in items) or '""'
+    return " ".join(_item(kind, value, times) for kind, value in items) or '""'
 
 
 def _item(kind: Any, value: Any, times: int) -> str:

@@ -9,6 +9,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    FailFast,
     Field,
     StringConstraints,
     ValidationInfo,
@@ -35,6 +36,12 @@ def at_most(most: int) -> BeforeValidator:
     return BeforeValidator(lambda value: _few(value, most, "items"))
 
 
+class FirstFault(FailFast):
+    """For ``Annotated``: of a long list, the first wrong item is enough."""
+
+    __hash__ = object.__hash__  # needed for unions; pydantic's class has none
+
+
 class Strict(BaseModel):
     """A request in which unknown fields are errors."""
 
@@ -50,9 +57,7 @@ Temperature = Annotated[float, Field(ge=0, le=100)]
 Penalty = Annotated[float, Field(ge=0, le=10)]
 Bias = Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], at_most(limits.MAX_BIASES)]
 Count = Annotated[int, Field(ge=1)]
-Tokens = Annotated[
-    list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1), at_most(limits.MAX_TOKENS)
-]
+Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1), FirstFault()]
 Suffix = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]*$", max_length=64)]
 Metadata = Annotated[
     dict[

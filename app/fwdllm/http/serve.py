@@ -99,10 +99,10 @@ class _Server(uvicorn.Server):
         threading.Thread(target=self._end, daemon=True).start()
 
     def _end(self) -> None:
-        time.sleep(_GRACE_SECONDS + _HARD_SECONDS)
+        began = time.monotonic()
         served: Context = self.config.app.state.context  # type: ignore[union-attr]
         served.jobs.close()
-        time.sleep(_HARD_SECONDS)  # the store is being closed
+        time.sleep(max(0.0, began + _GRACE_SECONDS - time.monotonic()) + _HARD_SECONDS)
         served.models.end_processes()
         print("fwdllm: a request did not end and was abandoned", file=sys.stderr, flush=True)
         os._exit(1)
