@@ -17,10 +17,10 @@ import numpy as np
 from fwdllm.http import limits
 from fwdllm.http.grammar_worker import ALLOWED, TOO_MUCH
 
-# With our search path, so that it finds the llama.cpp that we would.
+# With our search path, so that it finds the llama.cpp that we would. All of it has its priority.
 _CHILD = (
-    "import sys; sys.path[:] = sys.argv[3:]; from fwdllm.http.grammar_worker import main; "
-    "main(sys.argv[1], int(sys.argv[2]))"
+    "import os, sys; sys.path[:] = sys.argv[3:]; getattr(os, 'nice', int)(int(sys.argv[2])); "
+    "from fwdllm.http.grammar_worker import main; main(sys.argv[1])"
 )
 
 

@@ -1,7 +1,5 @@
 """The process that follows a grammar for the server: llama.cpp's sampler of it, and limits.
 
-    fwdllm.http.grammar_worker.main(MODEL, NICE)
-
 A grammar of a few lines can take llama.cpp hours, gigabytes, or the process. It reads lines of
 JSON: a text starts a grammar, the number of a token goes on with it. To each it answers with a
 byte: ``ALLOWED`` and a bit for each token of the vocabulary, or ``REFUSED`` and a line that says
@@ -32,12 +30,10 @@ TOO_MUCH = 3  # exit code
 _WATCH_SECONDS = 0.02
 
 
-def main(model: str, nice: int) -> None:
-    """Answer until the end of standard input. nice: by how much the priority is lowered."""
+def main(model: str) -> None:
+    """Answer until the end of standard input. model: a GGUF file."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server
     _leave_no_core()
-    if nice and hasattr(os, "nice"):
-        os.nice(nice)
     follower = _Follower(open_model(model, vocab_only=True))
     watch = _Watch()
     for line in sys.stdin.buffer:

@@ -31,8 +31,8 @@ DEFAULT_CONTEXT = 4096
 
 # Adapters kept in llama.cpp's memory.
 _MAX_LOADED = 4
-# A text that is generated has about three times a trial's share of a processor.
-_TRIAL_NICE = 5
+# A text that is generated has about ten times a trial's share of a processor.
+_TRIAL_NICE = 10
 # Grammars that need not be tried again: an app has a few, and sends them with every request.
 _MAX_TRIED = 64
 

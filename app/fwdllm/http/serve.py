@@ -28,6 +28,9 @@ from fwdllm.resources import parse_bytes
 _GRACE_SECONDS = 5
 # Time for threads that should have ended with them; one in the middle of a long text has not.
 _HARD_SECONDS = 2
+# How long Python lets one thread go on before another: a text that is generated needs Python some
+# ten times a token, and beside the 5 ms that are its default, each would be as long as a token.
+_SWITCH_SECONDS = 0.0005
 # Longer than clients keep idle connections (httpx: 5 s), so that none is closed during a request.
 _KEEP_ALIVE_SECONDS = 75
 
@@ -57,6 +60,7 @@ def run(
         raise ConfigError("the API key is empty")
     if "*" in allow_origins:
         raise ConfigError("--allow-origin takes sites, not *: any page could use the server")
+    sys.setswitchinterval(_SWITCH_SECONDS)
     os.umask(0o077)  # files of the server are only for its user
     bound = _bind(host, port)
     config = ServerConfig(
