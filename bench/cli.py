@@ -230,6 +230,28 @@ def serve(
     finish(result, render_serve)
 
 
+@app.command()
+def attack(
+    model: Annotated[
+        Path | None, typer.Option("--model", help="GGUF file.", show_default="the bundled one")
+    ] = None,
+    clients: Annotated[int, typer.Option(help="Ordinary ones, at once.")] = 20,
+    seconds: Annotated[float, typer.Option(help="Of each of the two parts of a round.")] = 15.0,
+    rounds: Annotated[int, typer.Option(help="Times both parts are measured.")] = 4,
+    json: Json = False,
+    save: Save = None,
+    compare: Compare = None,
+) -> None:
+    """Latencies of fwdllm serve for ordinary clients, without and with attackers."""
+    from fwdllm.bench.attack import measure_attack
+    from fwdllm.bench.report import render_attack
+
+    finish = _prepare("attack", json, None, save, compare)
+    with _status():
+        result = measure_attack(model, clients, seconds, rounds)
+    finish(result, render_attack)
+
+
 def _status() -> Status:
     """What is shown on stderr while a measurement runs, if that is a terminal."""
     return Terminal(stderr=True).status("measuring")

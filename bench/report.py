@@ -91,23 +91,50 @@ def render_protocol(result: Mapping[str, Any]) -> RenderableType:
 
 def render_serve(result: Mapping[str, Any]) -> RenderableType:
     """A result of ``bench.serve`` as a table."""
-    table = _table("latency", "requests", "p50", "p95", "longest")
-    for part, text in (("without", "without a job"), ("with", "with a job")):
-        for kind, found in result[part].items():
-            times = (f"{found[name]:.3f} s" for name in ("p50", "p95", "max"))
-            table.add_row(f"{kind}, {text}", f"{found['requests']:,}", *times)
     pace = result["steps_per_s"]
-    statuses = ", ".join(f"{n:,} of {status}" for status, n in result["statuses"].items())
     return Group(
         _settings(result),
         "",
-        table,
+        _latencies(result, "a job"),
         "",
-        f"answers: {statuses}; jobs lost: {result['jobs_lost']}",
+        f"answers: {_statuses(result['statuses'])}; jobs lost: {result['jobs_lost']}",
         f"the job: {pace['alone']:.2f} steps/s alone, {pace['with']:.2f} beside the clients",
         f"first answer {result['first_answer_s']:.2f} s after the start, "
         f"and {result['tuned_answer_s']:.2f} s after a job's end by its model",
     )
+
+
+def render_attack(result: Mapping[str, Any]) -> RenderableType:
+    """A result of ``bench.attack`` as tables."""
+    attacks = _table("attack", "answers")
+    for kind, statuses in result["attacks"].items():
+        attacks.add_row(kind, _statuses(statuses))
+    memory = result["resident_bytes"]
+    ends = ", ".join(f"{n / 1e6:,.0f}" for n in memory["ends"])
+    return Group(
+        _settings(result),
+        "",
+        _latencies(result, "attackers"),
+        "",
+        attacks,
+        "",
+        f"answers to clients: {_statuses(result['statuses'])}; of 500 and above, to all: "
+        f"{result['errors']}",
+        f"memory at the ends of the parts: {ends} MB; at most {memory['most'] / 1e6:,.0f} MB",
+    )
+
+
+def _latencies(result: Mapping[str, Any], beside: str) -> Table:
+    table = _table("latency", "requests", "p50", "p95", "longest")
+    for part in ("without", "with"):
+        for kind, found in result[part].items():
+            times = (f"{found[name]:.3f} s" for name in ("p50", "p95", "max"))
+            table.add_row(f"{kind}, {part} {beside}", f"{found['requests']:,}", *times)
+    return table
+
+
+def _statuses(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{n:,} of {status}" for status, n in counts.items())
 
 
 def render_sides(result: Mapping[str, Any]) -> RenderableType:

@@ -27,7 +27,7 @@ from fwdllm.engine.errors import ConfigError
 # The length of an answer: a sentence or two.
 _ANSWER_TOKENS = 32
 _JOBS = 3
-_QUESTIONS = ("What does a cow say?", "What is the sun?", "Tell me about the sea.")
+QUESTIONS = ("What does a cow say?", "What is the sun?", "Tell me about the sea.")
 
 # More steps than fit in a measurement, so that the job never ends before the measurement.
 _ENDLESS_STEPS = 100_000
@@ -47,11 +47,11 @@ def measure_serve(model: Path | None, clients: int, seconds: float, rounds: int)
     model = model or asset("fwdllm-tiny.gguf")
     with tempfile.TemporaryDirectory(prefix="fwdllm-") as folder:
         began = time.perf_counter()
-        with _server(model, folder) as url:
+        with running(model, folder) as url:
             first_answer = _first_answer(url) - began
             tuned_answer = asyncio.run(_tuned_answer(url))
             load = asyncio.run(_measure(url, clients, seconds, rounds))
-    parts = {part: _summary(load.seconds[part]) for part in ("without", "with")}
+    parts = {part: summary(load.seconds[part]) for part in ("without", "with")}
     return {
         "command": "serve",
         "settings": {
@@ -78,7 +78,7 @@ def measure_serve(model: Path | None, clients: int, seconds: float, rounds: int)
 _Ask: TypeAlias = Callable[[httpx.AsyncClient, str], Awaitable[tuple[int, float]]]
 
 
-class _Load:
+class Load:
     """Figures of the clients. seconds: latencies by part and kind.  statuses: count of each."""
 
     def __init__(self) -> None:
@@ -90,8 +90,8 @@ class _Load:
         self.jobs_lost = 0
 
 
-async def _measure(url: str, clients: int, seconds: float, rounds: int) -> _Load:
-    load = _Load()
+async def _measure(url: str, clients: int, seconds: float, rounds: int) -> Load:
+    load = Load()
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as client:
         jobs = await _queue_jobs(client, _JOBS, _ENDLESS_STEPS)
@@ -103,15 +103,15 @@ async def _measure(url: str, clients: int, seconds: float, rounds: int) -> _Load
             for job in jobs[1:]:
                 await client.post(f"/v1/fine_tuning/jobs/{job}/pause")
             await _until_idle(client)
-            await _part(client, clients, seconds, load, "without")
+            await send(client, clients, seconds, load, "without")
             for job in jobs:
                 await client.post(f"/v1/fine_tuning/jobs/{job}/resume")
             await asyncio.sleep(_settle(seconds))
             pace, _ = await asyncio.gather(
-                _pace(client, jobs[0], seconds), _part(client, clients, seconds, load, "with")
+                _pace(client, jobs[0], seconds), send(client, clients, seconds, load, "with")
             )
             load.steps_beside += pace / rounds
-        found = {job["id"] for job in (await _get(client, "/v1/fine_tuning/jobs"))["data"]}
+        found = {job["id"] for job in (await get(client, "/v1/fine_tuning/jobs"))["data"]}
         load.jobs_lost = len(set(jobs) - found)
     return load
 
@@ -125,7 +125,7 @@ async def _queue_jobs(client: httpx.AsyncClient, n: int, steps: int) -> list[str
     data = asset("pirate.train.jsonl").read_bytes()
     files = {"file": ("pirate.jsonl", data)}
     uploaded = await client.post("/v1/files", files=files, data={"purpose": "fine-tune"})
-    model = (await _get(client, "/v1/server"))["model"]
+    model = (await get(client, "/v1/server"))["model"]
     settings = {"steps": steps, "eval_every": steps}
     body = {"model": model, "training_file": uploaded.json()["id"], "fwdllm": settings}
     jobs = []
@@ -135,9 +135,10 @@ async def _queue_jobs(client: httpx.AsyncClient, n: int, steps: int) -> list[str
     return jobs
 
 
-async def _part(
-    client: httpx.AsyncClient, clients: int, seconds: float, load: _Load, part: str
+async def send(
+    client: httpx.AsyncClient, clients: int, seconds: float, load: Load, part: str
 ) -> None:
+    """Ask in turn for chats, streams and embeddings, by so many clients; figures go to ``load``."""
     end = time.perf_counter() + seconds
     kinds: list[tuple[str, _Ask]] = [
         ("chat", _chat),
@@ -150,7 +151,7 @@ async def _part(
         while time.perf_counter() < end:
             kind, ask = order.choice(kinds)
             try:
-                code, latency = await ask(client, order.choice(_QUESTIONS))
+                code, latency = await ask(client, order.choice(QUESTIONS))
                 status = str(code)
             except httpx.HTTPError as error:
                 status = type(error).__name__
@@ -165,12 +166,12 @@ async def _part(
 
 async def _chat(client: httpx.AsyncClient, question: str) -> tuple[int, float]:
     began = time.perf_counter()
-    answer = await client.post("/v1/chat/completions", json=_question(question))
+    answer = await client.post("/v1/chat/completions", json=asking(question))
     return answer.status_code, time.perf_counter() - began
 
 
 async def _stream(client: httpx.AsyncClient, question: str) -> tuple[int, float]:
-    body = {**_question(question), "stream": True}
+    body = {**asking(question), "stream": True}
     began, first = time.perf_counter(), None
     async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
         async for _ in answer.aiter_lines():
@@ -184,7 +185,8 @@ async def _embedding(client: httpx.AsyncClient, question: str) -> tuple[int, flo
     return answer.status_code, time.perf_counter() - began
 
 
-def _question(text: str) -> dict[str, Any]:
+def asking(text: str) -> dict[str, Any]:
+    """A request to chat."""
     messages = [{"role": "user", "content": text}]
     return {"messages": messages, "max_tokens": _ANSWER_TOKENS, "temperature": 0.7}
 
@@ -197,7 +199,7 @@ async def _pace(client: httpx.AsyncClient, job: str, seconds: float) -> float:
 
 
 async def _steps(client: httpx.AsyncClient, job: str) -> int:
-    runs = (await _get(client, "/v1/runs"))["data"]
+    runs = (await get(client, "/v1/runs"))["data"]
     return next(int(run["step"]) for run in runs if run["id"] == job)
 
 
@@ -209,14 +211,16 @@ async def _until_idle(client: httpx.AsyncClient) -> None:
 
 
 async def _total_steps(client: httpx.AsyncClient) -> int:
-    return sum(run["step"] for run in (await _get(client, "/v1/runs"))["data"])
+    return sum(run["step"] for run in (await get(client, "/v1/runs"))["data"])
 
 
-async def _get(client: httpx.AsyncClient, path: str) -> Any:
+async def get(client: httpx.AsyncClient, path: str) -> Any:
+    """The JSON of an answer, which must be a success."""
     return (await client.get(path)).raise_for_status().json()
 
 
-def _summary(found: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+def summary(found: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Number and percentiles of latencies by kind."""
     return {
         kind: {
             "requests": len(values),
@@ -231,7 +235,7 @@ def _summary(found: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 def _first_answer(url: str) -> float:
     """Ask a question; the time of the answer, by ``time.perf_counter``."""
     with httpx.Client(base_url=url, timeout=None) as client:
-        client.post("/v1/chat/completions", json=_question(_QUESTIONS[0])).raise_for_status()
+        client.post("/v1/chat/completions", json=asking(QUESTIONS[0])).raise_for_status()
         return time.perf_counter()
 
 
@@ -244,20 +248,21 @@ async def _tuned_answer(url: str) -> float:
         [job] = await _queue_jobs(client, 1, steps=2)
         while True:
             asked = time.perf_counter()
-            found = await _get(client, f"/v1/fine_tuning/jobs/{job}")
+            found = await get(client, f"/v1/fine_tuning/jobs/{job}")
             if found["status"] == "succeeded":
                 break
             if found["status"] == "failed":
                 raise ConfigError(f"the job failed: {found['error']['message']}")
             running = asked
             await asyncio.sleep(0.005)
-        body = {**_question(_QUESTIONS[0]), "model": found["fine_tuned_model"]}
+        body = {**asking(QUESTIONS[0]), "model": found["fine_tuned_model"]}
         (await client.post("/v1/chat/completions", json=body)).raise_for_status()
         return time.perf_counter() - running
 
 
 @contextlib.contextmanager
-def _server(model: Path, folder: str) -> Iterator[str]:
+def running(model: Path, folder: str) -> Iterator[str]:
+    """A context with a server's URL."""
     command = [sys.executable, "-m", "fwdllm", "serve", str(model), "--port", "0"]
     process = subprocess.Popen(
         [*command, "--state", f"{folder}/state"], stdout=subprocess.PIPE, text=True

@@ -212,6 +212,19 @@ def test_serve(fwdllm: Cli) -> None:
         assert all(found["p50"] <= found["p95"] <= found["max"] for found in result[part].values())
 
 
+def test_attack(fwdllm: Cli) -> None:
+    pytest.importorskip("fastapi")
+    arguments = ("--clients", 3, "--seconds", 4, "--rounds", 1)
+    result = fwdllm("bench", "attack", *arguments, "--json").json
+    assert set(result["statuses"]) == {"200"}
+    assert result["errors"] == 0
+    attacks = result["attacks"]
+    refused = ("schema", "wide schema", "1 MB of faults", "long prompt", "many messages")
+    assert all(set(attacks[kind]) <= {"400", "429"} for kind in refused), attacks
+    assert set(attacks["abort"]) == {"200"}
+    assert len(result["resident_bytes"]["ends"]) == 2
+
+
 def test_results_are_kept_compared_and_drawn(fwdllm: Cli, model: Path, tmp_path: Path) -> None:
     kept, picture = tmp_path / "kept.json", tmp_path / "plot.png"
     first = fwdllm("bench", "step", model, *SMALL_STEP, "--save", kept, "--plot", picture)
@@ -264,6 +277,7 @@ def test_figures_are_compared_by_name() -> None:
         (["kernels", "--isa", "mmx"], "this machine has no 'mmx'"),
         (["protocol", "--contributions", "0"], "must be at least 1"),
         (["serve", "--clients", "0"], "must be above 0"),
+        (["attack", "--clients", "0"], "must be above 0"),
         (["kernels", "--type", "Q9"], "these are: F32, F16, "),
         (["kernels", "--rows", "12"], "--rows a multiple of 8"),
     ],

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from fwdllm.engine.adapters.adapter import Adapter
 from fwdllm.engine.backends import choose
@@ -29,35 +29,39 @@ from fwdllm.http import limits
 from fwdllm.http.adapter_bytes import as_file, to_bytes
 from fwdllm.http.api_error import ApiError
 from fwdllm.http.queue import Queue
-from fwdllm.http.schemas import Suffix
+from fwdllm.http.schemas import FirstFault, Strict, Suffix, at_most
 from fwdllm.http.store import AdapterRow, Store
 
-Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**64)]], Field(min_length=1, max_length=4096)]
+_MAX_SEEDS = 4096
+Seeds = Annotated[
+    list[Annotated[int, Field(ge=0, lt=2**64)]],
+    Field(min_length=1, max_length=_MAX_SEEDS),
+    at_most(_MAX_SEEDS),
+]
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-3e38, le=3e38)]
 Name = Annotated[str, Field(min_length=1, max_length=64)]
+Layers = Annotated[list[int], Field(min_length=1, max_length=512), at_most(512)]
+Targets = Annotated[list[Name], Field(min_length=1, max_length=16), at_most(16)]
+Labels = Annotated[list[Name], Field(max_length=1000), at_most(1000)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class AdapterRequest(_Strict):
+class AdapterRequest(Strict):
     """A new adapter; it does not change the outputs yet. labels: classes of an encoder's head."""
 
     rank: Annotated[int, Field(ge=1, le=limits.MAX_RANK)] = 8
     alpha: Annotated[float, Field(gt=0, le=1e6)] = 16.0
-    targets: Annotated[list[Name], Field(min_length=1, max_length=16)] = ["attn_q", "attn_v"]
-    layers: Annotated[list[int], Field(min_length=1, max_length=512)] | None = None
-    labels: Annotated[list[Name], Field(max_length=1000)] = []
+    targets: Targets = Field(default=["attn_q", "attn_v"])
+    layers: Layers | None = None
+    labels: Labels = Field(default=[])
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     suffix: Suffix = ""
 
 
-class ScopeRequest(_Strict):
+class ScopeRequest(Strict):
     """The part of an adapter that seeds perturb. None: all layers, all targets."""
 
-    layers: Annotated[list[int], Field(min_length=1, max_length=512)] | None = None
-    targets: Annotated[list[Name], Field(min_length=1, max_length=16)] | None = None
+    layers: Layers | None = None
+    targets: Targets | None = None
 
     def scope(self) -> Scope:
         """As the engine's ``Scope``."""
@@ -65,7 +69,7 @@ class ScopeRequest(_Strict):
         return Scope(layers, None if self.targets is None else tuple(self.targets))
 
 
-class EvaluateRequest(_Strict):
+class EvaluateRequest(Strict):
     """A request for directional derivatives.
 
     examples: objects like the lines of a data file.  seeds, scope, distribution: of the directions.
@@ -74,7 +78,7 @@ class EvaluateRequest(_Strict):
     """
 
     adapter: str
-    examples: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=256)]
+    examples: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=256), at_most(256)]
     seeds: Seeds
     scope: ScopeRequest = ScopeRequest()
     distribution: Literal["normal", "rademacher"] = "normal"
@@ -84,7 +88,7 @@ class EvaluateRequest(_Strict):
     max_tokens: Annotated[int, Field(ge=2, le=2**20)] | None = None
 
 
-class UpdateRequest(_Strict):
+class UpdateRequest(Strict):
     """A request for theta += sum of coefficient * v(seed).
 
     head: added to the parameters of a classification head.  version: the adapter's expected
@@ -92,10 +96,12 @@ class UpdateRequest(_Strict):
     """
 
     seeds: Seeds
-    coefficients: Annotated[list[Number], Field(min_length=1, max_length=4096)]
+    coefficients: Annotated[
+        list[Number], Field(min_length=1, max_length=_MAX_SEEDS), at_most(_MAX_SEEDS)
+    ]
     scope: ScopeRequest = ScopeRequest()
     distribution: Literal["normal", "rademacher"] = "normal"
-    head: Annotated[list[Number], Field(max_length=10_000_000)] | None = None
+    head: Annotated[list[Number], Field(max_length=10_000_000), FirstFault()] | None = None
     version: Annotated[int, Field(ge=0, lt=2**62)] | None = None
 
 

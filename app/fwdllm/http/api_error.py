@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 # How many of pydantic's error descriptions are shown; a bad body can have thousands.
 _MAX_FAULTS = 3
+# A name in a message may be as long as the request.
+_MAX_CHARACTERS = 1000
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -62,6 +64,7 @@ def response(
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
     """An error response in OpenAI's format."""
+    message, param = _short(message), param and _short(param)
     kind = "server_error" if status >= 500 else _KINDS.get(status, "invalid_request_error")
     body = ErrorBody(error=Fault(message=message, type=kind, param=param, code=code))
     return JSONResponse(body.model_dump(), status, dict(headers or {}))
@@ -103,6 +106,10 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def _bug(request: Request, error: Exception) -> JSONResponse:
         return response(500, explain(error) or "the server has made a mistake; its log says more")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MAX_CHARACTERS else text[:_MAX_CHARACTERS] + "..."
 
 
 def _describe(fault: Mapping[str, Any]) -> str:

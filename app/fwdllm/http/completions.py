@@ -23,14 +23,19 @@ from starlette.concurrency import run_in_threadpool
 from fwdllm.engine.llamacpp.native import llama_cpp
 from fwdllm.http import chat
 from fwdllm.http.api_error import ApiError
+from fwdllm.http.bodies import Route
 from fwdllm.http.context import Context, Served
+from fwdllm.http.grammar_process import GrammarError
 from fwdllm.http.models import ServedLlama
 from fwdllm.http.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
 
 # How often to check whether the client has disconnected.
 _WATCH_SECONDS = 0.5
 
-router = APIRouter(tags=["inference"])
+router = APIRouter(tags=["inference"], route_class=Route)
+
+# The tokens to continue, and the grammar to do it by.
+Prepared = tuple[list[int], str | None]
 
 
 @router.get("/v1/models")
@@ -63,9 +68,11 @@ def delete_model(model: str, served: Served) -> dict[str, Any]:
 async def create_completion(request: Request, body: CompletionRequest, served: Served) -> Any:
     """Continue a text."""
 
-    def answer(llama: ServedLlama) -> Any:
-        prompt = _prompt(body, served)
-        found = _continue(llama, served, body, prompt, body.grammar)
+    def prepare() -> Prepared:
+        return _prompt(body, served), body.grammar
+
+    def answer(llama: ServedLlama, prompt: list[int], grammar: str | None) -> Any:
+        found = _continue(llama, served, body, prompt, grammar)
         if not body.echo:
             return found
         text = body.prompt if isinstance(body.prompt, str) else None
@@ -76,19 +83,22 @@ async def create_completion(request: Request, body: CompletionRequest, served: S
             return itertools.chain([_after(text, first)], found)
         return _after(text, found)
 
-    return await _generate(request, body, served, answer)
+    return await _generate(request, body, served, prepare, answer)
 
 
 @router.post("/v1/chat/completions")
 async def create_chat_completion(request: Request, body: ChatRequest, served: Served) -> Any:
     """Continue a conversation."""
 
-    def answer(llama: ServedLlama) -> Any:
-        prompt = chat.prompt_of(served.models.tokenizer, body)
-        found = _continue(llama, served, body, prompt, chat.constraint(body))
+    def prepare() -> Prepared:
+        _check_length(served, sum(len(message["content"]) for message in body.messages), "messages")
+        return chat.prompt_of(served.models.tokenizer, body), chat.constraint(body)
+
+    def answer(llama: ServedLlama, prompt: list[int], grammar: str | None) -> Any:
+        found = _continue(llama, served, body, prompt, grammar)
         return (chat.streamed if body.stream else chat.whole)(found, chat.reader_of(body))
 
-    return await _generate(request, body, served, answer)
+    return await _generate(request, body, served, prepare, answer)
 
 
 @router.post("/v1/embeddings")
@@ -133,13 +143,21 @@ async def _generate(
     request: Request,
     body: CompletionRequest | ChatRequest,
     served: Context,
-    answer: Callable[[ServedLlama], Any],
+    prepare: Callable[[], Prepared],
+    answer: Callable[[ServedLlama, list[int], str | None], Any],
 ) -> Any:
-    """answer: gives the answer, or its chunks if the request has ``stream``."""
+    """prepare: what can be done, and refused, without the model.
+
+    answer: gives the answer to what was prepared, or its chunks if the request has ``stream``.
+    """
     if not served.models.is_causal:
         text = f"{served.models.base} is an encoder, which cannot generate text"
         raise ApiError(400, text, "model", "model_not_supported")
     await run_in_threadpool(served.models.mix_of, body.model, body.lora)
+    with _refusals():
+        prompt, grammar = await run_in_threadpool(prepare)
+        if grammar is not None:
+            await _try(served, grammar)
     cancelled = threading.Event()
     chunks: asyncio.Queue[Any] = asyncio.Queue()
     loop = asyncio.get_running_loop()
@@ -147,7 +165,7 @@ async def _generate(
     def work(llama: ServedLlama) -> Any:
         try:
             with _refusals():
-                found = answer(llama)
+                found = answer(llama, prompt, grammar)
                 if not body.stream:
                     return found
                 last: dict[str, Any] = {}
@@ -165,7 +183,8 @@ async def _generate(
     if not body.stream:
         return await unless_disconnected(request, future, cancelled)
     future.add_done_callback(lambda _: chunks.put_nowait(None))
-    first = await chunks.get()
+    getting = asyncio.ensure_future(chunks.get())
+    first = await unless_disconnected(request, getting, cancelled)
     if first is None:
         future.result()  # raises the error that came before the first token
     return EventSourceResponse(_events(first, chunks, future, cancelled), sep="\n")
@@ -210,12 +229,32 @@ def _prompt(body: CompletionRequest, served: Context) -> list[int]:
         if not all(token < tokenizer.n_vocab for token in prompt):
             raise ApiError(400, f"tokens are numbers from 0 to {tokenizer.n_vocab - 1}", "prompt")
         return prompt
+    _check_length(served, len(prompt), "prompt")
     prompt.encode()  # UnicodeEncodeError for half of a surrogate pair
     if ids := tokenizer.encode_prompt(prompt):
         return ids
     if tokenizer.bos is None:
         raise ApiError(400, "it is empty, and this model has no token to begin with", "prompt")
     return [tokenizer.bos]
+
+
+def _check_length(served: Context, n_characters: int, param: str) -> None:
+    """ApiError 400 for a text that cannot fit, before time is spent on its tokens."""
+    most = served.models.max_characters
+    if n_characters > most:
+        text = (
+            f"{n_characters:,} characters do not fit into the context window of "
+            f"{served.models.context} tokens, as no token has more than "
+            f"{most // served.models.context}"
+        )
+        raise ApiError(400, text, param, "context_length_exceeded")
+
+
+async def _try(served: Context, grammar: str) -> None:
+    """See if a grammar can be followed, outside the queue. Errors: ApiError 429; GrammarError."""
+    with served.grammars.place():
+        async with served.trying:
+            await run_in_threadpool(served.models.try_grammar, grammar)
 
 
 def _continue(
@@ -230,7 +269,7 @@ def _continue(
     if not body.logit_bias:  # which would copy all logits at each token
         del options["logit_bias"]
     if grammar is not None:
-        options["grammar"] = llama_cpp.LlamaGrammar.from_string(grammar, verbose=False)
+        options["grammar"] = grammar  # for ``ServedLlama.generate``
     if body.min_tokens > 0:
         least = llama_cpp.MinTokensLogitsProcessor(body.min_tokens, llama.token_eos())
         options["logits_processor"] = llama_cpp.LogitsProcessorList([least])
@@ -268,6 +307,8 @@ def _refusals() -> Iterator[None]:
         yield
     except UnicodeEncodeError:  # a ValueError, too
         raise
+    except GrammarError as error:
+        raise ApiError(400, str(error), "grammar") from error
     except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
         code = "context_length_exceeded" if "context window" in str(error) else None
         raise ApiError(400, f"llama.cpp cannot do this: {error}", code=code) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,8 @@ class Context:
     """What the routes of an application share.
 
     folder: the server's.  adapter_folder: where requests may load adapters from, or None.
-    queue: requests that wait for ``models``.  started: Unix seconds.
+    queue: requests that wait for ``models``.  grammars, trying: grammars that wait to be tried, and
+    the lock of the one that is.  started: Unix seconds.
     n_tokens, n_requests: generated tokens and answered requests since then.  streams: open now.
     """
 
@@ -36,6 +38,8 @@ class Context:
     runs: Runs
     adapter_folder: Path | None = None
     queue: Queue = field(default_factory=lambda: Queue(limits.MAX_WAITING))
+    grammars: Queue = field(default_factory=lambda: Queue(limits.MAX_WAITING_GRAMMARS))
+    trying: asyncio.Lock = field(default_factory=asyncio.Lock)
     started: float = field(default_factory=time.time)
     n_tokens: int = 0
     n_requests: int = 0

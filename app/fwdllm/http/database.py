@@ -14,6 +14,9 @@ from fwdllm.engine.errors import FwdllmError
 from fwdllm.engine.files import transaction
 
 FORMAT = 1
+# The folder of the jobs' runs, beside the file.
+RUNS = "jobs"
+_TABLES = {"meta", "file", "job", "event", "adapter"}
 
 # Long enough for the other process to write an adapter of about 100 MB.
 _BUSY_SECONDS = 30.0
@@ -64,11 +67,16 @@ class Database:
             self._writer, self._reader = _connect(path), _connect(path)
             with self.transaction() as db:
                 [(version,)] = db.execute("PRAGMA user_version").fetchall()
+                found = db.execute("SELECT name FROM sqlite_master").fetchall()
+                tables = {name for (name,) in found}
                 if version == 0:  # none yet, or a crash before the first transaction
+                    _check_new(path, tables)
                     for statement in _SCHEMA.split(";"):
                         db.execute(statement)
                 elif version != FORMAT:
                     raise StoreError(f"{path} is of another version of fwdllm: {version}")
+                elif not tables >= _TABLES:
+                    raise StoreError(f"{path} is not a store of fwdllm")
 
     def close(self) -> None:
         """Release the file."""
@@ -92,6 +100,18 @@ class Database:
             yield
         except sqlite3.Error as error:
             raise StoreError(f"cannot use {self.path}: {error}") from error
+
+
+def _check_new(path: Path, tables: set[str]) -> None:
+    """StoreError if a file without a version is of another program, or was a store once."""
+    if tables:
+        raise StoreError(f"{path} is not a store of fwdllm")
+    jobs = path.parent / RUNS
+    if jobs.is_dir() and any(jobs.iterdir()):
+        raise StoreError(
+            f"{path} is missing or empty, but {jobs} has the runs of its jobs: restore it from a "
+            "copy, or choose another folder with --state"
+        )
 
 
 def _connect(path: Path) -> sqlite3.Connection:

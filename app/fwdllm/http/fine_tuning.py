@@ -16,18 +16,21 @@ from fwdllm.engine.data.jsonl import labels_of
 from fwdllm.engine.settings import DirectionsConfig, LoRAConfig, settings_of, types_of
 from fwdllm.http import limits
 from fwdllm.http.api_error import ApiError
+from fwdllm.http.bodies import Route
 from fwdllm.http.context import Context, Served
 from fwdllm.http.files import examples_of, find, page
 from fwdllm.http.limits import MAX_RANK
-from fwdllm.http.schemas import Metadata, NullIsDefault, Refused
+from fwdllm.http.schemas import Metadata, NullIsDefault, Refused, at_most
 from fwdllm.http.store import AdapterRow, Event, Job
 from fwdllm.http.worker import directions_of, work_folder
 from fwdllm.protocol.config import AUTO, TrainConfig
 from fwdllm.tuning.recipes import check_given, recipe_for
 
-router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=Route)
 
 Auto = Literal["auto"]
+# Of layers or targets: more than any model has.
+_MAX_ITEMS = 512
 
 
 class Hyperparameters(NullIsDefault):
@@ -48,7 +51,7 @@ class Method(NullIsDefault):
 
 
 class _Settings(NullIsDefault):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(strict=True)
 
     def of(self, config: type) -> dict[str, Any]:
         """The settings that were given and that belong to ``config``."""
@@ -68,7 +71,8 @@ def _fields() -> dict[str, Any]:
         for name, as_ in _names(config).items():
             kind: Any = types_of(config)[name][0]
             if kind is tuple:
-                kind = list[int] if name == "layers" else list[str]
+                items: Any = list[int] if name == "layers" else list[str]
+                kind = Annotated[items, at_most(_MAX_ITEMS)]
             known = settings_of(config)[name]
             found[as_] = (kind | None, Field(default=None, description=known.help))
     del found["seed"]  # OpenAI's requests have one

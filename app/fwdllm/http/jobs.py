@@ -20,7 +20,7 @@ from fwdllm.http.store import (
     Job,
     Store,
 )
-from fwdllm.http.worker import tidy
+from fwdllm.http.worker import FULL_DISK, tidy
 
 # How long a closing server waits for the current step to end and be saved. Then it kills the
 # worker; the job will resume from its last checkpoint.
@@ -44,12 +44,16 @@ class Jobs:
         self._model, self._memory_budget = model.absolute(), memory_budget
         self._changed = threading.Event()
         self._deadline: float | None = None  # of a closing server
+        self._full: int | None = None  # the job that met a full disk, until the store says so
         self._thread = threading.Thread(target=self._loop, name="jobs")
         self._thread.start()
 
     def close(self) -> None:
-        """Let the running job save its state and stop; it resumes at the server's next start."""
-        self._deadline = time.monotonic() + _CLOSE_SECONDS
+        """Let the running job save its state and stop; it resumes at the server's next start.
+
+        Threads may close it at once.
+        """
+        self._deadline = self._deadline or time.monotonic() + _CLOSE_SECONDS
         self._changed.set()
         self._thread.join()
 
@@ -90,6 +94,9 @@ class Jobs:
                 self._changed.wait(_RETRY_SECONDS)
 
     def _step(self) -> None:
+        if self._full is not None:  # the store may have no room for that either: tried again
+            self._store.pause_full(self._full)
+            self._full = None
         for job in self._store.jobs(RUNNING):  # left by a server that died
             self._store.change_status(job.number, (RUNNING,), QUEUED)
             self._store.add_event(job.number, "The job goes on where it was interrupted")
@@ -128,7 +135,9 @@ class Jobs:
                 elif not told and (closing or status in (QUEUED, PAUSED)):
                     _tell_to_stop(process)
                     told = True
-        if process.returncode and self._deadline is None:
+        if process.returncode == FULL_DISK:
+            self._full = number
+        elif process.returncode and self._deadline is None:
             self._store.fail_job(number, f"its process ended with {_reason(process.returncode)}")
 
 

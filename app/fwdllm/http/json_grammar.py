@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fwdllm.http.limits import MAX_GRAMMAR_CHARACTERS
 from fwdllm.http.number_grammar import integer, number
 from fwdllm.http.pattern_grammar import any_character, literal, repeats, string_of
 
@@ -31,6 +32,11 @@ _OF_TYPE = {
 # One of these decides alone; only notes and a type may stand beside it.
 _DECIDING = ("$ref", "const", "enum", "anyOf", "oneOf", "allOf")
 _MAX_DEPTH = 64
+# Of types, "enum", "anyOf", "required" and the like.
+_MAX_CHOICES = 1000
+_MAX_ONE_OF = 64  # each is compared with each
+# What may be written on the way to a grammar, which may have a quarter of it.
+_MAX_WRITTEN = 4 * MAX_GRAMMAR_CHARACTERS
 
 _HOUR = r"([01]\d|2[0-3])"
 _DAYS = r"(0[1-9]|[12]\d)"
@@ -63,9 +69,10 @@ class SchemaError(ValueError):
 
 
 class Grammar:
-    """Rules of a grammar, to which schemas are added. ``str()`` gives its text."""
+    """Rules of a grammar, to which schemas are added."""
 
     def __init__(self) -> None:
+        self._left = _MAX_WRITTEN
         self._rules: dict[str, str] = {"ws": '" "?', "char": any_character()}
         self._rules["string"] = r'"\"" char* "\""'
         self._rules["value"] = 'object | array | string | number | "true" | "false" | "null"'
@@ -73,14 +80,26 @@ class Grammar:
         self._rules["array"] = '"[" ws (value ("," ws value)*)? "]"'
         self._rules["object"] = f'"{{" ws ({_pairs("value")})? "}}"'
 
-    def __str__(self) -> str:
-        return "\n".join(f"{name} ::= {rule}" for name, rule in self._rules.items())
+    def text(self) -> str:
+        """All rules. Errors: SchemaError if that is too long a grammar."""
+        text = "\n".join(f"{name} ::= {rule}" for name, rule in self._rules.items())
+        if len(text) > MAX_GRAMMAR_CHARACTERS:
+            raise _too_long()
+        return text
 
     def rule(self, expression: str, name: str = "") -> str:
         """Add a rule; returns its name."""
+        self.write(expression)
         name = name or f"r{len(self._rules)}"
         self._rules[name] = expression
         return name
+
+    def write(self, expression: str) -> str:
+        """Count an expression, of any part of the grammar. SchemaError if that is too much."""
+        self._left -= len(expression) + 1
+        if self._left < 0:
+            raise _too_long()
+        return expression
 
     def schema(self, schema: Any) -> str:
         """Add rules for the values of a schema; returns the name of theirs. Errors: SchemaError."""
@@ -91,7 +110,12 @@ def grammar_of(schema: Any) -> str:
     """The grammar of the JSON values of a schema. Errors: SchemaError."""
     grammar = Grammar()
     grammar.rule(grammar.schema(schema), "root")
-    return str(grammar)
+    return grammar.text()
+
+
+def _too_long() -> SchemaError:
+    most = MAX_GRAMMAR_CHARACTERS
+    return SchemaError(f"the grammar of the schema has over {most:,} characters", "")
 
 
 class _Schema:
@@ -114,7 +138,7 @@ class _Schema:
 
     def _target(self, ref: Any, where: str) -> Any:
         if not (isinstance(ref, str) and (ref == "#" or ref.startswith("#/"))):
-            raise SchemaError(f"the $ref {ref!r} is not within the schema", where)
+            raise SchemaError(f"the $ref {_short(ref)} is not within the schema", where)
         found = self._root
         for step in ref.split("/")[1:]:
             step = step.replace("~1", "/").replace("~0", "~")
@@ -123,11 +147,14 @@ class _Schema:
             elif isinstance(found, dict) and step in found:
                 found = found[step]
             else:
-                raise SchemaError(f"there is nothing at the $ref {ref!r}", where)
+                raise SchemaError(f"there is nothing at the $ref {_short(ref)}", where)
         return found
 
     def _value(self, schema: Any, where: str) -> str:
         """An expression for the values of a part of the schema, at the path ``where``."""
+        return self._grammar.write(self._expression(schema, where))
+
+    def _expression(self, schema: Any, where: str) -> str:
         if where.count(".") > _MAX_DEPTH:
             raise SchemaError(f"the schema is more than {_MAX_DEPTH} deep", "")
         if schema is True or schema == {}:
@@ -154,7 +181,7 @@ class _Schema:
                 "value"
             ]
         kinds = [kinds] if isinstance(kinds, str) else kinds
-        if not isinstance(kinds, list) or not kinds or not all(k in _OF_TYPE for k in kinds):
+        if not _is_choice(kinds) or not all(isinstance(k, str) and k in _OF_TYPE for k in kinds):
             raise SchemaError(f"{_short(schema['type'])} is not a type", _at(where, "type"))
         return kinds
 
@@ -176,19 +203,23 @@ class _Schema:
         if key == "$ref":
             return self._ref(schema["$ref"], _at(where, "$ref"))
         values = [schema["const"]] if key == "const" else schema[key]
-        if not isinstance(values, list) or not values:
-            raise SchemaError(f"{key!r} is not a list of something", _at(where, key))
+        if not _is_choice(values):
+            text = f"{key!r} is not a list of something, or of over {_MAX_CHOICES:,}"
+            raise SchemaError(text, _at(where, key))
         if key in ("const", "enum"):
             if "type" in schema:
                 kinds = self._kinds(schema, where)
                 values = [v for v in values if any(_is_a(kind, v) for kind in kinds)]
             if not values:
                 raise SchemaError(f"no value of {key!r} has the type", where)
-            return _any(literal(_json(value)) for value in values)
+            return _any(literal(self._grammar.write(_json(value))) for value in values)
         if "type" in schema:
             raise SchemaError(f"'type' beside {key!r} is not supported", where)
         if key == "allOf" and len(values) > 1:
             raise SchemaError("'allOf' of several is not supported", _at(where, key))
+        if key == "oneOf" and len(values) > _MAX_ONE_OF:
+            text = f"'oneOf' of over {_MAX_ONE_OF} is not supported; 'anyOf' is"
+            raise SchemaError(text, _at(where, key))
         if key == "oneOf" and not self._exclude_each_other(values, where):
             raise SchemaError(
                 "'oneOf' is supported only where the types differ, or a required property's "
@@ -213,12 +244,12 @@ class _Schema:
         properties = schema.get("properties", {})
         required = schema.get("required", [])
         others = schema.get("additionalProperties", not properties)
-        if not isinstance(properties, dict) or not isinstance(required, list):
+        if not isinstance(properties, dict) or not (required == [] or _is_choice(required)):
             raise SchemaError("'properties' or 'required' is malformed", where)
         for name in required:
-            if name not in properties:
+            if not isinstance(name, str) or name not in properties:
                 raise SchemaError(
-                    f"{name!r} is required, but not in 'properties'", _at(where, "required")
+                    f"{_short(name)} is required, but not in 'properties'", _at(where, "required")
                 )
         if not properties:
             if others is False:
@@ -317,6 +348,10 @@ def _constants(schema: Any) -> set[str]:
         return set()
     values = [schema["const"]] if "const" in schema else schema.get("enum", [])
     return {_json(value) for value in values}
+
+
+def _is_choice(values: Any) -> bool:
+    return isinstance(values, list) and 0 < len(values) <= _MAX_CHOICES
 
 
 def _is_ref(schema: Any) -> bool:

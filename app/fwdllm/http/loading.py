@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from fwdllm.adapters import as_gguf
 from fwdllm.engine.adapters.peft import CONFIG_FILE, HEAD_FILE, WEIGHTS_FILE
@@ -15,31 +15,28 @@ from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import AdapterError, ConfigError
 from fwdllm.http import limits
 from fwdllm.http.api_error import ApiError
+from fwdllm.http.bodies import Route
 from fwdllm.http.context import Served
 from fwdllm.http.perturbations import adapter_object
-from fwdllm.http.schemas import LoraScales
+from fwdllm.http.schemas import LoraScales, Strict
 from fwdllm.http.store import AdapterRow, Store
 
-router = APIRouter(tags=["adapters"])
+router = APIRouter(tags=["adapters"], route_class=Route)
 
 # Names of what is made here, by jobs and by /v1/adapters, begin so.
 OWN = "ft:"
 _NAME = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 
 
-class LoadRequest(BaseModel):
+class LoadRequest(Strict):
     """An adapter to load, as for vLLM. lora_path: in the server's --adapter-folder."""
-
-    model_config = ConfigDict(extra="forbid")
 
     lora_name: Annotated[str, Field(min_length=1, max_length=64)]
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
 
 
-class UnloadRequest(BaseModel):
+class UnloadRequest(Strict):
     """An adapter to unload, as for vLLM."""
-
-    model_config = ConfigDict(extra="forbid")
 
     lora_name: str
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +19,9 @@ from fwdllm.engine.data.tokenizer import Tokenizer
 from fwdllm.engine.errors import AdapterError, ModelError
 from fwdllm.engine.llamacpp.generation import check_finite, check_logits
 from fwdllm.engine.llamacpp.native import Llama, call, llama_cpp, open_model, reason
-from fwdllm.http import limits
 from fwdllm.http.adapter_bytes import as_file
 from fwdllm.http.api_error import ApiError
+from fwdllm.http.grammar_process import Constraint, GrammarError, GrammarProcess
 from fwdllm.http.loras import Loras, Mix
 from fwdllm.http.schemas import LoraScale
 from fwdllm.http.store import AdapterRow, Store
@@ -35,6 +34,10 @@ DEFAULT_CONTEXT = 4096
 
 # Adapters kept in llama.cpp's memory.
 _MAX_LOADED = 4
+# A text that is generated has about ten times a trial's share of a processor.
+_TRIAL_NICE = 10
+# Grammars that need not be tried again: an app has a few, and sends them with every request.
+_MAX_TRIED = 64
 
 
 class Models:
@@ -46,6 +49,7 @@ class Models:
     path: the GGUF file.  base: the base model's name.  given: adapters of the command line, see
     ``Loras``.  context: tokens of a conversation.  is_causal: whether the model generates text; an
     encoder only embeds.  backend: what tunes the model.  tokenizer: the model's.
+    max_characters: no text of more fits into the context.
     Errors of the constructor: ModelError.
     """
 
@@ -65,7 +69,13 @@ class Models:
         self.context = min(context or DEFAULT_CONTEXT, native.context_length)
         self._pooling = native.pooling
         self.tokenizer = Tokenizer(native)
+        longest = max(map(len, native.file.strings("tokenizer.ggml.tokens")))
+        self.max_characters = longest * self.context
         self._closing = threading.Event()
+        # One to try what requests send, and one for the text that is being generated.
+        self._trial = GrammarProcess(path, self.tokenizer.n_vocab, nice=_TRIAL_NICE)
+        self._tried: dict[str, None] = {}  # that can begin
+        self._grammars = GrammarProcess(path, self.tokenizer.n_vocab)
         self._sessions: dict[bool, _Session] = {}
         self._session(embedding=not self.is_causal)
         self._thread = ThreadPoolExecutor(1, "models")
@@ -73,9 +83,29 @@ class Models:
     def close(self) -> None:
         """Stop the answer in progress and free the weights."""
         self._closing.set()
+        self.end_processes()
         self._thread.shutdown(cancel_futures=True)
         for session in self._sessions.values():
             session.llama.close()
+
+    def end_processes(self) -> None:
+        """End the processes that follow grammars."""
+        for process in (self._trial, self._grammars):
+            process.close()
+
+    def try_grammar(self, grammar: str) -> None:
+        """See in a process of low priority whether a text can begin by a grammar.
+
+        One thread may do so at a time. Errors: GrammarError.
+        """
+        if grammar in self._tried:
+            return
+        self._trial.begin(grammar)
+        if not self._trial.allowed().any():
+            raise GrammarError("no token of this model can be the first by the grammar")
+        self._tried[grammar] = None
+        if len(self._tried) > _MAX_TRIED:
+            del self._tried[next(iter(self._tried))]
 
     def run(
         self,
@@ -139,6 +169,7 @@ class Models:
     def _session(self, *, embedding: bool) -> _Session:
         if embedding not in self._sessions:
             llama = self._open(embedding)
+            llama.grammars = self._grammars
             self._sessions[embedding] = _Session(llama, self.backend, self._store)
         return self._sessions[embedding]
 
@@ -162,11 +193,13 @@ class Models:
 
 
 class ServedLlama(Llama):
-    """A ``Llama`` that can be stopped, counts tokens, and refuses grammars that would crash it.
+    """A ``Llama`` that can be stopped, counts tokens, and follows grammars in a process.
 
     stops: events, any of which ends a text.  n_prompt, n_generated: tokens of the last text.
+    grammars: the process.
     """
 
+    grammars: GrammarProcess
     stops: tuple[threading.Event, ...] = ()
     n_prompt = n_generated = 0
 
@@ -180,13 +213,32 @@ class ServedLlama(Llama):
         template = "tokenizer.chat_template"
         self._metadata = {k: v for k, v in found.items() if not k.startswith(template)}
 
-    def generate(self, tokens: Any, *values: Any, **options: Any) -> Iterator[int]:
-        """Generate tokens until one of ``stops`` is set."""
+    def generate(
+        self,
+        tokens: Any,
+        *values: Any,
+        grammar: Any = None,
+        logits_processor: Any = None,
+        **options: Any,
+    ) -> Iterator[int]:
+        """Generate tokens until one of ``stops`` is set. grammar: a text in GBNF.
+
+        Errors: GrammarError, also in the middle of a text.
+        """
         self.n_prompt, self.n_generated = len(tokens), 0
+        constraint = None
+        if grammar is not None:
+            constraint = Constraint(self.grammars, grammar)
+            processors = [*(logits_processor or []), constraint]
+            logits_processor = llama_cpp.LogitsProcessorList(processors)
+        options["logits_processor"] = logits_processor
         for token in super().generate(tokens, *values, **options):
             if any(stop.is_set() for stop in self.stops):
                 return
             check_logits(self.ctx, self.n_vocab())
+            if constraint is not None:
+                ends = llama_cpp.llama_vocab_is_eog(self._model.vocab, token)
+                constraint.accept(token, ends=ends)
             self.n_generated += 1
             yield token
 
@@ -195,26 +247,6 @@ class ServedLlama(Llama):
         found = super().embed(*values, **options)
         check_finite(np.array(found[0] if isinstance(found, tuple) else found), "embeddings")
         return found
-
-    def _init_sampler(self, *values: Any, grammar: Any = None, **options: Any) -> Any:
-        if grammar is not None:
-            _check_grammar(self._model.vocab, grammar)
-        return super()._init_sampler(*values, grammar=grammar, **options)
-
-
-def _check_grammar(vocab: Any, grammar: llama_cpp.LlamaGrammar) -> None:
-    """ValueError for a grammar llama.cpp cannot parse; llama-cpp-python would not check it."""
-    text = grammar._grammar
-    if "\0" in text or not text.strip():
-        raise ValueError("the grammar is empty")
-    depth = max(itertools.accumulate((c == "(") - (c == ")") for c in text))
-    if len(text) > limits.MAX_GRAMMAR_CHARACTERS or depth > limits.MAX_GRAMMAR_DEPTH:
-        raise ValueError("the grammar is too long or too deep")
-    root = grammar._root.encode()
-    sampler = call(llama_cpp.llama_sampler_init_grammar, vocab, text.encode(), root)
-    if not sampler:
-        raise ValueError(f"the grammar is not one in GBNF: {reason()}")
-    llama_cpp.llama_sampler_free(sampler)
 
 
 class _Session:

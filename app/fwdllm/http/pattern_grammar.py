@@ -16,8 +16,10 @@ else:
 
 Ranges = list[tuple[int, int]]
 
-# llama.cpp's own bound is 2000.
+# llama.cpp's own bound, of repeats and of what they make together, is 2000.
 MAX_REPEATS = 1000
+MAX_NESTED_REPEATS = 1999
+_MAX_PATTERN = 4096
 _LAST = 0x10FFFF
 _SURROGATES = (0xD800, 0xDFFF)
 # Characters that a JSON string can hold only in another form; those with one of two characters.
@@ -47,6 +49,8 @@ def string_of(pattern: str) -> str:
     As in JSON Schema, a pattern without ^ and $ may be anywhere in the string.
     Errors: ValueError for what is no pattern, or one with assertions, references or flags.
     """
+    if len(pattern) > _MAX_PATTERN:
+        raise ValueError(f"a pattern of {len(pattern):,} characters, over {_MAX_PATTERN:,}")
     try:
         parsed: Any = parser.parse(pattern)
     except (re.error, OverflowError, RecursionError) as error:
@@ -86,11 +90,12 @@ def _whole(items: Sequence[Any], begun: bool = False, ended: bool = False) -> st
     return " ".join([*[anything][begun:], _sequence(items), *[anything][ended:]])
 
 
-def _sequence(items: Iterable[Any]) -> str:
-    return " ".join(_item(*item) for item in items) or '""'
+def _sequence(items: Iterable[Any], times: int = 1) -> str:
+    """times: how often the sequence is repeated."""
+    return " ".join(_item(kind, value, times) for kind, value in items) or '""'
 
 
-def _item(kind: Any, value: Any) -> str:
+def _item(kind: Any, value: Any, times: int) -> str:
     if kind is sre.LITERAL:
         return _class([(value, value)])
     if kind is sre.NOT_LITERAL:
@@ -100,14 +105,19 @@ def _item(kind: Any, value: Any) -> str:
     if kind is sre.IN:
         return _class(_set(value))
     if kind is sre.BRANCH:
-        return "(" + " | ".join(map(_sequence, value[1])) + ")"
+        return "(" + " | ".join(_sequence(branch, times) for branch in value[1]) + ")"
     if kind is sre.SUBPATTERN:
         if value[1] or value[2]:
             raise _Unsupported("flags")
-        return f"({_sequence(value[3])})"
+        return f"({_sequence(value[3], times)})"
     if kind in (sre.MAX_REPEAT, sre.MIN_REPEAT):  # both find the same strings
         least, most, items = value
-        return f"({_sequence(items)}){repeats(least, None if most is sre.MAXREPEAT else most)}"
+        suffix = repeats(least, None if most is sre.MAXREPEAT else most)
+        times *= max(least, 1 if most is sre.MAXREPEAT else most, 1)
+        if times > MAX_NESTED_REPEATS:
+            text = f"repeats within repeats, over {MAX_NESTED_REPEATS} in all, are not supported"
+            raise ValueError(text)
+        return f"({_sequence(items, times)}){suffix}"
     names = {
         sre.AT: "an anchor within",
         sre.ASSERT: "a look-around",

@@ -18,10 +18,11 @@ from fwdllm.http.adapter_engine import (
     find_adapter,
 )
 from fwdllm.http.api_error import ApiError
+from fwdllm.http.bodies import Route
 from fwdllm.http.context import Context, Served
 from fwdllm.http.store import AdapterRow
 
-router = APIRouter(prefix="/v1", tags=["perturbations"])
+router = APIRouter(prefix="/v1", tags=["perturbations"], route_class=Route)
 
 
 @router.post("/adapters")

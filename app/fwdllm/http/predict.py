@@ -10,7 +10,7 @@ import threading
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, Field, field_validator
 from starlette.concurrency import run_in_threadpool
 
 from fwdllm.engine.classification import Classification
@@ -18,12 +18,13 @@ from fwdllm.engine.data.jsonl import Example
 from fwdllm.engine.errors import TooLongError
 from fwdllm.http.adapter_engine import Name
 from fwdllm.http.api_error import ApiError
+from fwdllm.http.bodies import Route
 from fwdllm.http.completions import unless_disconnected
 from fwdllm.http.context import Context, Served
-from fwdllm.http.schemas import MAX_INPUTS, NullIsDefault
+from fwdllm.http.schemas import MAX_INPUTS, NullIsDefault, at_most
 from fwdllm.http.store import AdapterRow
 
-router = APIRouter(tags=["inference"])
+router = APIRouter(tags=["inference"], route_class=Route)
 
 Text = Annotated[str, Field(min_length=1)]
 Single = Annotated[list[Text], Field(min_length=1, max_length=1)]
@@ -31,8 +32,6 @@ Single = Annotated[list[Text], Field(min_length=1, max_length=1)]
 
 class Parameters(NullIsDefault):
     """What Hugging Face's clients send. top_k: how many labels to answer, the likeliest first."""
-
-    model_config = ConfigDict(extra="forbid")
 
     top_k: Annotated[int, Field(ge=1)] | None = None
     function_to_apply: Literal["softmax", "none"] = "softmax"
@@ -46,14 +45,12 @@ class PredictRequest(NullIsDefault):
     than the model's context.  labels: what a decoder chooses from.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
     inputs: Text | Annotated[list[Text | Single], Field(min_length=1, max_length=MAX_INPUTS)]
     model: str | None = None
     raw_scores: bool = False
     truncate: bool = False
     truncation_direction: Literal["right", "Right"] = "right"
-    labels: Annotated[tuple[Name, ...], Field(max_length=1000)] = ()
+    labels: Annotated[tuple[Name, ...], Field(max_length=1000), at_most(1000)] = ()
     parameters: Parameters | None = None
 
     @field_validator("inputs", mode="before")

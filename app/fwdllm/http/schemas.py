@@ -9,6 +9,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    FailFast,
     Field,
     StringConstraints,
     ValidationInfo,
@@ -22,11 +23,41 @@ from fwdllm.http.messages import checked
 MAX_INPUTS = 2048  # OpenAI's limit of texts in one request
 _NO_LIMIT = 2**31 - 1
 
+
+def _few(value: Any, most: int, what: str) -> Any:
+    """Refuse too many values before each of them is checked."""
+    if isinstance(value, (dict, list)) and len(value) > most:
+        raise ValueError(f"there are {len(value):,} {what}; {most:,} are allowed")
+    return value
+
+
+def at_most(most: int) -> BeforeValidator:
+    """For ``Annotated``: so many items, counted before each of them is checked."""
+    return BeforeValidator(lambda value: _few(value, most, "items"))
+
+
+class FirstFault(FailFast):
+    """For ``Annotated``: of a long list, the first wrong item is enough."""
+
+    __hash__ = object.__hash__  # needed for unions; pydantic's class has none
+
+
+class Strict(BaseModel):
+    """A request in which unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_few_fields(cls, values: Any) -> Any:
+        return _few(values, limits.MAX_FIELDS, "fields")
+
+
 Temperature = Annotated[float, Field(ge=0, le=100)]
 Penalty = Annotated[float, Field(ge=0, le=10)]
-Bias = dict[int, Annotated[float, Field(ge=-100, le=100)]]
+Bias = Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], at_most(limits.MAX_BIASES)]
 Count = Annotated[int, Field(ge=1)]
-Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1), FirstFault()]
 Suffix = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]*$", max_length=64)]
 Metadata = Annotated[
     dict[
@@ -34,6 +65,7 @@ Metadata = Annotated[
         Annotated[str, StringConstraints(max_length=512)],
     ],
     Field(max_length=16),
+    at_most(16),
 ]
 ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 
@@ -47,10 +79,8 @@ def _refuse(value: Any, info: ValidationInfo) -> None:
 Refused = Annotated[None, BeforeValidator(_refuse)]
 
 
-class NullIsDefault(BaseModel):
-    """A request in which null means the default, and unknown fields are errors, as in OpenAI's."""
-
-    model_config = ConfigDict(extra="forbid")
+class NullIsDefault(Strict):
+    """A request in which null means the default, as in OpenAI's."""
 
     @model_validator(mode="before")
     @classmethod
@@ -136,16 +166,19 @@ class ResponseFormat(NullIsDefault):
         return f"response_format.{inner}"
 
 
-class LoraScale(BaseModel):
+class LoraScale(Strict):
     """An adapter for a request, as for llama.cpp's server: its number, and how much it counts."""
-
-    model_config = ConfigDict(extra="forbid")
 
     id: Annotated[int, Field(ge=0, lt=2**31)]
     scale: Annotated[float, Field(ge=-limits.MAX_LORA_SCALE, le=limits.MAX_LORA_SCALE)]
 
 
-LoraScales = Annotated[list[LoraScale], Field(max_length=limits.MAX_LORAS)]
+LoraScales = Annotated[
+    list[LoraScale], Field(max_length=limits.MAX_LORAS), at_most(limits.MAX_LORAS)
+]
+Stop = (
+    str | Annotated[list[str], Field(max_length=limits.MAX_STOPS), at_most(limits.MAX_STOPS)] | None
+)
 
 
 class Function(NullIsDefault):
@@ -195,11 +228,12 @@ class CompletionRequest(GenerationRequest, CreateCompletionRequest):
     best_of: Literal[1] = 1
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=1)]
+        | Annotated[list[str], Field(min_length=1, max_length=1), at_most(1)]
         | Tokens
-        | Annotated[list[Tokens], Field(min_length=1, max_length=1)]
+        | Annotated[list[Tokens], Field(min_length=1, max_length=1), at_most(1)]
     ) = ""
     suffix: Refused = None
+    stop: Stop = None
     logprobs: Refused = None
     max_tokens: Count = 16
     temperature: Temperature = 0.8
@@ -221,7 +255,12 @@ class ChatRequest(GenerationRequest, CreateChatCompletionRequest):
     """
 
     n: Literal[1] = 1
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[
+        list[dict[str, Any]],
+        Field(min_length=1, max_length=limits.MAX_MESSAGES),
+        at_most(limits.MAX_MESSAGES),
+    ]
+    stop: Stop = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     temperature: Temperature = 0.8
@@ -230,7 +269,7 @@ class ChatRequest(GenerationRequest, CreateChatCompletionRequest):
     lora: LoraScales | None = None
     response_format: ResponseFormat = ResponseFormat()
     stream_options: StreamOptions = StreamOptions()
-    tools: Annotated[list[Tool], Field(max_length=128)] = []
+    tools: Annotated[list[Tool], Field(max_length=128), at_most(128)] = []
     tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
     parallel_tool_calls: bool = True
 
@@ -239,7 +278,7 @@ class ChatRequest(GenerationRequest, CreateChatCompletionRequest):
     functions: Refused = None
     function_call: Refused = None
     audio: Refused = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], at_most(16)] | None = None
     moderation: Refused = None
     reasoning_effort: Refused = None
     verbosity: Literal["medium"] | None = None
@@ -304,7 +343,9 @@ class EmbeddingRequest(NullIsDefault):
     input: Annotated[
         Annotated[str, Field(min_length=1)]
         | Annotated[
-            list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MAX_INPUTS)
+            list[Annotated[str, Field(min_length=1)]],
+            Field(min_length=1, max_length=MAX_INPUTS),
+            at_most(MAX_INPUTS),
         ],
         BeforeValidator(_no_tokens),
     ]

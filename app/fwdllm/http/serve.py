@@ -8,18 +8,29 @@ import ipaddress
 import os
 import signal
 import socket
+import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 
 from fwdllm.engine.errors import ConfigError
 from fwdllm.http.application import ServerConfig, application
+from fwdllm.http.connections import Connection
+from fwdllm.http.context import Context
 from fwdllm.hub import local_path
 from fwdllm.resources import parse_bytes
 
 # Time for answers in progress when the server is stopped.
 _GRACE_SECONDS = 5
+# Time for threads that should have ended with them; one in the middle of a long text has not.
+_HARD_SECONDS = 2
+# How long Python lets one thread go on before another: a text that is generated needs Python some
+# ten times a token, and beside the 5 ms that are its default, each would be as long as a token.
+_SWITCH_SECONDS = 0.0005
 # Longer than clients keep idle connections (httpx: 5 s), so that none is closed during a request.
 _KEEP_ALIVE_SECONDS = 75
 
@@ -49,6 +60,7 @@ def run(
         raise ConfigError("the API key is empty")
     if "*" in allow_origins:
         raise ConfigError("--allow-origin takes sites, not *: any page could use the server")
+    sys.setswitchinterval(_SWITCH_SECONDS)
     os.umask(0o077)  # files of the server are only for its user
     bound = _bind(host, port)
     config = ServerConfig(
@@ -67,9 +79,11 @@ def run(
         address = f"[{host}]" if ":" in host else host
         bound.listen()  # a reader of the line below may connect at once
         print(f"http://{address}:{bound.getsockname()[1]}", flush=True)
-        server = uvicorn.Server(
+        server = _Server(
             uvicorn.Config(
                 app,
+                http=Connection,
+                ws="none",
                 log_level="warning",
                 server_header=False,
                 timeout_graceful_shutdown=_GRACE_SECONDS,
@@ -78,6 +92,24 @@ def run(
         )
         with _stop_quietly():
             asyncio.run(server.serve([bound]))
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server; once it is told to stop, the process ends, whatever its threads do."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """As of the base class."""
+        super().handle_exit(sig, frame)
+        threading.Thread(target=self._end, daemon=True).start()
+
+    def _end(self) -> None:
+        began = time.monotonic()
+        served: Context = self.config.app.state.context  # type: ignore[union-attr]
+        served.jobs.close()
+        time.sleep(max(0.0, began + _GRACE_SECONDS - time.monotonic()) + _HARD_SECONDS)
+        served.models.end_processes()
+        print("fwdllm: a request did not end and was abandoned", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 @contextlib.contextmanager

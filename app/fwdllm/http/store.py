@@ -223,6 +223,13 @@ class Store:
                 db.execute("UPDATE job SET error = ? WHERE number = ?", (error, number))
                 self.add_event(number, f"The job failed: {error}", level="error")
 
+    def pause_full(self, number: int) -> None:
+        """Pause a running job that could not be written to disk."""
+        with self._db.transaction():
+            if self.change_status(number, (RUNNING,), PAUSED):
+                text = "The disk is full: the job is paused, and resumes from its last checkpoint"
+                self.add_event(number, text, level="warn")
+
     def finish_job(self, number: int, adapter: AdapterRow) -> bool:
         """End a running job with its result; False if the job is no longer running."""
         events = self._events("WHERE job = ?", number)

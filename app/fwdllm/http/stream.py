@@ -46,8 +46,8 @@ def asset(name: str) -> FileResponse:
 
 @router.head("/healthz", include_in_schema=False)
 @router.get("/healthz")
-def healthz() -> dict[str, str]:
-    """Answers if the server is running."""
+async def healthz() -> dict[str, str]:
+    """Answers if the server is running; needs no thread, as all may be taken."""
     return {"status": "ok"}
 
 

@@ -39,7 +39,7 @@ def grammar_of(tools: Sequence[Any]) -> str:
         opening = "" if len(tools) == 1 else literal(opening_of(tool))
         calls.append(f'{opening} ws {arguments} "}}"')
     grammar.rule(" | ".join(calls), "root")
-    return str(grammar)
+    return grammar.text()
 
 
 class TextReader:

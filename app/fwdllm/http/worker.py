@@ -11,11 +11,13 @@ means that the server has died; then the worker exits at once.
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import re
 import shutil
 import signal
+import sqlite3
 import sys
 import threading
 import time
@@ -31,6 +33,7 @@ from fwdllm.engine.files import atomic_write, lock
 from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.engine.settings import DirectionsConfig, LoRAConfig
 from fwdllm.http.adapter_bytes import to_bytes
+from fwdllm.http.database import RUNS
 from fwdllm.http.store import Job, Store
 from fwdllm.protocol.config import TrainConfig
 from fwdllm.protocol.local import CheckpointDue, EvalResult, StepResult
@@ -39,13 +42,16 @@ from fwdllm.tuning.tune import Progress, Started, tune
 # OpenAI keeps the same number.
 MAX_CHECKPOINTS = 3
 
+# The exit code if the disk is full: the store may be on it, and cannot be told.
+FULL_DISK = 28
+
 # How long to wait for the worker of a dead server to exit: milliseconds, or a large model's step.
 _LOCK_SECONDS = 600.0
 
 
 def work_folder(folder: Path, number: int) -> Path:
     """The folder of a job's data and run."""
-    return folder / "jobs" / str(number)
+    return folder / RUNS / str(number)
 
 
 def run_folder(folder: Path, number: int) -> Path:
@@ -87,7 +93,7 @@ def directions_of(request: Mapping[str, Any]) -> DirectionsConfig:
 
 
 def main(arguments: list[str]) -> None:
-    """Run the job; its outcome is written to the store."""
+    """Run the job; its outcome is written to the store, or is the exit code ``FULL_DISK``."""
     folder, number = Path(arguments[0]), int(arguments[1])
     budget, model = int(arguments[2]), Path(arguments[3])
     # Ctrl-C is for the server, which then stops its worker. A separate session would also keep
@@ -100,9 +106,26 @@ def main(arguments: list[str]) -> None:
         try:
             _work(store, folder, job, model, budget, stop)
         except Exception as error:
+            if is_full_disk(error):
+                sys.exit(FULL_DISK)
             store.fail_job(number, explain(error) or f"{type(error).__name__}: {error}")
             if explain(error) is None:
                 raise
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error, or what it comes from, is that nothing more can be written."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        # SQLite has a code of its own for a full disk, and none for a quota.
+        if isinstance(error, sqlite3.Error) and (
+            "disk is full" in str(error)
+            or getattr(error, "sqlite_errorname", "") == "SQLITE_IOERR_WRITE"
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def lower_priority() -> None:
