@@ -132,7 +132,8 @@ def print_verified(found: Verified, not_covered: Sequence[str]) -> None:
     if found.head is not None and found.key is not None:
         print(f"head {found.head.hash.hex()}, of {found.head.entries} entries")
         print(f"signed by key {found.key.hex()}")
-        print("covered: all that the ledger has, to its last entry")
+        print("covered, to the last entry: settings, nodes, assignments, answers, rejections,")
+        print("  updates, snapshots, evaluations, times and bytes")
     else:
         print("NOT SIGNED: an older version began this run")
         print("covered, against damage: settings, assignments, answers, updates, snapshots")
