@@ -16,7 +16,7 @@ from ledger_runs import eventful, finish, path, reopen
 from fwdllm.engine.errors import FwdllmError
 from fwdllm.protocol import journal, wire
 from fwdllm.protocol.journal import Entry, Head
-from fwdllm.protocol.ledger import Ledger, LedgerError
+from fwdllm.protocol.ledger import Ledger, LedgerError, open_run
 from fwdllm.protocol.replay import replay, verify
 from fwdllm.protocol.server import Server
 
@@ -317,6 +317,19 @@ def test_a_server_can_have_one_key_for_all_its_runs(tmp_path: Path) -> None:
         path.with_name("ledger.sqlite.key").write_bytes(pem)
         eventful(path)
         assert of(path)[0] == journal.public_key(journal.load_key(pem))
+
+
+def test_a_folder_with_a_key_alone_is_a_new_one(genuine: Path, tmp_path: Path) -> None:
+    """Someone's own, or that of a start that was killed before there was a ledger."""
+    pem = journal.new_key()
+    (tmp_path / "ledger.sqlite.key").write_bytes(pem)
+    (tmp_path / ".ledger.sqlite.key.tmp1").write_bytes(b"")
+    with Ledger(genuine) as ledger:
+        meta = ledger.meta
+    with open_run(tmp_path, meta, resume=False) as ledger:
+        assert ledger.journal is not None
+        assert ledger.journal.key == journal.public_key(journal.load_key(pem))
+        verify(ledger)
 
 
 def test_what_somebody_else_writes_meanwhile_is_not_signed(path: Path) -> None:
