@@ -272,6 +272,38 @@ def test_an_older_copy_is_found_by_a_head_that_was_noted_since(path: Path, tmp_p
             verify(ledger, key, head)
 
 
+def test_a_row_cannot_be_written_anew_behind_a_head_that_was_noted(forged: Path) -> None:
+    """Not even by who has the key: else the head would stay, and what it stands for would not."""
+    head = of(forged)[1]
+    forged.with_name("ledger.sqlite.key").write_bytes(pem := journal.new_key())
+    with editing(forged) as db:
+        signed = journal.public_key(journal.load_key(pem))
+        with Ledger(forged) as ledger:
+            assert ledger.journal is not None
+            signature = journal.sign(journal.load_key(pem), ledger.journal.head)
+        db.execute("UPDATE head SET key = ?, signature = ?", (signed, signature))
+        db.execute("UPDATE evaluation SET accuracy = 0.99 WHERE round = 3")
+    with reopen(forged) as ledger, ledger._transaction():
+        ledger._enter("evaluation", [3], (3, 1.25, 0.99, 8))
+    with (
+        Ledger(forged) as ledger,
+        pytest.raises(LedgerError, match="evaluation 3 has been changed"),
+    ):
+        verify(ledger, head=head)
+
+
+def test_bytes_that_are_sent_again_are_corrected(path: Path) -> None:
+    eventful(path)
+    head = of(path)[1]
+    with reopen(path) as ledger:
+        client = ledger.assignments(2, 0)[0][0]
+        ledger.set_bytes_down(2, 0, client, 12345)
+        ledger.set_bytes_down(2, 0, client, 23456)
+        assert verify(ledger, head=head).since == 2
+        ledger.evaluated(3, 9.0, 0.0, 8)  # the first one stays
+        assert verify(ledger, head=head).since == 2
+
+
 # The key
 
 

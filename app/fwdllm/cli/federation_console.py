@@ -162,6 +162,7 @@ def not_covered_by(found: Verified, *, with_key: bool, with_adapter: bool) -> li
             )
         elif found.since:
             told.append("an older copy of this ledger that is newer than that head")
+            told.append("bytes down before that head, which later entries may correct")
     if not with_adapter:
         told.append("adapter.gguf: --replay makes it again and compares")
     return [*told, "whether what clients sent, and the server's clock, was true"]
