@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,10 @@ KEYS: dict[str, tuple[str, ...]] = {
     "round": ("round",),
     "evaluation": ("round",),
 }
+# What is sent down may be sent again: bytes have entries of their own, of which the last counts.
+# All other entries are final.
+BYTES = "bytes"
+_COLUMNS = {"assignment": "message", BYTES: "bytes_down"}
 # Tables without rounds; their entries have round 0.
 _RUN_WIDE = ("meta", "node")
 
@@ -55,7 +60,7 @@ _PURPOSE = b"fwdllm ledger head 1\0"
 class Entry:
     """number: counted from 1.  round: of the row, 0 if it has none.  name: see ``name_of``.
 
-    hash: see ``row_hash``; 32 bytes. The last entry of a row counts.
+    hash: see ``row_hash``; 32 bytes.
     """
 
     number: int
@@ -103,16 +108,14 @@ class Journal:
         query("INSERT INTO head VALUES (0, ?, ?, ?, ?)", *values)
         return Journal(query)
 
-    def enter(self, table: str, key: Sequence[Any], row: Sequence[Any] | None = None) -> None:
-        """Add the entry of a row that has just been written.
+    def enter(self, kind: str, key: Sequence[Any], row: Sequence[Any]) -> None:
+        """Add the entry of a row that is written in this transaction.
 
-        key: its values in ``KEYS``.  row: all of its columns, if they are known.
+        kind: a table, or ``BYTES``.  key: its values in ``KEYS``.  row: all its columns; but of an
+        assignment its message alone, of bytes their number.
         """
-        if row is None:
-            where = " AND ".join(f"{column} = ?" for column in KEYS[table])
-            (row,) = self._query(f"SELECT * FROM {table} WHERE {where}", *key)
-        name = name_of(table, key)
-        round = 0 if table in _RUN_WIDE else key[0]
+        name = name_of(kind, key)
+        round = 0 if kind in _RUN_WIDE else key[0]
         entry = Entry(self._next.entries + 1, round, name, row_hash(name, row))
         self._query("INSERT INTO entry VALUES (?, ?, ?, ?)", round, entry.number, name, entry.hash)
         self._next = self._next.after(entry)
@@ -142,12 +145,15 @@ class Journal:
 
     def rows(self, round: int) -> Iterator[tuple[str, bytes]]:
         """Name and hash, as they are now, of all rows that should have an entry of a round."""
-        for table, key in KEYS.items():
-            if table in _RUN_WIDE and round:
+        for kind in (*KEYS, BYTES):
+            if kind in _RUN_WIDE and round:
                 continue
-            where, values = ("", ()) if table in _RUN_WIDE else (" WHERE round = ?", (round,))
-            for row in self._query(f"SELECT {', '.join(key)}, * FROM {table}{where}", *values):
-                name = name_of(table, row[: len(key)])
+            table, columns = "assignment" if kind == BYTES else kind, _COLUMNS.get(kind, "*")
+            key = KEYS[table]
+            where, values = ("", ()) if kind in _RUN_WIDE else (" WHERE round = ?", (round,))
+            query = f"SELECT {', '.join(key)}, {columns} FROM {table}{where}"
+            for row in self._query(query, *values):
+                name = name_of(kind, row[: len(key)])
                 yield name, row_hash(name, row[len(key) :])
 
     def rounds(self) -> list[int]:
@@ -157,9 +163,9 @@ class Journal:
         return sorted({0, *(row[0] for row in self._query(query))})
 
 
-def name_of(table: str, key: Sequence[Any]) -> str:
-    """A row's name: its table and its values in ``KEYS``, separated by spaces."""
-    return " ".join(map(str, (table, *key)))
+def name_of(kind: str, key: Sequence[Any]) -> str:
+    """A row's name: its kind and its values in ``KEYS``, separated by spaces."""
+    return " ".join(map(str, (kind, *key)))
 
 
 def row_hash(name: str, row: Sequence[Any]) -> bytes:
@@ -218,5 +224,7 @@ def _told(value: Any) -> Any:
     if isinstance(value, bytes):
         return (len(value),)
     if isinstance(value, float):
+        if math.isnan(value):  # SQLite keeps it as NULL
+            return None
         return int(value) if value.is_integer() else float(value)
     return value

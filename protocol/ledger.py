@@ -28,7 +28,7 @@ from fwdllm.engine.errors import ConfigError, FwdllmError
 from fwdllm.engine.files import is_unused, lock, transaction, write_private
 from fwdllm.engine.sqlite import connect_to_read, connect_to_write, odd_value, unexpected
 from fwdllm.protocol import journal
-from fwdllm.protocol.journal import KEYS, Journal
+from fwdllm.protocol.journal import BYTES, KEYS, Journal
 from fwdllm.protocol.records import Meta, Round, round_hash
 
 NAME = "ledger.sqlite"
@@ -158,7 +158,7 @@ class Ledger:
                     write_private(key, journal.new_key())
                 private = _private_key(path)
                 made = Journal.create(lambda sql, *values: db.execute(sql, values), private)
-                made.enter("meta", [0])
+                made.enter("meta", [0], [0, meta.to_json()])
                 made.sign(private)
                 db.execute("COMMIT")
             finally:
@@ -195,8 +195,11 @@ class Ledger:
         """Record a part before clients are asked. assignments: client, message, bytes down."""
         with self._transaction():
             self._insert("part", round, part, now, n_available)
-            for assignment in assignments:
-                self._insert("assignment", round, part, *assignment)
+            for client, message, n_bytes in assignments:
+                row = round, part, client, message, n_bytes
+                self._db.execute("INSERT INTO assignment VALUES (?, ?, ?, ?, ?)", row)
+                self._enter("assignment", row[:3], [message])
+                self._enter(BYTES, row[:3], [n_bytes])
 
     def client_of(self, node: str) -> int:
         """The client number of a node; a node not seen before gets the next free number."""
@@ -215,7 +218,7 @@ class Ledger:
                 "UPDATE assignment SET bytes_down = ? WHERE round = ? AND part = ? AND client = ?",
                 (n_bytes, round, part, client),
             )
-            self._enter("assignment", round, part, client)
+            self._enter(BYTES, (round, part, client), [n_bytes])
 
     def accept(self, round: int, part: int, client: int, now: float, message: bytes) -> None:
         """Record a contribution; it is on disk when this returns."""
@@ -230,12 +233,10 @@ class Ledger:
         Rejections that differ only in the time of arrival are recorded once.
         """
         with self._transaction() as db:
-            new = db.execute(
-                "INSERT OR IGNORE INTO rejection VALUES (NULL, ?, ?, ?, ?, ?, ?) RETURNING id",
-                (round, part, client, now, reason, n_bytes),
-            ).fetchall()
-            if new:
-                self._enter("rejection", round, new[0][0])
+            row = round, part, client, now, reason, n_bytes
+            query = "INSERT OR IGNORE INTO rejection VALUES (NULL, ?, ?, ?, ?, ?, ?) RETURNING id"
+            for (id,) in db.execute(query, row).fetchall():
+                self._enter("rejection", (round, id), (id, *row))
 
     def close_round(self, closed: Round, snapshot: bytes | None) -> None:
         """Record a round with its hash. snapshot: the state after it, or None."""
@@ -248,13 +249,12 @@ class Ledger:
                 db.execute("INSERT INTO snapshot VALUES (?, ?)", (closed.round + 1, snapshot))
 
     def evaluated(self, round: int, loss: float, accuracy: float | None, n_examples: int) -> None:
-        """Record a held-out evaluation after ``round`` rounds."""
+        """Record a held-out evaluation after ``round`` rounds; the first one stays."""
         with self._transaction() as db:
-            db.execute(
-                "INSERT OR REPLACE INTO evaluation VALUES (?, ?, ?, ?)",
-                (round, loss, accuracy, n_examples),
-            )
-            self._enter("evaluation", round)
+            row = round, loss, accuracy, n_examples
+            query = "INSERT OR IGNORE INTO evaluation VALUES (?, ?, ?, ?) RETURNING round"
+            if db.execute(query, row).fetchall():
+                self._enter("evaluation", [round], row)
 
     # Reading
 
@@ -432,13 +432,11 @@ class Ledger:
     def _insert(self, table: str, *row: Any) -> None:
         """Write a row, whose first values are those of its key, with its entry."""
         self._db.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)
-        if self.journal is not None:
-            self.journal.enter(table, row[: len(KEYS[table])], row)
+        self._enter(table, row[: len(KEYS[table])], row)
 
-    def _enter(self, table: str, *key: Any) -> None:
-        """Write the entry of a row that has been written."""
+    def _enter(self, kind: str, key: Sequence[Any], row: Sequence[Any]) -> None:
         if self.journal is not None:
-            self.journal.enter(table, key)
+            self.journal.enter(kind, key, row)
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fwdllm.protocol import wire
-from fwdllm.protocol.journal import Head, Journal
+from fwdllm.protocol.journal import BYTES, Head, Journal
 from fwdllm.protocol.ledger import Ledger, LedgerError, theta_hash
 from fwdllm.protocol.records import Round
 from fwdllm.protocol.replica import Replica
@@ -62,7 +62,11 @@ def verify(ledger: Ledger, key: bytes | None = None, head: bytes | None = None) 
 def _check_journal(ledger: Ledger, journal: Journal, pinned: bytes | None) -> int | None:
     """Entries after the pinned head, None without one; LedgerError for what does not fit."""
     for round in journal.rounds():
-        entered = {entry.name: entry.hash for entry in journal.entries(round)}
+        entered: dict[str, bytes] = {}
+        for entry in journal.entries(round):
+            if entry.name in entered and not entry.name.startswith(f"{BYTES} "):
+                raise LedgerError(f"{entry.name} has been changed in {ledger.path}")
+            entered[entry.name] = entry.hash
         for name, hash in journal.rows(round):
             if entered.pop(name, None) != hash:
                 raise LedgerError(f"{name} has been changed in {ledger.path}")

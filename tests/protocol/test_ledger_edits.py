@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from ledger_runs import eventful
 
 from fwdllm.cli.federation_console import print_ledger
 from fwdllm.engine.errors import FwdllmError
+from fwdllm.federation.summary import summarize
 from fwdllm.protocol.journal import KEYS
 from fwdllm.protocol.ledger import Ledger, LedgerError
 from fwdllm.protocol.replay import replay, verify
@@ -107,6 +110,7 @@ def show(ledger: Ledger) -> None:
     verify(ledger)
     with redirect_stdout(io.StringIO()):
         print_ledger(ledger)
+    json.dumps([asdict(closed) for closed in summarize(ledger)], allow_nan=False)
 
 
 @pytest.mark.parametrize("version", ["new", "old"])

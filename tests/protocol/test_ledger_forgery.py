@@ -16,7 +16,7 @@ from ledger_runs import eventful, finish, path, reopen
 from fwdllm.engine.errors import FwdllmError
 from fwdllm.protocol import journal, wire
 from fwdllm.protocol.journal import Entry, Head
-from fwdllm.protocol.ledger import Ledger, LedgerError
+from fwdllm.protocol.ledger import Ledger, LedgerError, open_run
 from fwdllm.protocol.replay import replay, verify
 from fwdllm.protocol.server import Server
 
@@ -272,6 +272,38 @@ def test_an_older_copy_is_found_by_a_head_that_was_noted_since(path: Path, tmp_p
             verify(ledger, key, head)
 
 
+def test_a_row_cannot_be_written_anew_behind_a_head_that_was_noted(forged: Path) -> None:
+    """Not even by who has the key: else the head would stay, and what it stands for would not."""
+    head = of(forged)[1]
+    forged.with_name("ledger.sqlite.key").write_bytes(pem := journal.new_key())
+    with editing(forged) as db:
+        signed = journal.public_key(journal.load_key(pem))
+        with Ledger(forged) as ledger:
+            assert ledger.journal is not None
+            signature = journal.sign(journal.load_key(pem), ledger.journal.head)
+        db.execute("UPDATE head SET key = ?, signature = ?", (signed, signature))
+        db.execute("UPDATE evaluation SET accuracy = 0.99 WHERE round = 3")
+    with reopen(forged) as ledger, ledger._transaction():
+        ledger._enter("evaluation", [3], (3, 1.25, 0.99, 8))
+    with (
+        Ledger(forged) as ledger,
+        pytest.raises(LedgerError, match="evaluation 3 has been changed"),
+    ):
+        verify(ledger, head=head)
+
+
+def test_bytes_that_are_sent_again_are_corrected(path: Path) -> None:
+    eventful(path)
+    head = of(path)[1]
+    with reopen(path) as ledger:
+        client = ledger.assignments(2, 0)[0][0]
+        ledger.set_bytes_down(2, 0, client, 12345)
+        ledger.set_bytes_down(2, 0, client, 23456)
+        assert verify(ledger, head=head).since == 2
+        ledger.evaluated(3, 9.0, 0.0, 8)  # the first one stays
+        assert verify(ledger, head=head).since == 2
+
+
 # The key
 
 
@@ -317,6 +349,19 @@ def test_a_server_can_have_one_key_for_all_its_runs(tmp_path: Path) -> None:
         path.with_name("ledger.sqlite.key").write_bytes(pem)
         eventful(path)
         assert of(path)[0] == journal.public_key(journal.load_key(pem))
+
+
+def test_a_folder_with_a_key_alone_is_a_new_one(genuine: Path, tmp_path: Path) -> None:
+    """Someone's own, or that of a start that was killed before there was a ledger."""
+    pem = journal.new_key()
+    (tmp_path / "ledger.sqlite.key").write_bytes(pem)
+    (tmp_path / ".ledger.sqlite.key.tmp1").write_bytes(b"")
+    with Ledger(genuine) as ledger:
+        meta = ledger.meta
+    with open_run(tmp_path, meta, resume=False) as ledger:
+        assert ledger.journal is not None
+        assert ledger.journal.key == journal.public_key(journal.load_key(pem))
+        verify(ledger)
 
 
 def test_what_somebody_else_writes_meanwhile_is_not_signed(path: Path) -> None:

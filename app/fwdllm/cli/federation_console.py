@@ -129,7 +129,8 @@ def print_verified(found: Verified, not_covered: Sequence[str]) -> None:
     if found.head is not None and found.key is not None:
         print(f"head {found.head.hash.hex()}, of {found.head.entries} entries")
         print(f"signed by key {found.key.hex()}")
-        print("covered: all that the ledger has, to its last entry")
+        print("covered, to the last entry: settings, nodes, assignments, answers, rejections,")
+        print("  updates, snapshots, evaluations, times and bytes")
     else:
         print("NOT SIGNED: an older version began this run")
         print("covered, against damage: settings, assignments, answers, updates, snapshots")
@@ -158,6 +159,7 @@ def not_covered_by(found: Verified, *, with_key: bool, with_adapter: bool) -> li
             )
         elif found.since:
             told.append("an older copy of this ledger that is newer than that head")
+            told.append("bytes down before that head, which later entries may correct")
     if not with_adapter:
         told.append("adapter.gguf: --replay makes it again and compares")
     return [*told, "whether what clients sent, and the server's clock, was true"]
