@@ -52,6 +52,13 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
 
 
+def write_private(path: Path, data: bytes) -> None:
+    """Write a file that only its owner can read; otherwise as ``atomic_write``."""
+    with atomic_write(path) as temporary:
+        temporary.chmod(0o600)
+        temporary.write_bytes(data)
+
+
 def check_destination(path: Path) -> None:
     """Raise ConfigError if ``atomic_write`` could write no file at ``path``, of any size."""
     _check_place(path)

@@ -366,8 +366,10 @@ def _alignment(path: Path, values: dict[str, Any], types: Mapping[str, GGUFValue
     key = "general.alignment"
     alignment: int = values.get(key, DEFAULT_ALIGNMENT)
     is_uint32 = types.get(key, GGUFValueType.UINT32) == GGUFValueType.UINT32
-    if not is_uint32 or alignment == 0 or alignment & (alignment - 1):
-        raise _damaged(path, f"{key} is not a power of two in 32 bits without a sign")
+    if not is_uint32 or alignment < 8 or alignment & (alignment - 1):
+        raise _damaged(
+            path, f"{key} is not a power of two of at least 8, in 32 bits without a sign"
+        )
     return alignment
 
 

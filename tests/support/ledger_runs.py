@@ -196,6 +196,23 @@ def final(folder: Path, answers: Answers = everybody, **changes: Any) -> bytes:
         return finish(Server(ledger), answers)
 
 
+def eventful(path: Path) -> None:
+    """A run with a row in every table: nodes, evaluations, rejections and snapshots, too."""
+    changes = {"rounds": 3, "snapshot_every": 2, "per_round": 2, "perturbations": 2}
+    with create(path, head_perturbations=1, **changes) as ledger:
+        server = Server(ledger)
+        ledger.client_of("north")
+        ledger.client_of("south")
+        ledger.evaluated(0, 1.5, 0.25, 8)
+        while not server.done:
+            now = 100.0 * server.round
+            for a in server.open_part(range(N_CLIENTS), now):
+                assert server.receive(a.client, b"nonsense", now + 0.5) is not None
+                assert server.receive(a.client, message(server, a), now + 1.25) is None
+            server.close_part(now + 2)
+            ledger.evaluated(server.round, 1.25, 0.5, 8)
+
+
 def follow(replica: Replica, sent: bytes) -> None:
     for data in wire.decode_many(sent):
         if wire.is_state(data):
