@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -218,6 +219,28 @@ def test_one_holder_within_a_process(tmp_path: Path) -> None:
 
 
 # Damage
+
+
+def test_a_run_whose_folder_was_deleted_leaves_the_next_one_alone(
+    tmp_path: Path, no_plot: None
+) -> None:
+    first = ToyEngine(N_HEAD)
+    with RunDirectory(tmp_path / "run", {}, resume=False) as run:
+        events = train_recorded(run, first, SHORT, make_examples(10), [])
+        next(events)
+        shutil.rmtree(tmp_path / "run")
+        with pytest.raises(ConfigError, match="was deleted or replaced"):
+            next(events)
+        with RunDirectory(tmp_path / "run", {"other": 1}, resume=False) as other:
+            for write in (
+                lambda: run.log(EvalResult(1, 1.0, 1, 1, None)),
+                lambda: run.save(first.adapter.theta, TrainState.initial(SHORT, first)),
+            ):
+                with pytest.raises(ConfigError, match="was deleted or replaced"):
+                    write()
+            other.log(EvalResult(0, 1.0, 1, 1, None))
+    assert names(tmp_path / "run") == ["checkpoints", "config.json", "lock", "metrics.jsonl"]
+    assert [record["step"] for record in records(tmp_path / "run")] == [0]
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, no_plot: None) -> None:

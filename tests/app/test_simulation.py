@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -52,6 +53,19 @@ def theta_of(run_dir: Path) -> bytes:
         verify(ledger)
         replay(ledger)
         return ledger.rounds()[-1].theta
+
+
+def test_a_run_whose_folder_was_deleted_stops(bundled: Path, few: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+
+    def replace(_: object) -> None:
+        if folder.exists():
+            shutil.rmtree(folder)
+
+    config = preset("mezo", rounds=3, **SMALL)
+    with pytest.raises(ConfigError, match="was deleted or replaced"):
+        simulate(bundled, few, folder, config, lora=LORA, partition=Partition(2), on_event=replace)
+    assert not folder.exists()
 
 
 # Partitions

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -311,6 +312,34 @@ def test_stopping_before_the_first_step_leaves_nothing(data: Path, tmp_path: Pat
     with pytest.raises(KeyboardInterrupt):
         tune(MODEL, data, tmp_path / "a.gguf", train=QUICK, should_stop=lambda: True)
     assert [path.name for path in tmp_path.iterdir()] == ["pirate.jsonl"]
+
+
+def test_a_folder_deleted_before_the_first_step_is_left_to_others(
+    data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "a.run"
+
+    def replace(event: Progress) -> None:
+        if folder.exists() and (folder / "config.json").exists():
+            shutil.rmtree(folder)
+            folder.mkdir()
+            (folder / "of another run").touch()
+
+    with pytest.raises(ConfigError, match="was deleted or replaced"):
+        tune(MODEL, data, tmp_path / "a.gguf", train=QUICK, on_event=replace)
+    assert [path.name for path in folder.iterdir()] == ["of another run"]
+    assert not (tmp_path / "a.gguf").exists()
+
+
+@pytest.mark.parametrize("output", ["a.gguf", "peft/"])
+def test_an_output_that_is_read_only_is_noticed_before_the_work(
+    tmp_path: Path, output: str
+) -> None:
+    kept = tmp_path / ("a.gguf" if output == "a.gguf" else "peft/adapter_config.json")
+    kept.parent.mkdir(exist_ok=True)
+    kept.touch(mode=0o444)
+    with pytest.raises(ConfigError, match="it is read-only"):
+        tune(MODEL, tmp_path / "not read.jsonl", f"{tmp_path}/{output}")
 
 
 def test_a_failure_leaves_a_run_to_resume(

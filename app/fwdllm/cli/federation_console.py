@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from fwdllm.cli.console import Terminal, progress_bar
+from fwdllm.cli.console import Terminal, progress_bar, say
 
 if TYPE_CHECKING:
     from fwdllm.federation.simulation import Event, SimulationResult
@@ -125,17 +125,17 @@ def print_ledger(ledger: Ledger) -> None:
 
 def print_verified(found: Verified, not_covered: Sequence[str]) -> None:
     """What a check of a ledger has found, on stdout."""
-    print(f"{found.rounds} rounds, nothing changed; hash {found.hash.hex() or None}")
+    say(f"{found.rounds} rounds, nothing changed; hash {found.hash.hex() or None}")
     if found.head is not None and found.key is not None:
-        print(f"head {found.head.hash.hex()}, of {found.head.entries} entries")
-        print(f"signed by key {found.key.hex()}")
-        print("covered, to the last entry: settings, nodes, assignments, answers, rejections,")
-        print("  updates, snapshots, evaluations, times and bytes")
+        say(f"head {found.head.hash.hex()}, of {found.head.entries} entries")
+        say(f"signed by key {found.key.hex()}")
+        say("covered, to the last entry: settings, nodes, assignments, answers, rejections,")
+        say("  updates, snapshots, evaluations, times and bytes")
     else:
-        print("NOT SIGNED: an older version began this run")
-        print("covered, against damage: settings, assignments, answers, updates, snapshots")
+        say("NOT SIGNED: an older version began this run")
+        say("covered, against damage: settings, assignments, answers, updates, snapshots")
     for what in not_covered:
-        print(f"not covered: {what}")
+        say(f"not covered: {what}")
 
 
 def not_covered_by(found: Verified, *, with_key: bool, with_adapter: bool) -> list[str]:

@@ -200,13 +200,14 @@ class _Simulation:
         self, on_event: Callable[[Event], None], should_stop: Callable[[], bool]
     ) -> None:
         """Run rounds until all are done or ``should_stop()`` is true."""
-        self._evaluate(on_event)
         ledger = self.server.ledger.path
         known = identity(ledger)
+        self._evaluate(on_event)
         while not self.server.done and not should_stop():
             on_event(self._round())
             check_still_there(ledger, known)
             self._evaluate(on_event)
+        check_still_there(ledger, known)
 
     def result(self, folder: Path, seconds: float) -> SimulationResult:
         """Write the adapter and the plot, and make the result."""
