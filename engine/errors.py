@@ -27,6 +27,10 @@ class DataError(FwdllmError):
     """Training or evaluation data that cannot be used; the message names file and line."""
 
 
+class TextError(DataError):
+    """A text that cannot be tokenized."""
+
+
 class TooLongError(DataError):
     """A text that is longer than the model's context. where: its place.  n_tokens: its length."""
 

@@ -38,7 +38,7 @@ IMPURE_CALLS = {"open", "print", "input"}
 # What opens a model or a context in llama.cpp, and where that may be.
 OPENING = {"Llama", "llama_model_load_from_file", "llama_load_model_from_file",
            "llama_init_from_model", "llama_new_context_with_model"}  # fmt: skip
-DOOR = ("engine/llamacpp/native.py", "engine/llamacpp/probe.py")
+DOOR = tuple(f"engine/llamacpp/{name}.py" for name in ("native", "probe", "trial"))
 # Types without the library's functions; fwdllm.http imports the door first.
 LLAMA_CPP_TYPES = {
     f"llama_cpp.server.types.Create{kind}Request" for kind in ("Completion", "ChatCompletion")

@@ -12,9 +12,9 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
+from fwdllm.engine.child import Child, ChildError
 from fwdllm.engine.data.messages import Message, as_templates_expect
 from fwdllm.engine.errors import ModelError
-from fwdllm.engine.llamacpp.native import llama_cpp
 
 # What llama.cpp uses for a model without a template.
 CHATML = (
@@ -28,8 +28,16 @@ CHATML = (
 _ARGUMENTS = '{"needle": 1}'
 
 
+# Templates render a conversation in less than a millisecond, one of 10 MB in a second.
+SECONDS = 5.0
+# Beyond what the process needs for itself: a conversation is in there some ten times.
+MEMORY = 512 << 20
+
+_renderer = Child("fwdllm.engine.data.template:render", MEMORY)
+
+
 class ChatTemplate:
-    """The template of a model, in Jinja's sandbox.
+    """The template of a model, rendered in a process of its own, see ``template``.
 
     source: the program.  path: of the model, in errors.  now: the time it is told, None for the
     clock's: a run's tokens must not change with the day.
@@ -37,7 +45,6 @@ class ChatTemplate:
 
     def __init__(self, source: str, bos: str, eos: str, path: object) -> None:
         self._source, self._bos, self._eos, self._path = source, bos, eos, path
-        self._formatters: dict[bool, Any] = {}
         self.now: datetime | None = None
 
     def render(
@@ -49,26 +56,34 @@ class ChatTemplate:
         """The text of a conversation. Errors: ModelError if the program fails or refuses it."""
         try:
             found = [as_templates_expect(m, f"message {i}") for i, m in enumerate(messages, 1)]
-            formatter = self._formatter(add_generation_prompt)
-            return str(formatter(messages=self._with_arguments(found), tools=tools or None).prompt)
-        except Exception as error:  # a foreign program can raise anything
+            return self._run(self._with_arguments(found), add_generation_prompt, tools)
+        except (ChildError, ValueError) as error:
             raise ModelError(
                 f"the chat template of {self._path} fails on these messages: {error}"
             ) from error
+        except OSError as error:
+            raise ModelError(
+                f"the chat template of {self._path} cannot be run: no process can be started for "
+                f"it ({error.strerror or error})"
+            ) from error
 
-    def _formatter(self, add_generation_prompt: bool) -> Any:
-        """llama-cpp-python's Jinja2ChatFormatter of the template; see ``render``."""
-        # Kept, because compiling a template takes longer than rendering a conversation.
-        if add_generation_prompt not in self._formatters:
-            formatter = llama_cpp.llama_chat_format.Jinja2ChatFormatter(
-                self._source,
-                eos_token=self._eos,
-                bos_token=self._bos,
-                add_generation_prompt=add_generation_prompt,
-            )
-            formatter.strftime_now = lambda form: (self.now or datetime.now()).strftime(form)
-            self._formatters[add_generation_prompt] = formatter
-        return self._formatters[add_generation_prompt]
+    def _run(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        values = {
+            "messages": messages,
+            "tools": tools or None,
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": self._bos,
+            "eos_token": self._eos,
+        }
+        now = None if self.now is None else self.now.isoformat()
+        request = {"source": self._source, "now": now, "values": values}
+        text: str = _renderer.ask(request, SECONDS)
+        return text
 
     def _with_arguments(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages with calls' arguments as objects or as JSON, as the template wants them."""
@@ -94,8 +109,10 @@ class ChatTemplate:
                 {"role": "assistant", "content": "", "tool_calls": calls},
             ]
             try:
-                return str(self._formatter(False)(messages=messages).prompt)
-            except Exception:  # a foreign program can raise anything
+                return self._run(messages, False)
+            except ChildError as error:
+                if error.died:
+                    raise
                 return ""
 
         return _ARGUMENTS not in shown(_ARGUMENTS) and "needle" in shown(json.loads(_ARGUMENTS))

@@ -14,7 +14,7 @@ from fwdllm.engine.data.batch import Tokens
 from fwdllm.engine.data.jsonl import Example, check_labels
 from fwdllm.engine.data.tokenizer import Tokenizer
 from fwdllm.engine.data.turns import separate, turns
-from fwdllm.engine.errors import DataError, TooLongError
+from fwdllm.engine.errors import DataError, TextError, TooLongError
 
 # Most tokens in the cache of encoded examples, 12 MB: an int in a list takes 36 bytes, a bool 8.
 _MOST_KEPT = 1 << 18
@@ -52,7 +52,10 @@ class Encoding:
         key = (id(example), max_tokens, self.labels, self.literal)
         if (found := self._kept.get(key)) is not None:
             return found[1]
-        tokens = self._example(example, max_tokens)
+        try:
+            tokens = self._example(example, max_tokens)
+        except TextError as error:
+            raise DataError(f"{example.where}: {error}") from error
         self._n_kept += len(tokens.ids)
         if self._n_kept > _MOST_KEPT:  # a server's examples are not needed again
             self._kept.clear()

@@ -11,7 +11,7 @@ from typing import Any
 from fwdllm.engine.data.chat import CHATML, ChatTemplate
 from fwdllm.engine.data.messages import Message
 from fwdllm.engine.errors import DataError
-from fwdllm.engine.llamacpp.native import NativeModel, llama_cpp, open_model
+from fwdllm.engine.llamacpp.native import NativeModel, llama_cpp, open_model, tokenize
 
 _WORDPIECE = 3  # LLAMA_VOCAB_TYPE_WPM in llama.h
 _PIECE_BYTES = 64
@@ -47,18 +47,9 @@ class Tokenizer:
         bos: also add what the model wants around a whole text: BOS if ``add_bos``, EOS if
         ``add_eos``, and [CLS] and [SEP] for BERT.  special: whether the names of special
         tokens in the text, such as "<|im_end|>", are those tokens; otherwise they are text.
+        Errors: TextError for a text, ModelError for a vocabulary that llama.cpp cannot use.
         """
-        raw = text.encode("utf-8", "replace")
-        # One token per byte and the two around them suffice, except where a normalizer of the
-        # vocabulary makes the text longer; then llama.cpp says how many.
-        size = len(raw) + 2
-        for _ in range(2):
-            buffer = (llama_cpp.llama_token * size)()
-            n = llama_cpp.llama_tokenize(self._vocab, raw, len(raw), buffer, size, bos, special)
-            if n >= 0:
-                return buffer[:n]
-            size = -n
-        raise DataError(f"a text of {len(raw)} bytes is too long for llama.cpp's tokenizer")
+        return tokenize(self._vocab, text.encode("utf-8", "replace"), bos, special)
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """The text of token ids; a BOS in front is left out.

@@ -352,8 +352,8 @@ def _tensor_bytes(path: Path, what: str, code: int, shape: tuple[int, ...]) -> i
 
 def _alignment(path: Path, values: dict[str, Any]) -> int:
     alignment = values.get("general.alignment", DEFAULT_ALIGNMENT)
-    if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
-        raise _damaged(path, "general.alignment is not a power of two")
+    if type(alignment) is not int or alignment < 8 or alignment & (alignment - 1):
+        raise _damaged(path, "general.alignment is not a power of two of at least 8")
     return alignment
 
 

@@ -25,7 +25,8 @@ def check_model(file: GGUFFile) -> None:
     """ModelError if the file says that it is something else than a model, or has no weights.
 
     Or for what llama.cpp takes for granted and would end the process on: layers that differ where
-    those of the architecture cannot, a mixture that uses no expert, vectors in blocks.
+    those of the architecture cannot, a mixture that uses no expert, vectors in blocks, numbers that
+    are not finite.
     """
     kind = file.metadata.get("general.type")
     if file.metadata.get("general.architecture") == _PROJECTOR:
@@ -34,7 +35,8 @@ def check_model(file: GGUFFile) -> None:
         raise ModelError(f"{file.path} is no model but {_KINDS[kind]}")
     if not file.tensors and "tokenizer.ggml.tokens" in file.metadata:
         raise ModelError(f"{file.path} is no model but a vocabulary, without weights")
-    arch = file.metadata.get("general.architecture")
+    arch = file.string("general.architecture")
+    _check_numbers(file, f"{arch}.")
     if arch in _EVEN:
         for key in ("head_count", "head_count_kv"):
             file.positive_of_layers(f"{arch}.attention.{key}", 1)
@@ -44,3 +46,11 @@ def check_model(file: GGUFFile) -> None:
     for name, tensor in file.tensors.items():
         if len(tensor.shape) == 1 and GGML_QUANT_SIZES[tensor.type][0] > 1:
             raise ModelError(f"{file.path}: tensor {name!r} is a vector of type {tensor.type.name}")
+
+
+def _check_numbers(file: GGUFFile, prefix: str) -> None:
+    for key in file.metadata:
+        if key.startswith(prefix) and isinstance(file.metadata[key], float):
+            value = file.number(key)
+            if value < 0 and key.endswith("epsilon"):
+                raise ModelError(f"{file.path}: metadata {key!r} is {value}, below 0")

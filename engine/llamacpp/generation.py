@@ -17,7 +17,7 @@ import numpy as np
 
 from fwdllm.engine.data.messages import Message
 from fwdllm.engine.data.tokenizer import Tokenizer
-from fwdllm.engine.errors import ConfigError, DataError, ModelError
+from fwdllm.engine.errors import ConfigError, DataError, ModelError, NumericsError
 from fwdllm.engine.llamacpp.native import (
     NativeModel,
     apply_adapter,
@@ -60,6 +60,7 @@ def generate(
     context is full.
     Errors, all raised before the first piece: ModelError, AdapterError, ConfigError for an
     option out of range, DataError for a prompt that is empty or does not fit the context.
+    NumericsError, as soon as logits are not finite.
     """
     if max_tokens < 1:
         raise ConfigError(f"max_tokens must be at least 1, not {max_tokens}")
@@ -106,6 +107,7 @@ def embed(
         session.forget()
         session.decode(ids, outputs=True)
         row[:] = session.embedding(len(row))
+        check_finite(row, "embeddings")
     norms = np.linalg.norm(found, axis=1, keepdims=True)
     return found / np.maximum(norms, np.finfo(np.float32).tiny)
 
@@ -133,7 +135,22 @@ def logits(
     if adapter_path is not None:
         session.adapt(adapter_path)
     session.decode(ids, outputs=True)
-    return session.logits(len(ids), tokenizer.n_vocab)
+    found = session.logits(len(ids), tokenizer.n_vocab)
+    check_finite(found.max(axis=1), "logits")
+    return found
+
+
+def check_logits(context: Any, n_vocab: int) -> None:
+    """NumericsError if the logits of the last token are not numbers to choose the next one by."""
+    pointer = llama_cpp.llama_get_logits_ith(context, -1)
+    # Of a NaN, of infinity, and of nothing but minus infinity the largest is not finite.
+    check_finite(np.ctypeslib.as_array(pointer, (n_vocab,)).max(), "logits")
+
+
+def check_finite(values: np.ndarray | np.floating[Any], what: str) -> None:
+    """NumericsError if some of what the model computed is not finite."""
+    if not np.isfinite(values).all():
+        raise NumericsError(f"{what} are not finite: the model or the adapter is out of range")
 
 
 class _Session:
@@ -256,8 +273,10 @@ def _sample(
 ) -> Iterator[int]:
     sampler = _sampler(temperature, seed)
     try:
+        n_vocab = llama_cpp.llama_vocab_n_tokens(session.model.vocab)
         for _ in range(n_new):
             session.decode(ids)
+            check_logits(session.context, n_vocab)
             ids = [llama_cpp.llama_sampler_sample(sampler, session.context, -1)]
             yield ids[0]
     finally:

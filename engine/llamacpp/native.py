@@ -13,29 +13,47 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import re
+import threading
 import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from fwdllm.engine.adapters.io import open_gguf_adapter
-from fwdllm.engine.errors import AdapterError, FwdllmWarning, LlamaCppError, ModelError
+from fwdllm.engine.errors import (
+    AdapterError,
+    FwdllmWarning,
+    LlamaCppError,
+    ModelError,
+    TextError,
+)
 from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.engine.gguf.kinds import check_model
-from fwdllm.engine.llamacpp import probe
+from fwdllm.engine.llamacpp import probe, trial
 
 if probe.verdict().state == probe.BROKEN:
     raise LlamaCppError(f"llama.cpp cannot be used here: {probe.verdict().reason}")
 import llama_cpp as llama_cpp  # other modules import it from here
 
+T = TypeVar("T")
+
 _LOG_LEVEL_ERROR = 4  # GGML_LOG_LEVEL_ERROR in ggml.h
 _MAX_MESSAGES = 20
 _MAX_LAYERS = 512  # LLAMA_MAX_LAYERS in src/llama-hparams.h, asserted
-_VOCAB_TYPE_NONE = 0
+_VOCAB_TYPE_NONE, _VOCAB_TYPE_BPE = 0, 2  # enum llama_vocab_type
 _POOLING_NONE, _POOLING_MEAN, _POOLING_RANK = 0, 1, 4  # enum llama_pooling_type
+
+# llama.cpp splits a text by regular expressions, whose matcher calls itself once for each character
+# of a word: 330 bytes of stack with GCC's library. So texts with long words have a stack of their
+# own, of 256 MiB that is used only as far as needed, and words a limit that is far below it: what a
+# pattern takes at once may be spaces, letters and punctuation, each of that length.
+_RUNS = re.compile(r"\s+|\S+")
+_SHALLOW, _LONGEST, _STACK = 512, 100_000, 256 << 20
+_stack_size = threading.Lock()  # of threads to be started, a setting of the process
 
 _messages: list[str] = []
 
@@ -94,13 +112,12 @@ def open_model(
     file = GGUFFile.open(path)
     if not vocab_only:
         check_model(file)
-    file.integer(f"{file.string('general.architecture')}.block_count", maximum=_MAX_LAYERS)
-    _check_vocabulary(file)
+    _check(file)
+    repacks = not vocab_only and extra_buffers()
+    trial.check(file.paths, trial.VOCABULARY if vocab_only else trial.WEIGHTS, repacks)
     initialize()
     params = llama_cpp.llama_model_default_params()
-    _set(params, vocab_only=vocab_only)
-    if not vocab_only:
-        _set(params, use_extra_bufts=extra_buffers())
+    _set(params, vocab_only=vocab_only, use_extra_bufts=repacks)
     no_devices = ctypes.c_void_p(None)  # an empty list of devices
     if cpu_only:
         _set(params, devices=ctypes.addressof(no_devices))
@@ -131,8 +148,20 @@ def open_context(model: NativeModel, **options: Any) -> Any:
 class Llama(llama_cpp.Llama):
     """llama-cpp-python's own class, opened so that it works on this processor.
 
-    Errors of the constructor: LlamaCppError if it cannot work, others as of the base class.
+    Errors of the constructor: LlamaCppError if it cannot work, ModelError as of ``open_model``,
+    others as of the base class.
     """
+
+    def __init__(self, model_path: str, **options: Any) -> None:
+        file = GGUFFile.open(model_path)
+        check_model(file)
+        _check(file)
+        trial.check(file.paths, trial.WEIGHTS, extra_buffers())
+        super().__init__(model_path, **options)
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """The token ids of a text, see ``native.tokenize``."""
+        return tokenize(self._model.vocab, text, add_bos, special)
 
     @property
     def model_params(self) -> Any:
@@ -182,6 +211,69 @@ def _say_slower(why: str) -> None:
     )
 
 
+def tokenize(vocab: Any, text: bytes, special_around: bool, special_in: bool) -> list[int]:
+    """The token ids of a text in UTF-8.
+
+    special_around: also what the vocabulary wants around a text.  special_in: whether names of
+    special tokens in the text are those.
+    Errors: TextError for a text that cannot be tokenized, ModelError for a vocabulary that cannot.
+    """
+    if len(text) < _SHALLOW:
+        return _tokenize(vocab, text, special_around, special_in)
+    longest = max(len(run) for run in _RUNS.findall(text.decode("utf-8", "replace")))
+    if longest > _LONGEST and llama_cpp.llama_vocab_type(vocab) == _VOCAB_TYPE_BPE:
+        raise TextError(
+            f"{longest:,} characters without a space between them (or nothing but spaces) are too "
+            f"many for the model's tokenizer, which takes {_LONGEST:,}"
+        )
+    if longest < _SHALLOW:
+        return _tokenize(vocab, text, special_around, special_in)
+    return _deep(lambda: _tokenize(vocab, text, special_around, special_in))
+
+
+def _tokenize(vocab: Any, text: bytes, special_around: bool, special_in: bool) -> list[int]:
+    # One token per byte and the two around them suffice, except where a normalizer of the
+    # vocabulary makes the text longer; then llama.cpp says how many.
+    size = len(text) + 2
+    for _ in range(2):
+        buffer = (llama_cpp.llama_token * size)()
+        n = llama_cpp.llama_tokenize(
+            vocab, text, len(text), buffer, size, special_around, special_in
+        )
+        if n >= 0:
+            found: list[int] = buffer[:n]
+            n_vocab = llama_cpp.llama_vocab_n_tokens(vocab)
+            if n and not (min(found) >= 0 and max(found) < n_vocab):
+                raise ModelError("the vocabulary has no tokens for a part of the text")
+            return found
+        size = -n
+    raise TextError(f"a text of {len(text)} bytes is too long for llama.cpp's tokenizer")
+
+
+def _deep(work: Callable[[], T]) -> T:
+    """The result of some work, done with a large stack."""
+    found: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    with _stack_size:
+        before = threading.stack_size(_STACK)
+        try:
+            thread = threading.Thread(target=run)
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    thread.join()
+    if errors:
+        raise errors[0]
+    return found[0]
+
+
 def apply_adapter(model: NativeModel, context: Any, path: str | os.PathLike[str]) -> None:
     """Apply a GGUF LoRA file to a context of a model; AdapterError if it does not fit."""
     open_gguf_adapter(os.fspath(path), model.architecture)
@@ -228,6 +320,14 @@ def initialize() -> None:
 def _keep_errors(level: int, text: bytes, _user_data: object) -> None:
     if level == _LOG_LEVEL_ERROR and len(_messages) < _MAX_MESSAGES:
         _messages.append(text.decode("utf-8", "replace").strip())
+
+
+def _check(file: GGUFFile) -> None:
+    """Refuse what llama.cpp would end the process on, whatever it is opened for."""
+    layers = f"{file.string('general.architecture')}.block_count"
+    file.integer(layers, maximum=_MAX_LAYERS)
+    file.positive(layers)
+    _check_vocabulary(file)
 
 
 def _check_vocabulary(file: GGUFFile) -> None:

@@ -43,6 +43,7 @@ _READ, _DECODED = "vocabulary read", "tokens decoded"
 # from outside.
 _OF_CODE = (signal.SIGSEGV, signal.SIGILL, signal.SIGFPE)
 _N_TOKENS = 32  # rows enough for matrix-matrix kernels; one more token tests matrix-vector ones
+_FILE = "llama-cpp.json"
 _REMEMBERED = 64  # answers in the file: a home directory may serve many machines
 
 # With our search path, so that it finds the llama.cpp that we would.
@@ -79,7 +80,7 @@ def verdict() -> Verdict:
     """What works here: from the cache, or tested now (half a second, one if a child dies)."""
     global _found
     if _found is None:
-        _found = _recall(_key()) or examine()
+        _found = _recall() or examine()
     return _found
 
 
@@ -88,7 +89,7 @@ def examine() -> Verdict:
     global _found
     _found, certain = probe()
     if certain:
-        _remember(_key(), _found)
+        remember(_FILE, key(), asdict(_found), _REMEMBERED)
     return _found
 
 
@@ -146,10 +147,10 @@ def library_folder() -> Path | None:
     return Path(places[0]) / "lib" if places else None
 
 
-def cache_file() -> Path:
+def cache_file(name: str = _FILE) -> Path:
     """Where answers are kept: in XDG_CACHE_HOME or ~/.cache."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "fwdllm" / "llama-cpp.json"
+    return Path(root) / "fwdllm" / name
 
 
 def processor() -> dict[str, str]:
@@ -219,8 +220,8 @@ def _leave_no_core() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _key() -> str:
-    """The cache's key: this build of llama.cpp (by its files), processor and system kernel."""
+def key() -> str:
+    """Identifies this build of llama.cpp (by its files), the processor and the system's kernel."""
     folder = library_folder()
     files = []
     if folder is not None and folder.is_dir():
@@ -231,34 +232,35 @@ def _key() -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _answers() -> dict[str, Any]:
-    """All answers in the cache; none if it is missing or damaged."""
+def remembered(name: str = _FILE) -> dict[str, Any]:
+    """All answers in a file of the cache; none if it is missing or damaged."""
     try:
-        found = json.loads(cache_file().read_text(encoding="utf-8"))
+        found = json.loads(cache_file(name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RuntimeError):  # RuntimeError: no home directory
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def _recall(key: str) -> Verdict | None:
-    found = _answers().get(key)
+def remember(name: str, key: str, answer: object, n: int) -> None:
+    """Add an answer to a file of the cache, which keeps the last n; if that fails, the next process
+    finds out again."""
+    answers = {**remembered(name), key: answer}
+    try:
+        path = cache_file(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            whole = Path(folder) / path.name  # so that nobody reads half of it
+            whole.write_text(json.dumps(dict(list(answers.items())[-n:])))
+            os.replace(whole, path)
+    except (OSError, RuntimeError):
+        pass
+
+
+def _recall() -> Verdict | None:
+    found = remembered().get(key())
     wanted = {field.name for field in fields(Verdict)}
     if not isinstance(found, dict) or found.keys() != wanted:
         return None
     if found["state"] not in (FULL, PLAIN, VOCABULARY) or not isinstance(found["reason"], str):
         return None
     return Verdict(**found)
-
-
-def _remember(key: str, found: Verdict) -> None:
-    """Add an answer to the cache; if that fails, the next process tests again."""
-    answers = {**_answers(), key: asdict(found)}
-    try:
-        path = cache_file()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            whole = Path(folder) / path.name  # so that nobody reads half of it
-            whole.write_text(json.dumps(dict(list(answers.items())[-_REMEMBERED:])))
-            os.replace(whole, path)
-    except (OSError, RuntimeError):
-        pass

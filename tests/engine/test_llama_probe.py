@@ -163,12 +163,12 @@ def test_a_damaged_cache_is_none(
     cache: Path, monkeypatch: pytest.MonkeyPatch, content: str
 ) -> None:
     cache.parent.mkdir(parents=True)
-    text = content.replace("%s", llama_probe._key())
+    text = content.replace("%s", llama_probe.key())
     cache.write_bytes(text.encode("utf-8", "surrogateescape"))
     answer = (Verdict(FULL, "found out"), True)
     monkeypatch.setattr(llama_probe, "probe", lambda: answer)
     assert ask_anew(monkeypatch) == answer[0]
-    assert llama_probe._recall(llama_probe._key()) == answer[0]  # and mended
+    assert llama_probe._recall() == answer[0]  # and mended
 
 
 @pytest.mark.parametrize("obstacle", ["a file in the way", "a folder in its place"])
@@ -192,12 +192,12 @@ def test_another_build_or_processor_is_tried_anew(
     library = tmp_path / "libllama.so"
     library.write_bytes(b"one")
     monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(tmp_path))
-    keys = [llama_probe._key()]
-    assert llama_probe._key() == keys[0]
+    keys = [llama_probe.key()]
+    assert llama_probe.key() == keys[0]
     os.utime(library, ns=(1, 1))
-    keys.append(llama_probe._key())
+    keys.append(llama_probe.key())
     monkeypatch.setattr(llama_probe, "processor", lambda: {"name": "another", "flags": "amx_int8"})
-    keys.append(llama_probe._key())
+    keys.append(llama_probe.key())
     assert len(set(keys)) == 3
 
 

@@ -12,10 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from fwdllm.engine.adapters.io import open_gguf_adapter
 from fwdllm.engine.backends import choose
 from fwdllm.engine.data.tokenizer import Tokenizer
 from fwdllm.engine.errors import AdapterError, ModelError
+from fwdllm.engine.llamacpp.generation import check_finite, check_logits
 from fwdllm.engine.llamacpp.native import Llama, call, llama_cpp, open_model, reason
 from fwdllm.http import limits
 from fwdllm.http.adapter_bytes import as_file
@@ -183,8 +186,15 @@ class ServedLlama(Llama):
         for token in super().generate(tokens, *values, **options):
             if any(stop.is_set() for stop in self.stops):
                 return
+            check_logits(self.ctx, self.n_vocab())
             self.n_generated += 1
             yield token
+
+    def embed(self, *values: Any, **options: Any) -> Any:
+        """As the base class, with NumericsError for what is not finite."""
+        found = super().embed(*values, **options)
+        check_finite(np.array(found[0] if isinstance(found, tuple) else found), "embeddings")
+        return found
 
     def _init_sampler(self, *values: Any, grammar: Any = None, **options: Any) -> Any:
         if grammar is not None:
