@@ -110,12 +110,14 @@ def _child(work: Callable[[], int], log: Path) -> None:
 def isolate(log: Path) -> None:
     """Make this process the first of a group, without core dumps, with its output in a file."""
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (_ADDRESSES, _ADDRESSES))
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for number, target in ((nothing, 0), (file, 1), (file, 2)):
         os.dup2(number, target)
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
 
 
 def kill(pid: int) -> None:

@@ -15,7 +15,10 @@ _SHOWN_LINES = 12
 
 
 class Findings:
-    """Counts, and the findings so far. folder: for inputs; None if they are kept already."""
+    """Counts, and the findings so far.
+
+    folder: for inputs; None if they are kept already: then everything is printed.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
@@ -49,6 +52,8 @@ class Findings:
                 if number:
                     self._most[most] = max(self._most.get(most, (0.0, "")), (number, where))
         new = [row for row in rows if row.failed and self._is_new(name, row)]
+        if self._folder is None:
+            new = rows
         for row in new:
             self._print(f"{name}-{seed}", kind, row)
         if new and self._folder is not None:

@@ -16,13 +16,13 @@ _GRAMMARS = [
     'root ::= "a" | "b"', "root ::= [a-z]+", "root ::= [^\\n]{2,5} ([0-9]? ws)*\nws ::= [ \\t]*",
     'root ::= item ("," item)*\nitem ::= "x" | "(" root ")"', "root ::= a\na ::= b?\nb ::= a",
     'root ::= "\\x41\\u0042\\U00000043" . "é"', "root ::= " + "[a-z]? " * 30,
-    'root ::= ("a" | "b" | ("c" | "d")){3}', 'root ::= root "a" | "b"', 
+    'root ::= ("a" | "b" | ("c" | "d")){3}', 'root ::= root "a" | "b"',
     "root ::= ((((a))))\na ::= .",
     "root ::= (([a-z]?){9}){9}", 'root ::= ("a"*)*', 'root ::= ""', 'root ::= "a"{0,100}',
 ]  # fmt: skip
 _WORDS = [b"::=", b"|", b"(", b")", b"[", b"]", b"*", b"+", b"?", b"{1000}", b"{0,}", b"{2,1}",
-    b'"', b"root", b"\n", b"\\", b"[^", b"-", b"{99999999}", b"\\U0010FFFF", b"#", b".", b"((((((((",
-    b"ws ws ws ws", b"[a-z]? [a-z]? [a-z]? ", b"{", b"}", b"<think>", b"!"]  # fmt: skip
+    b'"', b"root", b"\n", b"\\", b"[^", b"-", b"{99999999}", b"\\U0010FFFF", b"#", b".",
+    b"((((((", b"ws ws ws ws", b"[a-z]? [a-z]? [a-z]? ", b"{", b"}", b"<think>", b"!"]  # fmt: skip
 _SCHEMAS: list[Any] = [
     {"type": "object", "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99},
      "b": {"type": "string", "pattern": "^[a-z]{1,4}$"}}, "required": ["a"]},
@@ -38,8 +38,9 @@ _SCHEMAS: list[Any] = [
 _KNOWN = ["type", "object", "array", "string", "integer", "number", "boolean", "null", "enum",
     "const", "anyOf", "oneOf", "allOf", "not", "if", "$ref", "#", "#/$defs/n", "items", "minItems",
     "maxItems", "properties", "required", "additionalProperties", "pattern", "format", "uuid",
-    "minLength", "maxLength", "minimum", "maximum", "multipleOf", "(a+)+$", "[^a]", 
-    "a{0,99999}", "(?=a)", r"\d{1,500}", r"\p{L}", "((((a?)?)?)?)?", 100_000_000, 1e18, 64, 200, 2000]  # fmt: skip
+    "minLength", "maxLength", "minimum", "maximum", "multipleOf", "(a+)+$", "[^a]",
+    "a{0,99999}", "(?=a)", r"\d{1,500}", r"\p{L}", "((((a?)?)?)?)?", 100_000_000,
+    1e18, 64, 200, 2000]  # fmt: skip
 
 
 def _write(random: Random, folder: Path, case: Path) -> str:
@@ -48,8 +49,8 @@ def _write(random: Random, folder: Path, case: Path) -> str:
         body: Any = {"prompt": "a", "max_tokens": 4, "grammar": grammar, "temperature": 0}
         path = "/v1/completions"
     else:
-        schema = random.choice(_SCHEMAS)
-        for _ in range(random.choice([1, 1, 2, 4])):  # one within another
+        schema = _schema(random, random.choice([1, 2, 3, 5]))
+        if random.random() < 0.5:
             schema = change_json(schema, random, [*_KNOWN, *_SCHEMAS])
         kind, path = "schema", "/v1/chat/completions"
         body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 4}
@@ -63,6 +64,32 @@ def _write(random: Random, folder: Path, case: Path) -> str:
             body["response_format"] = {"type": "json_schema", "json_schema": named}
     (case / "request.json").write_text(json.dumps([path, body]))
     return kind
+
+
+def _schema(random: Random, depth: int) -> Any:
+    """A sound schema, of more values than is good now and then."""
+    count = random.choice([0, 1, 2, 5, 20, 64, 200, 2_000, 10**5, 10**8])
+    if depth == 0:
+        return random.choice(
+            [
+                *_SCHEMAS, {"type": "string", "maxLength": count},
+                {"type": "string", "pattern": rf"^(\w{{0,{count}}}|[^a-c]+\d?){{1,3}}$"},
+                {"enum": list(range(count % 3000))}, {"type": "integer", "maximum": count},
+            ]
+        )  # fmt: skip
+    parts = [_schema(random, depth - 1) for _ in range(random.choice([1, 2, 3]))]
+    named = {f"p{i}": part for i, part in enumerate(parts)}
+    return random.choice(
+        [
+            {"type": "array", "items": parts[0], "maxItems": count},
+            {"type": "array", "items": parts[0], "minItems": count},
+            {"type": "array", "prefixItems": parts},
+            {"anyOf": parts},
+            {"type": "object", "properties": named, "required": random.sample([*named], 1)},
+            {"type": "object", "properties": {f"o{i}": parts[0] for i in range(count % 300)}},
+            {"type": "object", "additionalProperties": parts[0]},
+        ]
+    )
 
 
 def _grammar(random: Random) -> str:

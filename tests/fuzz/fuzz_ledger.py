@@ -7,7 +7,6 @@ import io
 import json
 import shutil
 import sqlite3
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from changes import change_bytes, change_json
 from children import run
-from target import OK, REFUSED, Row, Target, refused_or_ok
+from target import Row, Target, refused_or_ok
 
 _VALUES: list[Any] = [None, 0, 1, -1, 2, 3, 100, 2**31, 2**63 - 1, -(2**63), 0.5, 1e308, -1e-9,
     float("inf"), "", "x", "ß", b"", b"\0", b"x" * 40, b"\x01\x03" + bytes(20)]  # fmt: skip
@@ -117,36 +116,32 @@ def _change(db: sqlite3.Connection, random: Random) -> str:
 
 
 @contextmanager
-def _quiet(folder: Path) -> Iterator[None]:
+def _open(folder: Path) -> Iterator[Any]:
+    """The command line, which takes as long to make as to read a ledger."""
     import warnings
 
+    import typer
+
+    from fwdllm.cli.commands import app
+
     warnings.simplefilter("ignore")
-    yield
+    yield typer.main.get_command(app)
 
 
-def _check(_: Any, case: Path) -> list[Row]:
-    rows = [
-        _command("show", "ledger", "show", case),
-        _command("show --json", "ledger", "show", case, "--json"),
-        _command("verify", "ledger", "verify", case),
-        _command("replay", "ledger", "replay", case, "-o", case / "adapter.gguf"),
-    ]
-    return [*rows, refused_or_ok("resume", lambda: _resume(case / "ledger.sqlite"))]
-
-
-def _command(what: str, *arguments: object) -> Row:
-    from fwdllm.cli.commands import main
-
-    out = io.StringIO()
-    try:
+def _check(command: Any, case: Path) -> list[Row]:
+    def run(*arguments: object) -> Row:
+        texts = ["ledger", *map(str, arguments)]
+        out = io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            main([str(argument) for argument in arguments])
-    except SystemExit as ended:
-        ends = {0: OK, None: OK, 2: REFUSED}
-        return Row(what, ends.get(ended.code, f"exit code {ended.code}"), output=out.getvalue())
-    except Exception:
-        return Row(what, "traceback", output=traceback.format_exc())
-    return Row(what, OK)
+            return refused_or_ok(texts[1], lambda: command(texts, standalone_mode=False))
+
+    return [
+        run("show", case),
+        run("show", case, "--json"),
+        run("verify", case),
+        run("replay", case, "-o", case / "adapter.gguf"),
+        refused_or_ok("resume", lambda: _resume(case / "ledger.sqlite")),
+    ]
 
 
 def _resume(path: Path) -> None:
@@ -163,4 +158,4 @@ def _resume(path: Path) -> None:
                 return
 
 
-LEDGER = Target(_make, _write, _check, _quiet)
+LEDGER = Target(_make, _write, _check, _open)

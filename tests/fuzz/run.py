@@ -16,6 +16,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -152,6 +153,13 @@ class Runner:
 
     def run(self, chunks: Iterator[Chunk], until: float) -> None:
         """Do all chunks, or as many as there is time for: ``until`` of the monotonic clock."""
+        try:
+            self._run(chunks, until)
+        finally:
+            for lane in self._lanes:
+                kill(lane.pid)
+
+    def _run(self, chunks: Iterator[Chunk], until: float) -> None:
         places = [self._folder / str(i) for i in range(self._jobs)]
         left: list[Chunk] = []  # of children that died
         while True:
@@ -263,12 +271,15 @@ def main() -> int:
         print(f"seeds from {first}", flush=True)
     findings = Findings(None if given.again else given.out)
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))  # children must not remove it at their ends
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # remembers files that were tried
     try:
         common = folder / "common"
         for name, target in chosen.items():
             (common / name).mkdir(parents=True)
             target.make(common / name)
-        Runner(common, folder / "lanes", given.jobs, findings).run(chunks, until)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        with contextlib.suppress(KeyboardInterrupt):
+            Runner(common, folder / "lanes", given.jobs, findings).run(chunks, until)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(findings.report())
