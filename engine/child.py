@@ -19,7 +19,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import IO, Any
 
 # With our search path, so that it finds the packages that we would.
 _MAIN = (
@@ -109,7 +109,7 @@ class _Running:
         if not sys.executable or getattr(sys, "frozen", False):
             raise OSError("this program is not Python's")  # it would start itself
         self.owner = os.getpid()
-        self._said = tempfile.TemporaryFile()
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process)
         self._process = subprocess.Popen(
             [sys.executable, "-c", _MAIN, *arguments, *map(str, sys.path)],
             stdin=subprocess.PIPE,
@@ -119,7 +119,7 @@ class _Running:
             env={**os.environ, "GGML_NO_BACKTRACE": "1"},
             start_new_session=True,  # the keyboard's interrupt is for us
         )
-        weakref.finalize(self, _end, self.owner, self._process)
+        weakref.finalize(self, _end, self.owner, self._process, self._said)
 
     def answer(self, line: bytes, seconds: float) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -180,7 +180,7 @@ class _Running:
 
 def main(target: str, memory: int, forks: bool) -> None:
     """What the process does: answer the requests of standard input until there are no more."""
-    _leave_no_core()
+    leave_no_core()
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # what libraries print is no answer
     module, _, name = target.partition(":")
@@ -260,7 +260,7 @@ def _limit_memory(memory: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
 
 
-def _leave_no_core() -> None:
+def leave_no_core() -> None:
     """Turn off core dumps: a crash is expected here, and the memory is of no use."""
     with contextlib.suppress(ImportError):  # not Unix
         import resource
@@ -280,12 +280,11 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
             process.kill()
 
 
-def _end(owner: int, process: subprocess.Popen[bytes]) -> None:
-    if owner != os.getpid():
-        return
-    _kill(process)
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
+def _end(owner: int, process: subprocess.Popen[bytes], said: IO[bytes]) -> None:
+    if owner == os.getpid():
+        _kill(process)
+        process.wait()
+    for pipe in (process.stdin, process.stdout, said):
         if pipe is not None:
             with contextlib.suppress(OSError):
                 pipe.close()

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from places import ROOT
 
-PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")),
+]
 # Pages that say where things are: what stands beside a file in one sentence or row is in that file.
 GUIDES = ["CONTRIBUTING.md", "docs/architecture.md"]
 
@@ -18,6 +24,11 @@ QUOTED = re.compile(r"`([^`\n]+)`")
 NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 # Paragraphs, points of a list and rows of a table.
 BLOCK = re.compile(r"\n\n|\n(?=- |\d\. |\| )")
+
+
+# "| what | 64 MiB | `NAME` in `a/file.py` |": a limit, and the constant that it is.
+LIMIT = re.compile(r"^\| .* \| ([\d,.]+) ?(KiB|MiB|GiB|s|) \| `(\w+)` in `([\w/]+)\.py` \|$", re.M)
+UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "s": 1, "": 1}
 
 
 def quoted_paths(text: str) -> Iterator[str]:
@@ -75,3 +86,15 @@ def test_what_is_missing_is_seen() -> None:
     assert len(missing_paths(text)) == 3
     text = "`no_such_name` alone\n\n`GUIDES` and `nowhere` in `engine/errors.py`\n- `ModelError`"
     assert missing_names(text) == ["GUIDES", "nowhere"]
+
+
+def test_limits_are_those_of_the_code() -> None:
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    found = LIMIT.findall(text)
+    assert len(found) == text.partition("## Limits")[2].count("` in `") > 0
+    for value, unit, name, path in found:
+        module = (
+            path.replace("app/fwdllm", "fwdllm") if path.startswith("app") else f"fwdllm/{path}"
+        )
+        constant = getattr(import_module(module.replace("/", ".")), name)
+        assert float(value.replace(",", "")) * UNITS[unit] == constant, name

@@ -104,7 +104,7 @@ class ChatTemplate:
         def shown(arguments: object) -> str:
             call = {"name": "probe", "arguments": arguments}
             calls = [{"id": "call00000", "type": "function", "function": call}]
-            messages = [
+            messages: list[dict[str, Any]] = [
                 {"role": "user", "content": "Hi."},
                 {"role": "assistant", "content": "", "tool_calls": calls},
             ]

@@ -24,7 +24,7 @@ MAX_CHARACTERS = 1 << 24
 class _Generation(jinja2.ext.Extension):
     """The tag of Transformers around what an assistant says; its content is rendered as it is."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (as the base class has it)
 
     def parse(self, parser: Parser) -> list[Node]:
         next(parser.stream)

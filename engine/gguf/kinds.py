@@ -26,7 +26,7 @@ def check_model(file: GGUFFile) -> None:
 
     Or for what llama.cpp takes for granted and would end the process on: layers that differ where
     those of the architecture cannot, a mixture that uses no expert, vectors in blocks, numbers that
-    are not finite.
+    are not finite, a context of no use.
     """
     kind = file.metadata.get("general.type")
     if file.metadata.get("general.architecture") == _PROJECTOR:
@@ -40,6 +40,8 @@ def check_model(file: GGUFFile) -> None:
     if arch in _EVEN:
         for key in ("head_count", "head_count_kv"):
             file.positive_of_layers(f"{arch}.attention.{key}", 1)
+    if (context := file.integer(f"{arch}.context_length", 2)) < 2:
+        raise ModelError(f"{file.path} reads {context} tokens at once, too few to predict another")
     n_experts = file.integer(f"{arch}.expert_count", 0)
     if n_experts and not 1 <= file.integer(f"{arch}.expert_used_count", 0) <= n_experts:
         raise ModelError(f"{file.path}: '{arch}.expert_used_count' is not 1 to {n_experts} experts")

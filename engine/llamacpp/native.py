@@ -52,7 +52,8 @@ _POOLING_NONE, _POOLING_MEAN, _POOLING_RANK = 0, 1, 4  # enum llama_pooling_type
 # own, of 256 MiB that is used only as far as needed, and words a limit that is far below it: what a
 # pattern takes at once may be spaces, letters and punctuation, each of that length.
 _RUNS = re.compile(r"\s+|\S+")
-_SHALLOW, _LONGEST, _STACK = 512, 100_000, 256 << 20
+LONGEST_WORD = 100_000  # characters
+_SHALLOW, _STACK = 512, 256 << 20
 _stack_size = threading.Lock()  # of threads to be started, a setting of the process
 
 _messages: list[str] = []
@@ -152,12 +153,13 @@ class Llama(llama_cpp.Llama):
     others as of the base class.
     """
 
-    def __init__(self, model_path: str, **options: Any) -> None:
+    def __new__(cls, model_path: str, **_options: Any) -> Llama:
+        # Not in __init__: the base class cannot free what was not opened.
         file = GGUFFile.open(model_path)
         check_model(file)
         _check(file)
         trial.check(file.paths, trial.WEIGHTS, extra_buffers())
-        super().__init__(model_path, **options)
+        return super().__new__(cls)
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         """The token ids of a text, see ``native.tokenize``."""
@@ -221,10 +223,10 @@ def tokenize(vocab: Any, text: bytes, special_around: bool, special_in: bool) ->
     if len(text) < _SHALLOW:
         return _tokenize(vocab, text, special_around, special_in)
     longest = max(len(run) for run in _RUNS.findall(text.decode("utf-8", "replace")))
-    if longest > _LONGEST and llama_cpp.llama_vocab_type(vocab) == _VOCAB_TYPE_BPE:
+    if longest > LONGEST_WORD and llama_cpp.llama_vocab_type(vocab) == _VOCAB_TYPE_BPE:
         raise TextError(
             f"{longest:,} characters without a space between them (or nothing but spaces) are too "
-            f"many for the model's tokenizer, which takes {_LONGEST:,}"
+            f"many for the model's tokenizer, which takes {LONGEST_WORD:,}"
         )
     if longest < _SHALLOW:
         return _tokenize(vocab, text, special_around, special_in)

@@ -23,6 +23,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from fwdllm.engine.child import leave_no_core
+
 FULL = "full"  # everything works
 PLAIN = "plain"  # everything, if models are opened without extra buffer types
 VOCABULARY = "vocabulary"  # only vocabularies and their tokenizers; computing crashes
@@ -114,7 +116,7 @@ def probe(time_limit: float = TIME_LIMIT) -> tuple[Verdict, bool]:
 
 def decode(model: str, *, extra_buffers: bool) -> None:
     """What the child does: read a quantized model and decode a prompt and one more token."""
-    _leave_no_core()
+    leave_no_core()
     import llama_cpp
 
     quiet = llama_cpp.llama_log_callback(lambda level, text, user_data: None)
@@ -209,15 +211,6 @@ def _made(pointer: Any) -> Any:
     if not pointer:
         raise RuntimeError("llama.cpp cannot open the bundled model")
     return pointer
-
-
-def _leave_no_core() -> None:
-    """Turn off core dumps: a child's crash is expected, and its memory is of no use."""
-    try:
-        import resource
-    except ImportError:  # not Unix
-        return
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def key() -> str:

@@ -24,16 +24,16 @@ VOCABULARY, WEIGHTS = "vocabulary", "weights"
 
 # Seconds of computing: what a small file may take, and bytes a second of a large one, which is read
 # from a slow disk and repacked.
-_SECONDS, _BYTES_A_SECOND = 5.0, 50e6
+SECONDS, _BYTES_A_SECOND = 5.0, 50e6
 # Bytes beyond the file, mapped, and as much again, repacked.
-_MEMORY = 1 << 30
+MEMORY = 1 << 30
 _FILE, _REMEMBERED = "llama-cpp-files.json", 256
 # Of Latin, Greek, Cyrillic, Arabic, of marks and punctuation, Chinese, Korean and emoji.
 _CHARACTERS = (*range(1, 0x700), *range(0x2000, 0x2100), 0x4E2D, 0xAC00, 0xFFFD, 0x1F600)
 _POOLING_MEAN = 1  # LLAMA_POOLING_TYPE_MEAN
 
 _trials = Child("fwdllm.engine.llamacpp.trial:run", 0, forks=True)
-_passed: set[str] = set()  # in this process
+_known: dict[str, str] = {}  # in this process: "" or what llama.cpp dies of
 
 
 def check(paths: tuple[Path, ...], stage: str, extra_buffers: bool) -> None:
@@ -45,26 +45,30 @@ def check(paths: tuple[Path, ...], stage: str, extra_buffers: bool) -> None:
     if _is_ours(paths[0]):
         return
     key = _key(paths, stage, extra_buffers)
-    if key in _passed:
-        return
-    if key not in probe.remembered(_FILE):
+    if key not in _known and key in probe.remembered(_FILE):
+        _known[key] = ""
+    if key not in _known:
         nbytes = sum(path.stat().st_size for path in paths)
         request = {
             "path": str(paths[0]),
             "stage": stage,
             "extra_buffers": extra_buffers,
-            "memory": 2 * nbytes + _MEMORY,
+            "memory": 2 * nbytes + MEMORY,
         }
         try:
-            _trials.ask(request, _SECONDS + nbytes / _BYTES_A_SECOND)
+            _trials.ask(request, SECONDS + nbytes / _BYTES_A_SECOND)
         except ChildError as error:
-            raise ModelError(
-                f"llama.cpp cannot use {paths[0]}, as a trial in a process of its own shows: {error}"
-            ) from error
+            _known[key] = str(error)
         except OSError:  # no process can be started here, so there is none to try it in
             return
-        probe.remember(_FILE, key, stage, _REMEMBERED)
-    _passed.add(key)
+        else:
+            _known[key] = ""
+            probe.remember(_FILE, key, stage, _REMEMBERED)
+    if _known[key]:
+        raise ModelError(
+            f"llama.cpp cannot use {paths[0]}, as a trial in a process of its own shows: "
+            f"{_known[key]}"
+        )
 
 
 def run(request: dict[str, Any]) -> None:
@@ -79,7 +83,7 @@ def run(request: dict[str, Any]) -> None:
     params.vocab_only = request["stage"] == VOCABULARY
     params.use_extra_bufts = request["extra_buffers"]
     model = llama_cpp.llama_model_load_from_file(os.fsencode(request["path"]), params)
-    if not model:
+    if not model or not llama_cpp.llama_vocab_type(llama_cpp.llama_model_get_vocab(model)):
         return
     _tokenize(llama_cpp, model)
     if request["stage"] == WEIGHTS:
