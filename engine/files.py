@@ -43,6 +43,14 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+def write_private(path: Path, data: bytes) -> None:
+    """Write a file that only its owner can read; otherwise as ``atomic_write``."""
+    with atomic_write(path) as temporary:
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        with open(descriptor, "wb") as file:
+            file.write(data)
+
+
 def check_destination(path: Path) -> None:
     """Raise ConfigError, as ``atomic_write`` would, if no file can be written at ``path``."""
     if path.is_dir():

@@ -1,11 +1,13 @@
 """The record of a run: one SQLite file from which every state of the adapter can be rebuilt.
 
 It holds every round, assignment, contribution, rejection and update; messages are encoded by
-``protocol.wire``. Each round's hash covers the hash of the round before. An accepted contribution
-is on disk when ``accept`` returns, or, inside ``Ledger.batch``, when the batch ends; a crash later
-does not lose it.
+``protocol.wire``. Each round's hash covers the hash of the round before; the signed head of a
+journal covers all that is written, in the transaction that writes it (``protocol.journal``). An
+accepted contribution is on disk when ``accept`` returns, or, inside ``Ledger.batch``, when the
+batch ends; a crash later does not lose it.
 
-The file holds the seed of differential privacy's noise, so only the server may read it.
+The file holds the seed of differential privacy's noise, so only the server may read it; the file
+beside it has the private key. Ledgers of format 1 have no journal, and get none.
 """
 
 from __future__ import annotations
@@ -20,12 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fwdllm.engine.errors import ConfigError, FwdllmError
-from fwdllm.engine.files import is_unused, lock, transaction
-from fwdllm.protocol.records import Meta, Round
+from fwdllm.engine.files import is_unused, lock, transaction, write_private
+from fwdllm.engine.sqlite import connect_to_read, connect_to_write, odd_value, unexpected
+from fwdllm.protocol import journal
+from fwdllm.protocol.journal import KEYS, Journal
+from fwdllm.protocol.records import Meta, Round, round_hash
 
 NAME = "ledger.sqlite"
+# The file with the private key has the ledger's name and this.
+KEY_SUFFIX = ".key"
 
 _SCHEMA = """
 CREATE TABLE meta (id INTEGER PRIMARY KEY CHECK (id = 0), json TEXT NOT NULL);
@@ -59,6 +67,10 @@ CREATE TABLE evaluation (
 """
 
 
+# Columns of figures that some rows do not have.
+_OPTIONAL = {"message", "loss", "first_variance", "variance", "snapshot", "accuracy"}
+
+
 class LedgerError(FwdllmError):
     """A ledger that is missing, damaged, of another format, in use, or cannot be written."""
 
@@ -76,7 +88,7 @@ def open_run(folder: Path, meta: Meta, resume: bool | None) -> Ledger:
     if (
         resume is False
         and folder.exists()
-        and not is_unused(folder, f"{NAME}.lock", f".{NAME}.tmp")
+        and not is_unused(folder, f"{NAME}.lock", f"{NAME}{KEY_SUFFIX}", f".{NAME}")
     ):
         raise ConfigError(f"{folder} is not empty; resume the run or name a new folder")
     if not path.exists():
@@ -93,36 +105,45 @@ def open_run(folder: Path, meta: Meta, resume: bool | None) -> Ledger:
 class Ledger:
     """An open ledger. Use as a context manager, or ``close`` it.
 
-    meta: what the run is.  Errors of all methods: LedgerError.
+    meta: what the run is.  journal: None in a ledger of format 1.  Errors of all methods:
+    LedgerError.
     """
 
     def __init__(self, path: Path, *, writable: bool = False):
-        """Open the ledger of a run; a writable one is locked until it is closed."""
+        """Open the ledger of a run.
+
+        A writable one is locked until it is closed, one to read stays as it is now.
+        """
         self.path = path
+        self._private: Ed25519PrivateKey | None = None
         if not path.is_file():
             raise LedgerError(f"there is no ledger at {path}")
         with contextlib.ExitStack() as stack:
             if writable:
                 stack.callback(_lock(path).close)
-            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._db = _connect(path, writable)
             stack.callback(self._db.close)
+            has_journal = bool(self._all("SELECT 1 FROM sqlite_master WHERE name = 'head'"))
             with self._errors():
-                if writable:
-                    self._db.execute("PRAGMA journal_mode = WAL")
-                    self._db.execute("PRAGMA synchronous = FULL")
-                else:
-                    self._db.execute("PRAGMA query_only = 1")
-                row = self._db.execute("SELECT json FROM meta").fetchone()
+                other = unexpected(self._db, _SCHEMA + journal.TABLES * has_journal)
+            if other is not None:
+                raise LedgerError(f"{path} is no ledger: its {other} is not as fwdllm makes it")
+            found = self._all("SELECT json FROM meta")
             try:
-                self._meta, self.meta = row[0], Meta.from_json(row[0])
-            except (KeyError, TypeError, ValueError, FwdllmError) as error:
+                self._meta = str(found[0][0]) if found else ""
+                self.meta = Meta.from_json(self._meta)
+            except (KeyError, TypeError, ValueError, RecursionError, FwdllmError) as error:
                 raise LedgerError(f"{path} is no ledger this version reads: {error}") from error
+            if has_journal != (self.meta.format > 1):
+                raise LedgerError(f"{path} has been changed: its journal is gone or added")
+            self.journal = self._open_journal() if has_journal else None
             self._resources = stack.pop_all()
 
     @staticmethod
     def create(path: Path, meta: Meta) -> Ledger:
         """A new ledger, created atomically; LedgerError if the file already exists."""
         temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+        key = path.with_name(path.name + KEY_SUFFIX)
         held = _lock(path)
         try:
             if path.exists():
@@ -131,13 +152,19 @@ class Ledger:
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             db = sqlite3.connect(temporary, isolation_level=None)
             try:
-                db.executescript(f"BEGIN;{_SCHEMA}")
+                db.executescript(f"BEGIN;{_SCHEMA}{journal.TABLES}")
                 db.execute("INSERT INTO meta VALUES (0, ?)", (meta.to_json(),))
+                if not key.exists():
+                    write_private(key, journal.new_key())
+                private = _private_key(path)
+                made = Journal.create(lambda sql, *values: db.execute(sql, values), private)
+                made.enter("meta", 0)
+                made.sign(private)
                 db.execute("COMMIT")
             finally:
                 db.close()
             os.replace(temporary, path)
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, ConfigError) as error:
             raise LedgerError(f"cannot write {path}: {error}") from error
         finally:
             with contextlib.suppress(OSError):
@@ -166,21 +193,20 @@ class Ledger:
         assignments: Sequence[tuple[int, bytes, int]],
     ) -> None:
         """Record a part before clients are asked. assignments: client, message, bytes down."""
-        with self._transaction() as db:
-            db.execute("INSERT INTO part VALUES (?, ?, ?, ?)", (round, part, now, n_available))
-            db.executemany(
-                "INSERT INTO assignment VALUES (?, ?, ?, ?, ?)",
-                [(round, part, *assignment) for assignment in assignments],
-            )
+        with self._transaction():
+            self._insert("part", round, part, now, n_available)
+            for assignment in assignments:
+                self._insert("assignment", round, part, *assignment)
 
     def client_of(self, node: str) -> int:
         """The client number of a node; a node not seen before gets the next free number."""
         found = self._all("SELECT client FROM node WHERE name = ?", node)
         if found:
             return int(found[0][0])
-        with self._transaction() as db:
-            query = "INSERT INTO node SELECT ?, count(*) FROM node RETURNING client"
-            return int(db.execute(query, (node,)).fetchall()[0][0])
+        with self._transaction():
+            client = int(self._all("SELECT count(*) FROM node")[0][0])
+            self._insert("node", node, client)
+            return client
 
     def set_bytes_down(self, round: int, part: int, client: int, n_bytes: int) -> None:
         """Correct the number of bytes sent with an assignment, which ``open_part`` estimated."""
@@ -189,14 +215,12 @@ class Ledger:
                 "UPDATE assignment SET bytes_down = ? WHERE round = ? AND part = ? AND client = ?",
                 (n_bytes, round, part, client),
             )
+            self._enter("assignment", round, part, client)
 
     def accept(self, round: int, part: int, client: int, now: float, message: bytes) -> None:
         """Record a contribution; it is on disk when this returns."""
-        with self._transaction() as db:
-            db.execute(
-                "INSERT INTO contribution VALUES (?, ?, ?, ?, ?)",
-                (round, part, client, now, message),
-            )
+        with self._transaction():
+            self._insert("contribution", round, part, client, now, message)
 
     def reject(
         self, round: int, part: int, client: int, now: float, reason: str, n_bytes: int
@@ -206,10 +230,12 @@ class Ledger:
         Rejections that differ only in the time of arrival are recorded once.
         """
         with self._transaction() as db:
-            db.execute(
-                "INSERT OR IGNORE INTO rejection VALUES (NULL, ?, ?, ?, ?, ?, ?)",
+            new = db.execute(
+                "INSERT OR IGNORE INTO rejection VALUES (NULL, ?, ?, ?, ?, ?, ?) RETURNING id",
                 (round, part, client, now, reason, n_bytes),
-            )
+            ).fetchall()
+            if new:
+                self._enter("rejection", round, new[0][0])
 
     def close_round(self, closed: Round, snapshot: bytes | None) -> None:
         """Record a round with its hash. snapshot: the state after it, or None."""
@@ -217,7 +243,7 @@ class Ledger:
         closed = dataclasses.replace(closed, snapshot=digest)
         row = dataclasses.astuple(dataclasses.replace(closed, hash=self.chain(closed)))
         with self._transaction() as db:
-            db.execute("INSERT INTO round VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            self._insert("round", *row)
             if snapshot is not None:
                 db.execute("INSERT INTO snapshot VALUES (?, ?)", (closed.round + 1, snapshot))
 
@@ -228,6 +254,7 @@ class Ledger:
                 "INSERT OR REPLACE INTO evaluation VALUES (?, ?, ?, ?)",
                 (round, loss, accuracy, n_examples),
             )
+            self._enter("evaluation", round)
 
     # Reading
 
@@ -322,9 +349,14 @@ class Ledger:
         return self._checked_snapshot(rounds[0][0]) if rounds else None
 
     def check_snapshots(self) -> None:
-        """LedgerError if a snapshot was changed."""
-        for (round,) in self._all("SELECT round FROM snapshot ORDER BY round"):
+        """LedgerError if a snapshot was changed, or is missing."""
+        kept = [row[0] for row in self._all("SELECT round FROM snapshot ORDER BY round")]
+        for round in kept:
             self._checked_snapshot(round)
+        query = "SELECT round + 1 FROM round WHERE snapshot IS NOT NULL ORDER BY round"
+        for (round,) in self._all(query):
+            if round not in kept:
+                raise LedgerError(f"the snapshot of round {round} is missing in {self.path}")
 
     def _checked_snapshot(self, round: int) -> bytes:
         state: bytes = self._all("SELECT state FROM snapshot WHERE round = ?", round)[0][0]
@@ -361,40 +393,50 @@ class Ledger:
         )
 
     def chain(self, closed: Round) -> bytes:
-        """The hash of a round: SHA-256 over the previous round's hash and this round's data.
-
-        The data: parts, assignments, contributions, update, figures, theta hash, snapshot hash.
-        """
+        """The hash of a round, see ``records.round_hash``."""
         before = self._all("SELECT hash FROM round WHERE round = ?", closed.round - 1)
-        digest = hashlib.sha256(before[0][0] if before else self._meta.encode())
-        for part, _, n_available in self.parts(closed.round):
-            _feed(digest, closed.round, part, n_available)
-            for rows in (
-                self.assignments(closed.round, part),
-                self.contributions(closed.round, part),
-            ):
-                _feed(digest, len(rows))
-                for client, message in rows:
-                    _feed(digest, client, len(message))
-                    digest.update(message)
-        message = closed.message or b""
-        _feed(digest, len(message))
-        digest.update(message)
-        figures = (closed.loss, closed.first_variance, closed.variance, closed.n_perturbations)
-        digest.update(repr(figures).encode())
-        digest.update(closed.theta)
-        digest.update(closed.snapshot or b"")
-        return digest.digest()
+        r = closed.round
+        parts = (
+            (part, n_available, self.assignments(r, part), self.contributions(r, part))
+            for part, _, n_available in self.parts(r)
+        )
+        return round_hash(before[0][0] if before else self._meta.encode(), closed, parts)
 
     def check_file(self) -> None:
-        """LedgerError if SQLite finds the file damaged."""
+        """LedgerError if SQLite finds the file damaged, or a value in it is of a wrong kind."""
         found = self._all("PRAGMA integrity_check")
         if found != [("ok",)]:
             raise LedgerError(f"{self.path} is damaged: {found[0][0]}")
+        with self._errors():
+            odd = odd_value(self._db, _OPTIONAL)
+        if odd is not None:
+            raise LedgerError(f"{odd} in {self.path} has been changed to what no run writes")
+
+    def _open_journal(self) -> Journal:
+        try:
+            return Journal(self._each)
+        except ValueError as error:
+            raise LedgerError(f"{self.path} has been changed: {error}") from error
 
     def _all(self, query: str, *values: Any) -> list[Any]:
+        return list(self._each(query, *values))
+
+    def _each(self, query: str, *values: Any) -> Iterator[Any]:
         with self._errors():
-            return self._db.execute(query, values).fetchall()
+            return self._fetched(self._db.execute(query, values))
+
+    def _fetched(self, cursor: sqlite3.Cursor) -> Iterator[Any]:
+        with self._errors():
+            yield from cursor
+
+    def _insert(self, table: str, *row: Any) -> None:
+        """Write a row, whose first values are those of its key, with its entry."""
+        self._db.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)
+        self._enter(table, *row[: len(KEYS[table])])
+
+    def _enter(self, table: str, *key: Any) -> None:
+        if self.journal is not None:
+            self.journal.enter(table, *key)
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[None]:
@@ -407,8 +449,16 @@ class Ledger:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._errors(), transaction(self._db) as db:
+        if self.journal is None or self._db.in_transaction:
+            with self._errors(), transaction(self._db) as db:
+                yield db
+            return
+        if self._private is None:
+            self._private = _private_key(self.path, self.journal.key)
+        with self._errors(), self.journal.advancing(), transaction(self._db) as db:
             yield db
+            if not self.journal.sign(self._private):
+                raise LedgerError(f"{self.path} has been changed while it was in use")
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -423,13 +473,29 @@ def theta_hash(theta: np.ndarray) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(theta, "<f4").tobytes()).digest()
 
 
+def _connect(path: Path, writable: bool) -> sqlite3.Connection:
+    try:
+        return connect_to_write(path) if writable else connect_to_read(path)
+    except (sqlite3.Error, ConfigError) as error:
+        raise LedgerError(f"cannot use the ledger {path}: {error}") from error
+
+
+def _private_key(path: Path, public: bytes | None = None) -> Ed25519PrivateKey:
+    """The key in the file beside a ledger. public: its public half, if that is known."""
+    beside = path.with_name(path.name + KEY_SUFFIX)
+    try:
+        found = journal.load_key(beside.read_bytes())
+    except FileNotFoundError:
+        raise LedgerError(f"{beside} is missing: only with it can the run go on") from None
+    except (OSError, ValueError) as error:
+        raise LedgerError(f"cannot use the key {beside}: {error}") from error
+    if public not in (None, journal.public_key(found)):
+        raise LedgerError(f"{beside} is not the key that has signed {path.name}")
+    return found
+
+
 def _lock(path: Path) -> sqlite3.Connection:
     try:
         return lock(path.with_name(path.name + ".lock"))
     except ConfigError as error:
         raise LedgerError(str(error)) from error
-
-
-def _feed(digest: Any, *numbers: int) -> None:
-    for number in numbers:
-        digest.update(number.to_bytes(8, "little"))

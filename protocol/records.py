@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +14,8 @@ from fwdllm.engine.settings import LoRAConfig
 from fwdllm.kernels import cpu
 from fwdllm.protocol.federation import FederationConfig
 
-# Raised whenever a ledger's tables or messages change.
-FORMAT = 1
+# Raised whenever a ledger's tables or messages change. Format 1 has no journal.
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Meta:
     """The description of a run.
 
     adapter_seed: seed of the empty adapter.  model: see ``engine.files.fingerprint``.
-    noise_seed: seed of differential privacy's noise; secret.
+    noise_seed: seed of differential privacy's noise; secret.  format: 1 or ``FORMAT``.
     """
 
     config: FederationConfig
@@ -32,6 +34,7 @@ class Meta:
     adapter_seed: int
     model: dict[str, Any]
     noise_seed: int
+    format: int = FORMAT
 
     @staticmethod
     def of(
@@ -54,14 +57,17 @@ class Meta:
         )
 
     def difference(self, other: Meta) -> str | None:
-        """Where two descriptions differ, noise_seed aside; see the function ``difference``."""
-        mine = dataclasses.replace(self, noise_seed=other.noise_seed)
+        """Where two descriptions of a run differ; see the function ``difference``.
+
+        The noise_seed and the format are those of the ledger, and no part of the comparison.
+        """
+        mine = dataclasses.replace(self, noise_seed=other.noise_seed, format=other.format)
         return difference(json.loads(mine.to_json()), json.loads(other.to_json()))
 
     def to_json(self) -> str:
         """As JSON, with the versions that ``from_json`` checks."""
-        versions = {"format": FORMAT, "layout_version": LAYOUT_VERSION}
         fields = dataclasses.asdict(self)
+        versions = {"format": fields.pop("format"), "layout_version": LAYOUT_VERSION}
         fields |= {"config": self.config.recorded(), "lora": self.lora.recorded()}
         return json.dumps({**versions, **fields})
 
@@ -69,7 +75,7 @@ class Meta:
     def from_json(text: str) -> Meta:
         """The inverse of ``to_json``; KeyError, TypeError or ValueError for anything else."""
         raw = json.loads(text)
-        if (raw["format"], raw["layout_version"]) != (FORMAT, LAYOUT_VERSION):
+        if raw["format"] not in (1, FORMAT) or raw["layout_version"] != LAYOUT_VERSION:
             raise ValueError(f"it is of format {raw['format']}.{raw['layout_version']}")
         return Meta(
             FederationConfig.from_recorded(raw["config"]),
@@ -80,6 +86,7 @@ class Meta:
             raw["adapter_seed"],
             raw["model"],
             raw["noise_seed"],
+            raw["format"],
         )
 
 
@@ -91,7 +98,7 @@ class Round:
     the clients' losses.  first_variance, variance: after the first part and at the end.
     theta: SHA-256 of the adapter's parameters after the round.  snapshot: SHA-256 of the state
     after the round, None if the state is not kept.  hash: covers everything up to this round that
-    determines the state; not times, rejections, evaluations and bytes sent.
+    determines the state; not times, rejections, evaluations and bytes sent, which the journal has.
     """
 
     round: int
@@ -104,6 +111,39 @@ class Round:
     theta: bytes
     snapshot: bytes | None = None
     hash: bytes = b""
+
+
+def round_hash(
+    before: bytes,
+    closed: Round,
+    parts: Iterable[tuple[int, int, Sequence[tuple[int, bytes]], Sequence[tuple[int, bytes]]]],
+) -> bytes:
+    """SHA-256 over the hash of the round before, or the run's description, and a round's data.
+
+    parts: each with its number, clients available, and by client the messages of assignments and
+    contributions. The other data are the update, figures, and hashes of theta and the snapshot.
+    """
+    digest = hashlib.sha256(before)
+
+    def feed(*numbers: int) -> None:
+        for number in numbers:
+            digest.update(number.to_bytes(8, "little"))
+
+    for part, n_available, *messages in parts:
+        feed(closed.round, part, n_available)
+        for rows in messages:
+            feed(len(rows))
+            for client, message in rows:
+                feed(client, len(message))
+                digest.update(message)
+    update = closed.message or b""
+    feed(len(update))
+    digest.update(update)
+    figures = (closed.loss, closed.first_variance, closed.variance, closed.n_perturbations)
+    digest.update(repr(figures).encode())
+    digest.update(closed.theta)
+    digest.update(closed.snapshot or b"")
+    return digest.digest()
 
 
 def difference(saved: Any, given: Any, key: str = "") -> str | None:

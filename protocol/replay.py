@@ -3,23 +3,85 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from fwdllm.protocol import wire
+from fwdllm.protocol.journal import Head, Journal
 from fwdllm.protocol.ledger import Ledger, LedgerError, theta_hash
 from fwdllm.protocol.records import Round
 from fwdllm.protocol.replica import Replica
 from fwdllm.protocol.server import update_of
 
 
-def verify(ledger: Ledger) -> None:
-    """LedgerError for a damaged file, or for the first round that is missing or was changed."""
+@dataclass(frozen=True)
+class Verified:
+    """What ``verify`` has found unchanged.
+
+    rounds: how many are closed.  hash: of the last, empty without one.  head, key: of the journal,
+    None without one.  since: entries written after the pinned head, None if none was given.
+    """
+
+    rounds: int
+    hash: bytes
+    head: Head | None
+    key: bytes | None
+    since: int | None
+
+
+def verify(ledger: Ledger, key: bytes | None = None, head: bytes | None = None) -> Verified:
+    """LedgerError for a damaged file, or for the first thing that is missing or was changed.
+
+    key: the public key that must have signed, 32 bytes.  head: the hash of an earlier head, whose
+    ledger this must be, 32 bytes. Without either, whoever has written the ledger may have signed
+    it, too. A ledger of format 1 has neither: its rounds alone are checked.
+    """
     ledger.check_file()
+    closed, since = None, None
     for at, closed in enumerate(ledger.rounds()):
         if closed.round != at:
             raise LedgerError(f"round {at + 1} is missing in {ledger.path}")
         if ledger.chain(closed) != closed.hash:
             raise LedgerError(f"round {at + 1} has been changed in {ledger.path}")
     ledger.check_snapshots()
+    journal = ledger.journal
+    if journal is not None:
+        since = _check_journal(ledger, journal, head)
+    elif key or head:
+        raise LedgerError(f"{ledger.path} is not signed, as it was begun by an older version")
+    if key and journal and key != journal.key:
+        raise LedgerError(f"{ledger.path} is signed by another key, {journal.key.hex()}")
+    return Verified(
+        closed.round + 1 if closed else 0,
+        closed.hash if closed else b"",
+        journal.head if journal else None,
+        journal.key if journal else None,
+        since,
+    )
+
+
+def _check_journal(ledger: Ledger, journal: Journal, pinned: bytes | None) -> int | None:
+    """Entries after the pinned head, None without one; LedgerError for what does not fit."""
+    for round in journal.rounds():
+        entered = {entry.name: entry.hash for entry in journal.entries(round)}
+        for name, hash in journal.rows(round):
+            if entered.pop(name, None) != hash:
+                raise LedgerError(f"{name} has been changed in {ledger.path}")
+        for name in entered:
+            raise LedgerError(f"{name} is missing in {ledger.path}")
+    head, since = Head(), None
+    for entry in journal.entries():
+        if entry.number != head.entries + 1:
+            break
+        head = head.after(entry)
+        if head.hash == pinned:
+            since = journal.head.entries - head.entries
+    if head != journal.head:
+        raise LedgerError(f"entries of the journal have been changed in {ledger.path}")
+    if pinned is not None and since is None:
+        raise LedgerError(
+            f"{pinned.hex()} is no head of {ledger.path}: it is another ledger, or older"
+        )
+    return since
 
 
 def replay(ledger: Ledger, on_round: Callable[[Round], None] = lambda closed: None) -> Replica:

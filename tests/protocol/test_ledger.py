@@ -124,7 +124,7 @@ def test_other_files_are_no_ledgers(path: Path, content: bytes) -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ('"format": 1', '"format": 2'),
+        ('"format": 2', '"format": 3'),
         ('"layout_version": 1', '"layout_version": 9'),
         ('"rounds": 4', '"rounds": -4'),
         ('"rounds": 4', '"rownds": 4'),
