@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,10 +103,14 @@ class Journal:
         query("INSERT INTO head VALUES (0, ?, ?, ?, ?)", *values)
         return Journal(query)
 
-    def enter(self, table: str, *key: Any) -> None:
-        """Add the entry of a row that has just been written. key: its values in ``KEYS``."""
-        where = " AND ".join(f"{column} = ?" for column in KEYS[table])
-        (row,) = self._query(f"SELECT * FROM {table} WHERE {where}", *key)
+    def enter(self, table: str, key: Sequence[Any], row: Sequence[Any] | None = None) -> None:
+        """Add the entry of a row that has just been written.
+
+        key: its values in ``KEYS``.  row: all of its columns, if they are known.
+        """
+        if row is None:
+            where = " AND ".join(f"{column} = ?" for column in KEYS[table])
+            (row,) = self._query(f"SELECT * FROM {table} WHERE {where}", *key)
         name = name_of(table, key)
         round = 0 if table in _RUN_WIDE else key[0]
         entry = Entry(self._next.entries + 1, round, name, row_hash(name, row))
@@ -160,7 +163,7 @@ def name_of(table: str, key: Sequence[Any]) -> str:
 
 
 def row_hash(name: str, row: Sequence[Any]) -> bytes:
-    """SHA-256 of a row as SQLite returns it: None, int, float, str or bytes in each column."""
+    """SHA-256 of a row: None, int, float, str or bytes in each column."""
     return hashlib.sha256(_encoded((name, *row))).digest()
 
 
@@ -203,17 +206,17 @@ def is_signed(public: bytes, head: Head, signature: bytes) -> bool:
 
 
 def _encoded(values: Sequence[Any]) -> bytes:
-    """Values one after another, each with its type and length: no two sequences are the same."""
-    out = []
-    for value in values:
-        if isinstance(value, str):
-            value = value.encode()
-            kind = b"t"
-        elif isinstance(value, bytes):
-            kind = b"b"
-        elif isinstance(value, float):
-            kind, value = b"r", struct.pack("<d", value)
-        else:
-            kind, value = b"i", repr(value).encode()  # an int or None
-        out += [kind, struct.pack("<Q", len(value)), value]
-    return b"".join(out)
+    """Values as bytes, no two sequences of them the same.
+
+    Numbers are the same as integers and as floats, as SQLite keeps them in columns of reals.
+    """
+    told = repr([_told(value) for value in values]).encode()
+    return b"".join([told, *(value for value in values if isinstance(value, bytes))])
+
+
+def _told(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return (len(value),)
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else float(value)
+    return value

@@ -158,7 +158,7 @@ class Ledger:
                     write_private(key, journal.new_key())
                 private = _private_key(path)
                 made = Journal.create(lambda sql, *values: db.execute(sql, values), private)
-                made.enter("meta", 0)
+                made.enter("meta", [0])
                 made.sign(private)
                 db.execute("COMMIT")
             finally:
@@ -432,11 +432,13 @@ class Ledger:
     def _insert(self, table: str, *row: Any) -> None:
         """Write a row, whose first values are those of its key, with its entry."""
         self._db.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)
-        self._enter(table, *row[: len(KEYS[table])])
+        if self.journal is not None:
+            self.journal.enter(table, row[: len(KEYS[table])], row)
 
     def _enter(self, table: str, *key: Any) -> None:
+        """Write the entry of a row that has been written."""
         if self.journal is not None:
-            self.journal.enter(table, *key)
+            self.journal.enter(table, key)
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[None]:

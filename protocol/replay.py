@@ -10,7 +10,7 @@ from fwdllm.protocol.journal import Head, Journal
 from fwdllm.protocol.ledger import Ledger, LedgerError, theta_hash
 from fwdllm.protocol.records import Round
 from fwdllm.protocol.replica import Replica
-from fwdllm.protocol.server import update_of
+from fwdllm.protocol.server import sense_of, update_of
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,19 @@ def replay(ledger: Ledger, on_round: Callable[[Round], None] = lambda closed: No
     LedgerError for the first round whose update or adapter differs from the recorded one. That can
     also happen on a machine with another instruction set, which may round normals differently.
     """
-    replica = Replica(ledger.meta.config, ledger.meta.empty_adapter())
-    for closed in ledger.rounds():
-        update, gradient = update_of(ledger, replica, closed.round)
-        message = None if update.vector is not None else wire.encode_update(update)
-        if closed.message is not None and message != closed.message:
-            raise LedgerError(f"round {closed.round + 1} has another update than recorded")
-        replica.apply(update, gradient)
-        if theta_hash(replica.theta) != closed.theta:
-            raise LedgerError(f"round {closed.round + 1} leads to another adapter than recorded")
-        on_round(closed)
-    return replica
+    with sense_of(ledger):
+        replica = Replica(ledger.meta.config, ledger.meta.empty_adapter())
+        for closed in ledger.rounds():
+            _replay_round(ledger, replica, closed)
+            on_round(closed)
+        return replica
+
+
+def _replay_round(ledger: Ledger, replica: Replica, closed: Round) -> None:
+    update, gradient = update_of(ledger, replica, closed.round)
+    message = None if update.vector is not None else wire.encode_update(update)
+    if closed.message is not None and message != closed.message:
+        raise LedgerError(f"round {closed.round + 1} has another update than recorded")
+    replica.apply(update, gradient)
+    if theta_hash(replica.theta) != closed.theta:
+        raise LedgerError(f"round {closed.round + 1} leads to another adapter than recorded")

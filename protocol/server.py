@@ -7,14 +7,16 @@ A server made from a ledger goes on where the previous one stopped, bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
+from fwdllm.engine.errors import FwdllmError
 from fwdllm.protocol import wire
 from fwdllm.protocol.aggregate import (
     Answer,
@@ -346,11 +348,15 @@ class Server:
 
 def answers_of(ledger: Ledger, round: int, part: int) -> list[Answer]:
     """Assignments and accepted reports of a part, by client."""
-    messages = dict(ledger.assignments(round, part))
-    return [
-        (wire.decode_assignment(messages[client], client), wire.decode_report(data))
-        for client, data in ledger.contributions(round, part)
-    ]
+    messages, found = dict(ledger.assignments(round, part)), []
+    for client, data in ledger.contributions(round, part):
+        if client not in messages:
+            raise LedgerError(
+                f"client {client} was not asked in round {round + 1} of {ledger.path}"
+            )
+        assignment = wire.decode_assignment(messages[client], client)
+        found.append((assignment, wire.decode_report(data)))
+    return found
 
 
 def part_terms(
@@ -397,10 +403,23 @@ def _by_terms(
 
 def restore(ledger: Ledger) -> Replica:
     """The state after the last closed round: the latest snapshot and the updates since."""
-    replica = Replica(ledger.meta.config, ledger.meta.empty_adapter())
-    state = ledger.snapshot()
-    if state is not None:
-        replica.load_arrays(wire.decode_state(state))
-    for round in range(replica.round, ledger.n_rounds):
-        replica.apply(*update_of(ledger, replica, round))
-    return replica
+    with sense_of(ledger):
+        replica = Replica(ledger.meta.config, ledger.meta.empty_adapter())
+        state = ledger.snapshot()
+        if state is not None:
+            replica.load_arrays(wire.decode_state(state))
+        for round in range(replica.round, ledger.n_rounds):
+            replica.apply(*update_of(ledger, replica, round))
+        return replica
+
+
+@contextlib.contextmanager
+def sense_of(ledger: Ledger) -> Iterator[None]:
+    """LedgerError for whatever goes wrong with what is in a ledger: anybody may have written it."""
+    try:
+        yield
+    except (FwdllmError, MemoryError):
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise LedgerError(f"what is in {ledger.path} makes no sense ({what})") from error

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import secrets
+from logging import INFO
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from fwdllm.engine.adapters.io import save_gguf
@@ -16,6 +18,7 @@ from fwdllm.protocol.flower.messages import Settings
 from fwdllm.protocol.flower.strategy import FwdLLMStrategy
 from fwdllm.protocol.ledger import open_run
 from fwdllm.protocol.records import Meta
+from fwdllm.protocol.replay import verify
 
 app = ServerApp()
 
@@ -27,6 +30,7 @@ def main(grid: Grid, context: Context) -> None:
     engine = settings.engine(settings.model)
     folder = Path(settings.run_dir)
     with open_run(folder, _meta(settings, engine), None) as ledger:
+        verify(ledger)  # what somebody has changed is not gone on with
         strategy = FwdLLMStrategy(ledger, settings.min_nodes)
         engine.adapter = strategy.server.replica.space.adapter
         strategy.start(
@@ -37,6 +41,9 @@ def main(grid: Grid, context: Context) -> None:
             evaluate_fn=_evaluation(settings, strategy, engine) if settings.eval_data else None,
         )
         save_gguf(engine.adapter, folder / "adapter.gguf")
+        if ledger.journal is not None:
+            head, key = ledger.journal.head.hash, ledger.journal.key
+            log(INFO, "Ledger's head %s, signed by key %s", head.hex(), key.hex())
 
 
 def _meta(settings: Settings, engine: Engine) -> Meta:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from logging import INFO, WARNING
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
@@ -131,6 +131,12 @@ class FwdLLMStrategy(Strategy):
 
     def _messages(self, assignments: Iterable[Assignment]) -> list[Message]:
         nodes = {client: node for node, client in self._clients().items()}
+        with self.server.ledger.batch():
+            return self._messages_to(nodes, assignments)
+
+    def _messages_to(
+        self, nodes: Mapping[int, int], assignments: Iterable[Assignment]
+    ) -> list[Message]:
         messages = []
         for assignment in assignments:
             if assignment.client not in nodes:  # the node has just disconnected

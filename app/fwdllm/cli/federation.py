@@ -20,6 +20,7 @@ from fwdllm.cli.console import (
 )
 from fwdllm.cli.options import given, takes
 from fwdllm.cli.settings_file import read_settings
+from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.settings import LoRAConfig
 from fwdllm.protocol.federation import FederationConfig
 
@@ -122,8 +123,10 @@ def show(run_dir: RunDir, json: Json = False) -> None:
     from fwdllm.cli.federation_console import print_ledger
     from fwdllm.federation.summary import epsilons, summarize
     from fwdllm.protocol.ledger import NAME, Ledger
+    from fwdllm.protocol.replay import verify
 
     with Ledger(run_dir / NAME) as record:
+        verify(record)
         if not json:
             print_ledger(record)
             return
@@ -142,20 +145,47 @@ def show(run_dir: RunDir, json: Json = False) -> None:
         )
 
 
-@ledger.command()
-def verify(run_dir: RunDir, json: Json = False) -> None:
-    """Check that nothing in a ledger is damaged or was changed."""
-    from fwdllm.protocol import replay as replay_module
+@ledger.command("verify")
+def verify_run(
+    run_dir: RunDir,
+    key: Annotated[
+        str | None, typer.Option("--key", metavar="HEX", help="The server's public key.")
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option("--head", metavar="HEX", help="A head that was printed before.")
+    ] = None,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="Make adapter.gguf again and compare.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Check that nothing in a ledger was changed, and print what that does not tell."""
+    from fwdllm.cli.federation_console import not_covered_by, print_verified
+    from fwdllm.federation.summary import check_adapter
     from fwdllm.protocol.ledger import NAME, Ledger
+    from fwdllm.protocol.replay import verify
 
+    pinned = {"--key": key, "--head": head}
+    given_key, given_head = (_digest(name, text) for name, text in pinned.items())
     with Ledger(run_dir / NAME) as record:
-        replay_module.verify(record)
-        last = record.rounds()[-1:]
-        digest = last[0].hash.hex() if last else None
-    if json:
-        print_json({"rounds": record_rounds(last), "hash": digest})
-    else:
-        print(f"{record_rounds(last)} rounds, nothing changed; hash {digest}")
+        found = verify(record, given_key, given_head)
+        if replay:
+            check_adapter(record, run_dir / "adapter.gguf")
+    told = not_covered_by(found, with_key=key is not None, with_adapter=replay)
+    if not json:
+        print_verified(found, told)
+        return
+    print_json(
+        {
+            "rounds": found.rounds,
+            "hash": found.hash.hex() or None,
+            "head": found.head.hash.hex() if found.head else None,
+            "entries": found.head.entries if found.head else None,
+            "key": found.key.hex() if found.key else None,
+            "since_head": found.since,
+            "not_covered": told,
+        }
+    )
 
 
 @ledger.command()
@@ -173,6 +203,7 @@ def replay(
     from fwdllm.protocol.ledger import NAME, Ledger, theta_hash
 
     with Ledger(run_dir / NAME) as record:
+        replay_module.verify(record)
         replica = replay_module.replay(record)
     if output is not None:
         save_gguf(replica.space.adapter, output)
@@ -232,6 +263,12 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
     return found
 
 
-def record_rounds(last: list[Any]) -> int:
-    """The number of closed rounds. last: a list with the last round, empty without rounds."""
-    return last[0].round + 1 if last else 0
+def _digest(name: str, text: str | None) -> bytes | None:
+    """32 bytes from hexadecimal digits; ConfigError for anything else."""
+    try:
+        found = None if text is None else bytes.fromhex(text)
+    except ValueError:
+        found = b""
+    if found is not None and len(found) != 32:
+        raise ConfigError(f"{name} takes 64 hexadecimal digits, not {text!r}")
+    return found

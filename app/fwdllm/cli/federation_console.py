@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -14,6 +14,7 @@ from fwdllm.cli.console import progress_bar
 if TYPE_CHECKING:
     from fwdllm.federation.simulation import Event, SimulationResult
     from fwdllm.protocol.ledger import Ledger
+    from fwdllm.protocol.replay import Verified
 
 # How many clients and how many rejections are listed.
 _LISTED = 10
@@ -63,6 +64,8 @@ def print_simulation(result: SimulationResult) -> None:
         rows.append(("held-out accuracy", f"{r.accuracy_before:.1%} -> {r.accuracy_after:.1%}"))
     if r.epsilon is not None:
         rows.append(("epsilon", f"{r.epsilon:.3g}"))
+    if r.head is not None:
+        rows.append(("ledger's head", r.head))
     rows += [("adapter", str(r.adapter)), ("run", f"{r.run_dir}, in {r.seconds:.0f} s")]
     for name, value in rows:
         table.add_row(name, value)
@@ -117,9 +120,50 @@ def print_ledger(ledger: Ledger) -> None:
     if rejections:
         console.print(f"\n{len(rejections)} contributions were rejected, the last of them:")
     for round, part, client, reason in rejections[-_LISTED:]:
-        console.print(
-            f"  round {round + 1}, part {part + 1}, client {client}: {reason}", highlight=False
-        )
+        # In a ledger that somebody has changed it may be anything.
+        plain = "".join(c if c.isprintable() else "?" for c in reason)
+        line = f"  round {round + 1}, part {part + 1}, client {client}: {plain}"
+        console.print(line, highlight=False, markup=False)
+
+
+def print_verified(found: Verified, not_covered: Sequence[str]) -> None:
+    """What a check of a ledger has found, on stdout."""
+    print(f"{found.rounds} rounds, nothing changed; hash {found.hash.hex() or None}")
+    if found.head is not None and found.key is not None:
+        print(f"head {found.head.hash.hex()}, of {found.head.entries} entries")
+        print(f"signed by key {found.key.hex()}")
+        print("covered: all that the ledger has, to its last entry")
+    else:
+        print("NOT SIGNED: an older version began this run")
+        print("covered, against damage: settings, assignments, answers, updates, snapshots")
+    for what in not_covered:
+        print(f"not covered: {what}")
+
+
+def not_covered_by(found: Verified, *, with_key: bool, with_adapter: bool) -> list[str]:
+    """What a check of a ledger cannot tell.
+
+    with_key: the key was compared with one that was given.  with_adapter: adapter.gguf was compared
+    with a replay.
+    """
+    told = []
+    if found.head is None:
+        told.append("who wrote it: a forger makes the hashes again")
+        told.append("times, bytes, rejections, evaluations, and what was deleted from its end")
+    else:
+        if not with_key and found.since is None:
+            told.append("whose key this is: --key takes the one that the server's owner gives you")
+        if not with_key and found.since:
+            told.append(f"who wrote the last {found.since} entries, after that head (--key)")
+        if found.since is None:
+            told.append(
+                "an older or another ledger of the same key: --head takes a head noted before"
+            )
+        elif found.since:
+            told.append("an older copy of this ledger that is newer than that head")
+    if not with_adapter:
+        told.append("adapter.gguf: --replay makes it again and compares")
+    return [*told, "whether what clients sent, and the server's clock, was true"]
 
 
 def _number(value: float | None, format: str) -> str:

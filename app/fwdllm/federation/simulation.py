@@ -34,6 +34,7 @@ from fwdllm.protocol.ledger import Ledger, open_run
 from fwdllm.protocol.plan import Assignment
 from fwdllm.protocol.privacy import spent_epsilon
 from fwdllm.protocol.records import Meta
+from fwdllm.protocol.replay import verify
 from fwdllm.protocol.report import Report
 from fwdllm.protocol.server import Closed, Server
 
@@ -83,7 +84,8 @@ class SimulationResult:
     loss_before, loss_after, accuracy_before, accuracy_after: on held-out data.
     n_perturbations: perturbations of the adapter that were used.  client_seconds: simulated, sum
     over all accepted contributions.  bytes_up, bytes_down: sums over all clients.  epsilon: privacy
-    loss, None without differential privacy.  seconds: of this process.
+    loss, None without differential privacy.  head: of the ledger's journal, as hexadecimal digits;
+    None if an older version has begun the run.  seconds: of this process.
     """
 
     rounds: int
@@ -99,6 +101,7 @@ class SimulationResult:
     bytes_up: int
     bytes_down: int
     epsilon: float | None
+    head: str | None
     adapter: Path
     run_dir: Path
     seconds: float
@@ -168,6 +171,7 @@ def simulate(
     model_of = {**fingerprint(*engine.file.paths), **settings}
     meta = Meta.of(config, engine.adapter, config.seed, model_of, secrets.randbits(64))
     with open_run(Path(run_dir), meta, resume) as ledger:
+        verify(ledger)  # what somebody has changed is not gone on with
         clients = [engine.separate([examples[i] for i in share]) for share in shares]
         run = _Simulation(engine, Server(ledger), clients, held_out, fleet)
         run.until_done(on_event, should_stop)
@@ -230,6 +234,7 @@ class _Simulation:
             bytes_up=sum(row[4] for row in traffic),
             bytes_down=sum(row[3] for row in traffic),
             epsilon=spent_epsilon(self.config, ledger.available()),
+            head=ledger.journal.head.hash.hex() if ledger.journal else None,
             adapter=adapter,
             run_dir=folder,
             seconds=seconds,

@@ -1,13 +1,18 @@
-"""Figures from a ledger, round by round."""
+"""Figures from a ledger, round by round, and whether it gives an adapter."""
 
 from __future__ import annotations
 
+import filecmp
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
+from fwdllm.engine.adapters.io import save_gguf
 from fwdllm.protocol import wire
-from fwdllm.protocol.ledger import Ledger
+from fwdllm.protocol.ledger import Ledger, LedgerError
 from fwdllm.protocol.privacy import spent_epsilon
+from fwdllm.protocol.replay import replay
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,17 @@ def summarize(ledger: Ledger) -> list[RoundSummary]:
             )
         )
     return found
+
+
+def check_adapter(ledger: Ledger, path: Path) -> None:
+    """LedgerError unless a replay of the ledger gives the adapter at ``path``, byte for byte."""
+    if not path.is_file():
+        raise LedgerError(f"there is no {path} to compare")
+    with tempfile.TemporaryDirectory(prefix="fwdllm-") as folder:
+        again = Path(folder) / path.name
+        save_gguf(replay(ledger).space.adapter, again)
+        if not filecmp.cmp(again, path, shallow=False):
+            raise LedgerError(f"{path} is not the adapter after the ledger's last round")
 
 
 def epsilons(ledger: Ledger) -> list[float | None]:
