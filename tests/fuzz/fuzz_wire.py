@@ -8,15 +8,21 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 from changes import change_bytes
 from children import run
 from target import Row, Target, refused_or_ok
 
+_KINDS = ("report", "report", "sync", "state", "assignment")
+_WORDS = [b"theta", b"round", b"gradient", b"optimizer.", b"step", b"mean"]
+
 
 def _make(folder: Path) -> None:
     import ledger_runs  # noqa: F401
+
+    import fwdllm.protocol.flower.client_app  # noqa: F401
 
     # In a child, as it computes.
     ended = run(lambda: _runs(folder), folder / "log", 120, 1 << 30)
@@ -28,6 +34,7 @@ def _runs(folder: Path) -> int:
     """For every kind of run, its ledger in the middle of a round, and messages of all kinds."""
     from ledger_runs import N_CLIENTS, RUNS, create, message, operations
 
+    from fwdllm.protocol import wire
     from fwdllm.protocol.server import Server
 
     for name, settings in RUNS.items():
@@ -39,6 +46,8 @@ def _runs(folder: Path) -> int:
             while server.round < 2:
                 next(work)
             (run / "sync").write_bytes(server.synchronize(0))
+            state = wire.encode_state(server.replica.to_arrays())
+            (run / "state").write_bytes(wire.encode_many([state]))
             asked = server.open_part(range(N_CLIENTS), 0.0)[0]
             (run / "report").write_bytes(message(server, asked))
             (run / "client").write_text(str(asked.client))
@@ -49,14 +58,13 @@ def _runs(folder: Path) -> int:
 
 def _write(random: Random, folder: Path, case: Path) -> str:
     runs = sorted(path for path in folder.iterdir() if path.is_dir())
-    source, kind = random.choice(runs), random.choice(["report", "report", "sync", "assignment"])
+    source, kind = random.choice(runs), random.choice(_KINDS)
     shutil.copytree(source, case, dirs_exist_ok=True)
     content = (case / kind).read_bytes()
     if random.random() < 0.1:
-        other = random.choice(["report", "sync", "assignment"])
-        content = (random.choice(runs) / other).read_bytes()
+        content = (random.choice(runs) / random.choice(_KINDS)).read_bytes()
     if random.random() < 0.95:
-        content = change_bytes(content, random)
+        content = change_bytes(content, random, _WORDS)
     (case / kind).write_bytes(content)
     (case / "changed").write_text(kind)
     return kind
@@ -71,9 +79,10 @@ def _quiet(folder: Path) -> Iterator[None]:
 
 
 def _check(_: Any, case: Path) -> list[Row]:
-    from ledger_runs import follow, reopen
+    from ledger_runs import reopen
 
     from fwdllm.protocol import wire
+    from fwdllm.protocol.flower.client_app import _synchronize
     from fwdllm.protocol.replica import Replica
     from fwdllm.protocol.server import Server
 
@@ -90,9 +99,10 @@ def _check(_: Any, case: Path) -> list[Row]:
             client = int((case / "client").read_text())
             rows.append(refused_or_ok("receive", lambda: server.receive(client, content, 1.0)))
             rows.append(refused_or_ok("close", lambda: server.close_part(1.0)))
-        if changed == "sync":
+        if changed in ("sync", "state"):
             replica = Replica(ledger.meta.config, ledger.meta.empty_adapter())
-            rows.append(refused_or_ok("follow", lambda: follow(replica, content)))
+            node: Any = SimpleNamespace(state={})
+            rows.append(refused_or_ok("follow", lambda: _synchronize(replica, node, content, 2)))
     return rows
 
 
