@@ -14,14 +14,14 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at childr
 RUN = Path(__file__).with_name("run.py")
 # So many cases take a second or two.
 COUNTS = {
-    "gguf": 60,
-    "models": 3,
-    "adapters": 3,
-    "jsonl": 100,
+    "gguf": 20,
+    "models": 2,
+    "adapters": 2,
+    "jsonl": 60,
     "wire": 60,
-    "ledger": 60,
-    "http": 100,
-    "grammars": 100,
+    "ledger": 30,
+    "http": 60,
+    "grammars": 60,
 }
 
 
