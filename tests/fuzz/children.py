@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import os
 import resource
 import select
@@ -15,6 +16,7 @@ import signal
 import sys
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +96,8 @@ def run(work: Callable[[], int], log: Path, seconds: float, memory: int) -> Ende
 
 def _child(work: Callable[[], int], log: Path) -> None:
     code = 1
+    for finalizer in weakref.finalize._registry:  # type: ignore[attr-defined]
+        finalizer.atexit = False  # the parent's files are its own to remove
     try:
         isolate(log)
         code = work()
@@ -110,6 +114,7 @@ def _child(work: Callable[[], int], log: Path) -> None:
 def isolate(log: Path) -> None:
     """Make this process the first of a group, without core dumps, with its output in a file."""
     os.setsid()
+    faulthandler.disable()  # deaths are expected
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (_ADDRESSES, _ADDRESSES))

@@ -14,14 +14,14 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at childr
 RUN = Path(__file__).with_name("run.py")
 # So many cases take a second or two.
 COUNTS = {
-    "gguf": 20,
-    "models": 2,
-    "adapters": 2,
-    "jsonl": 60,
+    "gguf": 10,
+    "models": 1,
+    "adapters": 1,
+    "jsonl": 50,
     "wire": 60,
-    "ledger": 30,
-    "http": 60,
-    "grammars": 60,
+    "ledger": 20,
+    "http": 40,
+    "grammars": 40,
 }
 
 
@@ -41,7 +41,7 @@ def test_a_few_cases(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "found").exists()
 
 
-def test_every_target_is_tried(tmp_path: Path) -> None:
-    listed = re.search(r"there are (.+)", run(tmp_path, "no-such").stderr)
-    assert listed is not None
-    assert set(listed[1].split(", ")) == set(COUNTS)
+def test_every_target_is_tried() -> None:
+    assert {path.stem for path in RUN.parent.glob("fuzz_*.py")} == {
+        f"fuzz_{name}" for name in COUNTS
+    }
