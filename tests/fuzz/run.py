@@ -277,7 +277,7 @@ def main() -> int:
         for name, target in chosen.items():
             (common / name).mkdir(parents=True)
             target.make(common / name)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):
             Runner(common, folder / "lanes", given.jobs, findings).run(chunks, until)
     finally:
