@@ -6,7 +6,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find app engine kernels protoco
 
 CLIENTS := tests/http/clients
 
-.PHONY: demo demo-smollm2 test clients bench bench-gpu lint format docs clean
+.PHONY: demo demo-smollm2 test fuzz clients bench bench-gpu lint format docs clean
 
 demo: .venv/installed
 	$(BIN)/fwdllm demo
@@ -18,6 +18,12 @@ demo-smollm2: .venv/installed
 # In several processes, so that one that dies is a failed test and not the end.
 test: .venv/installed-test
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --durations 10
+
+# Changed inputs for everything that reads what others wrote, on all cores; what is not withstood
+# stays in build/fuzz. TARGETS are all if none is named.
+MINUTES ?= 30
+fuzz: .venv/installed-test
+	$(BIN)/python tests/fuzz/run.py $(TARGETS) --minutes $(MINUTES)
 
 # Clients of the server that its tests run where they are installed.
 clients: .venv/bin/python

@@ -97,7 +97,7 @@ def _changes(model: GGUFFile, adapter: StoredAdapter) -> dict[str, _Change]:
     shapes = {
         name.removesuffix(".weight"): _rows(tensor)
         for name, tensor in model.tensors.items()
-        if len(tensor.shape) <= 2 and name.endswith(".weight")
+        if 1 <= len(tensor.shape) <= 2 and name.endswith(".weight")
     }
     if _is_tied(model):
         shapes[_OUTPUT] = shapes[_EMBEDDING]

@@ -57,6 +57,7 @@ def _synchronize(replica: Replica, context: Context, data: bytes, round: int) ->
     """Bring the node's adapter from its saved state to a round; False if that state was lost.
 
     The state is in Flower's context, which lives as long as the run and the node's process.
+    Errors: WireError, NumericsError.
     """
     messages = wire.decode_many(data)
     saved = context.state.get(RECORD)
@@ -64,7 +65,10 @@ def _synchronize(replica: Replica, context: Context, data: bytes, round: int) ->
     if not states and isinstance(saved, ConfigRecord) and isinstance(saved["state"], bytes):
         states = [saved["state"]]
     for state in states:
-        replica.load_arrays(wire.decode_state(state))
+        try:
+            replica.load_arrays(wire.decode_state(state))
+        except ValueError as error:
+            raise wire.WireError(f"a state is not of this run: {error}") from error
     for message in messages:
         if not wire.is_state(message):
             update = wire.decode_update(message)

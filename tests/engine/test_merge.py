@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from changed_models import changed
 from cli_runs import MODEL
 from gguf import GGMLQuantizationType
 from llama_models import TARGETS as ARCHITECTURE_TARGETS
@@ -214,3 +215,13 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     save_gguf(random_adapter(), tmp_path / "other.gguf")
     with pytest.raises(AdapterError, match="it was made for another model"):
         merged(tmp_path / "other.gguf", tmp_path / "merged.gguf")
+
+
+def test_a_tensor_without_dimensions_is_left_as_it_is(tmp_path: Path) -> None:
+    odd = {"scale.weight": np.array(2.0, np.float32)}
+    model = changed(tmp_path / "odd.gguf", MODEL, tensors=odd)
+    adapter = tuned(tmp_path)
+    stored = read_adapter(adapter, "llama", 4, 2)
+    merge(GGUFFile.open(model), stored, tmp_path / "merged.gguf", "f16")
+    made = GGUFFile.open(tmp_path / "merged.gguf")
+    assert content(made, "scale.weight") == odd["scale.weight"].tobytes()
