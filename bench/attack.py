@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import json
+import os
+import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Coroutine
+from asyncio.subprocess import PIPE
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -88,29 +92,48 @@ async def _measure(url: str, clients: int, seconds: float, rounds: int) -> _Foun
         # So that all parts of the server are loaded before the first part.
         await send(client, clients, min(2.0, seconds), Load(), "without")
         for _ in range(rounds):
-            await _beside([_watch(client, found)], client, clients, seconds, found, "without")
-            attacks = [_attack(url, kind, found) for kind in _ATTACKS]
-            both = [_watch(client, found), *attacks]
-            await _beside(both, client, clients, seconds, found, "with")
+            for part in ("without", "with"):
+                attacking = _attackers(url, found) if part == "with" else contextlib.nullcontext()
+                watching = asyncio.ensure_future(_watch(client, found))
+                async with attacking:
+                    await send(client, clients, seconds, found.ordinary, part)
+                watching.cancel()
+                found.ends.append(await _resident(client))
+                found.samples.append(found.ends[-1])
     return found
 
 
-async def _beside(
-    others: list[Coroutine[Any, Any, None]],
-    client: httpx.AsyncClient,
-    clients: int,
-    seconds: float,
-    found: _Found,
-    part: str,
-) -> None:
-    """Measure the ordinary clients while others do what has no end."""
-    tasks = [asyncio.ensure_future(other) for other in others]
-    await send(client, clients, seconds, found.ordinary, part)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    found.ends.append(await _resident(client))
-    found.samples.append(found.ends[-1])
+@contextlib.asynccontextmanager
+async def _attackers(url: str, found: _Found) -> AsyncIterator[None]:
+    """A context in which a process attacks: its work would delay the clients of this one."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "fwdllm.bench.attack", url, stdin=PIPE, stdout=PIPE
+    )
+    assert process.stdout is not None
+    await process.stdout.readline()
+    try:
+        yield
+    finally:
+        said, _ = await process.communicate(b"")
+    for kind, statuses in json.loads(said).items():
+        found.attacks[kind].update(statuses)
+
+
+def main(url: str) -> None:
+    """Attack a server from the first line on standard output to the end of standard input.
+
+    Then a JSON object follows with the number of answers of each status, by kind of attack.
+    """
+    asyncio.run(_attack_all(url, {kind: collections.Counter[str]() for kind in _ATTACKS}))
+
+
+async def _attack_all(url: str, attacks: dict[str, collections.Counter[str]]) -> None:
+    everything = asyncio.gather(*(_attack(url, kind, n) for kind, n in attacks.items()))
+    print("begun", flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    print(json.dumps(attacks), flush=True)
+    assert not everything.done()
+    os._exit(0)  # they are in the middle of something
 
 
 async def _watch(client: httpx.AsyncClient, found: _Found) -> None:
@@ -128,14 +151,14 @@ def _parted(line: str) -> tuple[str, str, str]:
     return line.partition(" ")
 
 
-async def _attack(url: str, kind: str, found: _Found) -> None:
+async def _attack(url: str, kind: str, statuses: collections.Counter[str]) -> None:
     async with httpx.AsyncClient(base_url=url, timeout=None) as client:
         while True:
             try:
                 status = await _ATTACKS[kind](client)
             except httpx.HTTPError as error:
                 status = type(error).__name__
-            found.attacks[kind][status] += 1
+            statuses[status] += 1
             await asyncio.sleep(_PAUSE_SECONDS)
 
 
@@ -211,3 +234,7 @@ _ATTACKS: dict[str, _Attack] = {
     "half-sent requests": _half,
     "unread streams": _deaf,
 }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -102,11 +102,12 @@ def test_the_grammar_of_the_attack(server: Server, hostile: Path) -> None:
 
 
 def test_a_grammar_that_costs_too_much_later_ends_its_text(server: Server) -> None:
-    grammar = 'root ::= "moo " ' + "[a-z]? " * 700
-    body = {"messages": HELLO, "max_tokens": 40, "grammar": grammar, "stream": True}
+    grammar = f'root ::= "{"moo " * 12}" ' + "[a-z]? " * 700
+    body = {"messages": HELLO, "max_tokens": 80, "grammar": grammar, "stream": True}
     with server.http.stream("POST", CHAT, json=body) as answer:
         lines = [line for line in answer.iter_lines() if line.startswith("data: ")]
-    assert "costs too much" in lines[-1] or answer.status_code == 400
+    assert answer.status_code == 200 and len(lines) > 5
+    assert "costs too much" in lines[-1]
     assert answers(server)
 
 

@@ -6,6 +6,7 @@ what is wrong with it.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -22,6 +23,8 @@ _MARKS = b",:[{"
 # A smaller body is read in less time than a thread needs to start with it.
 _SMALL_BYTES = 2**15
 _BLOCK_BYTES = 2**18
+# One at a time, so that they leave Python's lock to others.
+_reading_large = asyncio.Lock()
 
 
 class Route(APIRoute):
@@ -44,7 +47,8 @@ class _Request(Request):
             if len(body) <= _SMALL_BYTES:
                 self._json = parsed(body)
             else:
-                self._json = await run_in_threadpool(parsed, body)
+                async with _reading_large:
+                    self._json = await run_in_threadpool(parsed, body)
         return self._json
 
 

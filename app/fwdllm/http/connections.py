@@ -30,7 +30,8 @@ class Connection(H11Protocol):
         self._expect()
         if len(self.connections) > limits.MAX_CONNECTIONS:
             others = [c for c in self.connections if isinstance(c, Connection) and c.idle]
-            oldest = min(others, key=lambda c: c._since)
+            # First of those that have never sent a request.
+            oldest = min(others, key=lambda c: (c.cycle is not None, c._since))
             self.connections.discard(oldest)  # at once: more may be made before it is lost
             oldest.transport.abort()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,7 @@ _MAX_LOADED = 4
 _TRIAL_NICE = 10
 # Grammars that need not be tried again: an app has a few, and sends them with every request.
 _MAX_TRIED = 64
+_WALK_TOKENS = 4
 
 
 class Models:
@@ -74,7 +76,7 @@ class Models:
         self._closing = threading.Event()
         # One to try what requests send, and one for the text that is being generated.
         self._trial = GrammarProcess(path, self.tokenizer.n_vocab, nice=_TRIAL_NICE)
-        self._tried: dict[str, None] = {}  # that can begin
+        self._tried: dict[str, str | None] = {}  # see ``_found``
         self._grammars = GrammarProcess(path, self.tokenizer.n_vocab)
         self._sessions: dict[bool, _Session] = {}
         self._session(embedding=not self.is_causal)
@@ -98,13 +100,32 @@ class Models:
 
         One thread may do so at a time. Errors: GrammarError.
         """
-        if grammar in self._tried:
-            return
+        if grammar not in self._tried:
+            try:
+                self._walk(grammar)
+            except GrammarError as error:
+                self._found(grammar, str(error))
+            else:
+                self._found(grammar, None)
+        if (why := self._tried[grammar]) is not None:
+            raise GrammarError(why)
+
+    def _walk(self, grammar: str) -> None:
+        """Follow a few tokens, as what a grammar costs may grow with each."""
+        order = random.Random(0)
         self._trial.begin(grammar)
-        if not self._trial.allowed().any():
-            raise GrammarError("no token of this model can be the first by the grammar")
-        self._tried[grammar] = None
-        if len(self._tried) > _MAX_TRIED:
+        for step in range(_WALK_TOKENS):
+            may = np.flatnonzero(self._trial.allowed())
+            if not step and not len(may):
+                raise GrammarError("no token of this model can be the first by the grammar")
+            if not len(may) or self.tokenizer.is_end(token := int(order.choice(may))):
+                return
+            self._trial.accept(token)
+
+    def _found(self, grammar: str, why: str | None) -> None:
+        """Remember whether a grammar can be followed. why: it cannot."""
+        self._tried[grammar] = why
+        while len(self._tried) > _MAX_TRIED:
             del self._tried[next(iter(self._tried))]
 
     def run(
