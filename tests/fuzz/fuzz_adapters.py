@@ -104,4 +104,4 @@ def _check(_: Any, case: Path) -> list[Row]:
     return check(commands.of_adapter, case)
 
 
-ADAPTERS = Target(make, _write, _check, seconds=60)
+ADAPTERS = Target(make, _write, _check, seconds=60, chunk=10)

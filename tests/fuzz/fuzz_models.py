@@ -48,4 +48,4 @@ def _check_model(_: Any, case: Path) -> list[Row]:
     return check(commands.of_model, case)
 
 
-MODELS = Target(make, _write, _check_model, seconds=60)
+MODELS = Target(make, _write, _check_model, seconds=60, chunk=10)

@@ -34,8 +34,6 @@ from children import Ended, isolate, kill, processor_seconds, resident  # noqa: 
 from findings import Findings  # noqa: E402
 from target import Row, Target  # noqa: E402
 
-# Cases of a target one after another in a child, which is then forked anew.
-CHUNK = 50
 # Memory of a child beyond its parent's.
 MEMORY = 2 << 30
 # How much longer than it computes a case may take, as others use the machine too.
@@ -239,9 +237,12 @@ class Runner:
 
 def chunks_of(known: dict[str, Target], first: int, count: int) -> Iterator[Chunk]:
     """Chunks of these seeds of all targets, in turn."""
-    for start in range(first, first + count, CHUNK):
+    begun, end = dict.fromkeys(known, first), first + count
+    while any(start < end for start in begun.values()):
         for name, target in known.items():
-            yield Chunk(name, target, list(range(start, min(start + CHUNK, first + count))))
+            start, begun[name] = begun[name], min(begun[name] + target.chunk, end)
+            if start < end:
+                yield Chunk(name, target, list(range(start, begun[name])))
 
 
 def main() -> int:

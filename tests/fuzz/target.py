@@ -38,7 +38,8 @@ class Target:
     write: writes an input made of a random seed into a case's folder, with what it needs from the
     first folder; returns the kind of the input.  open: a context that is entered once in a child,
     before its cases.  check: what comes of the input in a folder; it may raise anything, and die.
-    seconds: of computing that a case may take.
+    seconds: of computing that a case may take.  chunk: cases one after another in a child: about as
+    long for every target, which take turns.
     """
 
     make: Callable[[Path], None]
@@ -46,6 +47,7 @@ class Target:
     check: Callable[[Any, Path], list[Row]]
     open: Callable[[Path], AbstractContextManager[Any]] = lambda folder: nullcontext()
     seconds: float = 10.0
+    chunk: int = 200
 
 
 def refused_or_ok(what: str, work: Callable[[], object]) -> Row:
