@@ -47,6 +47,7 @@ _MAX_MESSAGES = 20
 _MAX_LAYERS = 512  # LLAMA_MAX_LAYERS in src/llama-hparams.h, asserted
 _VOCAB_TYPE_NONE, _VOCAB_TYPE_BPE = 0, 2  # enum llama_vocab_type
 _POOLING_NONE, _POOLING_MEAN, _POOLING_RANK = 0, 1, 4  # enum llama_pooling_type
+_POOLINGS = (_POOLING_NONE, _POOLING_MEAN, 2, 3)  # the others: the first token, the last
 
 # llama.cpp splits a text by regular expressions, whose matcher calls itself once for each character
 # of a word: 330 bytes of stack with GCC's library. So texts with long words have a stack of their
@@ -90,6 +91,8 @@ class NativeModel:
         pooling = self.file.integer(f"{self.architecture}.pooling_type", _POOLING_NONE)
         if pooling == _POOLING_RANK:
             raise ModelError(f"{self.file.path} is a reranker, which has no embeddings")
+        if pooling not in _POOLINGS:
+            raise ModelError(f"{self.file.path} pools by {pooling}, which llama.cpp does not know")
         return pooling or _POOLING_MEAN
 
     @property

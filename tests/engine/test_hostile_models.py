@@ -14,6 +14,7 @@ import pytest
 from changed_models import changed
 from cli_runs import Cli
 
+from fwdllm.engine import Engine
 from fwdllm.engine.data import chat
 from fwdllm.engine.data.chat import ChatTemplate
 from fwdllm.engine.data.tokenizer import Tokenizer
@@ -261,3 +262,14 @@ def test_matrices_with_a_nan_in_generation(bundled: Path, tmp_path: Path) -> Non
     path = changed(tmp_path / "m.gguf", bundled, tensors={"output_norm.weight": data})
     with pytest.raises(NumericsError, match="logits are not finite"):
         list(generation.generate(path, "hi"))
+
+
+def test_a_pooling_that_llama_cpp_does_not_know(shared: Path, tmp_path: Path) -> None:
+    source = shared / "models" / "minilm-l6-v2.Q4_0.gguf"
+    path = changed(
+        tmp_path / "m.gguf", source, {"general.architecture": "bert", "bert.pooling_type": 5}
+    )
+    with pytest.raises(ModelError, match="pools by 5"):
+        generation.embed(path, ["hi"])
+    with pytest.raises(ModelError, match="pools by 5"):
+        Engine.load(path)

@@ -105,6 +105,8 @@ def main(arguments: list[str]) -> None:
         job = store.job_of_number(number)
         try:
             _work(store, folder, job, model, budget, stop)
+        except KeyboardInterrupt:  # told to stop before anything was worth saving
+            pass
         except Exception as error:
             if is_full_disk(error):
                 sys.exit(FULL_DISK)
