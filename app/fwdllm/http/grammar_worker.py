@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from fwdllm.engine.child import leave_no_core
 from fwdllm.engine.llamacpp.native import NativeModel, call, llama_cpp, open_model, reason
 from fwdllm.http import limits
 from fwdllm.resources import rss_bytes
@@ -33,7 +34,7 @@ _WATCH_SECONDS = 0.02
 def main(model: str) -> None:
     """Answer until the end of standard input. model: a GGUF file."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server
-    _leave_no_core()
+    leave_no_core()
     follower = _Follower(open_model(model, vocab_only=True))
     watch = _Watch()
     for line in sys.stdin.buffer:
@@ -106,11 +107,3 @@ class _Watch:
             over = spent > self._credit or (rss_bytes() or 0) > self._bytes
             if self._busy.is_set() and over:
                 os._exit(TOO_MUCH)
-
-
-def _leave_no_core() -> None:
-    try:
-        import resource
-    except ImportError:  # not Unix
-        return
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
