@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from fwdllm.engine.child import Child, ChildError
@@ -80,10 +80,8 @@ class ChatTemplate:
             "bos_token": self._bos,
             "eos_token": self._eos,
         }
-        now = None if self.now is None else self.now.isoformat()
-        request = {"source": self._source, "now": now, "values": values}
-        text: str = _renderer.ask(request, SECONDS)
-        return text
+        now = (self.now or datetime.now().replace(microsecond=0)).isoformat()
+        return _rendered(json.dumps({"source": self._source, "now": now, "values": values}))
 
     def _with_arguments(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages with calls' arguments as objects or as JSON, as the template wants them."""
@@ -116,6 +114,12 @@ class ChatTemplate:
                 return ""
 
         return _ARGUMENTS not in shown(_ARGUMENTS) and "needle" in shown(json.loads(_ARGUMENTS))
+
+
+@lru_cache(maxsize=8)  # an example is rendered in several ways, and some of them twice
+def _rendered(request: str) -> str:
+    text: str = _renderer.ask(json.loads(request), SECONDS)
+    return text
 
 
 def _with_text(call: Any) -> Any:

@@ -32,9 +32,9 @@ class _Generation(jinja2.ext.Extension):
 
 
 def render(request: dict[str, Any]) -> str:
-    """The text of a conversation. request: source, now (ISO 8601 or None), and in values the
+    """The text of a conversation. request: source, now (ISO 8601), and in values the
     variables that the program is given. Errors: whatever the program raises."""
-    now = None if request["now"] is None else datetime.fromisoformat(request["now"])
+    now = datetime.fromisoformat(request["now"])
     text = _compiled(request["source"]).render(
         **request["values"],
         # Other programs give these, too, so a template may ask whether they are none.
@@ -42,7 +42,7 @@ def render(request: dict[str, Any]) -> str:
         function_call=None,
         tool_choice=None,
         raise_exception=_raise,
-        strftime_now=lambda form: (now or datetime.now()).strftime(form),
+        strftime_now=now.strftime,
     )
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"it writes over {MAX_CHARACTERS:,} characters")

@@ -119,7 +119,8 @@ def open_model(
         check_model(file)
     _check(file)
     repacks = not vocab_only and extra_buffers()
-    trial.check(file.paths, trial.VOCABULARY if vocab_only else trial.WEIGHTS, repacks)
+    stage = trial.VOCABULARY if vocab_only else trial.HEADER if header_only else trial.WEIGHTS
+    trial.check(file.paths, stage, repacks)
     initialize()
     params = llama_cpp.llama_model_default_params()
     _set(params, vocab_only=vocab_only, use_extra_bufts=repacks)

@@ -20,7 +20,7 @@ from fwdllm.engine.child import Child, ChildError
 from fwdllm.engine.errors import ModelError
 from fwdllm.engine.llamacpp import probe
 
-VOCABULARY, WEIGHTS = "vocabulary", "weights"
+HEADER, VOCABULARY, WEIGHTS = "header", "vocabulary", "weights"
 
 # Seconds of computing: what a small file may take, and bytes a second of a large one, which is read
 # from a slow disk and repacked.
@@ -39,8 +39,9 @@ _known: dict[str, str] = {}  # in this process: "" or what llama.cpp dies of
 def check(paths: tuple[Path, ...], stage: str, extra_buffers: bool) -> None:
     """ModelError if llama.cpp dies of a file.
 
-    paths: the file, or all of a split model.  stage: ``VOCABULARY`` (the tokenizer) or ``WEIGHTS``
-    (everything).  extra_buffers: whether llama.cpp repacks weights.
+    paths: the file, or all of a split model.  stage: what it is opened for: ``HEADER`` (a look at
+    what it has), ``VOCABULARY`` (the tokenizer) or ``WEIGHTS`` (everything).  extra_buffers:
+    whether llama.cpp repacks weights.
     """
     if _is_ours(paths[0]):
         return
@@ -82,8 +83,12 @@ def run(request: dict[str, Any]) -> None:
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = request["stage"] == VOCABULARY
     params.use_extra_bufts = request["extra_buffers"]
+    if request["stage"] == HEADER:  # as ``native.open_model``
+        params.no_alloc, params.load_mode = True, llama_cpp.LLAMA_LOAD_MODE_NONE
     model = llama_cpp.llama_model_load_from_file(os.fsencode(request["path"]), params)
-    if not model or not llama_cpp.llama_vocab_type(llama_cpp.llama_model_get_vocab(model)):
+    if request["stage"] == HEADER or not model:
+        return
+    if not llama_cpp.llama_vocab_type(llama_cpp.llama_model_get_vocab(model)):
         return
     _tokenize(llama_cpp, model)
     if request["stage"] == WEIGHTS:

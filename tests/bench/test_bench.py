@@ -214,7 +214,8 @@ def test_serve(fwdllm: Cli) -> None:
 
 def test_attack(fwdllm: Cli) -> None:
     pytest.importorskip("fastapi")
-    arguments = ("--clients", 3, "--seconds", 4, "--rounds", 1)
+    # Seconds enough for an answer to an attacker when other tests are at work, too.
+    arguments = ("--clients", 3, "--seconds", 8, "--rounds", 1)
     result = fwdllm("bench", "attack", *arguments, "--json").json
     assert set(result["statuses"]) == {"200"}
     assert result["errors"] == 0
