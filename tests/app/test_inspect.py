@@ -17,7 +17,7 @@ from fwdllm import Engine, LoRAConfig
 from fwdllm.inspect import inspect_model
 
 ENCODER = SHARED / "models" / "minilm-l6-v2.Q4_0.gguf"
-WIDTH, HIDDEN, VOCAB = 64, 96, 128
+WIDTH, HIDDEN, VOCAB = 64, 96, 256
 
 
 def write_llama(path: Path, down: Type) -> Path:
@@ -32,7 +32,7 @@ def write_llama(path: Path, down: Type) -> Path:
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tokenizer_model("llama")
-    writer.add_token_list([f"token{i}" for i in range(VOCAB)])
+    writer.add_token_list([f"<0x{i:02X}>" for i in range(VOCAB)])  # of bytes: llama.cpp needs them
     shapes = {
         "token_embd": (VOCAB, WIDTH),
         "output_norm": (WIDTH,),
