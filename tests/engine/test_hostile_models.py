@@ -39,6 +39,7 @@ REFUSED = {
     "spm-no-byte-tokens": "it ends with Aborted",
 }
 
+
 @pytest.fixture(autouse=True)
 def little_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """As what takes time without end should here."""

@@ -6,9 +6,9 @@ what is wrong with it.
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,14 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from fwdllm.http import limits
+from fwdllm.http.api_error import ApiError
+from fwdllm.http.queue import Turns
 
 _MARKS = b",:[{"
 # A smaller body is read in less time than a thread needs to start with it.
 _SMALL_BYTES = 2**15
 _BLOCK_BYTES = 2**18
-# One at a time, so that they leave Python's lock to others.
-_reading_large = asyncio.Lock()
+_large = Turns(limits.MAX_WAITING_BODIES)
 
 
 class Route(APIRoute):
@@ -47,9 +48,22 @@ class _Request(Request):
             if len(body) <= _SMALL_BYTES:
                 self._json = parsed(body)
             else:
-                async with _reading_large:
-                    self._json = await run_in_threadpool(parsed, body)
+                try:
+                    async with _large.turn():
+                        self._json = await run_in_threadpool(parsed, body)
+                except ApiError as error:  # FastAPI would make another one of it
+                    raise HTTPException(error.status, error.message, error.headers) from error
         return self._json
+
+
+@contextlib.asynccontextmanager
+async def turn(request: Request) -> AsyncIterator[None]:
+    """A context for work with a body whose cost grows with it. Errors: ApiError 429."""
+    if len(await request.body()) <= _SMALL_BYTES:
+        yield
+        return
+    async with _large.turn():
+        yield
 
 
 def parsed(body: bytes) -> Any:

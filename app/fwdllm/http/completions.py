@@ -23,7 +23,7 @@ from starlette.concurrency import run_in_threadpool
 from fwdllm.engine.llamacpp.native import llama_cpp
 from fwdllm.http import chat
 from fwdllm.http.api_error import ApiError
-from fwdllm.http.bodies import Route
+from fwdllm.http.bodies import Route, turn
 from fwdllm.http.context import Context, Served
 from fwdllm.http.grammar_process import GrammarError
 from fwdllm.http.models import ServedLlama
@@ -155,7 +155,8 @@ async def _generate(
         raise ApiError(400, text, "model", "model_not_supported")
     await run_in_threadpool(served.models.mix_of, body.model, body.lora)
     with _refusals():
-        prompt, grammar = await run_in_threadpool(prepare)
+        async with turn(request):
+            prompt, grammar = await run_in_threadpool(prepare)
         if grammar is not None:
             await _try(served, grammar)
     cancelled = threading.Event()

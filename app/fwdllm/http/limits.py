@@ -5,6 +5,7 @@ MAX_UPLOAD_BYTES = 64 * 2**20
 MAX_BODY_BYTES = 8 * 2**20
 # In a JSON body: the head of 1000 labels has 400,000 numbers. Reading so many takes 0.1 s.
 MAX_BODY_VALUES = 1_000_000
+MAX_WAITING_BODIES = 32  # of more than 32 KiB
 # Fields of an object that is checked, if it is said nowhere else.
 MAX_FIELDS = 256
 MAX_MESSAGES = 2048  # as of OpenAI

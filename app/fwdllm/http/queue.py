@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import AsyncIterator, Iterator
 
 from fwdllm.http.api_error import ApiError
 
@@ -37,3 +39,29 @@ class Queue:
             yield
         finally:
             self.leave()
+
+
+# Rest after costly work, in times of what it took: it has a tenth of a processor at most.
+_REST = 9
+
+
+class Turns:
+    """Costly work that any request may ask for: one at a time, with a rest after each.
+
+    So others keep most of the machine, however many ask.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._queue, self._lock = Queue(limit), asyncio.Lock()
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """A context that is entered when it is one's turn. ApiError 429 if too many wait."""
+        with self._queue.place():
+            await self._lock.acquire()
+            began = time.perf_counter()
+            try:
+                yield
+            finally:
+                rest = _REST * (time.perf_counter() - began)
+                asyncio.get_running_loop().call_later(rest, self._lock.release)
