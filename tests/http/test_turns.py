@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -30,18 +31,18 @@ def test_work_is_one_at_a_time_with_a_rest() -> None:
         await asyncio.gather(*(work(turns) for _ in range(3)))
 
     asyncio.run(all_of_them())
-    assert all(later - first >= 0.2 for first, later in zip(begun, begun[1:], strict=False))
+    assert all(later - first >= 0.2 for first, later in pairwise(begun))
 
 
 def test_an_error_passes_the_turn_on() -> None:
     async def fail(turns: Turns) -> None:
         async with turns.turn():
-            raise ValueError
+            raise ValueError("of one")
 
     async def both() -> None:
         turns = Turns(1)
         for _ in range(2):
-            with pytest.raises(ValueError):
+            with pytest.raises(ValueError, match="of one"):
                 await fail(turns)
 
     asyncio.run(asyncio.wait_for(both(), 10))
