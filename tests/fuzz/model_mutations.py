@@ -437,6 +437,6 @@ def mutate(source: Path, random: Random) -> tuple[str, bytes]:
                 parts.pack()
     content, header = parts.content(), len(parts.header())
     for kind in kinds:
-        if kind in OF_BYTES:
-            OF_BYTES[kind](content, header, random)
+        if kind in OF_BYTES and content:  # an earlier one may have cut the header, too
+            OF_BYTES[kind](content, min(header, len(content)), random)
     return kinds[0] if len(kinds) == 1 else "several", bytes(content)
