@@ -23,8 +23,8 @@ from typing import IO, Any
 
 # With our search path, so that it finds the packages that we would.
 _MAIN = (
-    "import sys; sys.path[:] = sys.argv[4:]; from fwdllm.engine import child; "
-    "child.main(sys.argv[1], int(sys.argv[2]), sys.argv[3] == 'True')"
+    "import sys; sys.path[:] = sys.argv[3:]; from fwdllm.engine import child; "
+    "child.main(sys.argv[1], sys.argv[2] == 'True')"
 )
 # A process that has nothing to do ends, and is started again when it is needed (0.2 to 0.5 s).
 _IDLE_SECONDS = 30
@@ -51,31 +51,23 @@ class ChildError(Exception):
 class Child:
     """A process that runs one function for each request.
 
-    target: "module:function"; the function takes and returns what JSON can hold.  memory: bytes it
-    may use for a request beyond those of its imports (0: as many as it likes).  forks: whether each
-    request has a process of its own, where the system can fork; what then dies is only that.
+    target: "module:function"; the function takes and returns what JSON can hold.  forks: whether
+    each request has a process of its own, where the system can fork; what then dies is only that.
     """
 
-    def __init__(self, target: str, memory: int, forks: bool = False) -> None:
-        self._arguments = [target, str(memory), str(forks and FORKS)]
+    def __init__(self, target: str, forks: bool = False) -> None:
+        self._arguments = [target, str(forks and FORKS)]
         self._lock = threading.Lock()
         self._running: _Running | None = None
 
-    def start(self) -> None:
-        """Start the process now if it does not run, so that the first answer comes sooner.
-
-        Errors: OSError if none can be started here.
-        """
-        with self._lock:
-            self._started()
-
-    def ask(self, request: object, seconds: float) -> Any:
+    def ask(self, request: object, seconds: float, memory: int = 0) -> Any:
         """The function's answer to a request.
 
-        seconds: of computing; waiting for processors may take three times as long.
+        seconds: of computing; waiting for processors may take three times as long.  memory: bytes
+        beyond those that the process needs for itself (0: as many as it likes).
         Errors: ChildError, OSError if no process can be started here.
         """
-        line = json.dumps([seconds, request]).encode() + b"\n"
+        line = json.dumps([seconds, memory, request]).encode() + b"\n"
         with self._lock:
             for again in (True, False):
                 running = self._started()
@@ -178,18 +170,18 @@ class _Running:
         return f"it ends with {how}{last}"
 
 
-def main(target: str, memory: int, forks: bool) -> None:
+def main(target: str, forks: bool) -> None:
     """What the process does: answer the requests of standard input until there are no more."""
     leave_no_core()
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # what libraries print is no answer
     module, _, name = target.partition(":")
     function = getattr(import_module(module), name)
-    if not forks and memory:
-        _limit_memory(memory)
+    used = _address_space()
     while (line := _next_line()) is not None:
-        seconds, request = json.loads(line)
+        seconds, memory, request = json.loads(line)
         if not forks:
+            _limit_memory(used + memory if used and memory else 0)
             print(_answer(function, request, seconds), file=answers, flush=True)
             continue
         if (child := os.fork()) == 0:
@@ -250,14 +242,23 @@ def _watch(memory: int) -> None:
     os._exit(_TOO_LARGE)
 
 
-def _limit_memory(memory: int) -> None:
-    """Let allocations fail that would take more, where the system can (Linux)."""
+def _address_space() -> int:
+    """Bytes of address space in use; 0 where the system does not tell."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
         with open("/proc/self/statm", encoding="ascii") as file:
-            used = int(file.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
+            return int(file.read().split()[0]) * resource.getpagesize()
+    return 0
+
+
+def _limit_memory(limit: int) -> None:
+    """Let allocations fail beyond a limit of address space, where the system can (Linux)."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (limit or most, most))
 
 
 def leave_no_core() -> None:

@@ -33,7 +33,7 @@ SECONDS = 5.0
 # Beyond what the process needs for itself: a conversation is in there some ten times.
 MEMORY = 512 << 20
 
-_renderer = Child("fwdllm.engine.data.template:render", MEMORY)
+_renderer = Child("fwdllm.engine.data.template:render")
 
 
 class ChatTemplate:
@@ -118,7 +118,7 @@ class ChatTemplate:
 
 @lru_cache(maxsize=8)  # an example is rendered in several ways, and some of them twice
 def _rendered(request: str) -> str:
-    text: str = _renderer.ask(json.loads(request), SECONDS)
+    text: str = _renderer.ask(json.loads(request), SECONDS, MEMORY)
     return text
 
 

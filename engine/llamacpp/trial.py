@@ -32,7 +32,7 @@ _FILE, _REMEMBERED = "llama-cpp-files.json", 256
 _CHARACTERS = (*range(1, 0x700), *range(0x2000, 0x2100), 0x4E2D, 0xAC00, 0xFFFD, 0x1F600)
 _POOLING_MEAN = 1  # LLAMA_POOLING_TYPE_MEAN
 
-_trials = Child("fwdllm.engine.llamacpp.trial:run", 0, forks=True)
+_trials = Child("fwdllm.engine.llamacpp.trial:run", forks=True)
 _known: dict[str, str] = {}  # in this process: "" or what llama.cpp dies of
 
 
@@ -54,10 +54,9 @@ def check(paths: tuple[Path, ...], stage: str, extra_buffers: bool) -> None:
             "path": str(paths[0]),
             "stage": stage,
             "extra_buffers": extra_buffers,
-            "memory": 2 * nbytes + MEMORY,
         }
         try:
-            _trials.ask(request, SECONDS + nbytes / _BYTES_A_SECOND)
+            _trials.ask(request, SECONDS + nbytes / _BYTES_A_SECOND, 2 * nbytes + MEMORY)
         except ChildError as error:
             _known[key] = str(error)
         except OSError:  # no process can be started here, so there is none to try it in

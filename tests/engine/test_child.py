@@ -17,17 +17,17 @@ MEMORY = 200 << 20
 
 @pytest.fixture(params=[False, True], ids=["one process", "a process each"])
 def child(request: pytest.FixtureRequest) -> Child:
-    return Child("child_targets:do", MEMORY, forks=request.param)
+    return Child("child_targets:do", forks=request.param)
 
 
 def reason_of(child: Child, request: str, seconds: float = 5.0) -> str:
     with pytest.raises(ChildError) as caught:
-        child.ask(request, seconds)
+        child.ask(request, seconds, MEMORY)
     return str(caught.value)
 
 
 def test_answers_are_whole() -> None:
-    child = Child("child_targets:echo", 0)
+    child = Child("child_targets:echo")
     odd = ["é\ud800\n\x00中", {"a": [1.5, None, True]}, "x" * (1 << 20)]
     for request in odd:
         assert child.ask(request, 5) == request
@@ -58,11 +58,11 @@ def test_memory_is_bounded(child: Child) -> None:
 
 @needs_linux
 def test_without_a_bound_it_may_grow() -> None:
-    assert Child("child_targets:do", 0).ask("grow", 5) == "grow"
+    assert Child("child_targets:do").ask("grow", 5) == "grow"
 
 
 def test_a_process_that_has_ended_for_want_of_work_is_started_again() -> None:
-    child = Child("child_targets:do", 0)
+    child = Child("child_targets:do")
     for _ in range(2):
         assert child.ask("end later", 5) == "end later"
         time.sleep(0.5)
@@ -70,7 +70,7 @@ def test_a_process_that_has_ended_for_want_of_work_is_started_again() -> None:
 
 
 def test_one_process_serves_all_requests_of_all_threads() -> None:
-    child, found = Child("child_targets:number", 0), set[int]()
+    child, found = Child("child_targets:number"), set[int]()
     threads = [threading.Thread(target=lambda: found.add(child.ask(None, 5))) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -81,7 +81,7 @@ def test_one_process_serves_all_requests_of_all_threads() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
 def test_a_fork_of_the_caller_has_a_process_of_its_own() -> None:
-    child = Child("child_targets:number", 0)
+    child = Child("child_targets:number")
     ours = child.ask(None, 5)
     if (fork := os.fork()) == 0:
         os._exit(0 if child.ask(None, 5) != ours else 1)
@@ -91,10 +91,10 @@ def test_a_fork_of_the_caller_has_a_process_of_its_own() -> None:
 
 def test_a_function_that_does_not_exist_is_an_error_and_not_a_loop() -> None:
     with pytest.raises(ChildError, match="no_such_module"):
-        Child("no_such_module:do", 0).ask(None, 5)
+        Child("no_such_module:do").ask(None, 5)
 
 
 def test_without_python_there_is_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     with pytest.raises(OSError, match="not Python's"):
-        Child("child_targets:echo", 0).ask(None, 5)
+        Child("child_targets:echo").ask(None, 5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -186,7 +187,9 @@ def test_a_file_is_tried_once(
     path = changed(tmp_path / "m.gguf", bundled, {"general.name": "another"})
     asked: list[str] = []
     ask = trial._trials.ask
-    monkeypatch.setattr(trial._trials, "ask", lambda r, s: asked.append(r["stage"]) or ask(r, s))
+    monkeypatch.setattr(
+        trial._trials, "ask", lambda r, *limits: asked.append(r["stage"]) or ask(r, *limits)
+    )
     for _ in range(2):
         open_model(path, vocab_only=True)
         open_model(path, vocab_only=False)
@@ -216,7 +219,7 @@ def test_what_dies_is_not_kept(
 def test_without_a_process_to_try_it_in_a_file_is_used_as_it_is(
     bundled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuses(_request: object, _seconds: float) -> None:
+    def refuses(_request: object, *_limits: float) -> None:
         raise OSError("no more processes")
 
     monkeypatch.setattr(trial._trials, "ask", refuses)
@@ -273,3 +276,13 @@ def test_a_pooling_that_llama_cpp_does_not_know(shared: Path, tmp_path: Path) ->
         generation.embed(path, ["hi"])
     with pytest.raises(ModelError, match="pools by 5"):
         Engine.load(path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
+def test_a_trial_has_a_limit_of_memory(
+    bundled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = changed(tmp_path / "m.gguf", bundled, {"general.name": "a fourth"})
+    monkeypatch.setattr(trial, "MEMORY", -2 * path.stat().st_size + 1)
+    with pytest.raises(ModelError, match="it needs too much memory"):
+        open_model(path, vocab_only=False)
