@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import sources
 from model_mutations import mutate
-from target import Row, Target, refused_or_ok
+from target import Row, Target, refused_or_ok, without_warnings
 
 _MODELS = ("tiny", "tiny", "tinymix", "minilm", "qwen2", "qwen3")
 
@@ -29,14 +27,6 @@ def _write(random: Random, folder: Path, case: Path) -> str:
     for name in ("data.jsonl", "adapter.gguf"):
         shutil.copy(found / name, case)
     return kind
-
-
-@contextmanager
-def _quiet(folder: Path) -> Iterator[None]:
-    import warnings
-
-    warnings.simplefilter("ignore")
-    yield
 
 
 def _check(_: Any, case: Path) -> list[Row]:
@@ -64,4 +54,4 @@ def _read(file: Any, name: str, n_dims: int) -> None:
     (file.vector if n_dims == 1 else file.weight)(name)
 
 
-GGUF = Target(_make, _write, _check, _quiet)
+GGUF = Target(_make, _write, _check, without_warnings)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ from typing import Any
 
 from changes import change_bytes
 from children import run
-from target import Row, Target, refused_or_ok
+from target import Row, Target, refused_or_ok, without_warnings
 
 _KINDS = ("report", "report", "sync", "state", "assignment")
 _WORDS = [b"theta", b"round", b"gradient", b"optimizer.", b"step", b"mean"]
@@ -70,14 +69,6 @@ def _write(random: Random, folder: Path, case: Path) -> str:
     return kind
 
 
-@contextmanager
-def _quiet(folder: Path) -> Iterator[None]:
-    import warnings
-
-    warnings.simplefilter("ignore")
-    yield
-
-
 def _check(_: Any, case: Path) -> list[Row]:
     from ledger_runs import reopen
 
@@ -106,4 +97,4 @@ def _check(_: Any, case: Path) -> list[Row]:
     return rows
 
 
-WIRE = Target(_make, _write, _check, _quiet)
+WIRE = Target(_make, _write, _check, without_warnings)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -59,3 +60,10 @@ def refused_or_ok(what: str, work: Callable[[], object]) -> Row:
             return Row(what, "traceback", output=traceback.format_exc())
         return Row(what, REFUSED)
     return Row(what, OK)
+
+
+@contextmanager
+def without_warnings(_folder: Path) -> Iterator[None]:
+    """What a target opens that says much on standard error."""
+    warnings.simplefilter("ignore")
+    yield
