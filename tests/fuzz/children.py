@@ -67,10 +67,19 @@ def run(work: Callable[[], int], log: Path, seconds: float, memory: int) -> Ende
     log: a file for its output.  seconds: it may take.  memory: bytes it may use beyond what it has
     of its parent.
     """
-    began, limit = time.monotonic(), memory + resident(os.getpid())
+    began = time.monotonic()
+    # The child waits until its first memory is known: it has less than its parent, whose pages of
+    # files it does not get before it reads them.
+    waiting, measured = os.pipe()
     pid = os.fork()
     if pid == 0:
+        os.close(measured)
+        os.read(waiting, 1)
+        os.close(waiting)
         _child(work, log)
+    limit = memory + resident(pid)
+    os.close(waiting)
+    os.close(measured)
     late = large = False
     with _ended(pid) as ended:
         while not ended(_WATCH_SECONDS):
