@@ -64,7 +64,7 @@ class Kernels:
         """The limit that applies to a case of this kind under this instruction set."""
         if kind != "int8":
             return kind
-        if cpu.isa == "avx512_bf16":
+        if cpu.activations == "bf16":
             return "bf16"
         return "int8" if self.peaks["int8"] else "fp32"
 

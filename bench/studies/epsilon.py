@@ -48,7 +48,7 @@ def main() -> None:
     print("| --- |" + " --- |" * len(EPSILONS))
     for exact in (True, False):
         engine = load(exact)
-        name = "fp32" if exact else "bf16" if cpu.isa == "avx512_bf16" else "int8"
+        name = "fp32" if exact else cpu.activations
         probe = engine.directional_derivatives(batch, SEEDS)
         print(f"| {name}, forward-ad | {closeness(probe.derivative, want)} |", flush=True)
         for method in ("central", "forward-difference", "central, separately"):

@@ -3,8 +3,8 @@
 ``isa`` names the instruction set chosen at import, the first of ``isas`` that this machine has;
 FWDLLM_ISA overrides it and FWDLLM_NUM_THREADS the number of threads. ``compiler`` built the
 kernels. With ``exact=True`` matmuls are fp32; otherwise activations that meet quantized weights are
-rounded to int8 with a scale per 32 values (to bf16 under "avx512_bf16"), perturbed lanes as their
-difference to a reference lane (``Lanes.references``), tangents with scales of their own.
+rounded to what ``activations`` says: "int8" with a scale per 32 values, or "bf16"; perturbed lanes
+as their difference to a reference lane (``Lanes.references``), tangents with scales of their own.
 
 tangents: an argument of operations that are not linear. Rows are then 1 + tangents equal slices, a
 primal and directional derivatives of it, and so is the result.
@@ -31,11 +31,13 @@ from fwdllm.kernels.types import Lanes, LoRA
 
 isa: str = _native.isa
 isas: tuple[str, ...] = _native.isas
+activations: str = "bf16" if isa in ("amx", "avx512_bf16") else "int8"
 compiler: str = _native.compiler
 num_threads = _native.num_threads
 set_num_threads = _native.set_num_threads
 
 __all__ = [
+    "activations",
     "add_lora",
     "array",
     "attention",

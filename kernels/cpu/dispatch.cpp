@@ -5,7 +5,11 @@
 #include <stdexcept>
 #include <string>
 
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(FWDLLM_AMX) && !defined(FWDLLM_EMULATE_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
@@ -13,6 +17,11 @@
 
 namespace fwdllm {
 
+#if defined(FWDLLM_AMX)
+namespace amx {
+extern const Kernels table;
+}
+#endif
 #if defined(__x86_64__)
 namespace avx512_vnni {
 extern const Kernels table;
@@ -62,6 +71,21 @@ ArmFeatures arm_features() {
 }
 #endif
 
+#if defined(FWDLLM_EMULATE_AMX)
+bool has_amx() { return true; }
+#elif defined(FWDLLM_AMX)
+// Whether the processor has tiles of bf16 and the system lets this process use them: it has to be
+// asked once, before the first use (Linux 5.16, Documentation/arch/x86/xstate.rst).
+bool has_amx() {
+    if (!__builtin_cpu_supports("avx512bf16")) return false;
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    const bool bf16 = d & (1u << 22), tiles = d & (1u << 24);
+    constexpr long arch_req_xcomp_perm = 0x1023, xfeature_xtiledata = 18;
+    return bf16 && tiles && syscall(SYS_arch_prctl, arch_req_xcomp_perm, xfeature_xtiledata) == 0;
+}
+#endif
+
 // The tables this machine can run, best first.
 std::vector<const Kernels*> supported() {
     std::vector<const Kernels*> found;
@@ -73,6 +97,9 @@ std::vector<const Kernels*> supported() {
         has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (has_avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(&avx512_vnni::table);
+#if defined(FWDLLM_AMX)
+    if (has_amx()) found.push_back(&amx::table);  // not first before its speed has been measured
+#endif
     if (has_avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16::table);
     if (has_avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&avx2_vnni::table);
     if (has_avx2) found.push_back(&avx2::table);

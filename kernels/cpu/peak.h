@@ -74,6 +74,24 @@ inline double multiply_rate(double ops_per_step, const Step& step) {
                      [&] { parallel_for(threads, [&](int64_t) { run_chains<V>(n, step); }); });
 }
 
+#if defined(__AMX_BF16__)
+inline double tile_rate() {
+    const int64_t n = 100000, threads = num_threads();
+    constexpr double ops_per_product = 2 * 16 * 16 * 32;
+    return best_rate(4 * ops_per_product * (double)(n * threads), [&] {
+        parallel_for(threads, [&](int64_t) {
+            const Tiles tiles;  // all zero
+            for (int64_t i = 0; i < n; ++i) {
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        });
+    });
+}
+#endif
+
 // Bytes per second read from memory; the buffer is far larger than caches.
 inline double read_rate() {
     constexpr int64_t size = 256 << 20, piece = 1 << 20;
@@ -106,7 +124,9 @@ double peak(Peak kind) {
         return multiply_rate<VI>(2 * kDotBytes * kWidth,
                                  [](VI s, VI x, VI y) { return dot_bytes<false>(s, x, y); });
 #endif
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+    if (kind == kPeakBf16) return tile_rate();
+#elif defined(__AVX512BF16__)
     if (kind == kPeakBf16)
         return multiply_rate<VF>(4 * kWidth,
                                  [](VF s, VF x, VF y) { return BFloat16::multiply_add(x, y, s); });

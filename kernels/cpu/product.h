@@ -19,7 +19,7 @@ namespace {
 template <typename F>
 inline void with_product(const float* x, int64_t rows, [[maybe_unused]] int64_t refined,
                          const int32_t* references, const Weight& w, bool exact, const F& f) {
-#if defined(__AVX512BF16__)
+#if defined(FWDLLM_BF16)
     const bool fast = !exact && w.type != F32 && w.type != F16;
     if (fast) f(DenseProduct<BFloat16, Weight>(x, rows, references, w));
 #else

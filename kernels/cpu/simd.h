@@ -120,6 +120,21 @@ inline VU umulhi(VU a, uint32_t b) {
 #endif
 }
 
+#if defined(__AVX512BF16__) || defined(__AMX_BF16__)
+#define FWDLLM_BF16  // products of bf16, summed in fp32
+// Rounded to even; what is not finite stays so.
+inline auto to_bf16(VF v) {
+#if defined(__AVX512BF16__)
+    return _mm512_cvtneps_pbh((__m512)v);
+#else  // AMX under emulation
+    typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
+    const VU bits = (VU)v, rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    const VU nan = (VU)(v != v);
+    return __builtin_convertvector((rounded & ~nan) | (nan & 0x7FC0), Halves);
+#endif
+}
+#endif
+
 // Sum of the elements, always in the same order.
 inline float sum(VF v) {
     float s[kWidth];

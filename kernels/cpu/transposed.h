@@ -63,6 +63,8 @@ inline void pack_panel_dense(const Transposed& w, int64_t out0, int64_t n, int64
             E::words(mixed + E::per_word * skipped, E::per_word * kept, panel + j + skipped - out0);
         }
     }
+    const int64_t padding = words_of<E>(k) - ceil_div(k, E::per_word);
+    __builtin_memset(panel, 0, 4 * padding * kDenseOutputs);
 }
 
 // 32 outputs of 32 inputs, float [32][kBlock], as panels of 16 inputs each: codes round(w / scale),
@@ -139,7 +141,7 @@ inline void pack_panels_int8(const TransposedBlocks<Blocks>& w, int64_t out0, in
 template <typename F>
 inline void with_transposed(const float* dy, int64_t rows, const Weight& w, bool exact,
                             const F& f) {
-#if defined(__AVX512BF16__)
+#if defined(FWDLLM_BF16)
     const bool fast = !exact && w.type != F32 && w.type != F16;
     const Transposed t(w);
     if (fast) f(DenseProduct<BFloat16, Transposed>(dy, rows, nullptr, t));

@@ -114,11 +114,11 @@ def test_matmul_of_odd_shapes(type: QuantType, rows: int, n_in: int, n_out: int)
     x = rng.normal(size=(rows, n_in)).astype(np.float32)
     want = reference.matmul(x, weight)
     assert relative_error(cpu.matmul(x, weight, exact=True), want) < 1e-6
-    rounded = cpu.isa == "avx512_bf16" and type == QuantType.BF16  # bf16 keeps 8 bits
+    rounded = cpu.activations == "bf16" and type == QuantType.BF16  # bf16 keeps 8 bits
     assert relative_error(cpu.matmul(x, weight), want) < (2**-8 if rounded else 1e-6)
 
 
-@pytest.mark.skipif(cpu.isa == "avx512_bf16", reason="its activations are bf16")
+@pytest.mark.skipif(cpu.activations == "bf16", reason="its activations are bf16")
 @pytest.mark.parametrize("type", QUANTIZED, ids=lambda t: t.name)
 def test_int8_route_is_exact_on_representable_activations(type: QuantType) -> None:
     rng = np.random.default_rng(5)
