@@ -1,4 +1,4 @@
-"""Small models with random weights, of architectures that run only on llama.cpp's graphs.
+"""Small models with random weights, of architectures that llama.cpp has graphs of.
 
 The tables have what llama.cpp expects of each architecture (its ``src/models/*.cpp``): metadata,
 and tensors by name and shape; a matrix's shape ends with n_out, n_in. Every feature in which model

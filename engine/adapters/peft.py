@@ -44,6 +44,12 @@ _DECODER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_FUSED_DECODER = {
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_up": "mlp.gate_up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 _ENCODER = {
     "attn_q": "attention.self.query",
     "attn_k": "attention.self.key",
@@ -56,8 +62,14 @@ MODULES: dict[str, dict[str, str]] = {
     "llama": _DECODER,
     "qwen2": _DECODER,
     "qwen3": _DECODER,
+    "granite": _DECODER,
+    "smollm3": _DECODER,
+    "phi3": _FUSED_DECODER,
     "bert": _ENCODER,
 }
+
+# Of which llama.cpp's converter permutes rows, see ``row_order``.
+_INTERLEAVED = ("llama", "granite", "smollm3")
 
 # "model." is there for LlamaForCausalLM and not for LlamaModel; "bert." likewise.
 _KEY = re.compile(
@@ -153,13 +165,13 @@ def row_order(
     """int [n_out]: row i of the GGUF tensor is row ``order[i]`` of the Hugging Face tensor.
 
     RoPE rotates pairs of elements of a head. Hugging Face pairs an element of the first half
-    with one of the second; llama.cpp's "llama" architecture pairs neighbours. So llama.cpp's
-    converter interleaves the halves of the q and k rows (``permute`` in its
+    with one of the second; llama.cpp's "llama" architecture and some others pair neighbours. So
+    its converter interleaves the halves of the q and k rows (``permute`` in its
     convert_hf_to_gguf.py). Other rows stay where they are.
     Errors: AdapterError if the rows are not whole heads.
     """
     heads = {"attn_q": n_heads, "attn_k": n_kv_heads}.get(suffix)
-    if architecture != "llama" or heads is None:
+    if architecture not in _INTERLEAVED or heads is None:
         return np.arange(n_out)
     if n_out % (2 * heads):
         raise AdapterError(f"{suffix} has {n_out} rows, which are not {heads} heads of even size")

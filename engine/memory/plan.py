@@ -1,6 +1,6 @@
 """How much memory a tuning step needs, by the model's shapes alone, and how to run it in less.
 
-Counted are the arrays of ``models.llama`` and ``models.bert`` that exist at the same time at
+Counted are the arrays of the graphs in ``models`` that exist at the same time at
 the peaks, and the buffers of ``kernels.cpu``. Not counted: the Python process itself (about
 60 MB with NumPy and llama.cpp loaded) and per-thread scratch memory (under 2 MB each).
 """
@@ -100,7 +100,7 @@ def estimate_step(
     packed = _INT8_PACKED if int8 else _FLOAT
     query = args.n_heads * args.head_dim
     key_value = args.n_kv_heads * args.head_dim
-    hidden_arrays = 2 if encoder else 3  # gate, up and their product; or before and after GELU
+    fused = query + 2 * key_value if args.fused_qkv else 0
     chunks = -(-args.n_vocab // _SOFTMAX_CHUNK)
     parts = {
         "weights": weight_bytes,
@@ -108,9 +108,9 @@ def estimate_step(
         "optimizer": _FLOAT * n_trainable * optimizer_slots,
         "update": _FLOAT * n_trainable * 6,
         "residual": _FLOAT * rows * args.width,
-        "attention": _FLOAT * sequences * (2 * args.width + 2 * query + 2 * key_value)
+        "attention": _FLOAT * sequences * (2 * args.width + 2 * query + 2 * key_value + fused)
         + _FLOAT * _num_threads() * n_lanes * (longest or n_rows) * args.head_dim,
-        "feed_forward": _FLOAT * block * (hidden_arrays * args.hidden + 3 * args.width),
+        "feed_forward": _FLOAT * block * (args.hidden_arrays * args.hidden + 3 * args.width),
         "packed": int(packed * max(sequences * max(args.width, query), block * args.hidden)),
         "logits": labels * (chunks * _SOFTMAX_BYTES + 2 * _FLOAT * args.width),
     }
@@ -158,6 +158,8 @@ def estimate_gradient(
     block = min(sequences, wanted)
     labels = 0 if encoder else n_rows if n_labels is None else n_labels
     query, key_value = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+    fused = 2 * (query + 2 * key_value) if args.fused_qkv else 0
+    hidden_arrays = 2 * max(3, args.hidden_arrays)
     parts = {
         "weights": weight_bytes,
         "adapter": _FLOAT * n_trainable,
@@ -166,9 +168,9 @@ def estimate_gradient(
         "kept": _FLOAT * n_rows * args.width * (args.n_layers - first_layer)
         + kept_layers * n_rows * _value_bytes(args),
         "residual": _FLOAT * n_rows * 2 * args.width,
-        "attention": _FLOAT * sequences * (3 * args.width + 4 * query + 4 * key_value)
+        "attention": _FLOAT * sequences * (3 * args.width + 4 * query + 4 * key_value + fused)
         + _FLOAT * _num_threads() * 2 * (longest or n_rows) * args.head_dim,
-        "feed_forward": _FLOAT * block * (6 * args.hidden + 4 * args.width),
+        "feed_forward": _FLOAT * block * (hidden_arrays * args.hidden + 4 * args.width),
         "loss": _FLOAT * labels * (_VOCABULARY_BLOCK + 4 * args.width),
     }
     kept = parts["weights"] + parts["adapter"] + parts["optimizer"]
@@ -338,7 +340,7 @@ def plan_gpu_step(args: Dimensions, free: int | None, n_rows: int, n_lanes: int)
 
     Lanes go through the model in several passes if they do not fit together.
     """
-    of_block = _FLOAT * (6 * args.width + 3 * args.hidden)
+    of_block = _FLOAT * (6 * args.width + max(3, args.hidden_arrays) * args.hidden)
     lanes, block = n_lanes, _GPU_ROWS
     while free is not None and lanes > 3:
         # The residual stream exists twice while a layer adds to it.
@@ -373,8 +375,10 @@ def plan_gpu_gradient(
         query, key_value = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
         parts = _GPU_PARTS if exact else 0
         kept = 2 * n_trainable + rows * args.width * (args.n_layers - first_layer + 2)
-        attention = sequences * ((3 + parts) * args.width + 4 * query + 4 * key_value)
-        feed_forward = min(sequences, block) * ((7 + parts) * args.hidden + 4 * args.width)
+        fused = 2 * (query + 2 * key_value) if args.fused_qkv else 0
+        hidden_arrays = 1 + 2 * max(3, args.hidden_arrays) + parts
+        attention = sequences * ((3 + parts) * args.width + 4 * query + 4 * key_value + fused)
+        feed_forward = min(sequences, block) * (hidden_arrays * args.hidden + 4 * args.width)
         loss = labels * 4 * args.width + 2 * min(labels, _GPU_ROWS) * _GPU_WORDS
         decoded = min(_GPU_DECODED, 2 * args.width * max(args.hidden, _GPU_WORDS))
         return _FLOAT * (kept + max(attention + feed_forward, loss)) + 2 * decoded

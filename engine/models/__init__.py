@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 
 from fwdllm.engine.errors import UnsupportedError
-from fwdllm.engine.models import bert, llama, qwen
+from fwdllm.engine.models import bert, granite, llama, nomic, phi3, qwen, smollm3
 from fwdllm.engine.models.dimensions import Dimensions
 from fwdllm.engine.models.forward import Pass
 from fwdllm.engine.models.weights import Shapes
@@ -46,8 +46,16 @@ FAMILIES: dict[str, Family[Any]] = {
     "llama": Family(llama.read_args, llama.shapes, llama.embed, llama.layer, llama.unembed),
     "qwen2": Family(qwen.read_qwen2, llama.shapes, llama.embed, llama.layer, llama.unembed),
     "qwen3": Family(qwen.read_qwen3, llama.shapes, llama.embed, llama.layer, llama.unembed),
+    "granite": Family(
+        granite.read_args, llama.shapes, granite.embed, granite.layer, granite.unembed
+    ),
+    "smollm3": Family(smollm3.read_args, smollm3.shapes, llama.embed, smollm3.layer, llama.unembed),
+    "phi3": Family(phi3.read_args, phi3.shapes, llama.embed, phi3.layer, llama.unembed),
     "bert": Family(
         bert.read_args, bert.shapes, bert.embed, bert.layer, None, bert.pool, bert.pool_vjp
+    ),
+    "nomic-bert": Family(
+        nomic.read_args, nomic.shapes, nomic.embed, nomic.layer, None, bert.pool, bert.pool_vjp
     ),
 }
 

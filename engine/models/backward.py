@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 from fwdllm.engine.models.forward import Pass
@@ -97,6 +98,15 @@ class Node:
             return self.value + other.take()
 
         return Node(self._tape, self.shape, compute, vjp, self.wanted or other.wanted)
+
+    def __mul__(self, factor: float) -> Node:
+        return Node(
+            self._tape,
+            self.shape,
+            lambda: self.take() * factor,
+            lambda cotangent: self.add(cotangent * factor),
+            self.wanted,
+        )
 
     def reshape(self, *shape: Any) -> Node:
         """The same elements in another shape, as of arrays."""
@@ -194,6 +204,25 @@ class Backward(Pass):
         reads = (x,) if adapted else ()
         return Node(self._tape, (len(x), matrix.n_out), compute, vjp, x.wanted or adapted, reads)
 
+    def split(self, x: Node, *widths: int) -> list[Node]:  # type: ignore[override]
+        """See ``Pass.split``. Back, the parts fill the cotangent of a node that only they read."""
+        whole = x.reshape(x.shape)
+
+        def part(width: int, end: int) -> Node:
+            columns = slice(end - width, end)
+
+            def vjp(dy: Array) -> None:
+                if whole.cotangent is None:
+                    whole.cotangent = self._vjps.zeros(*whole.shape)
+                whole.cotangent[:, columns] = dy
+
+            def compute() -> Array:
+                return self.ops.contiguous(whole.value[:, columns])
+
+            return Node(self._tape, (len(x), width), compute, vjp, x.wanted)
+
+        return [part(*sizes) for sizes in zip(widths, accumulate(widths), strict=True)]
+
     def rms_norm(self, x: Node, name: str, eps: float) -> Node:  # type: ignore[override]
         """See ``Pass.rms_norm``."""
         weight = self.weights.vector(f"{name}.weight")
@@ -250,12 +279,18 @@ class Backward(Pass):
         return Node(self._tape, gate.shape, compute, vjp, wanted, (gate, up), cheap=True)
 
     def attention(  # type: ignore[override]
-        self, q: Node, k: Node, v: Node, head_dim: int, causal: bool
+        self,
+        q: Node,
+        k: Node,
+        v: Node,
+        head_dim: int,
+        causal: bool,
+        scale: float | None = None,
     ) -> Node:
         """See ``Pass.attention``."""
         options: dict[str, Any] = {
             "head_dim": head_dim,
-            "scale": head_dim**-0.5,
+            "scale": head_dim**-0.5 if scale is None else scale,
             "causal": causal,
         }
 

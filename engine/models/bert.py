@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 POOLINGS = {1: "mean", 2: "cls"}  # llama.cpp's enum llama_pooling_type
 # Of every token: sentences are not compared in pairs. One array, so that a GPU copies it once.
-_FIRST_TYPE = np.zeros(1, np.int32)
+FIRST_TYPE = np.zeros(1, np.int32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,26 +31,27 @@ class Args(Dimensions):
     pooling: str
 
 
-def read_args(file: GGUFFile) -> Args:
+def read_args(file: GGUFFile, arch: str = "bert") -> Args:
     """Args of a file; ModelError if metadata is missing or makes no sense."""
-    width = file.positive("bert.embedding_length")
-    n_heads = file.positive("bert.attention.head_count")
+    width = file.positive(f"{arch}.embedding_length")
+    n_heads = file.positive(f"{arch}.attention.head_count")
     if width % n_heads:
         raise ModelError(f"{file.path}: width {width} is not whole heads of {n_heads}")
-    pooling = file.integer("bert.pooling_type", 1)
+    pooling = file.integer(f"{arch}.pooling_type", 1)
     if pooling not in POOLINGS:
         raise UnsupportedError(file.path, f"pooling type {pooling} is not supported")
     return Args(
-        n_layers=file.integer("bert.block_count", maximum=len(file.tensors)),
+        n_layers=file.integer(f"{arch}.block_count", maximum=len(file.tensors)),
         width=width,
         n_heads=n_heads,
         n_kv_heads=n_heads,
         head_dim=width // n_heads,
-        hidden=file.positive("bert.feed_forward_length"),
+        hidden=file.positive(f"{arch}.feed_forward_length"),
         n_vocab=file.matrix_rows("token_embd.weight"),
-        n_types=file.matrix_rows("token_types.weight"),
-        context=file.positive("bert.context_length"),
-        norm_eps=file.number("bert.attention.layer_norm_epsilon"),
+        n_types=file.matrix_rows(types) if (types := "token_types.weight") in file.tensors else 0,
+        hidden_arrays=2,
+        context=file.positive(f"{arch}.context_length"),
+        norm_eps=file.number(f"{arch}.attention.layer_norm_epsilon"),
         pooling=POOLINGS[pooling],
     )
 
@@ -87,7 +88,7 @@ def embed(args: Args, p: Pass) -> Array:
     """The input of the first layer: float32 [rows, width]."""
     x = p.embedding("token_embd", p.ids)
     x = x + p.embedding("position_embd", p.positions)
-    x = x + p.embedding("token_types", _FIRST_TYPE)
+    x = x + p.embedding("token_types", FIRST_TYPE)
     return p.layer_norm(x, "token_embd_norm", args.norm_eps)
 
 

@@ -7,7 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Dimensions:
-    """Dimensions of a model. Each is the largest where layers differ (some llama.cpp models)."""
+    """Dimensions of a model. Each is the largest where layers differ (some llama.cpp models).
+
+    Of our own graphs, for the plan of memory: hidden_arrays: how many arrays [rows, hidden] exist
+    at once, by default gate, up and their product.  fused_qkv: whether one matrix makes q, k and v.
+    """
 
     n_layers: int
     width: int
@@ -17,3 +21,5 @@ class Dimensions:
     hidden: int
     n_vocab: int
     context: int
+    hidden_arrays: int = 3
+    fused_qkv: bool = False

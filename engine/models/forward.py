@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 
@@ -126,6 +127,14 @@ class Pass:
                 y[:] = self.ops.array(seen)
         return y
 
+    def split(self, x: Array, *widths: int) -> list[Array]:
+        """The columns of x, the product of several matrices in one, as an array for each width."""
+        ends = accumulate(widths)
+        return [
+            self.ops.contiguous(x[:, end - width : end])
+            for width, end in zip(widths, ends, strict=True)
+        ]
+
     def _term(self, target: Target | None, lanes: Lanes) -> tuple[LoRA | None, Lanes]:
         """The adapter's factors for a target, and the lanes as far as they perturb it."""
         if target is None or self.adapter is None:
@@ -175,15 +184,26 @@ class Pass:
         cos, sin = rotary.tables(int(self.positions.max()) + 1)
         return self.ops.rope(x, self.positions, cos, sin, head_dim, interleaved)
 
-    def attention(self, q: Array, k: Array, v: Array, head_dim: int, causal: bool) -> Array:
-        """Scaled dot-product attention inside each sequence of each lane."""
+    def attention(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        head_dim: int,
+        causal: bool,
+        scale: float | None = None,
+    ) -> Array:
+        """Scaled dot-product attention inside each sequence of each lane.
+
+        scale: the factor of q k^T; None is head_dim**-0.5.
+        """
         return self.ops.attention(
             q,
             k,
             v,
             self.starts,
             head_dim=head_dim,
-            scale=head_dim**-0.5,
+            scale=head_dim**-0.5 if scale is None else scale,
             causal=causal,
             tangents=self.tangents,
         )

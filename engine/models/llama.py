@@ -1,6 +1,7 @@
 """Llama (arXiv 2302.13971) and models of its architecture: Llama 1-3, Mistral, SmolLM, TinyLlama.
 
-Qwen2 and Qwen3 use this graph too; models/qwen.py says what differs.
+Qwen2, Qwen3, Granite and SmolLM3 use this graph too, and Phi-3 its parts; models/qwen.py,
+granite.py, smollm3.py and phi3.py say what differs.
 """
 
 from __future__ import annotations
@@ -25,19 +26,28 @@ class Args(Dimensions):
     """Shapes and constants, from the metadata of a GGUF file.
 
     interleaved: RoPE rotates pairs (2i, 2i+1), as llama files are laid out; else (i, i+d/2).
-    qk_norm: an RMS norm on every query and key head.
+    qk_norm: an RMS norm on every query and key head.  attention_scale: the factor of q k^T; None is
+    head_dim**-0.5.
     """
 
     norm_eps: float
     rotary: Rotary
     interleaved: bool = True
     qk_norm: bool = False
+    attention_scale: float | None = None
 
 
 def read_args(
-    file: GGUFFile, arch: str = "llama", interleaved: bool = True, qk_norm: bool = False
+    file: GGUFFile,
+    arch: str = "llama",
+    interleaved: bool = True,
+    qk_norm: bool = False,
+    factors_name: str = "rope_freqs",
 ) -> Args:
-    """Args of a file; ModelError if metadata is missing or makes no sense."""
+    """Args of a file; ModelError if metadata is missing or makes no sense.
+
+    factors_name: see ``Rotary.from_gguf``.
+    """
     if file.integer(f"{arch}.expert_count", 0):
         raise UnsupportedError(file.path, "a mixture of experts has no graph here")
     width = file.positive(f"{arch}.embedding_length")
@@ -59,7 +69,7 @@ def read_args(
         n_vocab=file.matrix_rows("token_embd.weight"),
         context=context,
         norm_eps=file.number(f"{arch}.attention.layer_norm_rms_epsilon"),
-        rotary=Rotary.from_gguf(file, arch, head_dim, context),
+        rotary=Rotary.from_gguf(file, arch, head_dim, context, factors_name),
         interleaved=interleaved,
         qk_norm=qk_norm,
     )
@@ -104,8 +114,8 @@ def embed(args: Args, p: Pass) -> Array:
 
 def layer(args: Args, p: Pass, i: int, x: Array) -> Array:
     """Layer i, on the residual stream: float32 [rows, width] to [rows, width]."""
-    x = x + _attention(args, p, f"blk.{i}", p.rms_norm(x, f"blk.{i}.attn_norm", args.norm_eps))
-    return p.in_blocks(x, partial(_feed_forward, args, p, f"blk.{i}"))
+    x = x + attention(args, p, f"blk.{i}", x)
+    return p.in_blocks(x, partial(add_feed_forward, args, p, f"blk.{i}"))
 
 
 def unembed(args: Args, p: Pass, x: Array) -> tuple[Array, Matrix]:
@@ -115,23 +125,31 @@ def unembed(args: Args, p: Pass, x: Array) -> tuple[Array, Matrix]:
     return p.rms_norm(x, "output_norm", args.norm_eps), matrix
 
 
-def _attention(args: Args, p: Pass, block: str, x: Array) -> Array:
-    q = p.linear(x, f"{block}.attn_q")
-    k = p.linear(x, f"{block}.attn_k")
-    v = p.linear(x, f"{block}.attn_v")
+def attention(args: Args, p: Pass, block: str, x: Array, rotated: bool = True) -> Array:
+    """What attention adds to the residual stream x.  rotated: whether queries and keys are."""
+    h = p.rms_norm(x, f"{block}.attn_norm", args.norm_eps)
+    q, k, v = (p.linear(h, f"{block}.attn_{name}") for name in "qkv")
     if args.qk_norm:
         q = _head_norm(args, p, q, f"{block}.attn_q_norm")
         k = _head_norm(args, p, k, f"{block}.attn_k_norm")
-    q = p.rope(q, args.rotary, args.head_dim, args.interleaved)
-    k = p.rope(k, args.rotary, args.head_dim, args.interleaved)
-    return p.linear(p.attention(q, k, v, args.head_dim, causal=True), f"{block}.attn_output")
+    if rotated:
+        q = p.rope(q, args.rotary, args.head_dim, args.interleaved)
+        k = p.rope(k, args.rotary, args.head_dim, args.interleaved)
+    found = p.attention(q, k, v, args.head_dim, causal=True, scale=args.attention_scale)
+    return p.linear(found, f"{block}.attn_output")
 
 
 def _head_norm(args: Args, p: Pass, x: Array, name: str) -> Array:
     return p.rms_norm(x.reshape(-1, args.head_dim), name, args.norm_eps).reshape(x.shape)
 
 
-def _feed_forward(args: Args, p: Pass, block: str, x: Array) -> Array:
+def add_feed_forward(args: Args, p: Pass, block: str, x: Array) -> Array:
+    """x and what the feed-forward network adds to it."""
+    return x + feed_forward(args, p, block, x)
+
+
+def feed_forward(args: Args, p: Pass, block: str, x: Array) -> Array:
+    """What the feed-forward network adds to the residual stream x."""
     h = p.rms_norm(x, f"{block}.ffn_norm", args.norm_eps)
     gate, up = p.linear(h, f"{block}.ffn_gate"), p.linear(h, f"{block}.ffn_up")
-    return x + p.linear(p.swiglu(gate, up), f"{block}.ffn_down")
+    return p.linear(p.swiglu(gate, up), f"{block}.ffn_down")

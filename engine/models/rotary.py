@@ -1,7 +1,8 @@
 """Rotary position embedding: angles per position, with the scalings GGUF files name.
 
 linear and YaRN (arXiv 2309.00071) as llama.cpp's ``rope_yarn`` computes them; Llama 3's
-per-frequency factors come as the tensor ``rope_freqs.weight``.
+per-frequency factors come as the tensor ``rope_freqs.weight``, Phi-3's (LongRoPE, arXiv 2402.13753)
+as two others, of which the short ones are read here.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fwdllm.engine.errors import ModelError, UnsupportedError
 if TYPE_CHECKING:
     from fwdllm.engine.gguf.file import GGUFFile
 
+SHORT_FACTORS, LONG_FACTORS = "rope_factors_short", "rope_factors_long"
 BETA_FAST, BETA_SLOW = 32.0, 1.0  # YaRN's rotations at the ends of its ramp
 
 
@@ -37,12 +39,17 @@ class Rotary:
     factors: tuple[float, ...] = ()
 
     @staticmethod
-    def from_gguf(file: GGUFFile, arch: str, head_dim: int, context: int) -> Rotary:
+    def from_gguf(
+        file: GGUFFile, arch: str, head_dim: int, context: int, factors_name: str = "rope_freqs"
+    ) -> Rotary:
         """Read the rope metadata of ``arch`` as llama.cpp does; ModelError if it makes no sense.
 
+        factors_name: of the tensor of ``factors``, which need not exist.
         A factor without a type is of linear scaling, and in old files it has another name.
         """
         scaling = file.string(f"{arch}.rope.scaling.type", "linear")
+        if scaling == "longrope" and factors_name == SHORT_FACTORS:
+            scaling = "linear"  # what else it means is in the factors
         if scaling not in ("none", "linear", "yarn"):
             raise UnsupportedError(file.path, f"RoPE scaling {scaling!r} is not supported")
         dim = file.integer(f"{arch}.rope.dimension_count", head_dim)
@@ -57,18 +64,22 @@ class Rotary:
             scaling = "none"
         if base <= 1 or factor < 0:
             raise ModelError(f"{file.path}: RoPE base {base} or scaling factor {factor} is invalid")
+        attention_factor = file.number(f"{arch}.rope.scaling.attn_factor", 1.0)
+        if attention_factor <= 0:
+            raise ModelError(f"{file.path}: RoPE attention factor {attention_factor} is invalid")
         factors: tuple[float, ...] = ()
-        if "rope_freqs.weight" in file.tensors:
-            factors = tuple(file.vector("rope_freqs.weight").tolist())
+        tensor = f"{factors_name}.weight"
+        if tensor in file.tensors:
+            factors = tuple(file.vector(tensor).tolist())
             if len(factors) != dim // 2 or not all(f > 0 for f in factors):
-                raise ModelError(f"{file.path}: tensor 'rope_freqs.weight' does not fit {dim=}")
+                raise ModelError(f"{file.path}: tensor {tensor!r} does not fit {dim=}")
         return Rotary(
             dim,
             base,
             scaling,
             factor if scaling != "none" else 1.0,
             file.integer(f"{arch}.rope.scaling.original_context_length", context),
-            file.number(f"{arch}.rope.scaling.attn_factor", 1.0),
+            attention_factor,
             factors,
         )
 

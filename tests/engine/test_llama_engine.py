@@ -134,8 +134,7 @@ def test_what_layers_read(small: Make) -> None:
 def test_losses_are_llama_cpps(small: Make, tmp_path: Path, name: str, type: str) -> None:
     """Without an adapter and with one that llama.cpp reads from a file; few and all labels."""
     path = small(name, type)
-    engine = Engine.load(path, LoRAConfig(4, targets=TARGETS[name]))
-    assert engine.backend.name == "llama.cpp" and engine.backend.reason
+    engine = Engine.load(path, LoRAConfig(4, targets=TARGETS[name]), backend="llama.cpp")
     adapter = engine.adapter
     assert adapter is not None
     noise = noise_of(name, type)
@@ -153,7 +152,7 @@ def test_losses_are_llama_cpps(small: Make, tmp_path: Path, name: str, type: str
         want = plain_losses(path, batch, file)
         np.testing.assert_allclose(engine.loss(batch), want, atol=noise, rtol=0)
         assert np.abs(want - before).max() > 2 * noise
-    again = Engine.load(path, adapter=file)
+    again = Engine.load(path, adapter=file, backend="llama.cpp")
     np.testing.assert_array_equal(again.loss(batches[0]), engine.loss(batches[0]))
 
 
@@ -162,9 +161,10 @@ def test_each_target_gets_its_term(small: Make, tmp_path: Path, name: str) -> No
     """Alone, in the last layer, of which llama.cpp may compute the rows of labels only."""
     path = small(name)
     batch = random_batch(24, 24, 31, labels=3)
-    plain = Engine.load(path).loss(batch)
+    plain = Engine.load(path, backend="llama.cpp").loss(batch)
     for target in TARGETS[name]:
-        engine = Engine.load(path, LoRAConfig(4, targets=(target,), layers=(1,)))
+        config = LoRAConfig(4, targets=(target,), layers=(1,))
+        engine = Engine.load(path, config, backend="llama.cpp")
         adapter = engine.adapter
         assert adapter is not None
         rng = np.random.default_rng(1)

@@ -254,7 +254,7 @@ def test_training_lowers_the_loss_that_llama_cpp_sees(
 ) -> None:
     targets, rate, steps = TRAINED[name]
     path = small(name)
-    engine = Engine.load(path, LoRAConfig(2, 4, targets))
+    engine = Engine.load(path, LoRAConfig(2, 4, targets), backend="llama.cpp")
     assert engine.adapter is not None
     examples = [
         Example(prompt="Question: Hi?\nAnswer:", completion=" Arr, matey!"),

@@ -65,7 +65,8 @@ def make_model(folder: Path, name: str, type: str = "F16") -> Path:
 
 
 def tuned(path: Path, name: str, rank: int = 2, **options: Any) -> Engine:
-    """An engine with a half trained adapter."""
+    """An engine on llama.cpp with a half trained adapter."""
+    options.setdefault("backend", "llama.cpp")
     options.setdefault("labels", LABELS if name == ENCODER else ())
     return half_trained(Engine.load(path, LoRAConfig(rank, targets=TARGETS[name]), **options))
 
