@@ -32,11 +32,14 @@ from fwdllm.kernels.triton import products
 from fwdllm.kernels.triton.random import _normals
 from fwdllm.kernels.triton.runtime import INTERPRETED
 from fwdllm.kernels.triton.tiles import STEPS
-from fwdllm.kernels.types import Lanes, LoRA, QuantType
+from fwdllm.kernels.types import SUPPORTED_TYPES, Lanes, LoRA, QuantType
 
 if not ops.usable():
     pytest.skip("neither a GPU nor TRITON_INTERPRET=1", allow_module_level=True)
 
+# Types that are decoded element by element only.
+BLOCKWISE = set(QUANTIZED) - set(STEPS)
+SHAPES = [(1, 256, 40), (19, 768, 33), (70, 256, 70)]  # rows, n_in, n_out
 BF16 = 2**-8  # of bfloat16's 8 significant bits, the most that rounding moves a number
 LAST_SEED = 2**64 - 1
 SEED = np.array([3], np.uint64)
@@ -179,8 +182,14 @@ def test_every_scale_of_mxfp4() -> None:
     np.testing.assert_array_equal(ops.dequantize(weight), reference.dequantize(weight))
 
 
-@every_type
-@pytest.mark.parametrize(("rows", "n_in", "n_out"), [(1, 256, 40), (19, 768, 33), (70, 256, 70)])
+@pytest.mark.parametrize(
+    ("type", "rows", "n_in", "n_out"),
+    [
+        pytest.param(type, *shape, id="-".join(map(str, (type.name, *shape))))
+        for type in SUPPORTED_TYPES
+        for shape in (SHAPES[1:2] if type in BLOCKWISE else SHAPES)
+    ],
+)
 def test_matmul(type: QuantType, rows: int, n_in: int, n_out: int) -> None:
     rng = np.random.default_rng(rows)
     weight = random_weight(rng, type, n_out, n_in)
