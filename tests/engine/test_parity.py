@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 
 from fwdllm.bench.shapes import Shape
 from fwdllm.bench.synthetic import make_decoder
 from fwdllm.engine import Engine
+from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.engine.llamacpp import generation
 from fwdllm.kernels import cpu
 from fwdllm.kernels.types import QuantType
@@ -88,6 +91,30 @@ def test_bundled_model(bundled: Path) -> None:
     engine = Engine.load(bundled)
     ids = engine.tokenizer.encode("Question: What do cats like?\nAnswer: Cats like", bos=True)
     assert mean_kl(generation.logits(bundled, ids), engine.logits(ids)) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("file_type", "types"),
+    [
+        (10, {"Q2_K", "Q3_K"}),
+        (12, {"Q3_K", "Q5_0"}),
+        (30, {"IQ4_XS", "IQ4_NL"}),
+    ],
+    ids=["Q2_K", "Q3_K_M", "IQ4_XS"],
+)
+def test_quantized_by_llama_cpp(
+    bundled: Path, tmp_path: Path, file_type: int, types: set[str]
+) -> None:
+    """A file of its mixtures of types, which gguf's package cannot make. file_type: llama_ftype."""
+    path = tmp_path / "model.gguf"
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.allow_requantize, options.nthread = file_type, True, 1
+    source, to = str(bundled).encode(), str(path).encode()
+    assert llama_cpp.llama_model_quantize(source, to, ctypes.byref(options)) == 0
+    assert types < {tensor.type.name for tensor in GGUFFile.open(path).tensors.values()}
+    engine = Engine.load(path, backend="fwdllm")
+    ids = engine.tokenizer.encode("Question: What do cats like?\nAnswer: Cats like", bos=True)
+    assert mean_kl(generation.logits(path, ids), engine.logits(ids)) < 2e-3
 
 
 @pytest.mark.parametrize("type", ["F16", "Q8_0", "Q4_0"])
