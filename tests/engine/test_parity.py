@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 
 from fwdllm.bench.shapes import Shape
 from fwdllm.bench.synthetic import make_decoder
 from fwdllm.engine import Engine
+from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.engine.llamacpp import generation
 from fwdllm.kernels import cpu
 from fwdllm.kernels.types import QuantType
 
 SMALL = Shape(3, 512, 8, 2, 64, 768, 2048, context=256)  # GQA ratio 4, head_dim 64
+ARCHITECTURES = ["llama", "qwen2", "qwen3"]
 LOSSY = ["Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16"]
+MORE_LOSSY = ["Q5_0", "Q5_1", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "MXFP4"]
 
 
 def mean_kl(want: np.ndarray, got: np.ndarray) -> float:
@@ -34,19 +40,21 @@ def token_ids(n: int, n_vocab: int = 2048) -> list[int]:
     return np.random.default_rng(n).integers(0, n_vocab, n).tolist()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("type", LOSSY)
+@pytest.mark.parametrize(
+    ("architecture", "type"),
+    [*product(ARCHITECTURES, LOSSY), *(("llama", type) for type in MORE_LOSSY)],
+)
 def test_synthetic_decoders(tmp_path: Path, architecture: str, type: str) -> None:
     path = tmp_path / "model.gguf"
     make_decoder(path, replace(SMALL, architecture=architecture), QuantType[type], seed=3)
     ids = token_ids(90)
     want = generation.logits(path, ids)
     for exact in (False, True):
-        kl = mean_kl(want, Engine.load(path, exact=exact).logits(ids))
+        kl = mean_kl(want, Engine.load(path, exact=exact, backend="fwdllm").logits(ids))
         assert kl < 1e-3, f"KL {kl:.2e} nats a token with {exact=}"
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     "metadata",
     [
@@ -83,6 +91,30 @@ def test_bundled_model(bundled: Path) -> None:
     engine = Engine.load(bundled)
     ids = engine.tokenizer.encode("Question: What do cats like?\nAnswer: Cats like", bos=True)
     assert mean_kl(generation.logits(bundled, ids), engine.logits(ids)) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("file_type", "types"),
+    [
+        (10, {"Q2_K", "Q3_K"}),
+        (12, {"Q3_K", "Q5_0"}),
+        (30, {"IQ4_XS", "IQ4_NL"}),
+    ],
+    ids=["Q2_K", "Q3_K_M", "IQ4_XS"],
+)
+def test_quantized_by_llama_cpp(
+    bundled: Path, tmp_path: Path, file_type: int, types: set[str]
+) -> None:
+    """A file of its mixtures of types, which gguf's package cannot make. file_type: llama_ftype."""
+    path = tmp_path / "model.gguf"
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.allow_requantize, options.nthread = file_type, True, 1
+    source, to = str(bundled).encode(), str(path).encode()
+    assert llama_cpp.llama_model_quantize(source, to, ctypes.byref(options)) == 0
+    assert types < {tensor.type.name for tensor in GGUFFile.open(path).tensors.values()}
+    engine = Engine.load(path, backend="fwdllm")
+    ids = engine.tokenizer.encode("Question: What do cats like?\nAnswer: Cats like", bos=True)
+    assert mean_kl(generation.logits(path, ids), engine.logits(ids)) < 2e-3
 
 
 @pytest.mark.parametrize("type", ["F16", "Q8_0", "Q4_0"])
