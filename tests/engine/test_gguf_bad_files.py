@@ -83,10 +83,18 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
         gguf(tensors=(tensor("t", (48, 2), 2),), data=bytes(99)),
         "tensor 't' has rows of 48, not whole Q4_0 blocks of 32",
     ),
+    "half a large block": (
+        gguf(tensors=(tensor("t", (128, 2), 11),), data=bytes(110)),
+        "tensor 't' has rows of 128, not whole Q3_K blocks of 256",
+    ),
     "unaligned": (gguf(tensors=(tensor("t", (4,), 0, 8),), data=bytes(24)), "is not aligned to 32"),
     "truncated data": (
         gguf(tensors=(VECTOR,), data=bytes(15)),
         "is truncated: it has 79 bytes, but its tensors need 80, 1 more",
+    ),
+    "truncated block": (
+        gguf(tensors=(tensor("t", (32,), 39),), data=bytes(16)),
+        "is truncated: it has 80 bytes, but its tensors need 81, 1 more",
     ),
     "far offset": (gguf(tensors=(tensor("t", (4,), 0, 2**64 - 32),), data=bytes(16)), "a gap"),
     "same bytes": (gguf((), (tensor("t", (8,)), tensor("u", (8,))), data=bytes(64)), "overlaps"),

@@ -12,13 +12,15 @@ from children import run
 from places import SHARED
 
 from fwdllm.demo import asset
+from fwdllm.kernels.types import QuantType
 
 _REAL = {"tinymix": "tinymix-6m.Q4_0.gguf", "minilm": "minilm-l6-v2.Q4_0.gguf"}
 _ENCODERS = ("minilm", "modern-bert")
-# By name, how often each is taken; llama.cpp's own graphs have one of each of their features.
+# By name, how often each is taken; llama.cpp's own graphs have one of each of their features, and
+# a name of a tensor type is llama with matrices of it.
 MODELS = {"tiny": 8, "tinymix": 5, "minilm": 3, "qwen2": 1, "qwen3": 1, "gemma2": 1, "phi3": 1,
     "gpt2": 1, "gptneox": 1, "granite": 1, "stablelm": 1, "mixtral": 1, "qwen2moe": 1,
-    "mamba": 1, "modern-bert": 1}  # fmt: skip
+    "mamba": 1, "modern-bert": 1, "Q2_K": 1, "Q3_K": 1, "IQ4_XS": 1, "MXFP4": 1}  # fmt: skip
 ROWS = [
     {"prompt": "What is a ship?", "completion": " A ship sails, matey."},
     {"prompt": "<s> Hällo 123", "completion": " It's the\n\t<0x0A> end."},
@@ -59,8 +61,12 @@ def _make(folder: Path, name: str) -> int:
     new = Path(tempfile.mkdtemp(dir=folder))
     if name in _REAL:
         model = SHARED / "models" / _REAL[name]
+    elif name == "tiny":
+        model = asset("fwdllm-tiny.gguf")
+    elif name in QuantType.__members__:
+        model = make_model(folder, "llama", name)
     else:
-        model = asset("fwdllm-tiny.gguf") if name == "tiny" else make_model(folder, name, "Q8_0")
+        model = make_model(folder, name, "Q8_0")
     shutil.copy(model, new / "model.gguf")
     labels = ("bad", "good") if name in _ENCODERS else ()
     rows = LABELLED if labels else ROWS

@@ -33,6 +33,7 @@ pytestmark = pytest.mark.skipif(
 )
 CASE_SECONDS = 2.0
 FOLDER = tempfile.TemporaryDirectory()  # one for all cases: removing one takes milliseconds
+QUANTIZED = {"Q4_0": 18, "IQ4_NL": 18, "MXFP4": 17}  # and bytes of a block
 
 
 def valid_file() -> bytes:
@@ -50,8 +51,9 @@ def valid_file() -> bytes:
         writer.add_array("x.flags", [True, False])
         writer.add_tensor("norm", np.ones(8, np.float32))
         writer.add_tensor("half", np.ones((2, 8), np.float16))
-        q4 = np.zeros((2, 18), np.uint8)
-        writer.add_tensor("q4", q4, raw_dtype=GGMLQuantizationType.Q4_0)
+        for name, n_bytes in QUANTIZED.items():
+            blocks = np.zeros((2, n_bytes), np.uint8)
+            writer.add_tensor(name, blocks, raw_dtype=GGMLQuantizationType[name])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -66,7 +68,8 @@ def vocabulary_file() -> bytes:
 
 
 VALID = {"model": valid_file(), "vocabulary": vocabulary_file()}
-HEADER_BYTES = len(VALID["model"]) - 3 * 64  # three tensors, each padded to the alignment
+DATA_BYTES = 2 * 32 + 3 * 64  # of the tensors, each padded to the alignment
+HEADER_BYTES = len(VALID["model"]) - DATA_BYTES
 MODEL_AND_VOCABULARY = pytest.mark.parametrize("name", VALID)
 
 
@@ -113,7 +116,7 @@ def check(content: bytes) -> bool:
         return True
 
 
-@pytest.mark.parametrize(("name", "n_values"), [("model", 9 + 3), ("vocabulary", 2)])
+@pytest.mark.parametrize(("name", "n_values"), [("model", 9 + 5), ("vocabulary", 2)])
 def test_the_unchanged_file_is_read_in_full(tmp_path: Path, name: str, n_values: int) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(VALID[name])
@@ -130,7 +133,7 @@ def flip(content: bytes, bit: int) -> bytes:
 
 
 # Most of the header's fields are 4- or 8-byte numbers: extremes and near misses of limits.
-LIMITS = [0, 1, 2, 5, 7, 8, 9, 13, 31, 64, 65, HEADER_BYTES, HEADER_BYTES + 192]
+LIMITS = [0, 1, 2, 5, 7, 8, 9, 13, 31, 64, 65, HEADER_BYTES, HEADER_BYTES + DATA_BYTES]
 POWERS = [2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**60, 2**61, 2**63 - 1, 2**63, 2**64 - 32, 2**64 - 1]
 NUMBERS = st.sampled_from(LIMITS + POWERS)
 
@@ -186,9 +189,9 @@ def test_every_number_at_every_place(name: str) -> None:
         check(replace(content, place, struct.pack("<I", 9)))
 
 
-@pytest.mark.parametrize(("name", "spare"), [("model", 28), ("vocabulary", 0)])
+@pytest.mark.parametrize(("name", "spare"), [("model", 30), ("vocabulary", 0)])
 def test_every_truncation(name: str, spare: int) -> None:
-    # The model's last tensor has 36 bytes, padded to 64.
+    # The model's last tensor has 34 bytes, padded to 64.
     content = VALID[name]
     for size in range(len(content) - spare):
         assert not check(content[:size])
