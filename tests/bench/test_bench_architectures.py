@@ -1,4 +1,4 @@
-"""Small models of architectures without a graph here: llama.cpp runs them, and they make sense."""
+"""Small models of many architectures: llama.cpp runs them, and they make sense."""
 
 from __future__ import annotations
 
