@@ -62,14 +62,28 @@ BlockSize block_size(int type) {
             return {32, 18};
         case Q4_1:
             return {32, 20};
+        case Q5_0:
+            return {32, 22};
+        case Q5_1:
+            return {32, 24};
         case Q8_0:
             return {32, 34};
+        case Q2_K:
+            return {256, 84};
+        case Q3_K:
+            return {256, 110};
         case Q4_K:
             return {256, 144};
         case Q5_K:
             return {256, 176};
         case Q6_K:
             return {256, 210};
+        case IQ4_NL:
+            return {32, 18};
+        case IQ4_XS:
+            return {256, 136};
+        case MXFP4:
+            return {32, 17};
     }
     throw nb::value_error("unsupported tensor type");
 }

@@ -1,5 +1,5 @@
 // GGUF weight blocks (ggml-common.h, block_q4_0 and on) as groups of 32 codes: within a group
-// w[i] = scale[i / (32 / scales)] * (code[i] - offset) + min, codes unsigned.
+// w[i] = scale[s] * (code[i] - offset) + min[s], s = i / (32 / scales), codes unsigned.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ namespace {
 struct Group {
     uint8_t code[32];
     float scale[2];
-    float min;
+    float min[2];
 };
 
 inline float half_to_float(const uint8_t* p) {
@@ -53,13 +53,46 @@ inline void low_nibbles(const uint8_t* q, uint8_t* code, int n) {
 inline void high_nibbles(const uint8_t* q, uint8_t* code, int n) {
     for (int i = 0; i < n; i += 16) store_bytes(code + i, load_bytes(q + i) >> 4);
 }
-// code |= (two or one bits of high, from bit `at`) << 4
-inline void add_high_bits(const uint8_t* high, int at, int mask, uint8_t* code) {
+// 32 fields of two bits, from bit `at` of each byte.
+inline void pairs_of_bits(const uint8_t* q, int at, uint8_t* code) {
+    for (int i = 0; i < 32; i += 16) store_bytes(code + i, (load_bytes(q + i) >> at) & 3);
+}
+// code |= (two or one bits of high, from bit `at`) << shift
+inline void add_high_bits(const uint8_t* high, int at, int mask, int shift, uint8_t* code) {
     for (int i = 0; i < 32; i += 16) {
         const Bytes16 bits = (load_bytes(high + i) >> at) & (uint8_t)mask;
-        store_bytes(code + i, load_bytes(code + i) | (bits << 4));
+        store_bytes(code + i, load_bytes(code + i) | (bits << shift));
     }
 }
+// code[i] |= bit i of the four bytes of high, << 4
+inline void add_fifth_bits(const uint8_t* high, uint8_t* code) {
+    constexpr Bytes16 own = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+    for (int i = 0; i < 32; i += 16, high += 2) {
+        const uint64_t bytes[2] = {high[0] * 0x0101010101010101u, high[1] * 0x0101010101010101u};
+        const Bytes16 bits = load_bytes((const uint8_t*)bytes) & own;
+        store_bytes(code + i, load_bytes(code + i) | ((Bytes16)(bits != 0) & 16));
+    }
+}
+
+// code[i] = table[code[i]], for codes up to 15.
+inline void look_up(Bytes16 table, uint8_t* code) {
+    for (int i = 0; i < 32; i += 16) {
+#if defined(__SSSE3__)
+        store_bytes(code + i,
+                    (Bytes16)_mm_shuffle_epi8((__m128i)table, (__m128i)load_bytes(code + i)));
+#elif defined(__aarch64__)
+        store_bytes(code + i,
+                    (Bytes16)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)load_bytes(code + i)));
+#else
+        for (int j = i; j < i + 16; ++j) code[j] = table[code[j]];
+#endif
+    }
+}
+
+// 128 more than the values of IQ4_NL and IQ4_XS, Lloyd-Max levels of weights.
+constexpr Bytes16 kIQ4 = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+// 12 more than the values of MXFP4 times two: a sign, two bits of exponent, one of fraction.
+constexpr Bytes16 kE2M1 = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
 // The 6-bit scale and min of sub-block j, packed in 12 bytes (get_scale_min_k4).
 inline void scale_min_k4(const uint8_t* s, int j, int* scale, int* min) {
@@ -89,9 +122,34 @@ struct CodecQ4_1 {
     static void group(const uint8_t* row, int64_t i, Group* g) {
         const uint8_t* b = row + i * 20;
         g->scale[0] = half_to_float(b);
-        g->min = half_to_float(b + 2);
+        g->min[0] = half_to_float(b + 2);
         low_nibbles(b + 4, g->code, 16);
         high_nibbles(b + 4, g->code + 16, 16);
+    }
+};
+
+struct CodecQ5_0 {
+    static constexpr int offset = 16, scales = 1, top = 31;
+    static constexpr bool has_min = false;
+    static void group(const uint8_t* row, int64_t i, Group* g) {
+        const uint8_t* b = row + i * 22;
+        g->scale[0] = half_to_float(b);
+        low_nibbles(b + 6, g->code, 16);
+        high_nibbles(b + 6, g->code + 16, 16);
+        add_fifth_bits(b + 2, g->code);
+    }
+};
+
+struct CodecQ5_1 {
+    static constexpr int offset = 0, scales = 1, top = 31;
+    static constexpr bool has_min = true;
+    static void group(const uint8_t* row, int64_t i, Group* g) {
+        const uint8_t* b = row + i * 24;
+        g->scale[0] = half_to_float(b);
+        g->min[0] = half_to_float(b + 2);
+        low_nibbles(b + 8, g->code, 16);
+        high_nibbles(b + 8, g->code + 16, 16);
+        add_fifth_bits(b + 4, g->code);
     }
 };
 
@@ -105,6 +163,37 @@ struct CodecQ8_0 {
     }
 };
 
+struct CodecQ2_K {
+    static constexpr int offset = 0, scales = 2, top = 3;
+    static constexpr bool has_min = true;
+    static void group(const uint8_t* row, int64_t i, Group* g) {
+        const uint8_t* b = row + i / 8 * 84;
+        const int j = (int)(i % 8);
+        for (int s = 0; s < 2; ++s) {
+            g->scale[s] = half_to_float(b + 80) * (float)(b[2 * j + s] & 15);
+            g->min[s] = -(half_to_float(b + 82) * (float)(b[2 * j + s] >> 4));
+        }
+        pairs_of_bits(b + 16 + j / 4 * 32, j % 4 * 2, g->code);
+    }
+};
+
+struct CodecQ3_K {
+    static constexpr int offset = 4, scales = 2, top = 7;
+    static constexpr bool has_min = false;
+    static void group(const uint8_t* row, int64_t i, Group* g) {
+        const uint8_t* b = row + i / 8 * 110;
+        const int j = (int)(i % 8);
+        const float d = half_to_float(b + 108);
+        for (int s = 0; s < 2; ++s) {
+            const int k = 2 * j + s;  // of 16: nibbles of 8 bytes, then pairs of bits of 4
+            const int low = b[96 + k % 8] >> (k / 8 * 4) & 15, top = b[104 + k % 4] >> (k / 4 * 2);
+            g->scale[s] = d * (float)((low | (top & 3) << 4) - 32);
+        }
+        pairs_of_bits(b + 32 + j / 4 * 32, j % 4 * 2, g->code);
+        add_high_bits(b, j, 1, 2, g->code);
+    }
+};
+
 struct CodecQ4_K {
     static constexpr int offset = 0, scales = 1, top = 15;
     static constexpr bool has_min = true;
@@ -114,7 +203,7 @@ struct CodecQ4_K {
         int scale, min;
         scale_min_k4(b + 4, j, &scale, &min);
         g->scale[0] = half_to_float(b) * (float)scale;
-        g->min = -(half_to_float(b + 2) * (float)min);
+        g->min[0] = -(half_to_float(b + 2) * (float)min);
         const uint8_t* q = b + 16 + j / 2 * 32;
         if (j % 2 == 0)
             low_nibbles(q, g->code, 32);
@@ -132,14 +221,14 @@ struct CodecQ5_K {
         int scale, min;
         scale_min_k4(b + 4, j, &scale, &min);
         g->scale[0] = half_to_float(b) * (float)scale;
-        g->min = -(half_to_float(b + 2) * (float)min);
+        g->min[0] = -(half_to_float(b + 2) * (float)min);
         const uint8_t* high = b + 16;
         const uint8_t* q = b + 48 + j / 2 * 32;
         if (j % 2 == 0)
             low_nibbles(q, g->code, 32);
         else
             high_nibbles(q, g->code, 32);
-        add_high_bits(high, j, 1, g->code);
+        add_high_bits(high, j, 1, 4, g->code);
     }
 };
 
@@ -158,7 +247,47 @@ struct CodecQ6_K {
             low_nibbles(low, g->code, 32);
         else
             high_nibbles(low, g->code, 32);
-        add_high_bits(high, 2 * quarter, 3, g->code);
+        add_high_bits(high, 2 * quarter, 3, 4, g->code);
+    }
+};
+
+struct CodecIQ4_NL {
+    static constexpr int offset = 128, scales = 1, top = 255;
+    static constexpr bool has_min = false;
+    static void group(const uint8_t* row, int64_t i, Group* g) {
+        const uint8_t* b = row + i * 18;
+        g->scale[0] = half_to_float(b);
+        low_nibbles(b + 2, g->code, 16);
+        high_nibbles(b + 2, g->code + 16, 16);
+        look_up(kIQ4, g->code);
+    }
+};
+
+struct CodecIQ4_XS {
+    static constexpr int offset = 128, scales = 1, top = 255;
+    static constexpr bool has_min = false;
+    static void group(const uint8_t* row, int64_t i, Group* g) {
+        const uint8_t* b = row + i / 8 * 136;
+        const int j = (int)(i % 8);
+        const int low = b[4 + j / 2] >> (j % 2 * 4) & 15, top = b[2 + j / 4] >> (j % 4 * 2) & 3;
+        g->scale[0] = half_to_float(b) * (float)((low | top << 4) - 32);
+        low_nibbles(b + 8 + j * 16, g->code, 16);
+        high_nibbles(b + 8 + j * 16, g->code + 16, 16);
+        look_up(kIQ4, g->code);
+    }
+};
+
+struct CodecMXFP4 {
+    static constexpr int offset = 12, scales = 1, top = 24;
+    static constexpr bool has_min = false;
+    static void group(const uint8_t* row, int64_t i, Group* g) {
+        const uint8_t* b = row + i * 17;
+        // Half of 2^(b - 127), for the doubled values; the least two are subnormal.
+        const uint32_t bits = b[0] < 2 ? 0x00200000u << b[0] : (uint32_t)(b[0] - 1) << 23;
+        __builtin_memcpy(g->scale, &bits, 4);
+        low_nibbles(b + 1, g->code, 16);
+        high_nibbles(b + 1, g->code + 16, 16);
+        look_up(kE2M1, g->code);
     }
 };
 
@@ -172,8 +301,20 @@ inline bool with_codec(int type, const F& f) {
         case Q4_1:
             f(CodecQ4_1{});
             return true;
+        case Q5_0:
+            f(CodecQ5_0{});
+            return true;
+        case Q5_1:
+            f(CodecQ5_1{});
+            return true;
         case Q8_0:
             f(CodecQ8_0{});
+            return true;
+        case Q2_K:
+            f(CodecQ2_K{});
+            return true;
+        case Q3_K:
+            f(CodecQ3_K{});
             return true;
         case Q4_K:
             f(CodecQ4_K{});
@@ -183,6 +324,15 @@ inline bool with_codec(int type, const F& f) {
             return true;
         case Q6_K:
             f(CodecQ6_K{});
+            return true;
+        case IQ4_NL:
+            f(CodecIQ4_NL{});
+            return true;
+        case IQ4_XS:
+            f(CodecIQ4_XS{});
+            return true;
+        case MXFP4:
+            f(CodecMXFP4{});
             return true;
         default:
             return false;
@@ -194,12 +344,12 @@ inline void decode_row(int type, const uint8_t* row, int64_t first, int64_t n, f
     const bool quantized = with_codec(type, [&](auto codec) {
         using C = decltype(codec);
         Group g;
-        g.min = 0;
         for (int64_t i = 0; i < n; i += 32) {
             C::group(row, (first + i) / 32, &g);
             for (int j = 0; j < 32; ++j) {
-                const float w = g.scale[j * C::scales / 32] * (float)(g.code[j] - C::offset);
-                out[i + j] = C::has_min ? w + g.min : w;
+                const int s = j * C::scales / 32;
+                const float w = g.scale[s] * (float)(g.code[j] - C::offset);
+                out[i + j] = C::has_min ? w + g.min[s] : w;
             }
         }
     });

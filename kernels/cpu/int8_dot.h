@@ -28,12 +28,15 @@ constexpr int kPassOutputs = kWidth;
 #endif
 
 // Without an instruction for dot products of bytes, AVX2 has products of bytes added in pairs in 16
-// bits. That many of them, of small codes, can be added before they are widened to 32 bits, which
-// costs as much as the products do.
+// bits. That many of them, a power of two, of small codes, can be added before they are widened to
+// 32 bits, which costs as much as the products do.
 template <typename Codec>
 constexpr int pairs_at_once() {
 #if defined(__AVX2__) && !defined(__AVX512F__) && !defined(__AVXVNNI__)
-    return signed_codes<Codec>() ? 1 : max_of(1, 32767 / (2 * 127 * Codec::top));
+    if (signed_codes<Codec>()) return 1;
+    int n = 1;
+    while (n < kDots && 2 * n * 2 * 127 * Codec::top <= 32767) n *= 2;
+    return n;
 #else
     return 1;
 #endif
@@ -211,13 +214,14 @@ inline void multiply_int8(const TileGroup<Codec>* tile, const PanelGroup<Codec>*
                                           scale * of_rows(t.scale + r * kSumRows), acc[v][r]);
                 }
             }
-            if (Codec::has_min) {
+#pragma GCC unroll 2
+            for (int s = 0; Codec::has_min && s < Codec::scales; ++s) {
 #pragma GCC unroll 8
                 for (int v = 0; v < n_v; ++v) {
-                    const VF min = of_outputs(p.min + out + v * kSumOutputs);
+                    const VF min = of_outputs(p.min[s] + out + v * kSumOutputs);
 #pragma GCC unroll 12
                     for (int r = 0; r < n_r; ++r)
-                        acc[v][r] = fmadd(min, of_rows(t.sum + r * kSumRows), acc[v][r]);
+                        acc[v][r] = fmadd(min, of_rows(t.sum[s] + r * kSumRows), acc[v][r]);
                 }
             }
         }

@@ -25,8 +25,9 @@ constexpr int kDotBytes = 4;
 constexpr int kDots = 32 / kDotBytes;  // in a group
 
 // Without a dot product of unsigned by signed bytes, products of bytes are summed in pairs in 16
-// bits, which holds codes up to 63 but not Q8_0's 255: those stay signed and go through
-// |w| * (x sign(w)). NEON's products are of signed bytes, which hold codes up to 63 as well.
+// bits, which holds codes up to 63 but not the 255 of Q8_0 and IQ4: those stay signed and go
+// through |w| * (x sign(w)). NEON's products are of signed bytes, which hold codes up to 63 as
+// well.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 constexpr bool kSignedQ8 = false;
 #else
@@ -40,14 +41,14 @@ constexpr bool signed_codes() {
 
 // A packed group of 32 activations of kRows rows: bytes [kDots][kRows][kDotBytes], the scale of
 // each row, and per weight scale a correction of each row: the start of the integer sum, -offset *
-// sum(x), or for types with a min the float scale * sum(x).
+// sum(x), or for types with minima the float scale * sum(x).
 template <typename Codec>
 struct TileGroup {
     int8_t x[kDots][kRows][kDotBytes];
     float scale[kRows];
     union {
         int32_t start[Codec::scales][kRows];
-        float sum[kRows];
+        float sum[Codec::scales][kRows];
     };
 };
 
@@ -56,7 +57,7 @@ template <typename Codec>
 struct alignas(64) PanelGroup {
     uint8_t code[kDots][kInt8Outputs][kDotBytes];
     float scale[Codec::scales][kInt8Outputs];
-    float min[Codec::has_min ? kInt8Outputs : 0];
+    float min[Codec::has_min ? Codec::scales : 0][kInt8Outputs];
 };
 
 // 32 activations as round(x / scale), scale = max|x| / 127, and their sums, one for each weight
@@ -116,7 +117,7 @@ inline void pack_group_int8(const float* values, int64_t r, TileGroup<Codec>* ou
     for (int i = 0; i < kDots; ++i) __builtin_memcpy(out->x[i][r], q + kDotBytes * i, kDotBytes);
     for (int s = 0; s < Codec::scales; ++s) {
         if (Codec::has_min)
-            out->sum[r] = out->scale[r] * (float)sums[s];
+            out->sum[s][r] = out->scale[r] * (float)sums[s];
         else
             out->start[s][r] = signed_codes<Codec>() ? 0 : -Codec::offset * sums[s];
     }
@@ -180,8 +181,10 @@ inline void pack_panel_int8(const Weight& w, int64_t out0, int64_t n, PanelGroup
         }
         interleave_codes(groups, &p);
         for (int j = 0; j < kInt8Outputs; ++j) {
-            for (int s = 0; s < Codec::scales; ++s) p.scale[s][j] = groups[j].scale[s];
-            if (Codec::has_min) p.min[j] = groups[j].min;
+            for (int s = 0; s < Codec::scales; ++s) {
+                p.scale[s][j] = groups[j].scale[s];
+                if (Codec::has_min) p.min[s][j] = groups[j].min[s];
+            }
         }
     }
 }

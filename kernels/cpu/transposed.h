@@ -115,13 +115,13 @@ inline void pack_panels_int8(const TransposedBlocks<Blocks>& w, int64_t out0, in
         for (int64_t j = out0 / kBlock * kBlock; j < out0 + n; j += kBlock) {
             for (int o = 0; o < 32; ++o) {
                 Group codes;
-                codes.min = 0;
                 const uint8_t* row = w.of.data + (32 * g + o) * w.of.row_bytes;
                 Blocks::group(row, j / 32, &codes);
                 float* out = block + o * kBlock;
                 for (int i = 0; i < 32; ++i) {
-                    const float scale = codes.scale[i * Blocks::scales / 32];
-                    out[i] = scale * (float)(codes.code[i] - Blocks::offset) + codes.min;
+                    const int s = i * Blocks::scales / 32;
+                    const float v = codes.scale[s] * (float)(codes.code[i] - Blocks::offset);
+                    out[i] = Blocks::has_min ? v + codes.min[s] : v;
                 }
             }
             const int64_t first = max_of<int64_t>(0, (j - out0) / kInt8Outputs);

@@ -11,10 +11,17 @@ from fwdllm.kernels.types import QuantType, Weight
 HALF_FIELDS = {
     QuantType.Q4_0: [0],
     QuantType.Q4_1: [0, 2],
+    QuantType.Q5_0: [0],
+    QuantType.Q5_1: [0, 2],
     QuantType.Q8_0: [0],
+    QuantType.Q2_K: [80, 82],
+    QuantType.Q3_K: [108],
     QuantType.Q4_K: [0, 2],
     QuantType.Q5_K: [0, 2],
     QuantType.Q6_K: [208],
+    QuantType.IQ4_NL: [0],
+    QuantType.IQ4_XS: [0],
+    QuantType.MXFP4: [],
 }
 
 
@@ -35,5 +42,8 @@ def random_weight(
         for at in HALF_FIELDS[type]:
             field = (rng.standard_normal((len(blocks), 1)) * scale).astype(np.float16)
             blocks[:, at : at + 2] = field.view(np.uint8)
+        if type == QuantType.MXFP4:  # a byte, the exponent of a power of two
+            exponents = np.frexp(rng.standard_normal(len(blocks)) * scale)[1] + 126
+            blocks[:, 0] = exponents.clip(2, 254)
         data = blocks.reshape(n_out, -1)
     return Weight(data, type, n_out, n_in)
