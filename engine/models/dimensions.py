@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Dimensions:
-    """Dimensions of a model. Each is the largest where layers differ (some llama.cpp models)."""
+    """Dimensions of a model. Each is the largest where layers differ (some llama.cpp models).
+
+    logit_softcap: c > 0 makes c tanh(l / c) of a logit l, in our own graphs.
+    """
 
     n_layers: int
     width: int
@@ -17,3 +20,4 @@ class Dimensions:
     hidden: int
     n_vocab: int
     context: int
+    logit_softcap: float = 0.0

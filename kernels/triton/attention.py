@@ -242,7 +242,8 @@ def _tiles(kernel: Any, dtype: torch.dtype, head_dim: int, longest: int) -> dict
     if narrow:
         rows = 64 if large or kernel is _attention else 32
     else:  # the cotangents of k and v have the most operands
-        rows = 32 if wide <= (64 if kernel is _keys_vjp else 128) or kernel is _attention else 16
+        most = 64 if kernel is _keys_vjp else 128
+        rows = 32 if wide <= most or (kernel is _attention and wide <= 128) else 16
     return {
         "BM": min(rows, pow2(longest, 16)),
         "BN": 32,
