@@ -56,14 +56,22 @@ def type_named(name: str) -> QuantType:
     return types[name.upper()]
 
 
-# Bytes of a block, and the offsets of its fp16 scale and of the fp16 scale of its mins.
+# Bytes of a block, and the offsets of its fp16 scale and of the fp16 scale of its mins; but the
+# scale of MXFP4 is a byte.
 _BLOCKS = {
     QuantType.Q4_0: (18, 0, None),
     QuantType.Q4_1: (20, 0, 2),
+    QuantType.Q5_0: (22, 0, None),
+    QuantType.Q5_1: (24, 0, 2),
     QuantType.Q8_0: (34, 0, None),
+    QuantType.Q2_K: (84, 80, 82),
+    QuantType.Q3_K: (110, 108, None),
     QuantType.Q4_K: (144, 0, 2),
     QuantType.Q5_K: (176, 0, 2),
     QuantType.Q6_K: (210, 208, None),
+    QuantType.IQ4_NL: (18, 0, None),
+    QuantType.IQ4_XS: (136, 0, None),
+    QuantType.MXFP4: (17, 0, None),
 }
 
 # For blocks of random bytes: the standard deviation of a weight for a scale of 1, and the ratio of
@@ -71,10 +79,17 @@ _BLOCKS = {
 _SPREAD = {
     QuantType.Q4_0: (4.6, 0.0),
     QuantType.Q4_1: (4.6, -7.5),
+    QuantType.Q5_0: (9.2, 0.0),
+    QuantType.Q5_1: (9.2, -15.5),
     QuantType.Q8_0: (73.9, 0.0),
+    QuantType.Q2_K: (13.9, 1.5),
+    QuantType.Q3_K: (43.3, 0.0),
     QuantType.Q4_K: (265.0, 7.5),
     QuantType.Q5_K: (520.0, 15.5),
     QuantType.Q6_K: (1370.0, 0.0),
+    QuantType.IQ4_NL: (67.2, 0.0),
+    QuantType.IQ4_XS: (1250.0, 0.0),
+    QuantType.MXFP4: (5.9, 0.0),
 }
 
 
@@ -92,7 +107,11 @@ def random_weights(
     spread, min_ratio = _SPREAD[type]
     data = rng.integers(0, 256, (n_out, row_bytes(type, n_in)), np.uint8)
     blocks = data.reshape(n_out, -1, size)
-    scale = (std / spread * rng.uniform(0.5, 1.5, blocks.shape[:2])).astype(np.float16)
+    scales = std / spread * rng.uniform(0.5, 1.5, blocks.shape[:2])
+    if type == QuantType.MXFP4:
+        blocks[..., at] = np.rint(np.log2(scales)) + 128  # of 2^(e - 128), as values are doubled
+        return data
+    scale = scales.astype(np.float16)
     blocks[..., at : at + 2] = scale[..., None].view(np.uint8)
     if min_at is not None:
         blocks[..., min_at : min_at + 2] = (scale * np.float16(min_ratio))[..., None].view(np.uint8)

@@ -1,4 +1,4 @@
-"""Weights in Triton, element by element; the fields of blocks are in planes as of ``layout``.
+"""Weights in Triton, element by element, from rows as of ``layout``.
 
 ``decode`` is called inside kernels and returns a tile of a matrix as float32. Each element loads
 the byte with its bits and the scales of its block; neighbours load the same bytes, which come from
@@ -40,6 +40,23 @@ from fwdllm.kernels.triton.tiles import (
     steps,
     values,
     words,
+)
+from fwdllm.kernels.types import QuantType
+
+F32 = tl.constexpr(int(QuantType.F32))
+F16 = tl.constexpr(int(QuantType.F16))
+BF16 = tl.constexpr(int(QuantType.BF16))
+Q5_0 = tl.constexpr(int(QuantType.Q5_0))
+Q5_1 = tl.constexpr(int(QuantType.Q5_1))
+Q2_K = tl.constexpr(int(QuantType.Q2_K))
+Q3_K = tl.constexpr(int(QuantType.Q3_K))
+IQ4_NL = tl.constexpr(int(QuantType.IQ4_NL))
+IQ4_XS = tl.constexpr(int(QuantType.IQ4_XS))
+MXFP4 = tl.constexpr(int(QuantType.MXFP4))
+# The values of codes of IQ4_NL and IQ4_XS, four bytes to a word.
+_IQ4 = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+_IQ4_0, _IQ4_4, _IQ4_8, _IQ4_12 = (
+    tl.constexpr(word) for word in np.array(_IQ4, np.int8).view("<i4").tolist()
 )
 
 # Elements that a program decodes: 16 in each thread of 4 warps.
@@ -89,6 +106,95 @@ def _scale_and_minimum(data, fields, at, sub, mask):
 
 
 @triton.jit
+def _nibble(data, at, i, mask):
+    """Field i of 32 in 16 bytes: all low halves and then all high ones."""
+    return (_byte(data, at + i % 16, mask) >> (i // 16 * 4)) & 15
+
+
+@triton.jit
+def _fifth_bit(data, at, i, mask):
+    """Bit i of the 32 in four bytes, as the fifth of a number."""
+    return ((_byte(data, at + i // 8, mask) >> (i % 8)) & 1) << 4
+
+
+@triton.jit
+def _pair_of_bits(data, at, i, mask):
+    """Field i of 256 in 64 bytes: all lowest ones of half of the bytes, then the next."""
+    return (_byte(data, at + i // 128 * 32 + i % 32, mask) >> (i // 32 % 4 * 2)) & 3
+
+
+@triton.jit
+def _iq4(code):
+    """The value of a code of IQ4_NL or IQ4_XS."""
+    low = tl.where(code < 4, _IQ4_0, _IQ4_4)
+    high = tl.where(code < 12, _IQ4_8, _IQ4_12)
+    word = tl.where(code < 8, low, high)
+    return _signed((word >> (code % 4 * 8)) & 255)
+
+
+@triton.jit
+def _e2m1(code):
+    """Twice the number of a sign, two bits of exponent and one of fraction."""
+    size = code & 7
+    size = tl.where(size < 2, size, (size & 1 | 2) << tl.maximum((size >> 1) - 1, 0))
+    return tl.where(code < 8, size, -size)
+
+
+@triton.jit
+def _half_of_e8m0(byte):
+    """Half of 2^(byte - 127): the least two are subnormal."""
+    bits = tl.where(byte < 2, 0x00200000 << byte, (byte - 1) << 23)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _in_blocks(data, fields, row, k, mask, TYPE: tl.constexpr):
+    """As ``decode``, of the types whose blocks lie as in the file."""
+    if TYPE == Q5_0 or TYPE == Q5_1:
+        SIZE: tl.constexpr = 22 if TYPE == Q5_0 else 24
+        at = row + (k // 32) * SIZE
+        q = _nibble(data, at + (SIZE - 16), k % 32, mask)
+        q |= _fifth_bit(data, at + (SIZE - 20), k % 32, mask)
+        if TYPE == Q5_0:
+            return _half(fields, at, mask) * (q - 16).to(tl.float32)
+        else:
+            return _half(fields, at, mask) * q.to(tl.float32) + _half(fields, at + 2, mask)
+    elif TYPE == IQ4_NL:
+        at = row + (k // 32) * 18
+        q = _iq4(_nibble(data, at + 2, k % 32, mask))
+        return _half(fields, at, mask) * q.to(tl.float32)
+    elif TYPE == MXFP4:
+        at = row + (k // 32) * 17
+        q = _e2m1(_nibble(data, at + 1, k % 32, mask))
+        return _half_of_e8m0(_byte(data, at, mask)) * q.to(tl.float32)
+    elif TYPE == IQ4_XS:
+        at = row + (k // 256) * 136
+        sub = (k // 32) % 8
+        low = (_byte(data, at + 4 + sub // 2, mask) >> (sub % 2 * 4)) & 15
+        top = (_byte(data, at + 2 + sub // 4, mask) >> (sub % 4 * 2)) & 3
+        scale = _half(fields, at, mask) * ((low | (top << 4)) - 32).to(tl.float32)
+        q = _iq4(_nibble(data, at + 8 + sub * 16, k % 32, mask))
+        return scale * q.to(tl.float32)
+    elif TYPE == Q3_K:
+        at = row + (k // 256) * 110
+        i = k % 256
+        sub = i // 16
+        low = (_byte(data, at + 96 + sub % 8, mask) >> (sub // 8 * 4)) & 15
+        top = (_byte(data, at + 104 + sub % 4, mask) >> (sub // 4 * 2)) & 3
+        scale = _half(fields, at + 108, mask) * ((low | (top << 4)) - 32).to(tl.float32)
+        high = (_byte(data, at + i % 32, mask) >> (i // 32)) & 1
+        q = _pair_of_bits(data, at + 32, i, mask) | (high << 2)
+        return scale * (q - 4).to(tl.float32)
+    else:  # Q2_K
+        at = row + (k // 256) * 84
+        i = k % 256
+        both = _byte(data, at + i // 16, mask)
+        scale = _half(fields, at + 80, mask) * (both & 15).to(tl.float32)
+        minimum = _half(fields, at + 82, mask) * (both >> 4).to(tl.float32)
+        return scale * _pair_of_bits(data, at + 16, i, mask).to(tl.float32) - minimum
+
+
+@triton.jit
 def decode(data, fields, row, k, n_in, mask, TYPE: tl.constexpr):
     """Elements k of rows that begin at byte ``row``: float32, of the shape they broadcast to.
 
@@ -126,12 +232,14 @@ def decode(data, fields, row, k, n_in, mask, TYPE: tl.constexpr):
         d = _half(fields, at + n_in // 16 + (k // 256) * 2, mask)
         q = (low | (high << 4)) - 32
         return (d * scale.to(tl.float32)) * q.to(tl.float32)
-    else:  # F32, F16 and BF16: the fields are the elements
+    elif TYPE == F32 or TYPE == F16 or TYPE == BF16:  # the fields are the elements
         return tl.load(
             fields + row // (fields.dtype.element_ty.primitive_bitwidth // 8) + k,
             mask=mask,
             other=0.0,
         ).to(tl.float32)
+    else:
+        return _in_blocks(data, fields, row, k, mask, TYPE)
 
 
 @triton.jit

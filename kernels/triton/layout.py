@@ -10,6 +10,8 @@ up to a whole number of 16 bytes:
     Q5_K    q4    q1       as Q4_K
     Q6_K    q4    q2       scales 16    d 2
 
+The blocks of all other types lie as in the file.
+
 Quants lie in tiles of so many sub-blocks, of elements with one scale, that an element of all
 sub-blocks together is 16 bits: those of element 0 of sub-blocks 0, 1, ..., lowest bits
 first, then those of element 1, and so on. One mask then takes two elements of one sub-block out of
@@ -28,23 +30,23 @@ from fwdllm.kernels.types import BLOCKS, QuantType
 ALIGNMENT = 16
 
 
-def has_planes(type: QuantType) -> bool:
-    """Whether weights of a type lie in planes; those whose blocks are single numbers do not."""
+def has_blocks(type: QuantType) -> bool:
+    """Whether rows of a type are laid out here: all but those of single numbers."""
     return BLOCKS[type][0] > 1
 
 
 def aligned(row_bytes: int) -> int:
-    """Bytes of a row in planes, whose blocks have ``row_bytes``."""
+    """Bytes of a row that is laid out, whose blocks have ``row_bytes``."""
     return row_bytes + -row_bytes % ALIGNMENT
 
 
 def in_planes(data: torch.Tensor, type: QuantType) -> torch.Tensor:
-    """Rows of blocks as in a file, uint8 [n, row_bytes], in planes: uint8 [n, multiple of 16]."""
+    """Rows of blocks as in a file, uint8 [n, row_bytes], laid out: uint8 [n, multiple of 16]."""
     n, row_bytes = data.shape
     blocks = data.view(n, -1, BLOCKS[type][1])
-    planes = [plane.reshape(n, -1) for plane in _PLANES[type](blocks)]
+    planes = _PLANES[type](blocks) if type in _PLANES else [blocks]
     padding = data.new_zeros(n, aligned(row_bytes) - row_bytes)
-    return torch.cat([*planes, padding], dim=1)
+    return torch.cat([*(plane.reshape(n, -1) for plane in planes), padding], dim=1)
 
 
 def _tiles(q: torch.Tensor, bits: int, size: int) -> torch.Tensor:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from fwdllm.kernels.api import Array, Matrix
-from fwdllm.kernels.triton.layout import aligned, has_planes, in_planes
+from fwdllm.kernels.triton.layout import aligned, has_blocks, in_planes
 from fwdllm.kernels.types import DISTRIBUTIONS, QuantType
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -58,7 +58,7 @@ def weight(weight: Matrix) -> DeviceWeight:
     """A weight on the device; one that is there already is returned as it is."""
     if isinstance(weight, DeviceWeight):
         return weight
-    data = _planes(weight) if has_planes(weight.type) else _copy(weight.data)
+    data = _planes(weight) if has_blocks(weight.type) else _copy(weight.data)
     fields = data.view(_FIELDS.get(weight.type, torch.float16))
     return DeviceWeight(data, fields, weight.type, weight.n_out, weight.n_in)
 

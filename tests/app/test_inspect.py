@@ -17,7 +17,7 @@ from fwdllm import Engine, LoRAConfig
 from fwdllm.inspect import inspect_model
 
 ENCODER = SHARED / "models" / "minilm-l6-v2.Q4_0.gguf"
-WIDTH, HIDDEN, VOCAB = 64, 96, 256
+WIDTH, HIDDEN, VOCAB = 64, 256, 256
 
 
 def write_llama(path: Path, down: Type) -> Path:
@@ -104,15 +104,15 @@ def test_an_encoder() -> None:
 
 
 def test_unsupported_types_are_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    path = write_llama(tmp_path / "q5.gguf", Type.Q5_0)
+    path = write_llama(tmp_path / "ternary.gguf", Type.TQ2_0)
     types = {entry["type"]: entry["supported"] for entry in inspect_model(path)["tensor_types"]}
-    assert types == {"F32": True, "Q5_0": False}
+    assert types == {"F32": True, "TQ2_0": False}
     text = make_cli(capfd)("inspect", path).out
     lines = [line.rstrip() for line in text.splitlines()]
-    assert any(line.startswith("Q5_0") and line.endswith("no kernels here") for line in lines)
+    assert any(line.startswith("TQ2_0") and line.endswith("no kernels here") for line in lines)
     assert sum("no kernels here" in line for line in lines) == 1
     assert "one layer" in text
-    assert any(line.split() == ["ffn_down", "64", "x", "96", "1"] for line in lines)
+    assert any(line.split() == ["ffn_down", "64", "x", "256", "1"] for line in lines)
 
 
 def test_json_is_the_report(capfd: pytest.CaptureFixture[str]) -> None:

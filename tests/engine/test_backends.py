@@ -186,12 +186,12 @@ def test_other_architectures(small: Make, name: str) -> None:
 
 
 def test_a_type_without_kernels(small: Make, tmp_path: Path) -> None:
-    """Q5_0, by llama.cpp; and losses are those of the same weights in another file."""
+    """TQ2_0, by llama.cpp; and losses are those of the same weights in another file."""
     path = tmp_path / "model.gguf"
-    requantize(small("llama", "F32"), path, "blk.1.ffn_down.weight", "Q5_0")
+    requantize(small("llama", "F32"), path, "blk.1.ffn_down.weight", "TQ2_0")
     backend = chosen(path)
-    assert backend.name == "llama.cpp" and backend.reason and "Q5_0" in backend.reason
-    with pytest.raises(UnsupportedError, match="Q5_0"):
+    assert backend.name == "llama.cpp" and backend.reason and "TQ2_0" in backend.reason
+    with pytest.raises(UnsupportedError, match="TQ2_0"):
         Engine.load(path, backend="fwdllm")
     batch = random_batch(30, 20)
     engine = half_trained(Engine.load(path, LoRAConfig(targets=("attn_q", "ffn_down"))))

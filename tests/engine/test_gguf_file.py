@@ -219,24 +219,24 @@ def test_containment_does_not_decode(open_bytes: Callable) -> None:
 
 def test_tensors_that_cannot_be_used(open_bytes: Callable) -> None:
     tensors = (
-        tensor("q2", (256, 2), GGMLQuantizationType.Q2_K),
+        tensor("iq2", (256, 2), GGMLQuantizationType.IQ2_S),
         tensor("int", (4,), GGMLQuantizationType.I32, 192),
         tensor("cube", (2, 2, 2), 0, 224),
         tensor("vector", (4,), 0, 256),
         tensor("nan", (2,), GGMLQuantizationType.F16, 288),
     )
     file = open_bytes(gguf((), tensors, data=b"\xff" * 292))
-    assert (file.tensors["q2"].shape, file.tensors["q2"].nbytes) == ((2, 256), 168)
-    with pytest.raises(ModelError, match="tensor 'q2' has the unsupported type Q2_K"):
-        file.weight("q2")
+    assert (file.tensors["iq2"].shape, file.tensors["iq2"].nbytes) == ((2, 256), 164)
+    with pytest.raises(ModelError, match="tensor 'iq2' has the unsupported type IQ2_S"):
+        file.weight("iq2")
     with pytest.raises(ModelError, match="tensor 'int' has the unsupported type I32"):
         file.vector("int")
     with pytest.raises(ModelError, match=r"tensor 'cube' has shape \(2, 2, 2\), but 2 dim"):
         file.weight("cube")
     weight = file.weight("vector")  # a matrix of one row, whose dimension of 1 is left out
     assert (weight.n_out, weight.n_in) == (1, 4)
-    with pytest.raises(ModelError, match=r"tensor 'q2' has shape .* but 1 dim"):
-        file.vector("q2")
+    with pytest.raises(ModelError, match=r"tensor 'iq2' has shape .* but 1 dim"):
+        file.vector("iq2")
     with pytest.raises(ModelError, match="tensor 'nan' has non-finite values"):
         file.vector("nan")
     for get in (file.weight, file.vector):

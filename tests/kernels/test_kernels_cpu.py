@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from weights import random_weight
+from weights import every_scale_of_mxfp4, random_weight
 
 from fwdllm.kernels import cpu, reference
 from fwdllm.kernels.types import SUPPORTED_TYPES, Lanes, LoRA, QuantType
@@ -89,6 +89,11 @@ def test_decoding_is_exact(type: QuantType) -> None:
     np.testing.assert_array_equal(cpu.dequantize(weight), reference.dequantize(weight))
     ids = rng.integers(0, 37, 11).astype(np.int32)
     np.testing.assert_array_equal(cpu.embedding(weight, ids), reference.embedding(weight, ids))
+
+
+def test_every_scale_of_mxfp4() -> None:
+    weight = every_scale_of_mxfp4()
+    np.testing.assert_array_equal(cpu.dequantize(weight), reference.dequantize(weight))
 
 
 @types

@@ -13,7 +13,7 @@ from gguf import GGML_QUANT_SIZES
 from gguf import quants as gguf_quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from weights import random_weight
+from weights import every_scale_of_mxfp4, random_weight
 
 from fwdllm.kernels import reference
 from fwdllm.kernels.types import DISTRIBUTIONS, SUPPORTED_TYPES, Lanes, LoRA, QuantType
@@ -49,6 +49,16 @@ def test_dequantize_is_ggufs_bit_for_bit(type: QuantType, n_out: int) -> None:
     assert got.dtype == np.float32
     want = gguf_quants.dequantize(weight.data, type).reshape(n_out, n_in)
     np.testing.assert_array_equal(got, want)
+
+
+def test_every_scale_of_mxfp4() -> None:
+    """From subnormal ones to those of numbers above the largest float32."""
+    weight = every_scale_of_mxfp4()
+    got = reference.dequantize(weight)
+    with np.errstate(over="ignore"):
+        want = gguf_quants.dequantize(weight.data, weight.type)
+    np.testing.assert_array_equal(got.view(np.uint32), want.view(np.uint32))
+    assert got[0, 1] == 2.0**-128 and np.isinf(got[255, 7])
 
 
 @every_type

@@ -20,19 +20,22 @@ from typing import Any
 import pytest
 
 import fwdllm.kernels
-from fwdllm.kernels.types import BLOCKS, SUPPORTED_TYPES, QuantType
+from fwdllm.kernels.types import SUPPORTED_TYPES, QuantType
 
 if any(importlib.util.find_spec(name) is None for name in ("torch", "triton")):
     pytest.skip("torch or triton is not installed", allow_module_level=True)
 
 from triton_compile import CAPABILITIES
 
+from fwdllm.kernels.triton.tiles import STEPS
+
 SCRIPT = Path(__file__).with_name("triton_compile.py")
 KERNELS = Path(fwdllm.kernels.__file__).parent / "triton"
 # The instruction of their tensor cores for whole tiles.
 FULL_TILE = {80: "mma.sync", 90: "wgmma.mma_async"}
 ATTENTION = {"_attention", "_tangents", "_queries_vjp", "_keys_vjp"}
-QUANTIZED = {type for type in SUPPORTED_TYPES if BLOCKS[type][0] > 1}
+# Types that are decoded in whole tiles.
+IN_TILES = {int(type) for type in STEPS}
 # Whose float32 operands are taken by tensor cores, in three products of TF32.
 IN_PARTS = {"_up", "_down", *ATTENTION}
 # A program's on consumer cards, compute capability 8.6 to 12.
@@ -108,9 +111,9 @@ def test_every_kernel_compiles(variants: list[Variant], capability: int) -> None
     names = {variant["name"] for variant in variants}
     assert names == launched() if capability == CAPABILITIES[-1] else names < launched()
     assert types(variants, "_rows") == set(SUPPORTED_TYPES)
-    assert types(variants, "_fused") >= set(SUPPORTED_TYPES) - QUANTIZED
+    assert types(variants, "_fused") >= set(SUPPORTED_TYPES) - IN_TILES
     for name in ("_few", "_steps"):
-        assert types(variants, name) == QUANTIZED
+        assert types(variants, name) == IN_TILES
 
 
 def test_kernels_keep_to_registers(variants: list[Variant]) -> None:
@@ -139,7 +142,7 @@ def test_full_tiles_have_the_instructions_of_the_card(
         for v in variants
         if v["name"] == "_fused" and operands(v) == "*bf16" and v["constants"]["BM"] >= 64
     ]
-    assert {v["constants"]["TYPE"] for v in tiles} == set(SUPPORTED_TYPES) - QUANTIZED
+    assert {v["constants"]["TYPE"] for v in tiles} == set(SUPPORTED_TYPES) - IN_TILES
     other = [v for v in tiles if not all(i.startswith(FULL_TILE[capability]) for i in v["mma"])]
     assert not other, described(other)
 

@@ -47,3 +47,12 @@ def random_weight(
             blocks[:, 0] = exponents.clip(2, 254)
         data = blocks.reshape(n_out, -1)
     return Weight(data, type, n_out, n_in)
+
+
+def every_scale_of_mxfp4() -> Weight:
+    """Row e has all codes with the scale byte e."""
+    codes = np.arange(16, dtype=np.uint8)
+    codes = codes | codes << 4
+    scales = np.arange(256, dtype=np.uint8)[:, None]
+    data = np.concatenate([scales, np.tile(codes, (256, 1))], axis=1)
+    return Weight(data, QuantType.MXFP4, 256, 32)
