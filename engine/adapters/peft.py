@@ -56,6 +56,9 @@ MODULES: dict[str, dict[str, str]] = {
     "llama": _DECODER,
     "qwen2": _DECODER,
     "qwen3": _DECODER,
+    "gemma": _DECODER,
+    "gemma2": _DECODER,
+    "gemma3": _DECODER,
     "bert": _ENCODER,
 }
 

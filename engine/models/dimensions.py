@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Dimensions:
     """Dimensions of a model. Each is the largest where layers differ (some llama.cpp models).
 
-    logit_softcap: c > 0 makes c tanh(l / c) of a logit l, in our own graphs.
+    Of our own graphs: logit_softcap, c > 0 makes c tanh(l / c) of a logit l; further_values, what a
+    layer's way back reads of each row besides what it does in llama and BERT.
     """
 
     n_layers: int
@@ -21,3 +22,4 @@ class Dimensions:
     n_vocab: int
     context: int
     logit_softcap: float = 0.0
+    further_values: int = 0

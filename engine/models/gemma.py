@@ -78,6 +78,7 @@ def read_gemma2(file: GGUFFile) -> Args:
         windows=_windows(file, "gemma2", args, _GEMMA2_WINDOW),
         local_rotary=replace(args.rotary, base=base),
         post_norms=True,
+        further_values=2 * args.width,
     )
 
 
@@ -92,6 +93,7 @@ def read_gemma3(file: GGUFFile) -> Args:
         local_rotary=replace(args.rotary, base=base, scaling="none", factor=1.0),
         post_norms=True,
         qk_norm=True,
+        further_values=2 * args.width + (args.n_heads + args.n_kv_heads) * args.head_dim,
         own_output="output.weight" in file.tensors,
     )
 

@@ -27,7 +27,8 @@ def cross_entropy(
     x: float32 [rows, n_in].  weight: [n_vocabulary, n_in].  labels: int32 [rows].
     lanes: with tangents, rows of lane 0 give losses and rows of the others derivatives of these
     losses; otherwise lanes change nothing.  softcap: c > 0 makes c tanh(l / c) of a logit l.
-    exact: accepted for the common signature; these kernels always compute exactly. IndexError if a label is outside the vocabulary.
+    exact: accepted for the common signature; these kernels always compute exactly. IndexError if a
+    label is outside the vocabulary.
     """
     require_indices(labels, weight.n_out, "labels")
     n_tangents = lanes.n_tangents if lanes else 0

@@ -233,7 +233,8 @@ def _large_tiles() -> bool:
 def _tiles(kernel: Any, dtype: torch.dtype, head_dim: int, longest: int) -> dict[str, int]:
     """How a program works: for heads of 128 with few spills and 99 KB of shared memory or less.
 
-    Larger ones, of Gemma, have twice the warps and nothing loaded ahead for that. Of those, the fastest on an H200 (bench/studies/gpu_shapes.py).
+    Of those, the fastest on an H200 (bench/studies/gpu_shapes.py). Larger heads, as Gemma's, have
+    twice the warps and nothing loaded ahead.
     """
     narrow = dtype == torch.bfloat16
     # With float32 heads of 16 dimensions, a tangent kernel fails an LLVM assertion in Triton 3.9.

@@ -83,9 +83,7 @@ def geglu_vjp(gate: Array, up: Array, dy: Array) -> tuple[torch.Tensor, torch.Te
     return _pull_back(gate, up, dy, gelu=True)
 
 
-def _pull_back(
-    gate: Array, up: Array, dy: Array, gelu: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _pull_back(gate: Array, up: Array, dy: Array, gelu: bool) -> tuple[torch.Tensor, torch.Tensor]:
     gate, up, dy = tensor(gate), tensor(up), tensor(dy)
     fits = gate.shape == up.shape == dy.shape
     require(fits, f"{tuple(dy.shape)} cotangents of {tuple(gate.shape)} gates {tuple(up.shape)}")

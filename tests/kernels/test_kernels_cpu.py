@@ -364,9 +364,9 @@ def test_bad_shapes_are_refused() -> None:
 def test_bad_windows_and_soft_caps_are_refused(ops: ModuleType, options: dict) -> None:
     x, starts = np.ones((3, 8), np.float32), np.array([0, 3], np.int32)
     options = {"head_dim": 8, "scale": 1.0, "causal": True, **options}
-    with pytest.raises(ValueError, match="window|soft cap"):
+    with pytest.raises(ValueError, match=r"window|soft cap"):
         ops.attention(x, x, x, starts, **options)
-    with pytest.raises(ValueError, match="window|soft cap"):
+    with pytest.raises(ValueError, match=r"window|soft cap"):
         ops.attention_vjp(x, x, x, starts, x, **options)
 
 

@@ -55,7 +55,7 @@ def make_gemma(
     n_layers: int = LAYERS,
     seed: int = 0,
 ) -> Path:
-    """Write a model, and return its path. metadata: in place of ``OPTIONS``, None leaves one out."""
+    """Write a model; returns its path. metadata: in place of ``OPTIONS``, None leaves one out."""
     rng = np.random.default_rng(seed)
     keys = {
         **_DIMENSIONS,
