@@ -2,8 +2,8 @@
 
 The tables have what llama.cpp expects of each architecture (its ``src/models/*.cpp``): metadata,
 and tensors by name and shape; a matrix's shape ends with n_out, n_in. Every feature in which model
-families differ is in one of the architectures: fused and single matrices, biases, soft caps,
-scales, sliding windows, learned positions, parallel residuals, experts, a recurrent state, an
+families differ is in one of the architectures: fused and single matrices, biases, scales, sliding
+windows, learned positions, parallel residuals, experts, a recurrent state, an
 encoder.
 """
 
@@ -114,20 +114,20 @@ _DIMENSIONS: Metadata = {
 }
 
 ARCHITECTURES = {
-    "gemma2": Architecture(
-        _TIED,
+    "olmo2": Architecture(
+        _UNTIED,
         {
-            **_NORMS,
             **_ATTENTION,
             **_GATED_MLP,
+            "attn_q_norm.weight": (WIDTH,),
+            "attn_k_norm.weight": (KV,),
             "post_attention_norm.weight": (WIDTH,),
             "post_ffw_norm.weight": (WIDTH,),
         },
         {
             **_RMS,
-            "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0,
-            "attention.sliding_window": WINDOW,  # on every other layer
+            "attention.sliding_window": WINDOW,
+            "attention.sliding_window_pattern": 2,  # on every other layer
         },
     ),
     "phi3": Architecture(

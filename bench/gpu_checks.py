@@ -88,11 +88,16 @@ def _layers(random: Any, rng: np.random.Generator) -> Iterator[tuple[str, float,
         "rms_norm": lambda o: o.rms_norm(x, gain, 1e-2, t),
         "layer_norm": lambda o: o.layer_norm(x, gain, bias, 1e-2, t),
         "swiglu": lambda o: o.swiglu(x, y, t),
+        "geglu": lambda o: o.geglu(x, y, t),
         "gelu": lambda o: o.gelu(x, t),
         "rope": lambda o: o.rope(x, positions, table, table, 32, True),
         "attention": lambda o: o.attention(x, narrow, narrow, starts, causal=True, **heads),
+        "attention in windows": lambda o: o.attention(
+            x, narrow, narrow, starts, causal=True, window=9, softcap=1.0, **heads
+        ),
         "attention both ways": lambda o: o.attention(x, y, y, starts, causal=False, **heads),
-        "cross_entropy": partial(_cross_entropy, x, output, labels, tangents(3)),
+        "cross_entropy": partial(_cross_entropy, x, output, labels, tangents(3), 0.0),
+        "cross_entropy below a cap": partial(_cross_entropy, x, output, labels, tangents(3), 2.0),
     }
     for name, call in calls.items():
         yield f"{name}, with tangents", _error(call(ops), call(reference)), 1e-5
@@ -118,11 +123,18 @@ def _cotangents(
         "rms_norm": lambda o: [o.rms_norm_vjp(x, gain, 1e-2, dy)],
         "layer_norm": lambda o: [o.layer_norm_vjp(x, gain, 1e-2, dy)],
         "swiglu": lambda o: o.swiglu_vjp(x, y, dy),
+        "geglu": lambda o: o.geglu_vjp(x, y, dy),
         "gelu": lambda o: [o.gelu_vjp(x, dy)],
         "attention": lambda o: o.attention_vjp(x, narrow, narrow, starts, dy, **heads),
+        "attention in windows": lambda o: o.attention_vjp(
+            x, narrow, narrow, starts, dy, window=9, softcap=1.0, **heads
+        ),
         "matmul": lambda o: [o.matmul_vjp(of_output, weight, lora=lora, exact=True)],
         "LoRA": of_factors,
         "cross_entropy": lambda o: o.cross_entropy_vjp(x, weight, labels, exact=True),
+        "cross_entropy below a cap": lambda o: o.cross_entropy_vjp(
+            x, weight, labels, softcap=2.0, exact=True
+        ),
     }
     for name, call in calls.items():
         pairs = zip(call(ops), call(reference), strict=True)
@@ -131,8 +143,10 @@ def _cotangents(
     yield f"matmul, back, {rows} rows", _error(got, want), 0.004
 
 
-def _cross_entropy(x: np.ndarray, output: Weight, labels: np.ndarray, lanes: Lanes, o: Any) -> Any:
-    return o.cross_entropy(x, output, labels, lanes=lanes, exact=True)
+def _cross_entropy(
+    x: np.ndarray, output: Weight, labels: np.ndarray, lanes: Lanes, softcap: float, o: Any
+) -> Any:
+    return o.cross_entropy(x, output, labels, lanes=lanes, softcap=softcap, exact=True)
 
 
 def _models(small: bool) -> Iterator[tuple[str, float, float]]:

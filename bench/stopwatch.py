@@ -20,6 +20,7 @@ _OPERATIONS = {
     "rms_norm": "norms",
     "layer_norm": "norms",
     "swiglu": "activation",
+    "geglu": "activation",
     "gelu": "activation",
     "seeded_axpy": "update",
     "add_lora": "lora",

@@ -145,12 +145,13 @@ class Kernels(Protocol):
         labels: np.ndarray,
         *,
         lanes: Lanes | None = None,
+        softcap: float = 0.0,
         exact: bool = False,
     ) -> Array:
         """-log softmax(x W^T)[label] of each row in nats: float64 [rows]; logits are not stored.
 
         x: [rows, n_in].  weight: [vocabulary, n_in].  labels: int32 [rows]. Rows of tangents have
-        the derivatives of the losses of lane 0.
+        the derivatives of the losses of lane 0.  softcap: c > 0 makes c tanh(l / c) of a logit l.
         """
 
     # Operations between the matmuls.
@@ -189,6 +190,8 @@ class Kernels(Protocol):
         head_dim: int,
         scale: float,
         causal: bool,
+        window: int = 0,
+        softcap: float = 0.0,
         tangents: int = 0,
     ) -> Array:
         """softmax(scale q k^T) v in each sequence and head: [rows, n_heads * head_dim].
@@ -196,11 +199,16 @@ class Kernels(Protocol):
         q: [rows, n_heads * head_dim].  k, v: [rows, n_kv_heads * head_dim]; query head h reads
         head h // (n_heads / n_kv_heads).  starts: int32 [n_sequences + 1], where sequences begin,
         from 0 to rows; with tangents first the primal's sequences, then those of each tangent.
-        causal: a row sees itself and the rows before it.
+        causal: a row sees itself and the rows before it.  window: of these the last ``window``
+        only, itself included; for causal attention, 0 is no bound.  softcap: c > 0 makes
+        c tanh(s / c) of a score s = scale q . k.
         """
 
     def swiglu(self, gate: Array, up: Array, tangents: int = 0) -> Array:
         """silu(gate) * up, element by element; silu(g) = g / (1 + exp(-g))."""
+
+    def geglu(self, gate: Array, up: Array, tangents: int = 0) -> Array:
+        """gelu(gate) * up, element by element."""
 
     def gelu(self, x: Array, tangents: int = 0) -> Array:
         """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), element by element."""
@@ -273,12 +281,18 @@ class BackwardKernels(Kernels, Protocol):
         """
 
     def cross_entropy_vjp(
-        self, x: Array, weight: Matrix, labels: np.ndarray, *, exact: bool = False
+        self,
+        x: Array,
+        weight: Matrix,
+        labels: np.ndarray,
+        *,
+        softcap: float = 0.0,
+        exact: bool = False,
     ) -> tuple[Array, Array]:
         """``cross_entropy`` [rows], and dx by each row's own loss: float32 [rows, n_in].
 
         dx[r] = sum_j p[r, j] W[j] - W[labels[r]], p the softmax of the row's logits, of which those
-        of a block of the vocabulary exist at a time.
+        of a block of the vocabulary exist at a time; with a soft cap each term times its slope.
         """
 
     def rms_norm_vjp(self, x: Array, weight: np.ndarray, eps: float, dy: Array) -> Array:
@@ -288,6 +302,9 @@ class BackwardKernels(Kernels, Protocol):
         """dx of ``layer_norm``, whose bias does not matter: float32 [rows, width]."""
 
     def swiglu_vjp(self, gate: Array, up: Array, dy: Array) -> tuple[Array, Array]:
+        """The cotangents of gate and up: float32, element by element."""
+
+    def geglu_vjp(self, gate: Array, up: Array, dy: Array) -> tuple[Array, Array]:
         """The cotangents of gate and up: float32, element by element."""
 
     def gelu_vjp(self, x: Array, dy: Array) -> Array:
@@ -304,5 +321,7 @@ class BackwardKernels(Kernels, Protocol):
         head_dim: int,
         scale: float,
         causal: bool,
+        window: int = 0,
+        softcap: float = 0.0,
     ) -> tuple[Array, Array, Array]:
         """The cotangents of q, k and v; probabilities are computed again and never stored whole."""

@@ -168,7 +168,9 @@ def estimate_gradient(
         "kept": _FLOAT * n_rows * args.width * (args.n_layers - first_layer)
         + kept_layers * n_rows * _value_bytes(args),
         "residual": _FLOAT * n_rows * 2 * args.width,
-        "attention": _FLOAT * sequences * (3 * args.width + 4 * query + 4 * key_value + fused)
+        "attention": _FLOAT
+        * sequences
+        * (3 * args.width + 4 * query + 4 * key_value + fused + args.further_values)
         + _FLOAT * _num_threads() * 2 * (longest or n_rows) * args.head_dim,
         "feed_forward": _FLOAT * block * (hidden_arrays * args.hidden + 4 * args.width),
         "loss": _FLOAT * labels * (_VOCABULARY_BLOCK + 4 * args.width),
@@ -182,7 +184,8 @@ def estimate_gradient(
 def _value_bytes(args: Dimensions) -> int:
     """Of a row and layer, besides its input: what a ``Recorded`` layer keeps at most."""
     query, key_value = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
-    return _FLOAT * (args.width + 2 * query + 2 * key_value + 2 * args.hidden)
+    usual = args.width + 2 * query + 2 * key_value + 2 * args.hidden
+    return _FLOAT * (usual + args.further_values)
 
 
 @dataclass(frozen=True)

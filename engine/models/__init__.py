@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 
 from fwdllm.engine.errors import UnsupportedError
-from fwdllm.engine.models import bert, granite, llama, nomic, phi3, qwen, smollm3
+from fwdllm.engine.models import bert, gemma, granite, llama, nomic, phi3, qwen, smollm3
 from fwdllm.engine.models.dimensions import Dimensions
 from fwdllm.engine.models.forward import Pass
 from fwdllm.engine.models.weights import Shapes
@@ -46,6 +46,9 @@ FAMILIES: dict[str, Family[Any]] = {
     "llama": Family(llama.read_args, llama.shapes, llama.embed, llama.layer, llama.unembed),
     "qwen2": Family(qwen.read_qwen2, llama.shapes, llama.embed, llama.layer, llama.unembed),
     "qwen3": Family(qwen.read_qwen3, llama.shapes, llama.embed, llama.layer, llama.unembed),
+    "gemma": Family(gemma.read_gemma, gemma.shapes, gemma.embed, gemma.layer, gemma.unembed),
+    "gemma2": Family(gemma.read_gemma2, gemma.shapes, gemma.embed, gemma.layer, gemma.unembed),
+    "gemma3": Family(gemma.read_gemma3, gemma.shapes, gemma.embed, gemma.layer, gemma.unembed),
     "granite": Family(
         granite.read_args, llama.shapes, granite.embed, granite.layer, granite.unembed
     ),

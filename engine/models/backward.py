@@ -265,15 +265,25 @@ class Backward(Pass):
 
     def swiglu(self, gate: Node, up: Node) -> Node:  # type: ignore[override]
         """See ``Pass.swiglu``."""
+        return self._gated(gate, up, self.ops.swiglu, self._vjps.swiglu_vjp)
 
+    def geglu(self, gate: Node, up: Node) -> Node:  # type: ignore[override]
+        """See ``Pass.geglu``."""
+        return self._gated(gate, up, self.ops.geglu, self._vjps.geglu_vjp)
+
+    def _gated(
+        self,
+        gate: Node,
+        up: Node,
+        f: Callable[[Array, Array], Array],
+        vjp_of: Callable[[Array, Array, Array], tuple[Array, Array]],
+    ) -> Node:
         def vjp(dy: Array) -> None:
-            for x, cotangent in zip(
-                (gate, up), self._vjps.swiglu_vjp(gate.value, up.value, dy), strict=True
-            ):
+            for x, cotangent in zip((gate, up), vjp_of(gate.value, up.value, dy), strict=True):
                 x.add(cotangent)
 
         def compute() -> Array:
-            return self.ops.swiglu(gate.value, up.value)
+            return f(gate.value, up.value)
 
         wanted = gate.wanted or up.wanted
         return Node(self._tape, gate.shape, compute, vjp, wanted, (gate, up), cheap=True)
@@ -286,12 +296,16 @@ class Backward(Pass):
         head_dim: int,
         causal: bool,
         scale: float | None = None,
+        window: int = 0,
+        softcap: float = 0.0,
     ) -> Node:
         """See ``Pass.attention``."""
         options: dict[str, Any] = {
             "head_dim": head_dim,
             "scale": head_dim**-0.5 if scale is None else scale,
             "causal": causal,
+            "window": window,
+            "softcap": softcap,
         }
 
         def compute() -> Array:

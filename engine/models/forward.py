@@ -192,10 +192,12 @@ class Pass:
         head_dim: int,
         causal: bool,
         scale: float | None = None,
+        window: int = 0,
+        softcap: float = 0.0,
     ) -> Array:
         """Scaled dot-product attention inside each sequence of each lane.
 
-        scale: the factor of q k^T; None is head_dim**-0.5.
+        scale: None is 1 / sqrt(head_dim).  window, softcap: see ``Kernels.attention``.
         """
         return self.ops.attention(
             q,
@@ -205,12 +207,18 @@ class Pass:
             head_dim=head_dim,
             scale=head_dim**-0.5 if scale is None else scale,
             causal=causal,
+            window=window,
+            softcap=softcap,
             tangents=self.tangents,
         )
 
     def swiglu(self, gate: Array, up: Array) -> Array:
         """silu(gate) * up."""
         return self.ops.swiglu(gate, up, self.tangents)
+
+    def geglu(self, gate: Array, up: Array) -> Array:
+        """gelu(gate) * up."""
+        return self.ops.geglu(gate, up, self.tangents)
 
     def gelu(self, x: Array) -> Array:
         """GELU in its tanh approximation."""

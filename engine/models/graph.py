@@ -93,7 +93,14 @@ class OwnGraph:
                 x, matrix = unembed(self.args, passes[i], self.ops.take(x, rows[i]))
                 lanes = passes[i].lanes
                 found.append(
-                    self.ops.cross_entropy(x, matrix, labels[i], lanes=lanes, exact=self.exact)
+                    self.ops.cross_entropy(
+                        x,
+                        matrix,
+                        labels[i],
+                        lanes=lanes,
+                        softcap=self.args.logit_softcap,
+                        exact=self.exact,
+                    )
                 )
             return found
 
@@ -132,8 +139,9 @@ class OwnGraph:
                 return x
 
             last = back.record(output, self.ops.take(x, rows))
+            softcap, exact = self.args.logit_softcap, self.exact
             nll, of_output = self.ops.cross_entropy_vjp(
-                last.value(), matrix, labels, exact=self.exact
+                last.value(), matrix, labels, softcap=softcap, exact=exact
             )
             losses.append(self.ops.host(nll))
             found = self.ops.zeros(*x.shape)
@@ -231,7 +239,9 @@ class OwnGraph:
         tokens = Tokens(list(ids), [False] * len(ids))
         [(p, x)] = self.run(pack([tokens]))
         x, matrix = self.family.unembed(self.args, p, x)
-        return self.ops.host(self.ops.matmul(x, matrix, exact=self.exact))
+        logits = self.ops.host(self.ops.matmul(x, matrix, exact=self.exact))
+        softcap = self.args.logit_softcap
+        return softcap * np.tanh(logits / softcap) if softcap else logits
 
     def max_lanes(self, batch: Batch, n_lanes: int) -> int:
         """See ``Graph.max_lanes``."""

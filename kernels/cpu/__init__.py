@@ -50,6 +50,8 @@ __all__ = [
     "embedding",
     "free_bytes",
     "from_relative",
+    "geglu",
+    "geglu_vjp",
     "gelu",
     "gelu_vjp",
     "host",
@@ -250,11 +252,13 @@ def cross_entropy(
     labels: np.ndarray,
     *,
     lanes: Lanes | None = None,
+    softcap: float = 0.0,
     exact: bool = False,
 ) -> np.ndarray:
     """-log softmax(x W^T)[labels] in nats, float64 [rows]; the logits are never stored.
 
-    Rows of tangents have the derivatives of those losses.
+    Rows of tangents have the derivatives of those losses.  softcap: c > 0 makes c tanh(l / c) of a
+    logit l.
     """
     nll = np.empty(len(x), np.float64)
     lanes = lanes or Lanes.plain()
@@ -264,6 +268,7 @@ def cross_entropy(
         np.ascontiguousarray(labels, np.int32),
         references=_row_references(lanes, len(x)),
         tangents=lanes.n_tangents,
+        softcap=softcap,
         exact=exact,
         nll=nll,
     )
@@ -312,16 +317,30 @@ def attention(
     head_dim: int,
     scale: float,
     causal: bool,
+    window: int = 0,
+    softcap: float = 0.0,
     tangents: int = 0,
 ) -> np.ndarray:
     """Softmax attention inside each sequence starts[i] .. starts[i+1] of the rows.
 
     q float32 [rows, heads * head_dim]; k, v [rows, kv_heads * head_dim], kv_heads dividing heads.
-    With tangents, starts has first the primal's sequences, then those of each tangent.
+    With tangents, starts has first the primal's sequences, then those of each tangent.  window: a
+    causal row sees so many, itself included; 0 is all.  softcap: c > 0 makes c tanh(s / c) of a
+    score s.
     """
     y = np.empty_like(q)
     _native.attention(
-        q, k, v, starts, head_dim=head_dim, scale=scale, causal=causal, tangents=tangents, y=y
+        q,
+        k,
+        v,
+        starts,
+        head_dim=head_dim,
+        scale=scale,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        tangents=tangents,
+        y=y,
     )
     return y
 
@@ -330,6 +349,13 @@ def swiglu(gate: np.ndarray, up: np.ndarray, tangents: int = 0) -> np.ndarray:
     """silu(gate) * up, elementwise on float32 [rows, d]."""
     y = np.empty_like(gate)
     _native.swiglu(gate, up, tangents=tangents, y=y)
+    return y
+
+
+def geglu(gate: np.ndarray, up: np.ndarray, tangents: int = 0) -> np.ndarray:
+    """gelu(gate) * up, elementwise on float32 [rows, d]."""
+    y = np.empty_like(gate)
+    _native.geglu(gate, up, tangents=tangents, y=y)
     return y
 
 
@@ -360,12 +386,19 @@ def lora_vjp(x: np.ndarray, dy: np.ndarray, lora: LoRA, da: np.ndarray, db: np.n
 
 
 def cross_entropy_vjp(
-    x: np.ndarray, weight: Matrix, labels: np.ndarray, *, exact: bool = False
+    x: np.ndarray,
+    weight: Matrix,
+    labels: np.ndarray,
+    *,
+    softcap: float = 0.0,
+    exact: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """``cross_entropy`` [rows] and the cotangents of x [rows, n_in], each of its row's loss."""
     nll, dx = np.empty(len(x), np.float64), np.empty((len(x), weight.n_in), np.float32)
     labels = np.ascontiguousarray(labels, np.int32)
-    _native.cross_entropy_vjp(_f32(x), _weight(weight), labels, exact=exact, nll=nll, dx=dx)
+    _native.cross_entropy_vjp(
+        _f32(x), _weight(weight), labels, softcap=softcap, exact=exact, nll=nll, dx=dx
+    )
     return nll, dx
 
 
@@ -390,6 +423,13 @@ def swiglu_vjp(gate: np.ndarray, up: np.ndarray, dy: np.ndarray) -> tuple[np.nda
     return dgate, dup
 
 
+def geglu_vjp(gate: np.ndarray, up: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The cotangents of gate and up: float32 [rows, d] each."""
+    dgate, dup = np.empty_like(gate), np.empty_like(up)
+    _native.geglu_vjp(gate, up, dy, dgate=dgate, dup=dup)
+    return dgate, dup
+
+
 def gelu_vjp(x: np.ndarray, dy: np.ndarray) -> np.ndarray:
     """The cotangent of x of ``gelu``: float32 [rows, d]."""
     dx = np.empty_like(x)
@@ -407,6 +447,8 @@ def attention_vjp(
     head_dim: int,
     scale: float,
     causal: bool,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The cotangents of q, k and v; scores are computed again, some queries at a time."""
     dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
@@ -418,6 +460,8 @@ def attention_vjp(
         head_dim=head_dim,
         scale=scale,
         causal=causal,
+        window=window,
+        softcap=softcap,
         dy=dy,
         dq=dq,
         dk=dk,

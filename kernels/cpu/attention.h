@@ -23,7 +23,28 @@ struct Attention {
     int64_t n_heads, n_kv_heads, head_dim;
     float scale;
     bool causal;
+    int64_t window;          // rows that a causal row sees, itself included; 0 is all
+    float softcap;           // 0 is none
     int64_t tangents, rows;  // rows of each of them
+};
+
+// The keys that a block of queries i0 .. i0 + n_queries of a sequence of n sees: first .. end.
+struct Keys {
+    int64_t first, end;
+    bool causal;
+    int64_t window;
+
+    Keys(int64_t i0, int64_t n_queries, int64_t n, bool causal, int64_t window)
+        : first(window ? max_of<int64_t>(0, i0 + 1 - window) / kWidth * kWidth : 0),
+          end(causal ? i0 + n_queries : n),
+          causal(causal),
+          window(window) {}
+
+    // Those of query i alone, counted from ``first``.
+    int64_t begin_of(int64_t i) const {
+        return window ? max_of<int64_t>(0, i + 1 - window) - first : 0;
+    }
+    int64_t end_of(int64_t i) const { return (causal ? min_of(i + 1, end) : end) - first; }
 };
 
 // scores [kQueries][stride] = scale q . k for kVectors of keys; keys_t [head_dim][stride]. kAdd:
@@ -60,22 +81,44 @@ inline void score(const float* const* q, const float* keys_t, int64_t head_dim, 
     if (j < n) score_keys<1, kAdd>(q, keys_t + j, head_dim, stride, scale, scores + j);
 }
 
-// scores[0 .. n) -> exp(score - max), zeros up to padded; returns 1 / their sum.
-inline float softmax(float* scores, int64_t n, int64_t padded) {
-    VF top = splat(scores[0]);
-    for (int64_t j = 0; j < n; j += kWidth) {
-        const int64_t m = min_of<int64_t>(kWidth, n - j);
+// scores [kQueries][stride] of keys 0 .. n -> softcap tanh(score / softcap), and its slopes.
+inline void cap_scores(float softcap, int64_t n, int64_t stride, float* scores, float* slopes) {
+    const VF cap = splat(softcap), inverse = splat(1.0f / softcap);
+    for (int i = 0; i < kQueries; ++i)
+        for (int64_t j = i * stride; j < i * stride + n; j += kWidth) {
+            const VF t = vtanh(load(scores + j) * inverse);
+            store(scores + j, t * cap);
+            store(slopes + j, splat(1.0f) - t * t);
+        }
+}
+
+// dscores [kQueries][stride] of keys 0 .. n, times the slopes.
+inline void cap_tangents(const float* slopes, int64_t n, int64_t stride, float* dscores) {
+    for (int i = 0; i < kQueries; ++i)
+        for (int64_t j = i * stride; j < i * stride + n; j += kWidth)
+            store(dscores + j, load(dscores + j) * load(slopes + j));
+}
+
+// scores[begin .. n) -> exp(score - max), zeros before and up to padded; returns 1 / their sum.
+inline float softmax(float* scores, int64_t begin, int64_t n, int64_t padded) {
+    const float any = scores[begin];
+    const auto outside = [=](int64_t j) { return j < begin || j >= n; };
+    VF top = splat(any);
+    for (int64_t j = begin / kWidth * kWidth; j < n; j += kWidth) {
         VF s = load(scores + j);
-        if (m < kWidth)
-            for (int64_t i = m; i < kWidth; ++i) s[i] = scores[0];
+        if (j < begin || j + kWidth > n)
+            for (int64_t i = 0; i < kWidth; ++i)
+                if (outside(j + i)) s[i] = any;
         top = vmax(top, s);
     }
     const float max = largest(top);
     VF total = {};
     for (int64_t j = 0; j < padded; j += kWidth) {
-        const int64_t m = max_of<int64_t>(0, min_of<int64_t>(kWidth, n - j));
-        VF e = m > 0 ? vexp(load(scores + j) - splat(max)) : VF{};
-        for (int64_t i = m; i < kWidth; ++i) e[i] = 0.0f;
+        VF e = {};
+        if (j + kWidth > begin && j < n) e = vexp(load(scores + j) - splat(max));
+        if (j < begin || j + kWidth > n)
+            for (int64_t i = 0; i < kWidth; ++i)
+                if (outside(j + i)) e[i] = 0.0f;
         store(scores + j, e);
         total += e;
     }
@@ -143,9 +186,10 @@ inline void attend(const Attention& a, int64_t row0, int64_t n, int64_t kv_head)
     const int64_t stride = ceil_div(n, 2 * kWidth) * 2 * kWidth, size = stride * a.head_dim;
     const int64_t group = a.n_heads / a.n_kv_heads;
     // Transposed keys of the primal and of every tangent, and the scores of a block of queries.
-    float* keys_t = (float*)thread_scratch(4 * ((1 + a.tangents) * size + 2 * kQueries * stride));
+    float* keys_t = (float*)thread_scratch(4 * ((1 + a.tangents) * size + 3 * kQueries * stride));
     float* scores = keys_t + (1 + a.tangents) * size;
     float* dscores = scores + kQueries * stride;
+    float* slopes = dscores + kQueries * stride;
     const float* values = a.v + row0 * kv_stride + kv_head * a.head_dim;
     for (int64_t t = 0; t <= a.tangents; ++t) {
         const float* keys = a.k + (row0 + t * a.rows) * kv_stride + kv_head * a.head_dim;
@@ -157,7 +201,9 @@ inline void attend(const Attention& a, int64_t row0, int64_t n, int64_t kv_head)
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
         for (int64_t i0 = 0; i0 < n; i0 += kQueries) {
             const int n_queries = (int)min_of<int64_t>(kQueries, n - i0);
-            const int64_t n_keys = a.causal ? i0 + n_queries : n;
+            const Keys seen(i0, n_queries, n, a.causal, a.window);
+            const float *seen_t = keys_t + seen.first, *seen_v = values + seen.first * kv_stride;
+            const int64_t n_keys = seen.end - seen.first;
             const int64_t padded = ceil_div(n_keys, kWidth) * kWidth;
             const float *q[kQueries], *dq[kQueries];
             float* y[kQueries];
@@ -167,23 +213,26 @@ inline void attend(const Attention& a, int64_t row0, int64_t n, int64_t kv_head)
                 q[i] = dq[i] = a.q + row * q_stride + head * a.head_dim;
                 y[i] = a.y + row * q_stride + head * a.head_dim;
             }
-            score<false>(q, keys_t, a.head_dim, n_keys, stride, a.scale, scores);
+            score<false>(q, seen_t, a.head_dim, n_keys, stride, a.scale, scores);
+            if (a.softcap > 0) cap_scores(a.softcap, n_keys, stride, scores, slopes);
             for (int i = 0; i < kQueries; ++i) {
-                const int64_t seen = a.causal ? min_of<int64_t>(i0 + i + 1, n_keys) : n_keys;
-                inverse_sums[i] = softmax(scores + i * stride, seen, padded);
+                const int64_t row = min_of<int64_t>(i0 + i, n - 1);
+                inverse_sums[i] =
+                    softmax(scores + i * stride, seen.begin_of(row), seen.end_of(row), padded);
             }
-            mix<false>(scores, stride, inverse_sums, values, kv_stride, n_keys, a.head_dim, y,
+            mix<false>(scores, stride, inverse_sums, seen_v, kv_stride, n_keys, a.head_dim, y,
                        n_queries);
             for (int64_t t = 1; t <= a.tangents; ++t) {
                 for (int i = 0; i < kQueries; ++i) {
                     dq[i] += a.rows * q_stride;
                     y[i] += a.rows * q_stride;
                 }
-                const float* dvalues = values + t * a.rows * kv_stride;
-                score<false>(dq, keys_t, a.head_dim, n_keys, stride, a.scale, dscores);
-                score<true>(q, keys_t + t * size, a.head_dim, n_keys, stride, a.scale, dscores);
+                const float* dvalues = seen_v + t * a.rows * kv_stride;
+                score<false>(dq, seen_t, a.head_dim, n_keys, stride, a.scale, dscores);
+                score<true>(q, seen_t + t * size, a.head_dim, n_keys, stride, a.scale, dscores);
+                if (a.softcap > 0) cap_tangents(slopes, n_keys, stride, dscores);
                 softmax_tangent(scores, inverse_sums, stride, padded, dscores);
-                mix<false>(dscores, stride, inverse_sums, values, kv_stride, n_keys, a.head_dim, y,
+                mix<false>(dscores, stride, inverse_sums, seen_v, kv_stride, n_keys, a.head_dim, y,
                            n_queries);
                 mix<true>(scores, stride, inverse_sums, dvalues, kv_stride, n_keys, a.head_dim, y,
                           n_queries);
@@ -194,10 +243,10 @@ inline void attend(const Attention& a, int64_t row0, int64_t n, int64_t kv_head)
 
 void attention(const float* q, const float* k, const float* v, const int32_t* starts, int64_t n_seq,
                int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, float scale, bool causal,
-               int64_t tangents, float* y) {
+               int64_t window, float softcap, int64_t tangents, float* y) {
     const int64_t n_primal = n_seq / (1 + tangents);
-    const Attention a{q,        k,     v,      y,        n_heads,         n_kv_heads,
-                      head_dim, scale, causal, tangents, starts[n_primal]};
+    const Attention a{q,     k,      v,      y,       n_heads,  n_kv_heads,      head_dim,
+                      scale, causal, window, softcap, tangents, starts[n_primal]};
     parallel_for(n_primal * n_kv_heads, [&](int64_t task) {
         const int64_t s = task / n_kv_heads;
         attend(a, starts[s], starts[s + 1] - starts[s], task % n_kv_heads);

@@ -1,6 +1,7 @@
 // Cotangents of attention's inputs. Its softmax is computed again for each block of queries, so
 // that no more than their scores exist at a time. With P = softmax(scale Q K^T), Y = P V:
-//   dV = P^T dY,  dS = scale P (dP - rowsum(P dP)) with dP = dY V^T,  dQ = dS K,  dK = dS^T Q.
+//   dV = P^T dY,  dS = scale P (dP - rowsum(P dP)) with dP = dY V^T,  dQ = dS K,  dK = dS^T Q,
+// where a soft cap's slope is a factor of dS.
 // One task is one sequence and key/value head, whose dK and dV it adds up query after query.
 #pragma once
 
@@ -19,6 +20,8 @@ struct AttentionVjp {
     int64_t n_heads, n_kv_heads, head_dim;
     float scale;
     bool causal;
+    int64_t window;
+    float softcap;
 };
 
 // to [n rows] += weights^T x over a block of queries, dimensions d on, m of the last vector.
@@ -66,10 +69,11 @@ inline void attend_vjp(const AttentionVjp& a, int64_t row0, int64_t n, int64_t k
     const int64_t q_stride = a.n_heads * a.head_dim, kv_stride = a.n_kv_heads * a.head_dim;
     const int64_t stride = ceil_div(n, 2 * kWidth) * 2 * kWidth, size = stride * a.head_dim;
     const int64_t group = a.n_heads / a.n_kv_heads;
-    float* keys_t = (float*)thread_scratch(4 * (2 * size + 2 * kQueries * stride));
+    float* keys_t = (float*)thread_scratch(4 * (2 * size + 3 * kQueries * stride));
     float* values_t = keys_t + size;
     float* scores = values_t + size;
     float* dscores = scores + kQueries * stride;
+    float* slopes = dscores + kQueries * stride;
     const int64_t kv0 = row0 * kv_stride + kv_head * a.head_dim;
     transpose_rows(a.k + kv0, kv_stride, n, a.head_dim, stride, keys_t);
     transpose_rows(a.v + kv0, kv_stride, n, a.head_dim, stride, values_t);
@@ -81,7 +85,9 @@ inline void attend_vjp(const AttentionVjp& a, int64_t row0, int64_t n, int64_t k
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
         for (int64_t i0 = 0; i0 < n; i0 += kQueries) {
             const int n_queries = (int)min_of<int64_t>(kQueries, n - i0);
-            const int64_t n_keys = a.causal ? i0 + n_queries : n;
+            const Keys seen(i0, n_queries, n, a.causal, a.window);
+            const int64_t n_keys = seen.end - seen.first;
+            const int64_t kv = kv0 + seen.first * kv_stride;
             const int64_t padded = ceil_div(n_keys, kWidth) * kWidth;
             const float *q[kQueries], *dy[kQueries];
             float* dq[kQueries];
@@ -93,13 +99,16 @@ inline void attend_vjp(const AttentionVjp& a, int64_t row0, int64_t n, int64_t k
                 dq[i] = a.dq + at + head * a.head_dim;
                 ones[i] = 1.0f;
             }
-            score<false>(q, keys_t, a.head_dim, n_keys, stride, a.scale, scores);
+            score<false>(q, keys_t + seen.first, a.head_dim, n_keys, stride, a.scale, scores);
+            if (a.softcap > 0) cap_scores(a.softcap, n_keys, stride, scores, slopes);
             for (int i = 0; i < kQueries; ++i) {
-                const int64_t seen = a.causal ? min_of<int64_t>(i0 + i + 1, n_keys) : n_keys;
-                inverse_sums[i] = softmax(scores + i * stride, seen, padded);
+                const int64_t row = min_of<int64_t>(i0 + i, n - 1);
+                inverse_sums[i] =
+                    softmax(scores + i * stride, seen.begin_of(row), seen.end_of(row), padded);
             }
-            score<false>(dy, values_t, a.head_dim, n_keys, stride, 1.0f, dscores);
+            score<false>(dy, values_t + seen.first, a.head_dim, n_keys, stride, 1.0f, dscores);
             softmax_tangent(scores, inverse_sums, stride, padded, dscores);
+            if (a.softcap > 0) cap_tangents(slopes, n_keys, stride, dscores);
             for (int i = 0; i < kQueries; ++i) {  // the repeated ones count once
                 const VF p = splat(i < n_queries ? inverse_sums[i] : 0.0f);
                 for (int64_t j = i * stride; j < i * stride + padded; j += kWidth) {
@@ -107,18 +116,20 @@ inline void attend_vjp(const AttentionVjp& a, int64_t row0, int64_t n, int64_t k
                     store(dscores + j, load(dscores + j) * p * splat(a.scale));
                 }
             }
-            mix<false>(dscores, stride, ones, a.k + kv0, kv_stride, n_keys, a.head_dim, dq,
+            mix<false>(dscores, stride, ones, a.k + kv, kv_stride, n_keys, a.head_dim, dq,
                        n_queries);
-            add_to_keys(dscores, stride, q, n_keys, a.head_dim, a.dk + kv0, kv_stride);
-            add_to_keys(scores, stride, dy, n_keys, a.head_dim, a.dv + kv0, kv_stride);
+            add_to_keys(dscores, stride, q, n_keys, a.head_dim, a.dk + kv, kv_stride);
+            add_to_keys(scores, stride, dy, n_keys, a.head_dim, a.dv + kv, kv_stride);
         }
     }
 }
 
 void attention_vjp(const float* q, const float* k, const float* v, const float* dy,
                    const int32_t* starts, int64_t n_seq, int64_t n_heads, int64_t n_kv_heads,
-                   int64_t head_dim, float scale, bool causal, float* dq, float* dk, float* dv) {
-    const AttentionVjp a{q, k, v, dy, dq, dk, dv, n_heads, n_kv_heads, head_dim, scale, causal};
+                   int64_t head_dim, float scale, bool causal, int64_t window, float softcap,
+                   float* dq, float* dk, float* dv) {
+    const AttentionVjp a{q,       k,          v,        dy,    dq,     dk,     dv,
+                         n_heads, n_kv_heads, head_dim, scale, causal, window, softcap};
     parallel_for(n_seq * n_kv_heads, [&](int64_t task) {
         const int64_t s = task / n_kv_heads;
         attend_vjp(a, starts[s], starts[s + 1] - starts[s], task % n_kv_heads);

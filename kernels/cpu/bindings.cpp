@@ -209,6 +209,8 @@ void require_tangents(size_t rows, int64_t tangents) {
     require(tangents >= 0 && rows % (1 + tangents) == 0, "the rows are not a primal and tangents");
 }
 
+void require_softcap(float softcap) { require(softcap >= 0, "a soft cap is not below 0"); }
+
 void matmul(Matrix x, const WeightArgument& weight, std::optional<Vector> bias,
             const LoraArgument* lora, const LanesArgument& lanes, In<int32_t, 1> references,
             bool exact, Out<float, 2> y) {
@@ -250,8 +252,10 @@ void from_relative(Out<float, 2> y, In<int32_t, 1> references, Vector scales) {
 }
 
 void cross_entropy(Matrix x, const WeightArgument& weight, In<int32_t, 1> labels,
-                   In<int32_t, 1> references, int64_t tangents, bool exact, Out<double, 1> nll) {
+                   In<int32_t, 1> references, int64_t tangents, float softcap, bool exact,
+                   Out<double, 1> nll) {
     require_tangents(x.shape(0), tangents);
+    require_softcap(softcap);
     const Weight& w = weight.weight;
     require((int64_t)x.shape(1) == w.n_in, "x is [rows, n_in]");
     const int32_t* refs = references_of(references, x.shape(0));
@@ -261,8 +265,8 @@ void cross_entropy(Matrix x, const WeightArgument& weight, In<int32_t, 1> labels
         require(labels.data()[i] >= 0 && labels.data()[i] < w.n_out,
                 "a label is outside the vocabulary");
     nb::gil_scoped_release release_gil;
-    kernels().cross_entropy(x.data(), (int64_t)x.shape(0), refs, tangents, w, labels.data(), exact,
-                            nll.data());
+    kernels().cross_entropy(x.data(), (int64_t)x.shape(0), refs, tangents, w, labels.data(),
+                            softcap, exact, nll.data());
 }
 
 void rms_norm(Matrix x, Vector weight, float eps, int64_t tangents, Out<float, 2> y) {
@@ -310,6 +314,13 @@ void swiglu(Matrix gate, Matrix up, int64_t tangents, Out<float, 2> y) {
     kernels().swiglu(gate.data(), up.data(), (int64_t)gate.size(), tangents, y.data());
 }
 
+void geglu(Matrix gate, Matrix up, int64_t tangents, Out<float, 2> y) {
+    require_tangents(gate.shape(0), tangents);
+    require(gate.size() == up.size() && gate.size() == y.size(), "gate, up and y differ in shape");
+    nb::gil_scoped_release release_gil;
+    kernels().geglu(gate.data(), up.data(), (int64_t)gate.size(), tangents, y.data());
+}
+
 void gelu(Matrix x, int64_t tangents, Out<float, 2> y) {
     require_tangents(x.shape(0), tangents);
     require(x.size() == y.size(), "x and y differ in shape");
@@ -337,8 +348,14 @@ AttentionShape attention_shape(const Matrix& q, const Matrix& k, const Matrix& v
     return {n_seq, n_heads, n_kv};
 }
 
+void require_window(bool causal, int64_t window) {
+    require(window == 0 || (window > 0 && causal), "a window is of 1 row or more, and looks back");
+}
+
 void attention(Matrix q, Matrix k, Matrix v, In<int32_t, 1> starts, int64_t head_dim, float scale,
-               bool causal, int64_t tangents, Out<float, 2> y) {
+               bool causal, int64_t window, float softcap, int64_t tangents, Out<float, 2> y) {
+    require_window(causal, window);
+    require_softcap(softcap);
     const auto [n_seq, n_heads, n_kv] = attention_shape(q, k, v, starts, head_dim);
     require(y.shape(0) == q.shape(0) && y.shape(1) == q.shape(1), "q and y differ in shape");
     require(tangents >= 0 && n_seq % (1 + tangents) == 0, "tangents have other sequences");
@@ -349,7 +366,7 @@ void attention(Matrix q, Matrix k, Matrix v, In<int32_t, 1> starts, int64_t head
                 "tangents have other sequences");
     nb::gil_scoped_release release_gil;
     kernels().attention(q.data(), k.data(), v.data(), starts.data(), n_seq, n_heads, n_kv, head_dim,
-                        scale, causal, tangents, y.data());
+                        scale, causal, window, softcap, tangents, y.data());
 }
 
 // Cotangents: of outputs, dy, to those of inputs. What a cotangent is of has its shape.
@@ -382,8 +399,9 @@ void lora_vjp(Matrix x, Matrix dy, const LoraArgument& lora, Out<float, 2> da, O
                        db.data());
 }
 
-void cross_entropy_vjp(Matrix x, const WeightArgument& weight, In<int32_t, 1> labels, bool exact,
-                       Out<double, 1> nll, Out<float, 2> dx) {
+void cross_entropy_vjp(Matrix x, const WeightArgument& weight, In<int32_t, 1> labels, float softcap,
+                       bool exact, Out<double, 1> nll, Out<float, 2> dx) {
+    require_softcap(softcap);
     const Weight& w = weight.weight;
     require((int64_t)x.shape(1) == w.n_in, "x is [rows, n_in]");
     require_alike(x, dx, "x and dx differ in shape");
@@ -393,8 +411,8 @@ void cross_entropy_vjp(Matrix x, const WeightArgument& weight, In<int32_t, 1> la
         require(labels.data()[i] >= 0 && labels.data()[i] < w.n_out,
                 "a label is outside the vocabulary");
     nb::gil_scoped_release release_gil;
-    kernels().cross_entropy_vjp(x.data(), (int64_t)x.shape(0), w, labels.data(), exact, nll.data(),
-                                dx.data());
+    kernels().cross_entropy_vjp(x.data(), (int64_t)x.shape(0), w, labels.data(), softcap, exact,
+                                nll.data(), dx.data());
 }
 
 void rms_norm_vjp(Matrix x, Vector weight, float eps, Matrix dy, Out<float, 2> dx) {
@@ -415,14 +433,26 @@ void layer_norm_vjp(Matrix x, Vector weight, float eps, Matrix dy, Out<float, 2>
                              weight.data(), eps, dx.data());
 }
 
-void swiglu_vjp(Matrix gate, Matrix up, Matrix dy, Out<float, 2> dgate, Out<float, 2> dup) {
+void require_gated_vjp(const Matrix& gate, const Matrix& up, const Matrix& dy,
+                       const Out<float, 2>& dgate, const Out<float, 2>& dup) {
     require_alike(gate, up, "gate and up differ in shape");
     require_alike(gate, dy, "gate and dy differ in shape");
     require_alike(gate, dgate, "gate and dgate differ in shape");
     require_alike(gate, dup, "gate and dup differ in shape");
+}
+
+void swiglu_vjp(Matrix gate, Matrix up, Matrix dy, Out<float, 2> dgate, Out<float, 2> dup) {
+    require_gated_vjp(gate, up, dy, dgate, dup);
     nb::gil_scoped_release release_gil;
     kernels().swiglu_vjp(gate.data(), up.data(), dy.data(), (int64_t)gate.size(), dgate.data(),
                          dup.data());
+}
+
+void geglu_vjp(Matrix gate, Matrix up, Matrix dy, Out<float, 2> dgate, Out<float, 2> dup) {
+    require_gated_vjp(gate, up, dy, dgate, dup);
+    nb::gil_scoped_release release_gil;
+    kernels().geglu_vjp(gate.data(), up.data(), dy.data(), (int64_t)gate.size(), dgate.data(),
+                        dup.data());
 }
 
 void gelu_vjp(Matrix x, Matrix dy, Out<float, 2> dx) {
@@ -433,8 +463,10 @@ void gelu_vjp(Matrix x, Matrix dy, Out<float, 2> dx) {
 }
 
 void attention_vjp(Matrix q, Matrix k, Matrix v, In<int32_t, 1> starts, int64_t head_dim,
-                   float scale, bool causal, Matrix dy, Out<float, 2> dq, Out<float, 2> dk,
-                   Out<float, 2> dv) {
+                   float scale, bool causal, int64_t window, float softcap, Matrix dy,
+                   Out<float, 2> dq, Out<float, 2> dk, Out<float, 2> dv) {
+    require_window(causal, window);
+    require_softcap(softcap);
     const AttentionShape shape = attention_shape(q, k, v, starts, head_dim);
     require_alike(q, dy, "q and dy differ in shape");
     require_alike(q, dq, "q and dq differ in shape");
@@ -442,8 +474,8 @@ void attention_vjp(Matrix q, Matrix k, Matrix v, In<int32_t, 1> starts, int64_t 
     require_alike(v, dv, "v and dv differ in shape");
     nb::gil_scoped_release release_gil;
     kernels().attention_vjp(q.data(), k.data(), v.data(), dy.data(), starts.data(), shape.n_seq,
-                            shape.n_heads, shape.n_kv, head_dim, scale, causal, dq.data(),
-                            dk.data(), dv.data());
+                            shape.n_heads, shape.n_kv, head_dim, scale, causal, window, softcap,
+                            dq.data(), dk.data(), dv.data());
 }
 
 }  // namespace
@@ -488,24 +520,26 @@ NB_MODULE(_native, m) {
     m.def("to_relative", &to_relative, "x"_a.noconvert(), "references"_a, "scales"_a.noconvert());
     m.def("from_relative", &from_relative, "y"_a.noconvert(), "references"_a, "scales"_a);
     m.def("cross_entropy", &cross_entropy, "x"_a, "weight"_a, "labels"_a, "references"_a,
-          "tangents"_a, "exact"_a, "nll"_a);
+          "tangents"_a, "softcap"_a, "exact"_a, "nll"_a);
     m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "tangents"_a, "y"_a);
     m.def("layer_norm", &layer_norm, "x"_a, "weight"_a, "bias"_a, "eps"_a, "tangents"_a, "y"_a);
     m.def("rope", &rope, "x"_a, "positions"_a, "cos"_a, "sin"_a, "head_dim"_a, "interleaved"_a,
           "y"_a);
     m.def("swiglu", &swiglu, "gate"_a, "up"_a, "tangents"_a, "y"_a);
+    m.def("geglu", &geglu, "gate"_a, "up"_a, "tangents"_a, "y"_a);
     m.def("gelu", &gelu, "x"_a, "tangents"_a, "y"_a);
     m.def("attention", &attention, "q"_a, "k"_a, "v"_a, "starts"_a, "head_dim"_a, "scale"_a,
-          "causal"_a, "tangents"_a, "y"_a);
+          "causal"_a, "window"_a, "softcap"_a, "tangents"_a, "y"_a);
 
     m.def("matmul_vjp", &matmul_vjp, "dy"_a, "weight"_a, "lora"_a.none(), "exact"_a, "dx"_a);
     m.def("lora_vjp", &lora_vjp, "x"_a, "dy"_a, "lora"_a, "da"_a.noconvert(), "db"_a.noconvert());
-    m.def("cross_entropy_vjp", &cross_entropy_vjp, "x"_a, "weight"_a, "labels"_a, "exact"_a,
-          "nll"_a, "dx"_a);
+    m.def("cross_entropy_vjp", &cross_entropy_vjp, "x"_a, "weight"_a, "labels"_a, "softcap"_a,
+          "exact"_a, "nll"_a, "dx"_a);
     m.def("rms_norm_vjp", &rms_norm_vjp, "x"_a, "weight"_a, "eps"_a, "dy"_a, "dx"_a);
     m.def("layer_norm_vjp", &layer_norm_vjp, "x"_a, "weight"_a, "eps"_a, "dy"_a, "dx"_a);
     m.def("swiglu_vjp", &swiglu_vjp, "gate"_a, "up"_a, "dy"_a, "dgate"_a, "dup"_a);
+    m.def("geglu_vjp", &geglu_vjp, "gate"_a, "up"_a, "dy"_a, "dgate"_a, "dup"_a);
     m.def("gelu_vjp", &gelu_vjp, "x"_a, "dy"_a, "dx"_a);
     m.def("attention_vjp", &attention_vjp, "q"_a, "k"_a, "v"_a, "starts"_a, "head_dim"_a, "scale"_a,
-          "causal"_a, "dy"_a, "dq"_a, "dk"_a, "dv"_a);
+          "causal"_a, "window"_a, "softcap"_a, "dy"_a, "dq"_a, "dk"_a, "dv"_a);
 }

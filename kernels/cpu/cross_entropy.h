@@ -4,6 +4,7 @@
 //   nll[r] = log sum_j exp(logit[r, j]) - logit[r, labels[r]],
 // and for a tangent, with the softmax p of its primal,
 //   sum_j p[j] dlogit[r, j] - dlogit[r, labels[r]].
+// Of logits below a soft cap dlogit is that of the product times the cap's slope.
 #pragma once
 
 #include <cstdint>
@@ -66,13 +67,31 @@ inline void extend_tangent(PartialSoftmax* p, const PartialSoftmax& primal, cons
     p->sum += sum(total);
 }
 
+// The slope of a soft cap where it gives ``capped``.
+inline VF slope_of_cap(float softcap, VF capped) {
+    const VF t = capped * splat(1.0f / softcap);
+    return splat(1.0f) - t * t;
+}
+
+// capped: softcap tanh(logit / softcap). slopes: whether they take the place of the logits.
+inline void cap_logits(float softcap, float* logits, int64_t n, float* capped, bool slopes) {
+    for (int64_t j = 0; j < n; j += kWidth) {
+        const int64_t m = min_of<int64_t>(kWidth, n - j);
+        const VF c = splat(softcap) * vtanh(load_first(logits + j, m) * splat(1.0f / softcap));
+        if (slopes) store_first(logits + j, slope_of_cap(softcap, c), m);
+        store_first(capped + j, c, m);
+    }
+}
+
 // What one chunk of the vocabulary knows of all rows: the sink of its product's tiles.
 struct ChunkOfLogits {
     const int32_t* references;
     const int32_t* labels;
     int64_t primal, tangents;  // rows of the primal, and how many slices of as many follow it
     int64_t width;
+    float softcap;            // 0 is none
     float* logits;            // [rows][width], of the panel at hand
+    float* capped;            // the same below the soft cap; the same array if there is none
     PartialSoftmax* softmax;  // [rows], of this chunk
     float* label_logit;       // [rows], of all chunks: the label's is in one of them
 
@@ -83,12 +102,16 @@ struct ChunkOfLogits {
             __builtin_memcpy(to, c, 4 * n);
             if (is_difference(references, r))
                 for (int64_t j = 0; j < n; ++j) to[j] += logits[references[r] * width + j];
+            float* values = r < primal ? capped + r * width : to;
+            if (softcap > 0 && r < primal) cap_logits(softcap, to, n, values, tangents > 0);
+            if (softcap > 0 && r >= primal)
+                for (int64_t j = 0; j < n; ++j) to[j] *= logits[r % primal * width + j];
             const int64_t label = labels[r] - out0;
-            if (label >= 0 && label < n) label_logit[r] = to[label];
+            if (label >= 0 && label < n) label_logit[r] = values[label];
             if (r < primal)
-                extend(softmax + r, to, n, tangents > 0);
+                extend(softmax + r, values, n, tangents > 0);
             else
-                extend_tangent(softmax + r, softmax[r % primal], logits + r % primal * width, to,
+                extend_tangent(softmax + r, softmax[r % primal], capped + r % primal * width, to,
                                n);
         }
     }
@@ -97,11 +120,12 @@ struct ChunkOfLogits {
 // Partial softmaxes [n_chunks][rows] and the labels' logits of all rows.
 template <typename Product>
 inline void partial_softmaxes(const Product& product, int64_t rows, int64_t tangents,
-                              const int32_t* labels, PartialSoftmax* softmaxes,
+                              const int32_t* labels, float softcap, PartialSoftmax* softmaxes,
                               float* label_logit) {
     const int64_t n_out = product.w.n_out, width = product.panel_outputs;
     parallel_for(ceil_div(n_out, kVocabChunk), [&](int64_t chunk) {
-        Buffer logits(rows * width * 4);
+        Buffer buffer(rows * width * (softcap > 0 ? 8 : 4));
+        float* logits = (float*)buffer.data;
         PartialSoftmax* mine = softmaxes + chunk * rows;
         for (int64_t r = 0; r < rows; ++r) mine[r] = {0.0, -__builtin_inff()};
         const ChunkOfLogits sink{product.references,
@@ -109,7 +133,9 @@ inline void partial_softmaxes(const Product& product, int64_t rows, int64_t tang
                                  rows / (1 + tangents),
                                  tangents,
                                  width,
-                                 (float*)logits.data,
+                                 softcap,
+                                 logits,
+                                 softcap > 0 ? logits + rows * width : logits,
                                  mine,
                                  label_logit};
         const int64_t end = min_of((chunk + 1) * kVocabChunk, n_out);
@@ -134,14 +160,14 @@ inline PartialSoftmax whole_softmax(const PartialSoftmax* chunks, int64_t n_chun
 // nll [rows] of a product, and whole [rows], the softmax of each row's logits.
 template <typename Product>
 inline void losses(const Product& product, int64_t rows, int64_t tangents, const int32_t* labels,
-                   PartialSoftmax* whole, double* nll) {
+                   float softcap, PartialSoftmax* whole, double* nll) {
     const int64_t primal = rows / (1 + tangents);
     const int64_t n_chunks = ceil_div(product.w.n_out, kVocabChunk);
     Buffer softmax_buffer(n_chunks * rows * (int64_t)sizeof(PartialSoftmax)),
         label_buffer(rows * 4);
     auto* softmaxes = (PartialSoftmax*)softmax_buffer.data;
     auto* label_logit = (float*)label_buffer.data;
-    partial_softmaxes(product, rows, tangents, labels, softmaxes, label_logit);
+    partial_softmaxes(product, rows, tangents, labels, softcap, softmaxes, label_logit);
     for (int64_t r = 0; r < rows; ++r) {
         whole[r] = whole_softmax(softmaxes + r, n_chunks, rows);
         if (r < primal)
@@ -152,11 +178,11 @@ inline void losses(const Product& product, int64_t rows, int64_t tangents, const
 }
 
 void cross_entropy(const float* x, int64_t rows, const int32_t* references, int64_t tangents,
-                   const Weight& w, const int32_t* labels, bool exact, double* nll) {
+                   const Weight& w, const int32_t* labels, float softcap, bool exact, double* nll) {
     Buffer whole(rows * (int64_t)sizeof(PartialSoftmax));
     const int64_t refined = tangents > 0 ? rows / (1 + tangents) : 0;
     with_product(x, rows, refined, references, w, exact, [&](const auto& product) {
-        losses(product, rows, tangents, labels, (PartialSoftmax*)whole.data, nll);
+        losses(product, rows, tangents, labels, softcap, (PartialSoftmax*)whole.data, nll);
     });
 }
 

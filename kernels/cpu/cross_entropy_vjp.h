@@ -1,5 +1,6 @@
 // Losses of cross_entropy.h with the cotangents of their inputs,
 //   dx[r] = sum_j p[r, j] W[j] - W[labels[r]],  p the softmax of the logits.
+// a soft cap's slope being a factor of each term.
 // Each logit is computed once, and those of kVocabBlock words exist at a time: the sum goes on with
 // exp(logit - m), m the largest logit so far, and shrinks when m grows, as in flash attention
 // (arXiv 2205.14135). The label's own weight, p - 1, is the largest by far and cancels most of what
@@ -51,7 +52,7 @@ inline void extend_by_block(PartialSoftmax* chunks, int64_t rows, float* logits,
 }
 
 void cross_entropy_vjp(const float* x, int64_t rows, const Weight& w, const int32_t* labels,
-                       bool exact, double* nll, float* dx) {
+                       float softcap, bool exact, double* nll, float* dx) {
     const int64_t width = w.n_in, n_chunks = ceil_div(w.n_out, kVocabChunk);
     Buffer softmax_buffer(n_chunks * rows * (int64_t)sizeof(PartialSoftmax)),
         p_buffer(4 * rows * kVocabBlock), max_buffer(4 * rows), shrink_buffer(4 * rows),
@@ -74,6 +75,7 @@ void cross_entropy_vjp(const float* x, int64_t rows, const Weight& w, const int3
             });
             parallel_for(rows, [&](int64_t r) {
                 float* to = p + r * n;
+                if (softcap > 0) cap_logits(softcap, to, n, to, false);
                 PartialSoftmax* chunks = softmaxes + first / kVocabChunk * rows + r;
                 extend_by_block(chunks, rows, to, n, panel);
                 const float before = max[r];
@@ -84,7 +86,10 @@ void cross_entropy_vjp(const float* x, int64_t rows, const Weight& w, const int3
                 if (label >= 0 && label < n) label_logit[r] = to[label];
                 for (int64_t j = 0; j < n; j += kWidth) {
                     const int64_t m = min_of<int64_t>(kWidth, n - j);
-                    store_first(to + j, vexp(load_first(to + j, m) - splat(max[r])), m);
+                    const VF logit = load_first(to + j, m);
+                    VF share = vexp(logit - splat(max[r]));
+                    if (softcap > 0) share *= slope_of_cap(softcap, logit);
+                    store_first(to + j, share, m);
                 }
                 if (label >= 0 && label < n) to[label] = 0;
             });
@@ -104,11 +109,13 @@ void cross_entropy_vjp(const float* x, int64_t rows, const Weight& w, const int3
         const float inverse = (float)(1.0 / whole.sum);
         const float p_label =
             (float)(__builtin_exp((double)label_logit[r] - whole.max) / whole.sum);
+        const float t = softcap > 0 ? label_logit[r] / softcap : 0.0f;
+        const float of_label = (p_label - 1) * (1 - t * t);
         float* label_row = (float*)thread_scratch(4 * width);
         decode_row(w.type, w.data + labels[r] * w.row_bytes, 0, width, label_row);
         for (int64_t i = 0; i < width; ++i) {
             float* to = dx + r * width + i;
-            *to = *to * inverse + (p_label - 1) * label_row[i];
+            *to = *to * inverse + of_label * label_row[i];
         }
     });
 }

@@ -75,6 +75,8 @@ struct Lanes {
 
 // references: for every row the earlier row (or itself) it is quantized relative to, or null.
 // tangents: rows are 1 + tangents equal slices, a primal and its derivatives; so is the result.
+// window: rows that a causal row sees, itself included; 0 is all. softcap: c makes c tanh(s / c) of
+// a score or logit s; 0 is none.
 struct Kernels {
     const char* name;
     void (*philox)(uint64_t seed, uint64_t start, int64_t count, uint32_t* out);
@@ -94,13 +96,14 @@ struct Kernels {
     void (*from_relative)(float* y, int64_t rows, int64_t d, const int32_t* references,
                           const float* scales);
     void (*cross_entropy)(const float* x, int64_t rows, const int32_t* references, int64_t tangents,
-                          const Weight& w, const int32_t* labels, bool exact, double* nll);
+                          const Weight& w, const int32_t* labels, float softcap, bool exact,
+                          double* nll);
     void (*matmul_vjp)(const float* dy, int64_t rows, const Weight& w, const LoRA* lora, bool exact,
                        float* dx);
     void (*lora_vjp)(const float* x, const float* dy, int64_t rows, int64_t n_in, int64_t n_out,
                      const LoRA& lora, float* da, float* db);
     void (*cross_entropy_vjp)(const float* x, int64_t rows, const Weight& w, const int32_t* labels,
-                              bool exact, double* nll, float* dx);
+                              float softcap, bool exact, double* nll, float* dx);
     void (*rms_norm)(const float* x, int64_t rows, int64_t d, const float* weight, float eps,
                      int64_t tangents, float* y);
     void (*layer_norm)(const float* x, int64_t rows, int64_t d, const float* weight,
@@ -109,21 +112,25 @@ struct Kernels {
                  const int32_t* positions, const float* cos, const float* sin, bool interleaved,
                  float* y);
     void (*swiglu)(const float* gate, const float* up, int64_t n, int64_t tangents, float* y);
+    void (*geglu)(const float* gate, const float* up, int64_t n, int64_t tangents, float* y);
     void (*gelu)(const float* x, int64_t n, int64_t tangents, float* y);
     void (*attention)(const float* q, const float* k, const float* v, const int32_t* starts,
                       int64_t n_seq, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim,
-                      float scale, bool causal, int64_t tangents, float* y);
+                      float scale, bool causal, int64_t window, float softcap, int64_t tangents,
+                      float* y);
     void (*rms_norm_vjp)(const float* x, const float* dy, int64_t rows, int64_t d,
                          const float* weight, float eps, float* dx);
     void (*layer_norm_vjp)(const float* x, const float* dy, int64_t rows, int64_t d,
                            const float* weight, float eps, float* dx);
     void (*swiglu_vjp)(const float* gate, const float* up, const float* dy, int64_t n, float* dgate,
                        float* dup);
+    void (*geglu_vjp)(const float* gate, const float* up, const float* dy, int64_t n, float* dgate,
+                      float* dup);
     void (*gelu_vjp)(const float* x, const float* dy, int64_t n, float* dx);
     void (*attention_vjp)(const float* q, const float* k, const float* v, const float* dy,
                           const int32_t* starts, int64_t n_seq, int64_t n_heads, int64_t n_kv_heads,
-                          int64_t head_dim, float scale, bool causal, float* dq, float* dk,
-                          float* dv);
+                          int64_t head_dim, float scale, bool causal, int64_t window, float softcap,
+                          float* dq, float* dk, float* dv);
     double (*peak)(Peak kind);
 };
 

@@ -161,51 +161,55 @@ inline void for_each_vector(int64_t n, const F& body) {
 
 inline VF sigmoid(VF x) { return splat(1.0f) / (splat(1.0f) + vexp(-x)); }
 
-void swiglu(const float* gate, const float* up, int64_t n, int64_t tangents, float* y) {
+struct Activated {  // f(x) and f'(x)
+    VF value, slope;
+};
+
+inline Activated silu(VF x) {
+    const VF s = sigmoid(x);
+    return {x * s, s * fmadd(x, splat(1.0f) - s, splat(1.0f))};
+}
+
+// The tanh approximation, as llama.cpp computes it: 0.5 x (1 + tanh(t)) = x sigmoid(2 t), with
+// 2 dt/dx = 2 sqrt(2 / pi) (1 + 3 0.044715 x^2).
+inline Activated tanh_gelu(VF x) {
+    const VF cubic = x * splat(0.79788456f) * fmadd(splat(0.044715f) * x, x, splat(1.0f));
+    const VF s = sigmoid(cubic + cubic);
+    const VF twice = splat(1.59576912f) * fmadd(splat(0.134145f) * x, x, splat(1.0f));
+    return {x * s, fmadd(x * s * (splat(1.0f) - s), twice, s)};
+}
+
+// y = f(gate) up.
+template <Activated (*f)(VF)>
+void gated(const float* gate, const float* up, int64_t n, int64_t tangents, float* y) {
     const int64_t primal = n / (1 + tangents);
     for_each_vector(primal, [=](int64_t i, int64_t m) {
-        const VF g = load_first(gate + i, m), u = load_first(up + i, m);
-        const VF s = sigmoid(g), silu = g * s;
-        store_first(y + i, silu * u, m);
-        if (tangents == 0) return;
-        const VF slope = s * fmadd(g, splat(1.0f) - s, splat(1.0f)) * u;
+        const VF u = load_first(up + i, m);
+        const auto [value, slope_of_gate] = f(load_first(gate + i, m));
+        store_first(y + i, value * u, m);
+        const VF slope = slope_of_gate * u;
         for (int64_t t = i + primal; t < n; t += primal)
-            store_first(y + t, fmadd(slope, load_first(gate + t, m), silu * load_first(up + t, m)),
+            store_first(y + t, fmadd(slope, load_first(gate + t, m), value * load_first(up + t, m)),
                         m);
     });
 }
 
-void swiglu_vjp(const float* gate, const float* up, const float* dy, int64_t n, float* dgate,
-                float* dup) {
+template <Activated (*f)(VF)>
+void gated_vjp(const float* gate, const float* up, const float* dy, int64_t n, float* dgate,
+               float* dup) {
     for_each_vector(n, [=](int64_t i, int64_t m) {
-        const VF g = load_first(gate + i, m), cotangent = load_first(dy + i, m);
-        const VF s = sigmoid(g);
-        const VF slope = s * fmadd(g, splat(1.0f) - s, splat(1.0f));
+        const VF cotangent = load_first(dy + i, m);
+        const auto [value, slope] = f(load_first(gate + i, m));
         store_first(dgate + i, slope * load_first(up + i, m) * cotangent, m);
-        store_first(dup + i, g * s * cotangent, m);
+        store_first(dup + i, value * cotangent, m);
     });
-}
-
-// The tanh approximation, as llama.cpp computes it: 0.5 x (1 + tanh(t)) = x sigmoid(2 t), of which
-// this is the sigmoid.
-inline VF gelu_gate(VF x) {
-    const VF cubic = x * splat(0.79788456f) * fmadd(splat(0.044715f) * x, x, splat(1.0f));
-    return sigmoid(cubic + cubic);
-}
-
-// d/dx x sigmoid(2 t), with 2 dt/dx = 2 sqrt(2 / pi) (1 + 3 0.044715 x^2).
-inline VF gelu_slope(VF x, VF gate) {
-    const VF twice = splat(1.59576912f) * fmadd(splat(0.134145f) * x, x, splat(1.0f));
-    return fmadd(x * gate * (splat(1.0f) - gate), twice, gate);
 }
 
 void gelu(const float* x, int64_t n, int64_t tangents, float* y) {
     const int64_t primal = n / (1 + tangents);
     for_each_vector(primal, [=](int64_t i, int64_t m) {
-        const VF v = load_first(x + i, m), s = gelu_gate(v);
-        store_first(y + i, v * s, m);
-        if (tangents == 0) return;
-        const VF slope = gelu_slope(v, s);
+        const auto [value, slope] = tanh_gelu(load_first(x + i, m));
+        store_first(y + i, value, m);
         for (int64_t t = i + primal; t < n; t += primal)
             store_first(y + t, slope * load_first(x + t, m), m);
     });
@@ -213,8 +217,8 @@ void gelu(const float* x, int64_t n, int64_t tangents, float* y) {
 
 void gelu_vjp(const float* x, const float* dy, int64_t n, float* dx) {
     for_each_vector(n, [=](int64_t i, int64_t m) {
-        const VF v = load_first(x + i, m);
-        store_first(dx + i, gelu_slope(v, gelu_gate(v)) * load_first(dy + i, m), m);
+        const VF slope = tanh_gelu(load_first(x + i, m)).slope;
+        store_first(dx + i, slope * load_first(dy + i, m), m);
     });
 }
 

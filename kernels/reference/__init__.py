@@ -12,7 +12,15 @@ from fwdllm.kernels.reference.arrays import (
     zeros,
 )
 from fwdllm.kernels.reference.decode import dequantize, embedding
-from fwdllm.kernels.reference.layers import attention, gelu, layer_norm, rms_norm, rope, swiglu
+from fwdllm.kernels.reference.layers import (
+    attention,
+    geglu,
+    gelu,
+    layer_norm,
+    rms_norm,
+    rope,
+    swiglu,
+)
 from fwdllm.kernels.reference.linear import add_lora, matmul
 from fwdllm.kernels.reference.loss import cross_entropy
 from fwdllm.kernels.reference.random import normal, philox, rademacher, seeded_axpy, seeded_dot
@@ -20,6 +28,7 @@ from fwdllm.kernels.reference.relative import from_relative, to_relative
 from fwdllm.kernels.reference.vjp import (
     attention_vjp,
     cross_entropy_vjp,
+    geglu_vjp,
     gelu_vjp,
     layer_norm_vjp,
     lora_vjp,
@@ -40,6 +49,8 @@ __all__ = [
     "embedding",
     "free_bytes",
     "from_relative",
+    "geglu",
+    "geglu_vjp",
     "gelu",
     "gelu_vjp",
     "host",

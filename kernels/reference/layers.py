@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from fwdllm.kernels.reference.checks import require_indices
+from fwdllm.kernels.reference.checks import require_indices, require_window
 from fwdllm.kernels.reference.tangents import join, split
 
 
@@ -68,6 +68,8 @@ def attention(
     head_dim: int,
     scale: float,
     causal: bool,
+    window: int = 0,
+    softcap: float = 0.0,
     tangents: int = 0,
 ) -> np.ndarray:
     """softmax(scale q k^T) v for every sequence and head: float32 [rows, n_heads * head_dim].
@@ -76,9 +78,11 @@ def attention(
     head h reads key/value head h // (n_heads / n_kv_heads).
     starts: int32 [n_sequences + 1]; sequence s is rows starts[s] .. starts[s + 1] and sees no
     other rows. With tangents first the primal's sequences, then those of each tangent.
-    causal: a row sees itself and the rows before it.
-    ValueError if starts do not run from 0 to rows in order.
+    causal: a row sees itself and the rows before it.  window: of these the last ``window`` only,
+    itself included; 0 is no bound.  softcap: c > 0 makes c tanh(s / c) of a score s.
+    ValueError if starts do not run from 0 to rows in order, or for a window without ``causal``.
     """
+    require_window(window, softcap, causal)
     if starts[0] != 0 or starts[-1] != len(q) or np.any(np.diff(starts) < 0):
         raise ValueError(f"sequence starts must run from 0 to {len(q)} in order")
     n_heads, group = q.shape[1] // head_dim, q.shape[1] // k.shape[1]
@@ -88,16 +92,34 @@ def attention(
         rows = slice(begin, end)
         for h in range(n_heads):
             g = h // group
-            scores = scale * (q[rows, h] @ k[rows, g].T)
-            if causal:
-                scores[np.triu(np.ones(scores.shape, bool), 1)] = -np.inf
+            scores, slope = softcapped(scale * (q[rows, h] @ k[rows, g].T), softcap)
+            scores[~seen(end - begin, causal, window)] = -np.inf
             p = _softmax(scores)
             y[rows, h] = p @ v[rows, g]
             for t in range(tangents):
                 ds = scale * (dq[t, rows, h] @ k[rows, g].T + q[rows, h] @ dk[t, rows, g].T)
+                ds *= slope
                 dp = p * (ds - np.sum(p * ds, axis=-1, keepdims=True))
                 dy[t, rows, h] = dp @ v[rows, g] + p @ dv[t, rows, g]
     return join(y, dy).reshape(-1, n_heads * head_dim)
+
+
+def softcapped(x: np.ndarray, softcap: float) -> tuple[np.ndarray, np.ndarray]:
+    """softcap tanh(x / softcap) and its slope; x and ones if softcap is 0.
+
+    NaN if x is infinite, so that overflow is seen.
+    """
+    if softcap == 0:
+        return x, np.ones_like(x)
+    t = np.tanh(x / softcap) + 0 * x
+    return softcap * t, 1 - t**2
+
+
+def seen(n: int, causal: bool, window: int) -> np.ndarray:
+    """Whether row i of a sequence sees row j: bool [n, n]."""
+    behind = np.arange(n)[:, None] - np.arange(n)
+    within = behind < window if window else np.ones((n, n), bool)
+    return within & (behind >= 0) if causal else within
 
 
 def _heads(x: np.ndarray, head_dim: int) -> np.ndarray:
@@ -119,16 +141,28 @@ def swiglu(gate: np.ndarray, up: np.ndarray, tangents: int = 0) -> np.ndarray:
     return join(gate * sigmoid * up, slope * dgate * up + gate * sigmoid * dup)
 
 
+def geglu(gate: np.ndarray, up: np.ndarray, tangents: int = 0) -> np.ndarray:
+    """gelu(gate) * up, element by element, float32."""
+    (gate, dgate), (up, dup) = split(gate, tangents), split(up, tangents)
+    value, slope = gelu_and_slope(gate)
+    return join(value * up, slope * dgate * up + value * dup)
+
+
 def gelu(x: np.ndarray, tangents: int = 0) -> np.ndarray:
     """GELU in its tanh approximation, element by element, float32 (ggml's GGML_OP_GELU).
 
     0.5 x (1 + tanh(t)) = x sigmoid(2 t), t = sqrt(2 / pi) (x + 0.044715 x^3).
     """
     x, dx = split(x, tangents)
-    twice = 2 * np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
-    slope = 2 * np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * x**2)
-    sigmoid = _sigmoid(twice)
-    return join(x * sigmoid, (sigmoid + x * sigmoid * (1 - sigmoid) * slope) * dx)
+    value, slope = gelu_and_slope(x)
+    return join(value, slope * dx)
+
+
+def gelu_and_slope(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """gelu(x) and its derivative s + x s (1 - s) dz/dx, s = sigmoid(z), z = 2 t; x float64."""
+    s = _sigmoid(2 * np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))
+    steep = 2 * np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * x**2)
+    return x * s, s + x * s * (1 - s) * steep
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

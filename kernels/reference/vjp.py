@@ -11,7 +11,9 @@ from itertools import pairwise
 import numpy as np
 
 from fwdllm.kernels.api import Matrix
+from fwdllm.kernels.reference.checks import require_window
 from fwdllm.kernels.reference.decode import dequantize
+from fwdllm.kernels.reference.layers import gelu_and_slope, seen, softcapped
 from fwdllm.kernels.reference.linear import row_products
 from fwdllm.kernels.reference.loss import cross_entropy
 from fwdllm.kernels.types import LoRA
@@ -37,19 +39,25 @@ def lora_vjp(x: np.ndarray, dy: np.ndarray, lora: LoRA, da: np.ndarray, db: np.n
 
 
 def cross_entropy_vjp(
-    x: np.ndarray, weight: Matrix, labels: np.ndarray, *, exact: bool = False
+    x: np.ndarray,
+    weight: Matrix,
+    labels: np.ndarray,
+    *,
+    softcap: float = 0.0,
+    exact: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The losses, and dx[r] = sum_j p[r, j] W[j] - W[labels[r]], each row's of its own loss.
 
-    float64 [rows] and float32 [rows, n_in]; p is the softmax of the row's logits.
+    float64 [rows] and float32 [rows, n_in]; p is the softmax of the row's logits. With a soft cap
+    each term is times its slope.
     """
-    nll = cross_entropy(x, weight, labels, exact=exact)
+    nll = cross_entropy(x, weight, labels, softcap=softcap, exact=exact)
     w = dequantize(weight).astype(np.float64)
-    logits = row_products(x, w)
+    logits, slope = softcapped(row_products(x, w), softcap)
     p = np.exp(logits - logits.max(axis=1, keepdims=True))
     p /= p.sum(axis=1, keepdims=True)
     p[np.arange(len(x)), labels] -= 1
-    return nll, row_products(p, w.T).astype(np.float32)
+    return nll, row_products(p * slope, w.T).astype(np.float32)
 
 
 def rms_norm_vjp(x: np.ndarray, weight: np.ndarray, eps: float, dy: np.ndarray) -> np.ndarray:
@@ -77,12 +85,15 @@ def swiglu_vjp(gate: np.ndarray, up: np.ndarray, dy: np.ndarray) -> tuple[np.nda
     return dgate.astype(np.float32), (gate * sigmoid * dy).astype(np.float32)
 
 
+def geglu_vjp(gate: np.ndarray, up: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of gate gelu'(gate) up dy, and of up gelu(gate) dy."""
+    value, slope = gelu_and_slope(gate.astype(np.float64))
+    return (slope * up * dy).astype(np.float32), (value * dy).astype(np.float32)
+
+
 def gelu_vjp(x: np.ndarray, dy: np.ndarray) -> np.ndarray:
-    """dx = (s + x s (1 - s) dz/dx) dy, s = sigmoid(z), z = 2 sqrt(2 / pi) (x + 0.044715 x^3)."""
-    x = x.astype(np.float64)
-    slope = 2 * np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * x**2)
-    s = np.exp(-np.logaddexp(0, -2 * np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-    return ((s + x * s * (1 - s) * slope) * dy).astype(np.float32)
+    """dx = gelu'(x) dy."""
+    return (gelu_and_slope(x.astype(np.float64))[1] * dy).astype(np.float32)
 
 
 def attention_vjp(
@@ -95,8 +106,14 @@ def attention_vjp(
     head_dim: int,
     scale: float,
     causal: bool,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """dV = P^T dY, dS = scale P (dP - rowsum(P dP)), dP = dY V^T, dQ = dS K, dK = dS^T Q."""
+    """dV = P^T dY, dS = scale P (dP - rowsum(P dP)), dP = dY V^T, dQ = dS K, dK = dS^T Q.
+
+    With a soft cap dS is times its slope.
+    """
+    require_window(window, softcap, causal)
     group = q.shape[1] // k.shape[1]
     q, k, v, dy = (
         a.astype(np.float64).reshape(len(a), a.shape[1] // head_dim, head_dim)
@@ -107,13 +124,12 @@ def attention_vjp(
         rows = slice(begin, end)
         for h in range(q.shape[1]):
             g = h // group
-            scores = scale * (q[rows, h] @ k[rows, g].T)
-            if causal:
-                scores[np.triu(np.ones(scores.shape, bool), 1)] = -np.inf
+            scores, slope = softcapped(scale * (q[rows, h] @ k[rows, g].T), softcap)
+            scores[~seen(end - begin, causal, window)] = -np.inf
             p = np.exp(scores - scores.max(axis=-1, keepdims=True, initial=-np.inf))
             p /= p.sum(axis=-1, keepdims=True)
             dp = dy[rows, h] @ v[rows, g].T
-            ds = scale * p * (dp - np.sum(p * dp, axis=-1, keepdims=True))
+            ds = scale * slope * p * (dp - np.sum(p * dp, axis=-1, keepdims=True))
             dq[rows, h] = ds @ k[rows, g]
             dk[rows, g] += ds.T @ q[rows, h]
             dv[rows, g] += p.T @ dy[rows, h]

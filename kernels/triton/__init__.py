@@ -9,6 +9,7 @@ return NumPy arrays. TRITON_INTERPRET=1 runs all of it on a CPU, slowly.
 from fwdllm.kernels.triton.attention import attention, attention_vjp
 from fwdllm.kernels.triton.cross_entropy import cross_entropy, cross_entropy_vjp
 from fwdllm.kernels.triton.decode import dequantize, embedding
+from fwdllm.kernels.triton.gated import geglu, geglu_vjp, swiglu, swiglu_vjp
 from fwdllm.kernels.triton.gelu import gelu, gelu_vjp
 from fwdllm.kernels.triton.lanes import contiguous, spread, take
 from fwdllm.kernels.triton.layer_norm import layer_norm, layer_norm_vjp
@@ -20,7 +21,6 @@ from fwdllm.kernels.triton.rope import rope
 from fwdllm.kernels.triton.runtime import array, free_bytes, host, usable, weight, zeros
 from fwdllm.kernels.triton.seeded_axpy import seeded_axpy
 from fwdllm.kernels.triton.seeded_dot import seeded_dot
-from fwdllm.kernels.triton.swiglu import swiglu, swiglu_vjp
 
 __all__ = [
     "array",
@@ -32,6 +32,8 @@ __all__ = [
     "dequantize",
     "embedding",
     "free_bytes",
+    "geglu",
+    "geglu_vjp",
     "gelu",
     "gelu_vjp",
     "host",

@@ -34,7 +34,9 @@ from fwdllm.kernels.triton.runtime import (
     dot,
     pow2,
     require,
+    require_softcap,
     small,
+    tanh,
     tensor,
 )
 
@@ -45,16 +47,52 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _exponents(qs, ks, i, j, end, scale, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """scale q k^T of queries i and keys j by log2 e, -inf where a query does not see a key.
+def _exponents(a, b, scale, SOFTCAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """scale a b^T, or SOFTCAP tanh of it / SOFTCAP, by log2 e: [BM, BN] of [BM, D] and [BN, D]."""
+    scores = dot(a, tl.trans(b), tl.zeros([BM, BN], tl.float32), _PRECISION)
+    if SOFTCAP > 0:
+        exponents = (SOFTCAP * _LOG2_E) * tanh((scale / SOFTCAP) * scores)
+    else:
+        exponents = (scale * _LOG2_E) * scores
+    return exponents
 
-    qs: [BM, D].  ks: [BN, D].  [BM, BN].
-    """
-    scores = dot(qs, tl.trans(ks), tl.zeros([BM, BN], tl.float32), _PRECISION)
-    seen = j[None, :] < end
+
+@triton.jit
+def _through_cap(x, exponents, SOFTCAP: tl.constexpr):
+    """x times the slope of a soft cap that gave these exponents."""
+    if SOFTCAP > 0:
+        t = exponents / (SOFTCAP * _LOG2_E)
+        x *= 1.0 - t * t
+    return x
+
+
+@triton.jit
+def _seen(i, j, end, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Whether queries i see keys j."""
+    seen = (j < end) & (i < end)
     if CAUSAL:
-        seen = seen & (j[None, :] <= i[:, None])
-    return tl.where(seen, (scale * _LOG2_E) * scores, float("-inf"))
+        seen = seen & (j <= i)
+    if WINDOW > 0:
+        seen = seen & (j > i - WINDOW)
+    return seen
+
+
+@triton.jit
+def _keys(begin, end, first, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr,
+          BN: tl.constexpr):  # fmt: skip
+    """Where to begin and to stop, BN keys at a time, for queries first .. first + BM.
+
+    Whole blocks from the sequence's beginning: sums have one order whatever BM is.
+    """
+    start = begin
+    stop = end
+    if WINDOW > 0:
+        start += tl.maximum(first - begin + 1 - WINDOW, 0) // BN * BN
+    if CAUSAL:
+        stop = tl.minimum(end, first + BM)
+    if first >= end:
+        stop = start
+    return start, stop
 
 
 @triton.jit
@@ -74,6 +112,8 @@ def _attention(
     scale,
     blocks,
     CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     D: tl.constexpr,
@@ -95,20 +135,18 @@ def _attention(
     largest = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
-    stop = end
-    if CAUSAL:
-        stop = tl.minimum(end, first + BM)
-    if first >= end:
-        stop = begin
-    for j0 in range(begin, stop, BN):
+    start, stop = _keys(begin, end, first, CAUSAL, WINDOW, BM, BN)
+    for j0 in range(start, stop, BN):
         j = j0 + tl.arange(0, BN)
         j_in = (j[:, None] < end) & (d[None, :] < head_dim)
         kv_at = j.to(tl.int64)[:, None] * kv_width + (head // group) * head_dim + d[None, :]
         ks = tl.load(k + kv_at, mask=j_in, other=0.0)
         vs = tl.load(v + kv_at, mask=j_in, other=0.0)
-        exponents = _exponents(qs, ks, i, j, end, scale, CAUSAL, BM, BN)
+        exponents = _exponents(qs, ks, scale, SOFTCAP, BM, BN)
+        seen = _seen(i[:, None], j[None, :], end, CAUSAL, WINDOW)
+        exponents = tl.where(seen, exponents, float("-inf"))
         above = tl.maximum(largest, tl.max(exponents, axis=1))
-        # A row past the end sees no key: its maximum is -inf, and -inf minus -inf would be NaN.
+        # A row that sees no key yet has the maximum -inf, and -inf minus -inf would be NaN.
         shift = tl.where(above == float("-inf"), 0.0, above)
         p = tl.exp2(exponents - shift[:, None])
         shrink = tl.exp2(largest - shift)
@@ -140,6 +178,8 @@ def _tangents(
     scale,
     blocks,
     CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     D: tl.constexpr,
@@ -159,12 +199,8 @@ def _tangents(
     log = tl.load(logs + head.to(tl.int64) * rows + i, mask=i < end, other=0.0)
     slopes = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
-    stop = end
-    if CAUSAL:
-        stop = tl.minimum(end, first + BM)
-    if first >= end:
-        stop = begin
-    for j0 in range(begin, stop, BN):
+    start, stop = _keys(begin, end, first, CAUSAL, WINDOW, BM, BN)
+    for j0 in range(start, stop, BN):
         j = j0 + tl.arange(0, BN)
         j_in = (j[:, None] < end) & (d[None, :] < head_dim)
         kv_at = j.to(tl.int64)[:, None] * kv_width + (head // group) * head_dim + d[None, :]
@@ -172,10 +208,12 @@ def _tangents(
         vs = tl.load(v + kv_at, mask=j_in, other=0.0)
         dks = tl.load(k + kv_at + move * kv_width, mask=j_in, other=0.0)
         dvs = tl.load(v + kv_at + move * kv_width, mask=j_in, other=0.0)
-        p = tl.exp2(_exponents(qs, ks, i, j, end, scale, CAUSAL, BM, BN) - log[:, None])
+        exponents = _exponents(qs, ks, scale, SOFTCAP, BM, BN)
+        seen = _seen(i[:, None], j[None, :], end, CAUSAL, WINDOW)
+        p = tl.where(seen, tl.exp2(exponents - log[:, None]), 0.0)
         ds = dot(dqs, tl.trans(ks), tl.zeros([BM, BN], tl.float32), _PRECISION)
         ds = dot(qs, tl.trans(dks), ds, _PRECISION)
-        weighted = p * (scale * ds)
+        weighted = p * _through_cap(scale * ds, exponents, SOFTCAP)
         slopes += tl.sum(weighted, axis=1)
         acc = dot(cast(weighted, vs.dtype), vs, acc, _PRECISION)
         acc = dot(cast(p, vs.dtype), dvs, acc, _PRECISION)
@@ -195,7 +233,8 @@ def _large_tiles() -> bool:
 def _tiles(kernel: Any, dtype: torch.dtype, head_dim: int, longest: int) -> dict[str, int]:
     """How a program works: for heads of 128 with few spills and 99 KB of shared memory or less.
 
-    Of those, the fastest on an H200 (bench/studies/gpu_shapes.py).
+    Of those, the fastest on an H200 (bench/studies/gpu_shapes.py). Larger heads, as Gemma's, have
+    twice the warps and nothing loaded ahead.
     """
     narrow = dtype == torch.bfloat16
     # With float32 heads of 16 dimensions, a tangent kernel fails an LLVM assertion in Triton 3.9.
@@ -204,13 +243,14 @@ def _tiles(kernel: Any, dtype: torch.dtype, head_dim: int, longest: int) -> dict
     if narrow:
         rows = 64 if large or kernel is _attention else 32
     else:  # the cotangents of k and v have the most operands
-        rows = 32 if wide <= (64 if kernel is _keys_vjp else 128) or kernel is _attention else 16
+        most = 64 if kernel is _keys_vjp else 128
+        rows = 32 if wide <= most or (kernel is _attention and wide <= 128) else 16
     return {
         "BM": min(rows, pow2(longest, 16)),
         "BN": 32,
         "D": wide,
-        "num_warps": 4,
-        "num_stages": (3 if kernel is _attention else 2) if narrow else 1,
+        "num_warps": 4 if wide <= 128 else 8,
+        "num_stages": (3 if kernel is _attention else 2) if narrow and wide <= 128 else 1,
     }
 
 
@@ -223,6 +263,8 @@ def attention(
     head_dim: int,
     scale: float,
     causal: bool,
+    window: int = 0,
+    softcap: float = 0.0,
     tangents: int = 0,
 ) -> torch.Tensor:
     """softmax(scale q k^T) v for every sequence and head: [rows, n_heads * head_dim] of q's type.
@@ -230,8 +272,11 @@ def attention(
     q: [rows, n_heads * head_dim].  k, v: [rows, n_kv_heads * head_dim]; query head h reads
     key/value head h // (n_heads / n_kv_heads).  starts: int32 [n_sequences + 1]; with tangents
     first the primal's sequences, then those of each tangent.  causal: a row sees itself and the
-    rows before it. ValueError if starts do not run from 0 to rows in order.
+    rows before it.  window: of these the last ``window`` only, itself included; 0 is no bound.
+    softcap: c > 0 makes c tanh(s / c) of a score s. ValueError if starts do not run from 0 to rows
+    in order, or for a window without ``causal``.
     """
+    mask = _mask(causal, window, softcap)
     q, k, v = tensor(q), tensor(k), tensor(v)
     _check(q, k, v, starts, head_dim)
     check_rows(len(q), 1 + tangents, f"a primal and {tangents} tangents")
@@ -252,15 +297,22 @@ def attention(
     options = _tiles(_attention, q.dtype, head_dim, longest)
     blocks = cdiv(longest, options["BM"])
     _attention[(sequences * blocks, heads)](
-        *arrays, *shape, blocks, CAUSAL=causal, WHOLE=separate, **options
+        *arrays, *shape, blocks, **mask, WHOLE=separate, **options
     )
     if tangents:
         options = _tiles(_tangents, q.dtype, head_dim, longest)
         blocks = cdiv(longest, options["BM"])
         # All tangents of a head at about the same time, for what they read of the primal.
         grid = (sequences * blocks, tangents, heads)
-        _tangents[grid](*arrays, *shape, blocks, CAUSAL=causal, **options)
+        _tangents[grid](*arrays, *shape, blocks, **mask, **options)
     return y
+
+
+def _mask(causal: bool, window: int, softcap: float) -> dict[str, Any]:
+    """Constants of kernels; a model has one soft cap and at most one window."""
+    require(window == 0 or (window > 0 and causal), f"a window of {window} rows with {causal=}")
+    require_softcap(softcap)
+    return {"CAUSAL": causal, "WINDOW": window, "SOFTCAP": float(softcap)}
 
 
 def _check(
@@ -292,6 +344,8 @@ def _queries_vjp(
     scale,
     blocks,
     CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     D: tl.constexpr,
@@ -315,20 +369,18 @@ def _queries_vjp(
     log = tl.load(logs + of_query, mask=i < end, other=0.0)
     tl.store(means + of_query, mean, mask=i < end)
     acc = tl.zeros([BM, D], tl.float32)
-    stop = end
-    if CAUSAL:
-        stop = tl.minimum(end, first + BM)
-    if first >= end:
-        stop = begin
-    for j0 in range(begin, stop, BN):
+    start, stop = _keys(begin, end, first, CAUSAL, WINDOW, BM, BN)
+    for j0 in range(start, stop, BN):
         j = j0 + tl.arange(0, BN)
         j_in = (j[:, None] < end) & (d[None, :] < head_dim)
         kv_at = j.to(tl.int64)[:, None] * kv_width + (head // group) * head_dim + d[None, :]
         ks = tl.load(k + kv_at, mask=j_in, other=0.0)
         vs = tl.load(v + kv_at, mask=j_in, other=0.0)
-        p = tl.exp2(_exponents(qs, ks, i, j, end, scale, CAUSAL, BM, BN) - log[:, None])
+        exponents = _exponents(qs, ks, scale, SOFTCAP, BM, BN)
+        seen = _seen(i[:, None], j[None, :], end, CAUSAL, WINDOW)
+        p = tl.where(seen, tl.exp2(exponents - log[:, None]), 0.0)
         dp = dot(dys, tl.trans(vs), tl.zeros([BM, BN], tl.float32), _PRECISION)
-        ds = scale * p * (dp - mean[:, None])
+        ds = scale * p * _through_cap(dp - mean[:, None], exponents, SOFTCAP)
         acc = dot(cast(ds, ks.dtype), ks, acc, _PRECISION)
     tl.store(dq + q_at, acc, mask=i_in)
 
@@ -352,6 +404,8 @@ def _keys_vjp(
     scale,
     blocks,
     CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     D: tl.constexpr,
@@ -376,6 +430,8 @@ def _keys_vjp(
     if CAUSAL:
         start = first
     stop = end
+    if WINDOW > 0:
+        stop = tl.minimum(end, first + BM + WINDOW - 1)
     if first >= end:
         stop = start
     for h in range(group):
@@ -389,12 +445,11 @@ def _keys_vjp(
             of_query = head.to(tl.int64) * rows + i
             log = tl.load(logs + of_query, mask=i < end, other=0.0)
             mean = tl.load(means + of_query, mask=i < end, other=0.0)
-            seen = (j[:, None] < end) & (i[None, :] < end)
-            if CAUSAL:
-                seen = seen & (j[:, None] <= i[None, :])
-            exponents = (scale * _LOG2_E) * dot(ks, tl.trans(qs), zero, _PRECISION)
+            exponents = _exponents(ks, qs, scale, SOFTCAP, BM, BN)
+            seen = _seen(i[None, :], j[:, None], end, CAUSAL, WINDOW)
             p = tl.where(seen, tl.exp2(exponents - log[None, :]), 0.0)
-            ds = scale * p * (dot(vs, tl.trans(dys), zero, _PRECISION) - mean[None, :])
+            dp = dot(vs, tl.trans(dys), zero, _PRECISION)
+            ds = scale * p * _through_cap(dp - mean[None, :], exponents, SOFTCAP)
             of_v = dot(cast(p, dys.dtype), dys, of_v, _PRECISION)
             of_k = dot(cast(ds, qs.dtype), qs, of_k, _PRECISION)
     tl.store(dk + kv_at, of_k, mask=j_in)
@@ -411,8 +466,11 @@ def attention_vjp(
     head_dim: int,
     scale: float,
     causal: bool,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The cotangents of q, k and v, float32; probabilities are computed again, some at a time."""
+    mask = _mask(causal, window, softcap)
     q, k, v = tensor(q), tensor(k), tensor(v)
     _check(q, k, v, starts, head_dim)
     require(dy.shape == q.shape, f"{tuple(dy.shape)} cotangents of {tuple(q.shape)}")
@@ -430,16 +488,16 @@ def attention_vjp(
     options = _tiles(_attention, q.dtype, head_dim, longest)
     blocks = cdiv(longest, options["BM"])
     _attention[(sequences * blocks, heads)](
-        *arrays, y, y, logs, *shape, blocks, CAUSAL=causal, WHOLE=False, **options
+        *arrays, y, y, logs, *shape, blocks, **mask, WHOLE=False, **options
     )
     options = _tiles(_queries_vjp, q.dtype, head_dim, longest)
     blocks = cdiv(longest, options["BM"])
     _queries_vjp[(sequences * blocks, heads)](
-        *arrays, y, logs, dy, means, dq, *shape, blocks, CAUSAL=causal, **options
+        *arrays, y, logs, dy, means, dq, *shape, blocks, **mask, **options
     )
     options = _tiles(_keys_vjp, q.dtype, head_dim, longest)
     blocks = cdiv(longest, options["BM"])
     _keys_vjp[(sequences * blocks, kv_heads)](
-        *arrays, logs, dy, means, dk, dv, *shape, blocks, CAUSAL=causal, **options
+        *arrays, logs, dy, means, dk, dv, *shape, blocks, **mask, **options
     )
     return dq, dk, dv

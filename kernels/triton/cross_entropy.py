@@ -24,6 +24,8 @@ from fwdllm.kernels.triton.runtime import (
     check_rows,
     constant,
     require,
+    require_softcap,
+    tanh,
     tensor,
 )
 from fwdllm.kernels.triton.runtime import weight as on_device
@@ -51,6 +53,7 @@ def _update(
     first_word,
     tangents,
     RELATIVE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     WORDS: tl.constexpr,
 ):
     """Add a part of the vocabulary to the running sums of each row.
@@ -70,6 +73,9 @@ def _update(
         if reference != lane:
             there = (reference * rows + i).to(tl.int64) * n_words
             values += tl.load(logits + there + w, mask=mask, other=0.0)
+    if SOFTCAP > 0:
+        t = tanh(tl.where(mask, values, 0.0) / SOFTCAP)
+        values = tl.where(mask, SOFTCAP * t, float("-inf"))
     n_lanes = tl.num_programs(1) + tangents
     plane = n_lanes * n_rows
     label = tl.load(labels + lane * n_rows + first_row + i) - first_word
@@ -83,9 +89,11 @@ def _update(
     tl.store(sums + plane + at, tl.load(sums + plane + at) * shrink + tl.sum(p, axis=0))
     if here:
         tl.store(sums + 2 * plane + at, tl.sum(tl.where(w == label, values, 0.0), axis=0))
-    for t in range(1, tangents + 1):
-        slopes = tl.load(logits + (row + t * rows) * n_words + w, mask=mask, other=0.0)
-        to = at + t * n_rows
+    for lane_of in range(1, tangents + 1):
+        slopes = tl.load(logits + (row + lane_of * rows) * n_words + w, mask=mask, other=0.0)
+        if SOFTCAP > 0:
+            slopes *= 1.0 - t * t
+        to = at + lane_of * n_rows
         tl.store(sums + to, tl.load(sums + to) * shrink + tl.sum(p * slopes, axis=0))
         if here:
             tl.store(sums + 2 * plane + to, tl.sum(tl.where(w == label, slopes, 0.0), axis=0))
@@ -97,12 +105,15 @@ def cross_entropy(
     labels: Array,
     *,
     lanes: Lanes | None = None,
+    softcap: float = 0.0,
     exact: bool = False,
 ) -> torch.Tensor:
     """-log softmax(x W^T)[label] of each row, in nats, float64 [rows]; logits are never all stored.
 
     x: [rows, n_in].  labels: int32 [rows].  Rows of tangents have the derivatives of the losses.
+    softcap: c > 0 makes c tanh(l / c) of a logit l.
     """
+    require_softcap(softcap)
     check_indices(labels, weight.n_out, "labels")
     x, weight, labels = tensor(x), on_device(weight), constant(labels)
     lanes = Lanes.plain() if lanes is None else lanes
@@ -118,7 +129,7 @@ def cross_entropy(
     if relative:
         x = round_to_references(x, table)
     x = x.view(n_lanes, n, -1)
-    sums = _sums(x, weight, labels, table.references, tangents, relative, exact)
+    sums = _sums(x, weight, labels, table.references, tangents, relative, softcap, exact)
     return _losses(sums.double(), tangents).view(-1)
 
 
@@ -129,6 +140,7 @@ def _sums(
     references: torch.Tensor,
     tangents: int,
     relative: bool,
+    softcap: float,
     exact: bool,
 ) -> torch.Tensor:
     """The sums of ``_update`` over all of the vocabulary; x [n_lanes, n, n_in]."""
@@ -149,6 +161,7 @@ def _sums(
             word,
             tangents,
             RELATIVE=relative,
+            SOFTCAP=float(softcap),
             WORDS=_WORDS,
             num_warps=8,
         )
@@ -184,9 +197,20 @@ def _losses(sums: torch.Tensor, tangents: int) -> torch.Tensor:
 
 @triton.jit
 def _to_probabilities(
-    logits, labels, sums, n_rows, first_row, n_words, first_word, size, BLOCK: tl.constexpr
+    logits,
+    labels,
+    sums,
+    n_rows,
+    first_row,
+    n_words,
+    first_word,
+    size,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Make probabilities of logits [rows, n_words], in place, and of the label's 0.
+
+    Times the slope of a soft cap.
 
     sums: of ``_update``, over all of the vocabulary, [3, n_rows].
     """
@@ -196,19 +220,26 @@ def _to_probabilities(
     largest = tl.load(sums + row, mask=mask, other=0.0)
     total = tl.load(sums + n_rows + row, mask=mask, other=1.0)
     label = tl.load(labels + row, mask=mask, other=-1)
-    p = tl.exp(tl.load(logits + at, mask=mask, other=0.0) - largest) / total
+    values = tl.load(logits + at, mask=mask, other=0.0)
+    slope = 1.0
+    if SOFTCAP > 0:
+        t = tanh(values / SOFTCAP)
+        values = SOFTCAP * t
+        slope = 1.0 - t * t
+    p = slope * tl.exp(values - largest) / total
     tl.store(logits + at, tl.where(at % n_words + first_word == label, 0.0, p), mask=mask)
 
 
 def cross_entropy_vjp(
-    x: Array, weight: Matrix, labels: Array, *, exact: bool = False
+    x: Array, weight: Matrix, labels: Array, *, softcap: float = 0.0, exact: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The losses, float64 [rows], and dx[r] = sum_j p[r, j] W[j] - W[labels[r]], float32.
 
     x, dx: [rows, n_in].  p: the softmax of the row's logits. The label's own weight, p - 1, is the
     largest by far and cancels most of what is summed: its product is in float32, apart from those
-    of the others.
+    of the others. With a soft cap each term is times its slope.
     """
+    require_softcap(softcap)
     check_indices(labels, weight.n_out, "labels")
     x, weight, labels = tensor(x), on_device(weight), constant(labels)
     fits = x.shape[1] == weight.n_in and len(labels) == len(x)
@@ -217,13 +248,24 @@ def cross_entropy_vjp(
     n = len(x)
     if n == 0:
         return torch.zeros(0, dtype=torch.float64, device=DEVICE), dx
-    sums = _sums(x[None], weight, labels, labels, 0, relative=False, exact=exact)
+    sums = _sums(x[None], weight, labels, labels, 0, relative=False, softcap=softcap, exact=exact)
     losses = _losses(sums.double(), 0).view(-1)
     for part, word, row, logits in _logits(x[None], weight, exact):
         size = logits.numel()
         _to_probabilities[(cdiv(size, _BLOCK),)](
-            logits, labels, sums, n, row, part.n_out, word, size, BLOCK=_BLOCK
+            logits,
+            labels,
+            sums,
+            n,
+            row,
+            part.n_out,
+            word,
+            size,
+            SOFTCAP=float(softcap),
+            BLOCK=_BLOCK,
         )
         dx[row : row + len(logits)] += product_back(logits, part, exact)
-    of_label = torch.expm1(-losses).float()[:, None]
-    return losses, dx + of_label * embedding(weight, labels)
+    of_label = torch.expm1(-losses)
+    if softcap > 0:
+        of_label *= 1 - (sums[2, 0].double() / softcap) ** 2
+    return losses, dx + of_label.float()[:, None] * embedding(weight, labels)

@@ -13,7 +13,7 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _value_and_slope(v):
+def gelu_and_slope(v):
     """gelu(v) and gelu'(v)."""
     # 2 sqrt(2 / pi) (v + 0.044715 v^3): 0.5 (1 + tanh(t)) is sigmoid(2 t).
     twice = 1.5957691216057308 * (v + 0.044715 * v * v * v)
@@ -27,7 +27,7 @@ def _gelu(x, y, n, tangents, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < n
     v = tl.load(x + i, mask=mask, other=0.0).to(tl.float32)
-    value, slope = _value_and_slope(v)
+    value, slope = gelu_and_slope(v)
     tl.store(y + i, cast(value, y.dtype.element_ty), mask=mask)
     for _ in range(tangents):
         i += n
@@ -50,7 +50,7 @@ def _gelu_vjp(x, dy, dx, n, BLOCK: tl.constexpr):
     """dx = gelu'(x) dy."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < n
-    _, slope = _value_and_slope(tl.load(x + i, mask=mask, other=0.0).to(tl.float32))
+    _, slope = gelu_and_slope(tl.load(x + i, mask=mask, other=0.0).to(tl.float32))
     tl.store(dx + i, slope * tl.load(dy + i, mask=mask, other=0.0).to(tl.float32), mask=mask)
 
 

@@ -222,6 +222,22 @@ def cast(x, to: tl.constexpr):
     return x.to(to)
 
 
+@triton.jit
+def tanh(x):
+    """tanh to 4e-7 of it, NaN if x is infinite, so that overflow is seen."""
+    z = x * x
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    # Near 0, where that cancels, its series.
+    near = x * (1.0 + z * (-1.0 / 3.0 + z * (2.0 / 15.0 + z * (-17.0 / 315.0 + z * 62.0 / 2835.0))))
+    return tl.where(z < 0.09, near, tl.where(x < 0.0, -far, far)) + 0.0 * x
+
+
+def require_softcap(softcap: float) -> None:
+    """ValueError for a soft cap below 0, or NaN."""
+    require(softcap >= 0, f"a soft cap of {softcap}")
+
+
 def require(fits: bool, what: str) -> None:
     """ValueError unless it fits: otherwise a kernel would access memory out of bounds."""
     if not fits:

@@ -39,7 +39,7 @@ def plain_loss(model: Path, data: Path, adapter: Path) -> float:
     return float(np.concatenate(found).mean())
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt2", "gptneox", "stablelm", "mamba"])
+@pytest.mark.parametrize("name", ["olmo2", "gpt2", "gptneox", "stablelm", "mamba"])
 def test_tune(name: str, data: Path, tmp_path: Path) -> None:
     """The loss falls, and the adapter has the same loss in plain llama.cpp."""
     model, output = tmp_path / "model.gguf", tmp_path / "adapter.gguf"

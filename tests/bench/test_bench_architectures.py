@@ -77,13 +77,13 @@ def test_every_type(tmp_path: Path, name: str, type: QuantType) -> None:
 
 def test_a_seed_makes_a_model(tmp_path: Path) -> None:
     first, second, again = (
-        make(tmp_path, "gemma2", QuantType.Q8_0, seed).read_bytes() for seed in (0, 1, 0)
+        make(tmp_path, "olmo2", QuantType.Q8_0, seed).read_bytes() for seed in (0, 1, 0)
     )
     assert first == again != second
 
 
 def test_an_unknown_architecture(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no architecture 'gpt-5'; these are: gemma2, phi3, "):
+    with pytest.raises(ConfigError, match="no architecture 'gpt-5'; these are: olmo2, phi3, "):
         make_small(tmp_path / "model.gguf", "gpt-5")
     assert not list(tmp_path.iterdir())
 
@@ -94,7 +94,7 @@ def test_a_full_disk_leaves_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(synthetic, "_append", fail)
     with pytest.raises(OSError, match="No space left"):
-        make_small(tmp_path / "model.gguf", "gemma2")
+        make_small(tmp_path / "model.gguf", "olmo2")
     assert not list(tmp_path.iterdir())
 
 
@@ -109,4 +109,4 @@ def test_the_command_knows_both_kinds_of_names(fwdllm: Cli, tmp_path: Path) -> N
     outcome = fwdllm(*command, "gpt-5")
     assert outcome.code == 2
     assert "these are: tiny, " in outcome.err
-    assert ", gemma2, " in outcome.err
+    assert ", olmo2, " in outcome.err

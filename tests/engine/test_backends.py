@@ -55,11 +55,11 @@ def one_sentence(raised: pytest.ExceptionInfo[FwdllmError]) -> str:
 
 
 def test_methods_that_need_tangents(small: Make) -> None:
-    engine = tuned(small("gemma2"), "gemma2")
+    engine = tuned(small("olmo2"), "olmo2")
     batch = random_batch(9)
     with pytest.raises(ConfigError, match="use method central or forward-difference") as raised:
         engine.directional_derivatives(batch, SEEDS, "forward-ad")
-    assert "gemma2" in one_sentence(raised)
+    assert "olmo2" in one_sentence(raised)
     with pytest.raises(ConfigError, match="forward-ad"):
         engine.group_derivatives(batch, [1], SEEDS[None], "forward-ad")
     with pytest.raises(ConfigError, match="activation") as raised:
@@ -82,8 +82,8 @@ def test_methods_that_need_tangents(small: Make) -> None:
     ids=["exact", "memory_budget", "device"],
 )
 def test_what_only_our_own_graphs_do(small: Make, options: dict, words: str) -> None:
-    with pytest.raises(ConfigError, match=f"{words}.*llama.cpp.*'gemma2' is not one") as raised:
-        Engine.load(small("gemma2"), **options)
+    with pytest.raises(ConfigError, match=f"{words}.*llama.cpp.*'olmo2' is not one") as raised:
+        Engine.load(small("olmo2"), **options)
     one_sentence(raised)
     with pytest.raises(ConfigError, match=words) as raised:
         Engine.load(small("llama"), backend="llama.cpp", **options)
@@ -92,12 +92,12 @@ def test_what_only_our_own_graphs_do(small: Make, options: dict, words: str) -> 
 
 
 def test_backends_that_do_not_fit(small: Make) -> None:
-    with pytest.raises(UnsupportedError, match="'gemma2' is not one of llama") as raised:
-        Engine.load(small("gemma2"), backend="fwdllm")
+    with pytest.raises(UnsupportedError, match="'olmo2' is not one of llama") as raised:
+        Engine.load(small("olmo2"), backend="fwdllm")
     assert isinstance(raised.value, ModelError)
     one_sentence(raised)
     with pytest.raises(ConfigError, match=r"auto, fwdllm, llama\.cpp, not 'generation'") as raised:
-        Engine.load(small("gemma2"), backend="generation")
+        Engine.load(small("olmo2"), backend="generation")
     one_sentence(raised)
 
 
@@ -107,8 +107,8 @@ def test_backends_that_do_not_fit(small: Make) -> None:
         ("mixtral", "ffn_up_exps"),
         ("qwen2moe", "ffn_down_exps"),
         ("mamba", "ssm_conv1d"),
-        ("gemma2", "attn_qkv"),
-        ("gemma2", "attn_norm"),
+        ("olmo2", "attn_qkv"),
+        ("olmo2", "attn_q_norm"),
     ],
 )
 def test_targets_that_no_adapter_is_for(small: Make, name: str, target: str) -> None:
@@ -121,7 +121,7 @@ def test_a_target_that_llama_cpp_passes_by(small: Make, monkeypatch: pytest.Monk
     """It multiplies with the weight, but not with the factors of an adapter that it was given."""
     monkeypatch.setattr(Context, "apply", lambda *_: None)
     with pytest.raises(ConfigError, match=r"adapters to blk\.0\.ffn_down") as raised:
-        Engine.load(small("gemma2"), LoRAConfig(targets=("ffn_down",)))
+        Engine.load(small("olmo2"), LoRAConfig(targets=("ffn_down",)))
     one_sentence(raised)
 
 
@@ -144,7 +144,7 @@ def test_an_architecture_that_nobody_knows(tmp_path: Path) -> None:
 
 
 def test_outputs_that_a_model_does_not_have(small: Make) -> None:
-    decoder, encoder = tuned(small("gemma2"), "gemma2"), tuned(small(ENCODER), ENCODER)
+    decoder, encoder = tuned(small("olmo2"), "olmo2"), tuned(small(ENCODER), ENCODER)
     with pytest.raises(ConfigError, match="predicts no tokens"):
         encoder.logits([1, 2, 3])
     with pytest.raises(ConfigError, match="pooled features"):
@@ -235,7 +235,7 @@ def test_a_rope_scaling_without_a_graph(tmp_path: Path) -> None:
 
 
 def test_memory_is_given_back(small: Make) -> None:
-    engine = tuned(small("gemma2"), "gemma2")
+    engine = tuned(small("olmo2"), "olmo2")
     batch = random_batch(20, 300)
     engine.directional_derivatives(batch, SEEDS[:2], "central")
     graph = engine.graph
@@ -248,7 +248,7 @@ def test_memory_is_given_back(small: Make) -> None:
 
 
 def test_a_smaller_context_is_dropped_for_a_larger_one(small: Make) -> None:
-    engine = tuned(small("gemma2"), "gemma2")
+    engine = tuned(small("olmo2"), "olmo2")
     engine.loss(random_batch(20))
     first = weakref.ref(engine.graph._context)
     engine.loss(random_batch(CONTEXT))
@@ -280,7 +280,7 @@ def failing(
     return switch
 
 
-@pytest.mark.parametrize("name", ["gemma2", "mamba", ENCODER])
+@pytest.mark.parametrize("name", ["olmo2", "mamba", ENCODER])
 def test_an_exception_in_the_callback(
     small: Make, failing: Callable[[bool], type[BaseException]], name: str
 ) -> None:
@@ -298,7 +298,7 @@ def test_an_exception_in_the_callback(
     np.testing.assert_array_equal(slopes(), want)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "mamba", "mixtral", ENCODER])
+@pytest.mark.parametrize("name", ["olmo2", "mamba", "mixtral", ENCODER])
 def test_numbers_that_are_not_finite(small: Make, name: str) -> None:
     """They are reported, and do not spoil the next call."""
     engine = tuned(small(name), name)
@@ -315,7 +315,7 @@ def test_numbers_that_are_not_finite(small: Make, name: str) -> None:
 
 def test_two_engines_do_not_meet(small: Make) -> None:
     """Each has its own model, context and callback."""
-    names = ("gemma2", "gpt2")
+    names = ("olmo2", "gpt2")
     engines = [tuned(small(name), name) for name in names]
     batch = random_batch(20, 31)
     want = [engine.loss(batch) for engine in engines]
@@ -324,7 +324,7 @@ def test_two_engines_do_not_meet(small: Make) -> None:
 
 
 def test_nothing_is_printed(small: Make, capfd: pytest.CaptureFixture[str]) -> None:
-    engine = tuned(small("gemma2"), "gemma2")
+    engine = tuned(small("olmo2"), "olmo2")
     engine.directional_derivatives(random_batch(20), SEEDS[:2], "central")
     with pytest.raises(ConfigError):
         Engine.load(small("mixtral"), LoRAConfig(targets=("ffn_up_exps",)))

@@ -1,4 +1,4 @@
-"""Gemma 3 270M, a real model that only llama.cpp has a graph for, from its file to an adapter."""
+"""Gemma 3 270M, a real model, by our graph and by llama.cpp, from its file to an adapter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from cli_runs import make_cli, write_rows
 from real_models import gemma3, llama_cpp_loss
 
 import fwdllm
-from fwdllm.engine import Engine, Example
+from fwdllm.bench.inputs import half_trained
+from fwdllm.engine import Engine, Example, LoRAConfig
 from fwdllm.engine.llamacpp import generation
 from fwdllm.engine.llamacpp.graph import negative_log_likelihood
 from fwdllm.engine.llamacpp.native import Llama
@@ -44,9 +45,18 @@ TEXTS = [
 NOISE = 0.03
 
 
+TEXT = """The village lies where two rivers meet, an hour's walk below the pass. In spring the
+meadows are under water for a week or two, and the children go to school by boat. Most houses are
+built of stone and have a cellar for cheese; the oldest stands beside the bridge and was an inn
+until the railway came. People still tell how the first train stopped there because of a cow, and
+how the driver had to wait until her owner was found in the church."""
+SEEDS = np.arange(6, dtype=np.uint64) + 1000
+
+
 @pytest.fixture(scope="module")
 def engine(gemma3: Path) -> Engine:
-    return Engine.load(gemma3)
+    """By llama.cpp."""
+    return Engine.load(gemma3, backend="llama.cpp")
 
 
 def peer_losses(model: Path, examples: list[Example], engine: Engine, **options: Any) -> np.ndarray:
@@ -70,11 +80,39 @@ def peer_losses(model: Path, examples: list[Example], engine: Engine, **options:
     return np.concatenate(found)
 
 
-def test_llama_cpp_computes_it(gemma3: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_our_graph_computes_it(gemma3: Path, capfd: pytest.CaptureFixture[str]) -> None:
     report = make_cli(capfd)("inspect", gemma3, "--json").json
-    assert (report["architecture"], report["backend"]) == ("gemma3", "llama.cpp")
-    assert "'gemma3'" in report["reason"]
+    assert (report["architecture"], report["backend"]) == ("gemma3", "fwdllm")
+    assert report["reason"] is None
     assert {"Q8_0", "Q5_0", "Q4_K", "Q6_K"} <= {entry["type"] for entry in report["tensor_types"]}
+
+
+def test_the_loss_of_our_graph(engine: Engine, gemma3: Path) -> None:
+    """llama.cpp's own rounding puts it at 0.2 to 0.5% from exact arithmetic, ours at 0.05%."""
+    text = [Example(text=TEXT)]
+    own, exact = Engine.load(gemma3), Engine.load(gemma3, exact=True)
+    assert own.args.windows == (512, 512, 512, 512, 512, 0) * 3
+    got, want = own.evaluate(text).loss, exact.evaluate(text).loss
+    peer = llama_cpp_loss(engine, text)
+    print(f"{got:.6f}, exact {want:.6f}, llama.cpp {peer:.6f}")
+    assert got == pytest.approx(want, rel=5e-3)
+    assert want == pytest.approx(peer, rel=0.01)
+
+
+def test_slopes_of_our_graph(gemma3: Path) -> None:
+    config = LoRAConfig(4, targets=("attn_q", "attn_v"))
+    exact = half_trained(Engine.load(gemma3, config, exact=True))
+    batch = exact.encode(EXAMPLES[:1])
+    found = {
+        method: exact.directional_derivatives(batch, SEEDS, method).derivative
+        for method in ("backprop", "forward-ad", "central")
+    }
+    want = found["forward-ad"]
+    for method, most in (("backprop", 1e-4), ("central", 0.01)):
+        assert np.linalg.norm(found[method] - want) < most * np.linalg.norm(want), method
+    own = half_trained(Engine.load(gemma3, config))
+    got = own.directional_derivatives(batch, SEEDS, "forward-ad").derivative
+    assert np.linalg.norm(got - want) < 0.05 * np.linalg.norm(want)
 
 
 def test_the_loss_is_llama_cpps(engine: Engine, gemma3: Path) -> None:
@@ -91,21 +129,23 @@ def test_tune(engine: Engine, gemma3: Path, tmp_path: Path) -> None:
     """The adapter has the loss that is reported, in plain llama.cpp too."""
     rows = [{"prompt": e.prompt, "completion": e.completion} for e in EXAMPLES]
     data, output = write_rows(tmp_path / "data.jsonl", rows), tmp_path / "adapter.gguf"
-    assert fwdllm.recipe(gemma3, data).train.method == "central"
+    assert fwdllm.recipe(gemma3, data).train.method == "backprop"
+    lora, _ = fwdllm.recipe(gemma3, data, backend="llama.cpp")
     train = TrainConfig(steps=3, perturbations=2, method="central", learning_rate=1e-2)
+    options = {"lora": lora, "train": train, "eval_data": data, "backend": "llama.cpp"}
     losses: list[float] = []
 
     def note(event: Any) -> None:
         if isinstance(event, StepResult):
             losses.append(event.loss)
 
-    result = fwdllm.tune(gemma3, data, output, train=train, eval_data=data, on_event=note)
+    result = fwdllm.tune(gemma3, data, output, **options, on_event=note)
     assert len(losses) == result.steps == 3
     assert np.isfinite(losses).all()
     assert result.n_trainable == 18 * 8 * (640 + 1024 + 640 + 256)
     assert result.loss_before == pytest.approx(engine.evaluate(EXAMPLES).loss, abs=1e-6)
     assert abs(result.loss_after - result.loss_before) > 1.5 * NOISE * result.loss_before
-    evaluation = fwdllm.evaluate(gemma3, data, adapter=output)
+    evaluation = fwdllm.evaluate(gemma3, data, adapter=output, backend="llama.cpp")
     assert evaluation.loss == pytest.approx(result.loss_after, abs=1e-6)
     peer = peer_losses(gemma3, EXAMPLES, engine, lora_path=str(output)).mean()
     want = llama_cpp_loss(engine, EXAMPLES, adapter=output)
@@ -113,6 +153,7 @@ def test_tune(engine: Engine, gemma3: Path, tmp_path: Path) -> None:
     print(f"llama.cpp: {peer:.6f}, {want:.6f} with fp32 keys")
     assert result.loss_after == pytest.approx(peer, rel=NOISE)
     assert result.loss_after == pytest.approx(want, rel=NOISE)
+    assert fwdllm.evaluate(gemma3, data, adapter=output).loss == pytest.approx(want, rel=NOISE)
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))

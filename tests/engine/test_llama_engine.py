@@ -126,7 +126,7 @@ def test_what_layers_read(small: Make) -> None:
     ("name", "type"),
     [
         *((name, "F16") for name in DECODERS),
-        ("gemma2", "Q8_0"),
+        ("olmo2", "Q8_0"),
         ("gpt2", "Q8_0"),
         ("mamba", "Q8_0"),
     ],
@@ -211,7 +211,7 @@ def test_a_sequence_longer_than_a_call(small: Make, tmp_path: Path, labels: int 
 
 
 def test_a_context_grows_and_is_used_again(small: Make) -> None:
-    engine = tuned(small("gemma2"), "gemma2")
+    engine = tuned(small("olmo2"), "olmo2")
     short, long = random_batch(10, 12), random_batch(CONTEXT, 300)
     first = engine.loss(short)
     after = [engine.loss(long), engine.loss(short), engine.loss(long)]

@@ -70,7 +70,7 @@ COMPANY = {
 }
 
 
-@pytest.mark.parametrize("name", ["gemma2", "mamba"])
+@pytest.mark.parametrize("name", ["olmo2", "mamba"])
 def test_small_calls(small: Make, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Sequences that are read piece by piece, as long ones or with a large vocabulary."""
     batch = random_batch(60, 20, 60, 33, labels=40)
@@ -92,7 +92,7 @@ def test_bits_do_not_depend_on_company(
 
 def test_rows_in_any_order(small: Make) -> None:
     """Of a micro-batch that llama.cpp would take in another order than a call has."""
-    engine, rng = tuned(small("gemma2"), "gemma2"), np.random.default_rng(0)
+    engine, rng = tuned(small("olmo2"), "olmo2"), np.random.default_rng(0)
     assert engine.adapter is not None
     lanes, target = plan(SEEDS[:2], "central").lanes, engine.adapter.targets[0]
     part = llama_cpp._Part(np.arange(4), np.array([0, 0, 2, 2]), np.arange(3), np.arange(15))
@@ -140,7 +140,7 @@ def test_bits_of_a_trained_encoder(shared: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["central", "forward-difference"])
-@pytest.mark.parametrize("name", ["gemma2", "mixtral", "mamba", ENCODER])
+@pytest.mark.parametrize("name", ["olmo2", "mixtral", "mamba", ENCODER])
 def test_groups_do_not_depend_on_company(small: Make, name: str, method: str) -> None:
     engine = tuned(small(name, "Q8_0"), name)
     batch = random_batch(17, 9, 17, 30, 17, 9, encoder=engine.encoder)
@@ -186,7 +186,7 @@ def materialized(
     return (ends[0] - ends[1]) / (2 * EPSILON), np.array(ends)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "llama"])
+@pytest.mark.parametrize("name", ["olmo2", "llama"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_directions_are_those_of_an_update(small: Make, name: str, kind: str) -> None:
     """Float noise, and keys and values in float16, leave 1% of a slope."""
@@ -237,7 +237,7 @@ def test_per_example_and_shared_directions_agree_on_one_example(small: Make) -> 
 # mixtral's tokens change their experts, which are random ones: its loss jumps by 0.6 at once,
 # either way, and when depends on the processor's rounding.
 TRAINED = {
-    "gemma2": (("attn_v", "ffn_down"), 0.05, 12),
+    "olmo2": (("attn_v", "ffn_down"), 0.05, 12),
     "phi3": (("attn_qkv", "ffn_down"), 0.05, 12),
     "gpt2": (("attn_qkv", "ffn_down"), 0.05, 12),
     "gptneox": (("attn_qkv", "ffn_down"), 0.05, 12),

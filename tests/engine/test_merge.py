@@ -186,7 +186,7 @@ def test_a_split_model_and_a_type_that_cannot_be_read_are_refused(tmp_path: Path
     assert not path.exists()
 
 
-@pytest.mark.parametrize("name", ["gemma2", "mamba"])
+@pytest.mark.parametrize("name", ["olmo2", "mamba"])
 def test_models_that_llama_cpp_alone_computes_are_merged_too(tmp_path: Path, name: str) -> None:
     model, adapter = make_model(tmp_path, name, "F16"), tmp_path / "adapter.gguf"
     engine = Engine.load(model, LoRAConfig(4, 8.0, targets=ARCHITECTURE_TARGETS[name]))

@@ -35,6 +35,12 @@ HEAD = Head(("negative", "positive"), WIDTH)
             "CAUSAL_LM",
         ),
         (
+            "gemma3",
+            ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"],
+            ["down_proj", "q_proj"],
+            "CAUSAL_LM",
+        ),
+        (
             "bert",
             ["encoder.layer.1.attention.self.query", "encoder.layer.1.output.dense"],
             ["encoder.layer.1.attention.self.query", "encoder.layer.1.output.dense"],

@@ -19,7 +19,7 @@ from gguf_parts import read_parts
 from model_mutations import mutate
 from target import Row, Target
 
-_MODELS = ("tiny", "tiny", "tinymix", "minilm", "qwen2", "gemma2", "phi3", "mamba")
+_MODELS = ("tiny", "tiny", "tinymix", "minilm", "qwen2", "olmo2", "phi3", "mamba")
 _KNOWN = ["lora_alpha", "r", "target_modules", "q_proj", "v_proj", "bias", "all", "lora_only",
     "use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save",
     "layers_to_transform", "peft_type", "LORA", "init_lora_weights", "all-linear", 0, 1, 2, 1e30,

@@ -11,7 +11,7 @@ import sources
 from model_mutations import mutate
 from target import Row, Target, refused_or_ok, without_warnings
 
-_MODELS = ("tiny", "tiny", "tinymix", "minilm", "qwen2", "qwen3")
+_MODELS = ("tiny", "tiny", "tinymix", "minilm", "qwen2", "qwen3", "gemma2", "gemma3")
 
 
 def _make(folder: Path) -> None:

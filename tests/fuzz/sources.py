@@ -18,7 +18,8 @@ _REAL = {"tinymix": "tinymix-6m.Q4_0.gguf", "minilm": "minilm-l6-v2.Q4_0.gguf"}
 _ENCODERS = ("minilm", "modern-bert")
 # By name, how often each is taken; llama.cpp's own graphs have one of each of their features, and
 # a name of a tensor type is llama with matrices of it.
-MODELS = {"tiny": 8, "tinymix": 5, "minilm": 3, "qwen2": 1, "qwen3": 1, "gemma2": 1, "phi3": 1,
+MODELS = {"tiny": 8, "tinymix": 5, "minilm": 3, "qwen2": 1, "qwen3": 1, "gemma2": 1, "gemma3": 1,
+    "olmo2": 1, "phi3": 1,
     "gpt2": 1, "gptneox": 1, "granite": 1, "stablelm": 1, "mixtral": 1, "qwen2moe": 1,
     "mamba": 1, "modern-bert": 1, "Q2_K": 1, "Q3_K": 1, "IQ4_XS": 1, "MXFP4": 1}  # fmt: skip
 ROWS = [

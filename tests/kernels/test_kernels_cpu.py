@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -201,8 +202,13 @@ def test_batch_invariance(type: QuantType, exact: bool, plain_first: bool) -> No
         some = Lanes(seeds[chosen], coefficients[chosen])
         at = np.concatenate([np.arange(i * rows, (i + 1) * rows) for i in chosen])
         y = cpu.matmul(x[at], weight, lora=lora, lanes=some, exact=exact)
-        nll = cpu.cross_entropy(x[at], weight, labels[at], lanes=some, exact=exact)
-        return y.reshape(len(chosen), rows, -1), nll.reshape(len(chosen), rows)
+        nll = [
+            cpu.cross_entropy(
+                x[at], weight, labels[at], lanes=some, softcap=softcap, exact=exact
+            ).reshape(len(chosen), rows)
+            for softcap in (0.0, 4.0)
+        ]
+        return y.reshape(len(chosen), rows, -1), np.stack(nll, axis=-1)
 
     before = cpu.num_threads()
     try:
@@ -239,6 +245,7 @@ def test_norms_and_activations(rows: int, d: int) -> None:
         (cpu.rms_norm(x, w, 1e-5), reference.rms_norm(x, w, 1e-5)),
         (cpu.layer_norm(x, w, b, 1e-5), reference.layer_norm(x, w, b, 1e-5)),
         (cpu.swiglu(x, up), reference.swiglu(x, up)),
+        (cpu.geglu(x, up), reference.geglu(x, up)),
         (cpu.gelu(x), reference.gelu(x)),
     ]
     for got, want in pairs:
@@ -263,18 +270,25 @@ def test_rope(interleaved: bool, rotated: int) -> None:
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 4),
-    head_dim=st.sampled_from([4, 20, 32, 64]),
-    causal=st.booleans(),
+    head_dim=st.sampled_from([4, 20, 32, 64, 256]),
+    mask=st.sampled_from([(False, 0), (True, 0), (True, 1), (True, 9), (True, 40)]),
+    softcap=st.sampled_from([0.0, 2.0]),
 )
 def test_attention(
-    lengths: list[int], kv_heads: int, group: int, head_dim: int, causal: bool
+    lengths: list[int],
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    mask: tuple[bool, int],
+    softcap: float,
 ) -> None:
     rng = np.random.default_rng(len(lengths))
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     rows = int(starts[-1])
     q = rng.normal(size=(rows, kv_heads * group * head_dim)).astype(np.float32)
     k, v = (rng.normal(size=(rows, kv_heads * head_dim)).astype(np.float32) for _ in range(2))
-    options = {"head_dim": head_dim, "scale": head_dim**-0.5, "causal": causal}
+    options = {"head_dim": head_dim, "scale": head_dim**-0.5, "softcap": softcap}
+    options["causal"], options["window"] = mask
     got = cpu.attention(q, k, v, starts, **options)
     np.testing.assert_allclose(got, reference.attention(q, k, v, starts, **options), atol=2e-6)
     last = slice(int(starts[-2]), rows)  # bit-identical without the other sequences
@@ -286,6 +300,9 @@ def test_attention(
         **options,
     )
     np.testing.assert_array_equal(got[last], alone)
+    if mask[1] >= max(lengths):  # a window of all there is
+        options["window"] = 0
+        np.testing.assert_array_equal(got, cpu.attention(q, k, v, starts, **options))
 
 
 @types
@@ -295,10 +312,12 @@ def test_cross_entropy(type: QuantType, vocab: int) -> None:
     weight = random_weight(rng, type, vocab, 256)
     x = rng.normal(size=(14, 256)).astype(np.float32)
     labels = rng.integers(0, vocab, 14).astype(np.int32)
-    want = reference.cross_entropy(x, weight, labels)
-    scale = 1 + np.abs(want).max()
-    assert np.abs(cpu.cross_entropy(x, weight, labels, exact=True) - want).max() < 1e-5 * scale
-    assert np.abs(cpu.cross_entropy(x, weight, labels) - want).max() < 0.03 * scale
+    for cap in ({}, {"softcap": 3.0}):
+        want = reference.cross_entropy(x, weight, labels, **cap)
+        scale = 1 + np.abs(want).max()
+        exact = cpu.cross_entropy(x, weight, labels, **cap, exact=True)
+        assert np.abs(exact - want).max() < 1e-5 * scale
+        assert np.abs(cpu.cross_entropy(x, weight, labels, **cap) - want).max() < 0.03 * scale
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -311,9 +330,16 @@ def test_non_finite_values_are_not_swallowed(bad: float, exact: bool) -> None:
     y = cpu.matmul(x, weight, exact=exact)
     assert not np.isfinite(y[1]).any()
     assert np.isfinite(y[[0, 2]]).all()
-    nll = cpu.cross_entropy(x, weight, np.array([1, 2, 3], np.int32), exact=exact)
-    assert not np.isfinite(nll[1])
-    assert np.isfinite(nll[[0, 2]]).all()
+    for softcap in (0.0, 5.0):
+        nll = cpu.cross_entropy(
+            x, weight, np.array([1, 2, 3], np.int32), softcap=softcap, exact=exact
+        )
+        assert not np.isfinite(nll[1])
+        assert np.isfinite(nll[[0, 2]]).all()
+        y = cpu.attention(
+            x, x, x, np.array([0, 3], "i"), head_dim=64, scale=1.0, causal=True, softcap=softcap
+        )
+        assert not np.isfinite(y[1]).any()
 
 
 def test_bad_shapes_are_refused() -> None:
@@ -328,6 +354,20 @@ def test_bad_shapes_are_refused() -> None:
         cpu.matmul(np.zeros((3, 64), np.float32), weight, lanes=lanes)
     with pytest.raises(TypeError):
         cpu.seeded_axpy(np.zeros(4), np.zeros(1, np.uint64), np.zeros(1, np.float32))
+
+
+@pytest.mark.parametrize("ops", [cpu, reference], ids=["cpu", "reference"])
+@pytest.mark.parametrize(
+    "options",
+    [{"window": -1}, {"window": 2, "causal": False}, {"softcap": -1.0}, {"softcap": np.nan}],
+)
+def test_bad_windows_and_soft_caps_are_refused(ops: ModuleType, options: dict) -> None:
+    x, starts = np.ones((3, 8), np.float32), np.array([0, 3], np.int32)
+    options = {"head_dim": 8, "scale": 1.0, "causal": True, **options}
+    with pytest.raises(ValueError, match=r"window|soft cap"):
+        ops.attention(x, x, x, starts, **options)
+    with pytest.raises(ValueError, match=r"window|soft cap"):
+        ops.attention_vjp(x, x, x, starts, x, **options)
 
 
 @pytest.mark.parametrize("isa", cpu.isas[1:])
@@ -350,8 +390,16 @@ def test_every_isa(isa: str) -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 2), st.sampled_from([4, 20, 64]), st.booleans())
-def test_tangents_of_layers(length: int, group: int, head_dim: int, causal: bool) -> None:
+@given(
+    st.integers(1, 40),
+    st.integers(1, 2),
+    st.sampled_from([4, 20, 64]),
+    st.sampled_from([(False, 0), (True, 0), (True, 7)]),
+    st.sampled_from([0.0, 2.0]),
+)
+def test_tangents_of_layers(
+    length: int, group: int, head_dim: int, mask: tuple[bool, int], softcap: float
+) -> None:
     """As the reference, which test_tangents.py compares with PyTorch where that exists."""
     rng = np.random.default_rng(length)
     tangents, width = 2, group * head_dim
@@ -359,7 +407,8 @@ def test_tangents_of_layers(length: int, group: int, head_dim: int, causal: bool
     x, y = (rng.normal(size=(rows, width)).astype(np.float32) for _ in range(2))
     weight, bias = (rng.normal(size=width).astype(np.float32) for _ in range(2))
     starts = np.cumsum([0, *[length, 3] * (1 + tangents)]).astype(np.int32)
-    heads = {"head_dim": head_dim, "scale": 0.3, "causal": causal, "tangents": tangents}
+    heads = {"head_dim": head_dim, "scale": 0.3, "softcap": softcap, "tangents": tangents}
+    heads["causal"], heads["window"] = mask
     key, value = y[:, :head_dim].copy(), y[:, -head_dim:].copy()
     labels = np.tile(rng.integers(0, 50, length + 3), 1 + tangents).astype(np.int32)
     output = random_weight(rng, QuantType.F32, 50, width)
@@ -369,9 +418,10 @@ def test_tangents_of_layers(length: int, group: int, head_dim: int, causal: bool
             ops.rms_norm(x, weight, 1e-2, tangents),
             ops.layer_norm(x, weight, bias, 1e-2, tangents),
             ops.swiglu(x, y, tangents),
+            ops.geglu(x, y, tangents),
             ops.gelu(x, tangents),
             ops.attention(x, key, value, starts, **heads),
-            ops.cross_entropy(x, output, labels, lanes=lanes, exact=True),
+            ops.cross_entropy(x, output, labels, lanes=lanes, softcap=softcap, exact=True),
         ]
         for ops in (cpu, reference)
     ]

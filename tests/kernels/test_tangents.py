@@ -17,6 +17,8 @@ from weights import random_weight
 from fwdllm.kernels import cpu, reference
 from fwdllm.kernels.types import SUPPORTED_TYPES, Lanes, LoRA, QuantType
 
+# Whether attention is causal, and its window.
+masks = st.sampled_from([(False, 0), (True, 0), (True, 1), (True, 5), (True, 17), (True, 99)])
 shapes = given(
     rows=st.integers(1, 40), d=st.integers(1, 130), tangents=st.integers(1, 4)
 )  # fmt: skip
@@ -45,17 +47,26 @@ def attend(
     starts: np.ndarray,
     head_dim: int,
     causal: bool,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     found = []
     for a, b in pairwise(starts):
         heads = [x[a:b].unflatten(1, (-1, head_dim)).transpose(0, 1) for x in (q, k, v)]
         group = len(heads[0]) // len(heads[1])
         keys, values = (x.repeat_interleave(group, 0) for x in heads[1:])
-        scores = heads[0] @ keys.transpose(1, 2) * head_dim**-0.5
+        scores = capped(heads[0] @ keys.transpose(1, 2) * head_dim**-0.5, softcap)
+        ones = torch.ones(b - a, b - a, dtype=torch.bool)
         if causal:
-            scores = scores.masked_fill(torch.ones(b - a, b - a).triu(1) > 0, -torch.inf)
+            scores = scores.masked_fill(ones.triu(1), -torch.inf)
+        if window:
+            scores = scores.masked_fill(ones.tril(-window), -torch.inf)
         found.append((scores.softmax(-1) @ values).transpose(0, 1).flatten(1))
     return torch.cat(found)
+
+
+def capped(x: torch.Tensor, softcap: float) -> torch.Tensor:
+    return softcap * torch.tanh(x / softcap) if softcap else x
 
 
 def assert_close(got: np.ndarray, want: np.ndarray) -> None:
@@ -78,6 +89,7 @@ def test_norms_and_activations(ops, rows: int, d: int, tangents: int) -> None:
             (x,),
         ),
         (ops.swiglu(x, up, tangents), lambda g, u: F.silu(g) * u, (x, up)),
+        (ops.geglu(x, up, tangents), lambda g, u: F.gelu(g, approximate="tanh") * u, (x, up)),
         (ops.gelu(x, tangents), lambda x: F.gelu(x, approximate="tanh"), (x,)),
     ]
     for got, f, arguments in cases:
@@ -91,12 +103,14 @@ def test_norms_and_activations(ops, rows: int, d: int, tangents: int) -> None:
     kv_heads=st.integers(1, 2),
     group=st.integers(1, 3),
     head_dim=st.sampled_from([4, 20, 64]),
-    causal=st.booleans(),
+    mask=masks,
+    softcap=st.sampled_from([0.0, 0.7, 50.0]),
     tangents=st.integers(1, 3),
 )
 def test_attention(
-    ops, lengths: list[int], kv_heads: int, group: int, head_dim: int, causal: bool, tangents: int
-) -> None:
+    ops, lengths: list[int], kv_heads: int, group: int, head_dim: int, mask: tuple[bool, int],
+    softcap: float, tangents: int,
+) -> None:  # fmt: skip
     rng = np.random.default_rng(sum(lengths))
     rows = sum(lengths)
     ends = np.cumsum(lengths * (1 + tangents))
@@ -104,10 +118,11 @@ def test_attention(
     q = normals(rng, (1 + tangents) * rows, kv_heads * group * head_dim)
     k, v = (normals(rng, (1 + tangents) * rows, kv_heads * head_dim) for _ in range(2))
 
-    options = {"head_dim": head_dim, "scale": head_dim**-0.5, "causal": causal}
-    got = ops.attention(q, k, v, starts, **options, tangents=tangents)
+    options = {"causal": mask[0], "window": mask[1], "softcap": softcap, "head_dim": head_dim}
     mine = starts[: len(lengths) + 1]
-    want = torch_jvp(lambda q, k, v: attend(q, k, v, mine, head_dim, causal), tangents, q, k, v)
+    want = torch_jvp(lambda q, k, v: attend(q, k, v, mine, **options), tangents, q, k, v)
+    options["scale"] = head_dim**-0.5
+    got = ops.attention(q, k, v, starts, **options, tangents=tangents)
     assert_close(got, want)
     if ops is cpu:  # the primal is the same bits as without tangents
         primal = cpu.attention(q[:rows], k[:rows], v[:rows], starts[: len(lengths) + 1], **options)
@@ -227,8 +242,9 @@ def test_a_tangent_has_the_same_bits_in_any_company(
 
 
 @kernels
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("vocab", [5, 300, 1100])
-def test_cross_entropy(ops, vocab: int) -> None:
+def test_cross_entropy(ops, vocab: int, softcap: float) -> None:
     rng = np.random.default_rng(vocab)
     weight = random_weight(rng, QuantType.Q4_0, vocab, 256)
     w = torch.tensor(reference.dequantize(weight), dtype=torch.float64)
@@ -236,11 +252,15 @@ def test_cross_entropy(ops, vocab: int) -> None:
     x = normals(rng, (1 + tangents) * rows, 256)
     labels = np.tile(rng.integers(0, vocab, rows).astype(np.int32), 1 + tangents)
     label = torch.tensor(labels[:rows], dtype=torch.long)
-    want = torch_jvp(lambda x: F.cross_entropy(x @ w.T, label, reduction="none"), tangents, x)
-    lanes = tangent_lanes(rng, tangents, None)
-    got = ops.cross_entropy(x, weight, labels, lanes=lanes, exact=True)
+
+    def losses(x: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(capped(x @ w.T, softcap), label, reduction="none")
+
+    want = torch_jvp(losses, tangents, x)
+    options = {"lanes": tangent_lanes(rng, tangents, None), "softcap": softcap}
+    got = ops.cross_entropy(x, weight, labels, **options, exact=True)
     assert_close(got, want)
-    fast = ops.cross_entropy(x, weight, labels, lanes=lanes)
+    fast = ops.cross_entropy(x, weight, labels, **options)
     assert np.abs(fast - want).max() < 0.03 * (1 + np.abs(want).max())
 
 

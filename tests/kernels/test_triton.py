@@ -495,6 +495,7 @@ def test_norms_and_activations(dtype: torch.dtype, rows: int, d: int, tangents: 
             reference.layer_norm(x_here, w, b, 1e-2, tangents),
         ),
         (ops.swiglu(x, up, tangents), reference.swiglu(x_here, up_here, tangents)),
+        (ops.geglu(x, up, tangents), reference.geglu(x_here, up_here, tangents)),
         (ops.gelu(x, tangents), reference.gelu(x_here, tangents)),
     ]
     for got, want in pairs:
@@ -513,6 +514,7 @@ def test_rows_longer_than_a_tile() -> None:
 def test_activations_do_not_overflow() -> None:
     x = np.array([[-3e4, -200, -90, 0, 90, 200, 3e4]], np.float32)
     assert_close(ops.swiglu(x, x + 1), reference.swiglu(x, x + 1), torch.float32)
+    assert_close(ops.geglu(x, x + 1), reference.geglu(x, x + 1), torch.float32)
     assert_close(ops.gelu(x), reference.gelu(x), torch.float32)
 
 
@@ -537,7 +539,8 @@ def test_rope(dtype: torch.dtype, interleaved: bool, rotated: int) -> None:
     kv_heads=st.integers(1, 2),
     group=st.integers(1, 2),
     head_dim=st.sampled_from([5, 20, 32]),
-    causal=st.booleans(),
+    mask=st.sampled_from([(False, 0), (True, 0), (True, 1), (True, 9), (True, 50)]),
+    softcap=st.sampled_from([0.0, 2.0]),
     tangents=st.integers(0, 2),
 )
 def test_attention(
@@ -546,14 +549,16 @@ def test_attention(
     kv_heads: int,
     group: int,
     head_dim: int,
-    causal: bool,
+    mask: tuple[bool, int],
+    softcap: float,
     tangents: int,
 ) -> None:
     rng = np.random.default_rng(sum(lengths))
     starts = np.cumsum([0, *lengths * (1 + tangents)]).astype(np.int32)
     rows, width = int(starts[-1]), kv_heads * head_dim
     q, k, v = (on_device(normals(rng, rows, w), dtype) for w in (group * width, width, width))
-    options = {"head_dim": head_dim, "scale": 0.3, "causal": causal, "tangents": tangents}
+    options = {"head_dim": head_dim, "scale": 0.3, "softcap": softcap, "tangents": tangents}
+    options["causal"], options["window"] = mask
     got = ops.attention(q, k, v, starts, **options)
     want = reference.attention(*map(ops.host, (q, k, v)), starts, **options)
     assert got.dtype == dtype
@@ -565,15 +570,25 @@ def test_attention(
         assert relative_error(y, z) < 2 * BF16
 
 
-@both_dtypes
-def test_a_sequence_has_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
+def test_heads_of_256() -> None:
     rng = np.random.default_rng(0)
-    starts = np.cumsum([0, *[50, 21] * 3]).astype(np.int32)
-    q, k, v = (on_device(normals(rng, 213, w), dtype) for w in (40, 20, 20))
-    options = {"head_dim": 20, "scale": 0.3, "causal": True, "tangents": 2}
+    starts = np.array([0, 33, 66], np.int32)
+    q, k, v = (normals(rng, 66, w) for w in (512, 256, 256))
+    options = {"head_dim": 256, "scale": 1 / 16, "causal": True, "window": 9, "tangents": 1}
+    want = reference.attention(q, k, v, starts, **options)
+    assert_close(ops.attention(q, k, v, starts, **options), want, torch.float32)
+
+
+@both_dtypes
+@pytest.mark.parametrize("window", [0, 12])
+def test_a_sequence_has_the_same_bits_in_any_company(dtype: torch.dtype, window: int) -> None:
+    rng = np.random.default_rng(0)
+    starts = np.cumsum([0, *[70, 50] * 3]).astype(np.int32)
+    q, k, v = (on_device(normals(rng, 360, w), dtype) for w in (40, 20, 20))
+    options = {"head_dim": 20, "scale": 0.3, "causal": True, "window": window, "tangents": 2}
     among = ops.attention(q, k, v, starts, **options)
-    own = np.concatenate([np.arange(50, 71) + 71 * t for t in range(3)])
-    own_starts = np.array([0, 21, 42, 63], np.int32)
+    own = np.concatenate([np.arange(70, 120) + 120 * t for t in range(3)])
+    own_starts = np.array([0, 50, 100, 150], np.int32)
     alone = ops.attention(q[own], k[own], v[own], own_starts, **options)
     np.testing.assert_array_equal(ops.host(among)[own], ops.host(alone))
 
@@ -584,7 +599,8 @@ def test_a_sequence_has_the_same_bits_in_any_company(dtype: torch.dtype) -> None
 @exactness
 @pytest.mark.parametrize("vocab", [5, 300, 4500])
 @pytest.mark.parametrize("tangents", [True, False])
-def test_cross_entropy(exact: bool, vocab: int, tangents: bool) -> None:
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_cross_entropy(exact: bool, vocab: int, tangents: bool, softcap: float) -> None:
     rng = np.random.default_rng(vocab)
     weight = random_weight(rng, QuantType.F32, vocab, 64, scale=0.1)
     lanes = tangent_lanes(rng, 2, None) if tangents else random_lanes(rng, 3)
@@ -595,8 +611,8 @@ def test_cross_entropy(exact: bool, vocab: int, tangents: bool) -> None:
     labels[:2] = vocab - 1, 0
     if tangents:
         labels = np.tile(labels[:5], 3)
-    want = reference.cross_entropy(x, weight, labels, lanes=lanes)
-    got = ops.cross_entropy(x, weight, labels, lanes=lanes, exact=exact)
+    want = reference.cross_entropy(x, weight, labels, lanes=lanes, softcap=softcap)
+    got = ops.cross_entropy(x, weight, labels, lanes=lanes, softcap=softcap, exact=exact)
     assert got.dtype == torch.float64
     scale = 1 + np.abs(want).max()
     assert np.abs(ops.host(got) - want).max() < (1e-5 if exact else 0.01) * scale

@@ -71,6 +71,7 @@ def test_norms_and_activations(dtype: torch.dtype, rows: int, d: int) -> None:
             reference.swiglu_vjp(x_here, up_here, dy_here),
             strict=True,
         ),
+        *zip(ops.geglu_vjp(x, up, dy), reference.geglu_vjp(x_here, up_here, dy_here), strict=True),
     ]
     for got, want in pairs:
         assert got.dtype == torch.float32
@@ -195,7 +196,10 @@ def test_an_exact_row_has_its_bits_in_any_company(in_order: None) -> None:
 
 @exactness
 @pytest.mark.parametrize("type", [QuantType.F32, QuantType.Q4_0], ids=lambda t: t.name)
-def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, exact: bool, type: QuantType) -> None:
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_cross_entropy(
+    monkeypatch: pytest.MonkeyPatch, exact: bool, type: QuantType, softcap: float
+) -> None:
     """Of a vocabulary in three parts, and of rows in as many as their logits have room for."""
     module = import_module("fwdllm.kernels.triton.cross_entropy")
     monkeypatch.setattr(module, "_WORDS", 64)
@@ -208,11 +212,11 @@ def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, exact: bool, type: Quant
     w = reference.dequantize(weight)
     x[:3] = 10 * w[[0, -1, 77]] / np.abs(w).max() / 0.3
     labels[:3] = 149, 0, 77
-    losses, dx = ops.cross_entropy_vjp(x, weight, labels, exact=exact)
+    losses, dx = ops.cross_entropy_vjp(x, weight, labels, softcap=softcap, exact=exact)
     assert (losses.dtype, dx.dtype) == (torch.float64, torch.float32)
-    plain = ops.cross_entropy(x, weight, labels, exact=exact)
+    plain = ops.cross_entropy(x, weight, labels, softcap=softcap, exact=exact)
     np.testing.assert_array_equal(ops.host(losses), ops.host(plain))
-    want_losses, want = reference.cross_entropy_vjp(x, weight, labels)
+    want_losses, want = reference.cross_entropy_vjp(x, weight, labels, softcap=softcap)
     most = 1e-5 if exact else 0.02
     assert np.abs(ops.host(losses) - want_losses).max() < most * (1 + want_losses.max())
     for got, row in zip(ops.host(dx), want, strict=True):
@@ -226,10 +230,17 @@ def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, exact: bool, type: Quant
     kv_heads=st.integers(1, 2),
     group=st.integers(1, 2),
     head_dim=st.sampled_from([5, 32, 80]),
-    causal=st.booleans(),
+    mask=st.sampled_from([(False, 0), (True, 0), (True, 1), (True, 9), (True, 40)]),
+    softcap=st.sampled_from([0.0, 2.0]),
 )
 def test_attention(
-    dtype: torch.dtype, lengths: list[int], kv_heads: int, group: int, head_dim: int, causal: bool
+    dtype: torch.dtype,
+    lengths: list[int],
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    mask: tuple[bool, int],
+    softcap: float,
 ) -> None:
     rng = np.random.default_rng(sum(lengths))
     starts = np.cumsum([0, *lengths]).astype(np.int32)
@@ -238,7 +249,8 @@ def test_attention(
         ops.array(normals(rng, rows, w)).to(dtype)
         for w in (group * width, width, width, group * width)
     )
-    options = {"head_dim": head_dim, "scale": 0.3, "causal": causal}
+    options = {"head_dim": head_dim, "scale": 0.3, "softcap": softcap}
+    options["causal"], options["window"] = mask
     found = ops.attention_vjp(q, k, v, starts, dy, **options)
     q, k, v, dy = map(ops.host, (q, k, v, dy))
     want = reference.attention_vjp(q, k, v, starts, dy, **options)

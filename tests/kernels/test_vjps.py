@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernels_cpu import QUANTIZED, random_lora, relative_error
-from test_tangents import attend, normals
+from test_tangents import attend, capped, masks, normals
 from weights import random_weight
 
 from fwdllm.kernels import cpu, reference
@@ -52,6 +52,7 @@ def test_norms_and_activations(ops: ModuleType, rows: int, d: int) -> None:
             (x,),
         ),
         (ops.swiglu_vjp(x, up, dy), lambda g, u: F.silu(g) * u, (x, up)),
+        (ops.geglu_vjp(x, up, dy), lambda g, u: F.gelu(g, approximate="tanh") * u, (x, up)),
         ([ops.gelu_vjp(x, dy)], lambda x: F.gelu(x, approximate="tanh"), (x,)),
     ]
     for found, f, inputs in cases:
@@ -78,18 +79,21 @@ def test_rope_backwards_is_rope_with_the_other_sine(ops: ModuleType, interleaved
     kv_heads=st.integers(1, 2),
     group=st.integers(1, 3),
     head_dim=st.sampled_from([4, 20, 64]),
-    causal=st.booleans(),
+    mask=masks,
+    softcap=st.sampled_from([0.0, 0.7, 50.0]),
 )
 def test_attention(
-    ops: ModuleType, lengths: list[int], kv_heads: int, group: int, head_dim: int, causal: bool
-) -> None:
+    ops: ModuleType, lengths: list[int], kv_heads: int, group: int, head_dim: int,
+    mask: tuple[bool, int], softcap: float,
+) -> None:  # fmt: skip
     rng = np.random.default_rng(sum(lengths))
     rows, starts = sum(lengths), np.cumsum([0, *lengths]).astype(np.int32)
     q, dy = (normals(rng, rows, kv_heads * group * head_dim) for _ in range(2))
     k, v = (normals(rng, rows, kv_heads * head_dim) for _ in range(2))
-    options = {"head_dim": head_dim, "scale": head_dim**-0.5, "causal": causal}
+    options = {"causal": mask[0], "window": mask[1], "softcap": softcap, "head_dim": head_dim}
+    want = autograd(lambda q, k, v: attend(q, k, v, starts, **options), dy, q, k, v)
+    options["scale"] = head_dim**-0.5
     found = ops.attention_vjp(q, k, v, starts, dy, **options)
-    want = autograd(lambda q, k, v: attend(q, k, v, starts, head_dim, causal), dy, q, k, v)
     for got, exact in zip(found, want, strict=True):
         assert_close(got, exact)
     if ops is cpu:  # a sequence has its bits in any company
@@ -162,8 +166,11 @@ def test_lora(rows: int, n_in: int, n_out: int, rank: int) -> None:
     rows=st.integers(1, 20),
     vocabulary=st.sampled_from([1, 7, 300, 2048, 2080, 4500]),
     scale=st.sampled_from([1.0, 30.0]),
+    softcap=st.sampled_from([0.0, 5.0]),
 )
-def test_cross_entropy(type: QuantType, rows: int, vocabulary: int, scale: float) -> None:
+def test_cross_entropy(
+    type: QuantType, rows: int, vocabulary: int, scale: float, softcap: float
+) -> None:
     rng = np.random.default_rng(rows)
     weight = random_weight(rng, type, vocabulary, 256)
     labels = rng.integers(0, vocabulary, rows).astype(np.int32)
@@ -171,21 +178,26 @@ def test_cross_entropy(type: QuantType, rows: int, vocabulary: int, scale: float
     # Logits of about ``scale``
     x = normals(rng, rows, 256, scale=scale / float(w.norm(dim=1).mean()))
     [want] = autograd(
-        lambda x: F.cross_entropy(x @ w.T, torch.tensor(labels).long(), reduction="none"),
+        lambda x: F.cross_entropy(
+            capped(x @ w.T, softcap), torch.tensor(labels).long(), reduction="none"
+        ),
         np.ones(rows, np.float32),
         x,
     )
     for ops in (reference, cpu):
-        nll, dx = ops.cross_entropy_vjp(x, weight, labels, exact=True)
-        np.testing.assert_allclose(nll, ops.cross_entropy(x, weight, labels, exact=True))
+        nll, dx = ops.cross_entropy_vjp(x, weight, labels, softcap=softcap, exact=True)
+        plain = ops.cross_entropy(x, weight, labels, softcap=softcap, exact=True)
+        np.testing.assert_allclose(nll, plain)
         assert np.abs(dx - want).max() < 1e-5 * (1 + scale) * (1 + np.abs(want).max())
-    nll, dx = cpu.cross_entropy_vjp(x, weight, labels)
-    np.testing.assert_array_equal(nll, cpu.cross_entropy(x, weight, labels))
+    nll, dx = cpu.cross_entropy_vjp(x, weight, labels, softcap=softcap)
+    np.testing.assert_array_equal(nll, cpu.cross_entropy(x, weight, labels, softcap=softcap))
     # Rounded logits are other probabilities, so they are compared with those that they are.
-    logits = torch.tensor(cpu.matmul(x, weight), dtype=torch.float64)
-    gone = torch.softmax(logits, 1) - F.one_hot(torch.tensor(labels).long(), vocabulary)
+    logits = torch.tensor(cpu.matmul(x, weight), dtype=torch.float64, requires_grad=True)
+    loss = F.cross_entropy(capped(logits, softcap), torch.tensor(labels).long(), reduction="sum")
+    [gone] = torch.autograd.grad(loss, logits)
     assert np.abs(dx - (gone @ w).numpy()).max() < 0.01 * np.abs(w.numpy()).max()
-    np.testing.assert_array_equal(cpu.cross_entropy_vjp(x[-1:], weight, labels[-1:])[1], dx[-1:])
+    alone = cpu.cross_entropy_vjp(x[-1:], weight, labels[-1:], softcap=softcap)
+    np.testing.assert_array_equal(alone[1], dx[-1:])
 
 
 def test_threads_change_no_bit() -> None:

@@ -30,9 +30,11 @@ from triton.runtime.jit import JITFunction, MockTensor
 from fwdllm.kernels import triton as ops
 from fwdllm.kernels.types import SUPPORTED_TYPES, Lanes, LoRA, QuantType, Weight, row_bytes
 
-# Of Mistral 7B, and of MiniLM.
+# Of Mistral 7B, of MiniLM, and Gemma's heads.
 WIDTH, HIDDEN, KV_WIDTH, HEAD_DIM, VOCABULARY = 4096, 14336, 1024, 128, 32000
 SMALL_WIDTH, SMALL_HEAD_DIM, TINY_HEAD_DIM = 384, 32, 16
+SOFTCAP = 50.0
+GEMMA = {"head_dim": 256, "causal": True, "window": 512, "softcap": SOFTCAP}
 
 # All is compiled for the last; for the others what depends on their tensor cores.
 CAPABILITIES = (80, 90)
@@ -191,6 +193,9 @@ def layers(dtype: torch.dtype) -> None:
         options = {"scale": 0.1, "tangents": tangents}
         if not tangents or dtype == torch.bfloat16:  # the others are rare, and 7 seconds each
             ops.attention(x, kv, kv, starts, head_dim=HEAD_DIM, causal=True, **options)
+        if dtype == torch.bfloat16:
+            ops.geglu(x, x, tangents)
+            ops.attention(x, kv, kv, starts, **GEMMA, **options)
         x, gain = empty(rows, SMALL_WIDTH, dtype=dtype), empty(SMALL_WIDTH)
         ops.layer_norm(x, gain, gain, 1e-12, tangents)
         ops.gelu(x, tangents)
@@ -209,8 +214,11 @@ def layers_back(dtype: torch.dtype) -> None:
     ops.rms_norm_vjp(x, gain, 1e-5, x)
     ops.rms_norm_vjp(x.view(-1, HEAD_DIM), empty(HEAD_DIM), 1e-5, x.view(-1, HEAD_DIM))
     ops.swiglu_vjp(x, x, x)
+    ops.geglu_vjp(x, x, x)
     kv, starts = empty(n, KV_WIDTH, dtype=dtype), sequences(2, n // 2)
     ops.attention_vjp(x, kv, kv, starts, x, scale=0.1, head_dim=HEAD_DIM, causal=True)
+    if dtype == torch.bfloat16:
+        ops.attention_vjp(x, kv, kv, starts, x, scale=0.1, **GEMMA)
     x, gain = empty(n, SMALL_WIDTH, dtype=dtype), empty(SMALL_WIDTH)
     ops.layer_norm_vjp(x, gain, 1e-12, x)
     ops.gelu_vjp(x, x)
@@ -227,8 +235,11 @@ def losses() -> None:
     labels = np.zeros(8 * n, np.int32)
     for exact in (False, True):
         ops.cross_entropy_vjp(empty(n, WIDTH), output, labels[:n], exact=exact)
+    ops.cross_entropy_vjp(empty(n, WIDTH), output, labels[:n], softcap=SOFTCAP)
     for lanes, dtype in ((tangent_lanes(7), torch.bfloat16), (pairs(4), torch.float32)):
-        ops.cross_entropy(empty(8 * n, WIDTH, dtype=dtype), output, labels, lanes=lanes)
+        x = empty(8 * n, WIDTH, dtype=dtype)
+        ops.cross_entropy(x, output, labels, lanes=lanes)
+        ops.cross_entropy(x, output, labels, lanes=lanes, softcap=SOFTCAP)
 
 
 def streams() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gemma_models import GEMMAS, make_gemma
 
 from fwdllm.bench.architectures import ARCHITECTURES, VOCAB, make_small
 from fwdllm.bench.inputs import half_trained
@@ -22,12 +23,12 @@ SEEDS = np.arange(32, dtype=np.uint64) + 1000
 LABELS = ("negative", "positive")
 ENCODER = "modern-bert"
 DECODERS = [name for name in ARCHITECTURES if name != ENCODER]
-OWN_FAMILIES = ["llama", "qwen2", "qwen3"]
+OWN_FAMILIES = ["llama", "qwen2", "qwen3", *GEMMAS]
 SHAPE = Shape(2, 256, 4, 2, 64, 512, 2048, context=1024)
 
 # At least one matrix of each kind that a model multiplies with.
 TARGETS = {
-    "gemma2": ("attn_q", "attn_v", "ffn_down", "ffn_up"),
+    "olmo2": ("attn_q", "attn_v", "ffn_down", "ffn_up"),
     "phi3": ("attn_qkv", "ffn_down", "ffn_up"),
     "gpt2": ("attn_output", "attn_qkv", "ffn_down"),
     "gptneox": ("attn_qkv", "ffn_down", "ffn_up"),
@@ -41,7 +42,7 @@ TARGETS = {
 
 # How far apart losses of an example may be, in nats: llama.cpp rounds activations to int8 where
 # weights are quantized, and the engine lets it keep keys and values in float16. Measured: at most
-# 0.0015 (gemma2) and 0.014. Where a token goes to another expert for that, 0.0034 at once.
+# 0.0015 (olmo2) and 0.014. Where a token goes to another expert for that, 0.0034 at once.
 NOISE = {"F16": 3e-3, "Q8_0": 0.04}
 EXPERT_NOISE = {"F16": 0.015, "Q8_0": 0.04}
 
@@ -57,7 +58,9 @@ def make_model(folder: Path, name: str, type: str = "F16") -> Path:
     """A file of an architecture and a type in a folder, written if it is not there."""
     path = folder / f"{name}.{type}.gguf"
     if not path.exists():
-        if name in OWN_FAMILIES:
+        if name in GEMMAS:
+            make_gemma(path, name, QuantType[type])
+        elif name in OWN_FAMILIES:
             make_decoder(path, replace(SHAPE, architecture=name), QuantType[type], seed=1)
         else:
             make_small(path, name, QuantType[type])
