@@ -9,10 +9,10 @@ from dataclasses import dataclass
 class Dimensions:
     """Dimensions of a model. Each is the largest where layers differ (some llama.cpp models).
 
-    Of our own graphs: logit_softcap, c > 0 makes c tanh(l / c) of a logit l. For the plan of memory:
-    hidden_arrays, how many arrays [rows, hidden] exist at once, by default gate, up and their
-    product; fused_qkv, whether one matrix makes q, k and v; further_values, what a layer's way back
-    reads of each row besides what it does in llama and BERT.
+    Of our own graphs: logit_softcap, c > 0 makes c tanh(l / c) of a logit l. For the plan of
+    memory: hidden_arrays, how many arrays [rows, hidden] exist at once, by default gate, up and
+    their product; fused_qkv, whether one matrix makes q, k and v; further_values, what a layer's
+    way back reads of each row besides what it does in llama and BERT.
     """
 
     n_layers: int
