@@ -7,7 +7,6 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-import llama_cpp
 import numpy as np
 import pytest
 
@@ -16,6 +15,7 @@ from fwdllm.bench.synthetic import make_decoder
 from fwdllm.engine import Engine
 from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.engine.llamacpp import generation
+from fwdllm.engine.llamacpp.native import llama_cpp
 from fwdllm.kernels import cpu
 from fwdllm.kernels.types import QuantType
 
