@@ -91,9 +91,7 @@ def as_gguf(adapter: _Path, model: _Path) -> Iterator[Path]:
 
 def _base_model(engine: Engine) -> str:
     """The base model's name for PEFT: on Hugging Face if the file has it, else its own name."""
-    metadata = engine.file.metadata
-    url = metadata.get("general.base_model.0.repo_url", "")
+    url = engine.file.metadata.get("general.base_model.0.repo_url", "")
     if isinstance(url, str) and url.startswith("https://huggingface.co/"):
         return url.removeprefix("https://huggingface.co/")
-    name = metadata.get("general.name")
-    return name if isinstance(name, str) and name else engine.file.path.stem
+    return engine.file.name or engine.file.path.stem

@@ -67,7 +67,7 @@ def inspect_model(model: str | os.PathLike[str]) -> dict[str, Any]:
         "architecture": backend.architecture,
         "backend": backend.name,
         "reason": backend.reason,
-        "name": file.metadata.get("general.name"),
+        "name": file.name,
         "file": str(file.path),
         "file_bytes": file.nbytes,
         "n_parameters": sum(_size(tensor.shape) for tensor in file.tensors.values()),

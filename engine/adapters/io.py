@@ -129,13 +129,16 @@ def check_gguf_adapter(
 def _open_gguf(path: str | Path, architecture: str) -> GGUFFile:
     try:
         file = GGUFFile.open(path)
+        kind, kind_of_adapter, found = (
+            file.string(key, "")
+            for key in (Keys.General.TYPE, Keys.Adapter.TYPE, Keys.General.ARCHITECTURE)
+        )
     except ModelError as error:
         raise AdapterError(str(error)) from error
-    if file.metadata.get(Keys.General.TYPE) != GGUFType.ADAPTER:
+    if kind != GGUFType.ADAPTER:
         raise AdapterError(f"{path} is not an adapter; it is a model or another GGUF file")
-    if file.metadata.get(Keys.Adapter.TYPE) != "lora":
+    if kind_of_adapter != "lora":
         raise AdapterError(f"{path} is not a LoRA adapter; other kinds are not supported")
-    found = file.metadata.get(Keys.General.ARCHITECTURE)
     if found != architecture:
         raise AdapterError(f"{path} is for {found!r} models, but this model is {architecture!r}")
     if Keys.Adapter.ALORA_INVOCATION_TOKENS in file.metadata:

@@ -70,7 +70,7 @@ def merge(model: GGUFFile, adapter: StoredAdapter, path: Path, type: str) -> Non
     """
     if type not in TYPES:
         raise ConfigError(f"type must be one of {', '.join(TYPES)}, not {type!r}")
-    if model.metadata.get("split.count", 1) != 1:
+    if model.integer("split.count", 1) != 1:
         raise ConfigError(
             f"{model.path} is split: join its files first: llama-gguf-split --merge FIRST NEW"
         )

@@ -70,6 +70,12 @@ class GGUFFile:
         """Bytes of the file, or of all of them."""
         return sum(map(len, self.mappings))
 
+    @property
+    def name(self) -> str | None:
+        """What the model is called, if the file says so."""
+        name = self.metadata.get("general.name")
+        return name if isinstance(name, str) and name else None
+
     def weight(self, name: str) -> Weight:
         """The matrix ``name`` [n_out, n_in] in its block format, a view of the mapping.
 

@@ -28,8 +28,8 @@ def check_model(file: GGUFFile) -> None:
     those of the architecture cannot, a mixture that uses no expert, vectors in blocks, numbers that
     are not finite, a context of no use.
     """
-    kind = file.metadata.get("general.type")
-    if file.metadata.get("general.architecture") == _PROJECTOR:
+    kind = file.string("general.type", "model")
+    if file.string("general.architecture", "") == _PROJECTOR:
         kind = "mmproj"
     if kind in _KINDS:
         raise ModelError(f"{file.path} is no model but {_KINDS[kind]}")

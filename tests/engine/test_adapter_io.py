@@ -222,6 +222,15 @@ def small_gguf(*fields: bytes, name: str = "blk.0.attn_q.weight.lora_a") -> byte
     return gguf_bytes.gguf(own + fields, tensors, data=bytes(128))
 
 
+@pytest.mark.parametrize("key", ["general.architecture", "general.type", "adapter.type"])
+def test_an_array_for_a_string(tmp_path: Path, key: str) -> None:
+    array = gguf_bytes.array(gguf_bytes.U8, 2, b"\0\1")
+    path = tmp_path / "a.gguf"
+    path.write_bytes(gguf_bytes.gguf((field(key, gguf_bytes.ARRAY, array),)))
+    with pytest.raises(AdapterError, match=f"'{key}' is of type ndarray"):
+        check_gguf_adapter(path, "llama", shapes())
+
+
 WRONG = {
     "alpha of 64 bits": field("adapter.lora.alpha", 12, struct.pack("<d", 16)),
     "whole alpha": field("adapter.lora.alpha", gguf_bytes.U32, struct.pack("<I", 16)),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf_bytes
 import numpy as np
 import pytest
 from changed_models import changed
@@ -16,7 +17,9 @@ from gguf import GGUFReader, quants
 
 from fwdllm.engine import Engine
 from fwdllm.engine.data.jsonl import Example
-from fwdllm.engine.errors import FwdllmError, FwdllmWarning, UnsupportedError
+from fwdllm.engine.errors import FwdllmError, FwdllmWarning, ModelError, UnsupportedError
+from fwdllm.engine.gguf.file import GGUFFile
+from fwdllm.engine.gguf.kinds import check_model
 from fwdllm.inference import generate
 from fwdllm.inspect import inspect_model
 
@@ -58,6 +61,8 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, np.ndarray | None], str]] = {
     "projector": ({"general.type": "mmproj"}, {}, "is no model but the projector of"),
     "old projector": ({"general.architecture": "clip"}, {}, "is no model but the projector of"),
     "imatrix": ({"general.type": "imatrix"}, {}, "is no model but an importance matrix"),
+    "numbers for a type": ({"general.type": [1, 2]}, {}, "'general.type' is of type ndarray"),
+    "words for a type": ({"general.type": ["adapter"]}, {}, "'general.type' is of type tuple"),
     "no merges": ({"tokenizer.ggml.merges": None}, {}, "cannot find tokenizer merges"),
     "splitter": ({"tokenizer.ggml.pre": "mine"}, {}, "unknown pre-tokenizer type: 'mine'"),
     "no vocabulary": ({"tokenizer.ggml.tokens": None}, {}, "has no vocabulary"),
@@ -93,6 +98,23 @@ def test_every_command_gives_the_same_reason(bundled: Path, tmp_path: Path, kind
     assert what in inspected
     assert evaluated == inspected
     assert what in generated
+
+
+@pytest.mark.parametrize("found", [(gguf_bytes.U8, b"\0\1"), (gguf_bytes.BOOL, b"\1\0")])
+def test_an_architecture_that_is_an_array(tmp_path: Path, found: tuple[int, bytes]) -> None:
+    type, values = found
+    array = gguf_bytes.array(type, len(values), values)
+    pair = gguf_bytes.pair("general.architecture", gguf_bytes.ARRAY, array)
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf_bytes.gguf((pair,)))
+    file = GGUFFile.open(path)
+    with pytest.raises(ModelError, match=r"'general\.architecture' is of type ndarray"):
+        check_model(file)
+
+
+def test_a_name_that_is_an_array(bundled: Path, tmp_path: Path) -> None:
+    path = changed(tmp_path / "m.gguf", bundled, {"general.name": [1, 2]})
+    assert GGUFFile.open(path).name is None
 
 
 def test_a_token_twice_is_refused_before_llama_cpp_ends_the_process(

@@ -292,7 +292,7 @@ def _prepare(
         engine.use_directions(directions, train.seed, examples[:_MASK_EXAMPLES])
     settings = {
         "model": {
-            "name": engine.file.metadata.get("general.name"),
+            "name": engine.file.name,
             **fingerprint(*engine.file.paths),
         },
         "data": given.digest,
