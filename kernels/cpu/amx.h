@@ -36,45 +36,39 @@ struct Tiles {
 };
 
 // c [2 kTileRows][kTileOutputs] += tile [words / kTileWords][2 kTileRows][kTileWords] .
-// panel [words][kTileOutputs]^T; of the rows only the first n_rows matter.
-inline void multiply_tiles(const uint32_t* tile, const uint32_t* panel, int64_t n_words,
-                           int64_t n_rows, float* c) {
-    constexpr int64_t size = 2 * kTileRows * kTileWords, half = size / 2, stride = 4 * kTileOutputs;
+// panel [words][kTileOutputs]^T; the first half of the rows alone, or both.
+template <bool kBoth>
+inline void multiply_tiles(const uint32_t* tile, const uint32_t* panel, int64_t n_words, float* c) {
+    constexpr int64_t half = kTileRows * kTileWords, stride = 4 * kTileOutputs;
     float* c_low = c + kTileRows * kTileOutputs;
     // GCC's tile loads do not say that they read memory: what was written must be there.
     __asm__ volatile("" ::: "memory");
     _tile_loadd(0, c, stride);
     _tile_loadd(1, c + 16, stride);
-    if (n_rows <= kTileRows) {
-        for (int64_t i = 0; i < n_words; i += kTileWords) {
-            _tile_loadd(4, tile, 64);
-            _tile_loadd(6, panel, stride);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, panel + 16, stride);
-            _tile_dpbf16ps(1, 4, 7);
-            tile += size;
-            panel += kTileWords * kTileOutputs;
-        }
-    } else {
+    if (kBoth) {
         _tile_loadd(2, c_low, stride);
         _tile_loadd(3, c_low + 16, stride);
-        for (int64_t i = 0; i < n_words; i += kTileWords) {
-            _tile_loadd(4, tile, 64);
-            _tile_loadd(6, panel, stride);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, panel + 16, stride);
-            _tile_dpbf16ps(1, 4, 7);
+    }
+    for (int64_t i = 0; i < n_words; i += kTileWords) {
+        _tile_loadd(4, tile, 64);
+        _tile_loadd(6, panel, stride);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, panel + 16, stride);
+        _tile_dpbf16ps(1, 4, 7);
+        if (kBoth) {
             _tile_loadd(5, tile + half, 64);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
-            tile += size;
-            panel += kTileWords * kTileOutputs;
         }
-        _tile_stored(2, c_low, stride);
-        _tile_stored(3, c_low + 16, stride);
+        tile += 2 * half;
+        panel += kTileWords * kTileOutputs;
     }
     _tile_stored(0, c, stride);
     _tile_stored(1, c + 16, stride);
+    if (kBoth) {
+        _tile_stored(2, c_low, stride);
+        _tile_stored(3, c_low + 16, stride);
+    }
 }
 
 }  // namespace

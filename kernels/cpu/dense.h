@@ -163,7 +163,10 @@ inline void multiply_dense(const uint32_t* tile, const uint32_t* panel, int64_t 
 template <>
 inline void multiply_dense<BFloat16>(const uint32_t* tile, const uint32_t* panel, int64_t n_words,
                                      int64_t n_rows, float* c) {
-    multiply_tiles(tile, panel, n_words, n_rows, c);
+    if (n_rows > kTileRows)
+        multiply_tiles<true>(tile, panel, n_words, c);
+    else
+        multiply_tiles<false>(tile, panel, n_words, c);
 }
 #endif
 
