@@ -11,6 +11,9 @@ from pathlib import Path
 
 from fwdllm.engine.errors import ConfigError
 
+# What reading a damaged database raises: a message of SQLite's may quote bytes of the file, which
+# Python then cannot decode.
+ERRORS = (sqlite3.Error, UnicodeDecodeError)
 _LARGEST = 1.7976931348623157e308
 
 
@@ -19,7 +22,7 @@ def connect_to_read(path: Path) -> sqlite3.Connection:
 
     All that is read is the database as it is now. A write-ahead log beside it (its name with
     "-wal") is read, too: it has what a process that was killed wrote last.
-    Errors: sqlite3.Error; ConfigError if that log cannot be read here.
+    Errors: ``ERRORS``; ConfigError if that log cannot be read here.
     """
     log = path.with_name(path.name + "-wal")
     # With a log, another process may be writing; SQLite can then read without files of its own.
@@ -30,7 +33,7 @@ def connect_to_read(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA query_only = 1")
         connection.execute("BEGIN")
         connection.execute("SELECT name FROM sqlite_master").fetchall()
-    except sqlite3.Error as error:
+    except ERRORS as error:
         connection.close()
         if log.exists() and not os.access(path.parent, os.W_OK):
             raise ConfigError(
@@ -47,7 +50,7 @@ def connect_to_write(path: Path) -> sqlite3.Connection:
     try:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
-    except sqlite3.Error:
+    except ERRORS:
         connection.close()
         raise
     return connection

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fwdllm.engine.errors import ConfigError, FwdllmError
 from fwdllm.engine.files import is_unused, lock, transaction, write_private
-from fwdllm.engine.sqlite import connect_to_read, connect_to_write, odd_value, unexpected
+from fwdllm.engine.sqlite import ERRORS, connect_to_read, connect_to_write, odd_value, unexpected
 from fwdllm.protocol import journal
 from fwdllm.protocol.journal import BYTES, KEYS, Journal
 from fwdllm.protocol.records import Meta, Round, round_hash
@@ -464,7 +464,7 @@ class Ledger:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except ERRORS as error:
             raise LedgerError(f"cannot use the ledger {self.path}: {error}") from error
 
 
@@ -476,7 +476,7 @@ def theta_hash(theta: np.ndarray) -> bytes:
 def _connect(path: Path, writable: bool) -> sqlite3.Connection:
     try:
         return connect_to_write(path) if writable else connect_to_read(path)
-    except (sqlite3.Error, ConfigError) as error:
+    except (*ERRORS, ConfigError) as error:
         raise LedgerError(f"cannot use the ledger {path}: {error}") from error
 
 

@@ -102,8 +102,12 @@ def _change(db: sqlite3.Connection, random: Random) -> str:
         db.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(new))})", new)
         return f"insert {table}"
     if table == "meta" or way == 4:
-        (found,) = db.execute("SELECT json FROM meta").fetchone()
-        new = change_json(json.loads(found), random, ["spry", "fwdllm", "median", "lora-fa", 0, 7])
+        found = db.execute("SELECT json FROM meta").fetchone()
+        if found is None:
+            return "none"
+        new = change_json(
+            json.loads(found[0]), random, ["spry", "fwdllm", "median", "lora-fa", 0, 7]
+        )
         db.execute("UPDATE meta SET json = ?", (json.dumps(new),))
         return "meta"
     value: Any = random.choice(_VALUES)
@@ -147,9 +151,11 @@ def _check(command: Any, case: Path) -> list[Row]:
 def _resume(path: Path) -> None:
     from ledger_runs import operations, reopen
 
+    from fwdllm.protocol.replay import verify
     from fwdllm.protocol.server import Server
 
     with contextlib.closing(reopen(path)) as ledger:
+        verify(ledger)
         server = Server(ledger)
         server.synchronize(0)
         work = operations(server)

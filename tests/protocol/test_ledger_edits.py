@@ -157,6 +157,19 @@ def test_a_view_in_place_of_a_table_is_not_read(ledgers: dict[str, Path], tmp_pa
         Ledger(path)
 
 
+@pytest.mark.parametrize("writable", [False, True])
+def test_sqlite_quotes_what_is_no_text(
+    ledgers: dict[str, Path], tmp_path: Path, writable: bool
+) -> None:
+    """SQLite's own message then holds a byte that Python cannot decode."""
+    path = tmp_path / "ledger.sqlite"
+    content = ledgers["old"].read_bytes()
+    assert content.count(b"CREATE TABLE snapshot") == 1
+    path.write_bytes(content.replace(b"CREATE TABLE snapshot", b"CREATE \xefABLE snapshot"))
+    with pytest.raises(LedgerError, match="cannot use the ledger"):
+        Ledger(path, writable=writable)
+
+
 def test_the_commands_say_so_in_a_sentence(
     fwdllm: Cli, ledgers: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from fwdllm.engine.errors import FwdllmError
 from fwdllm.engine.files import transaction
+from fwdllm.engine.sqlite import ERRORS
 
 FORMAT = 1
 # The folder of the jobs' runs, beside the file.
@@ -98,7 +99,7 @@ class Database:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except ERRORS as error:
             raise StoreError(f"cannot use {self.path}: {error}") from error
 
 
