@@ -17,7 +17,7 @@ from fwdllm.kernels.api import BackwardKernels, HostKernels
 
 # What a module has of its own.
 OWN = {
-    "cpu": {"compiler", "isa", "isas", "num_threads", "peak", "set_num_threads"},
+    "cpu": {"activations", "compiler", "isa", "isas", "num_threads", "peak", "set_num_threads"},
     "reference": set(),
     "triton": {"usable"},
 }
