@@ -290,7 +290,9 @@ def test_attention(
     options = {"head_dim": head_dim, "scale": head_dim**-0.5, "softcap": softcap}
     options["causal"], options["window"] = mask
     got = cpu.attention(q, k, v, starts, **options)
-    np.testing.assert_allclose(got, reference.attention(q, k, v, starts, **options), atol=2e-6)
+    want = reference.attention(q, k, v, starts, **options)
+    # Scores of 256 products are rounded by some 1e-6, and values are up to 4.
+    np.testing.assert_allclose(got, want, atol=5e-6)
     last = slice(int(starts[-2]), rows)  # bit-identical without the other sequences
     alone = cpu.attention(
         q[last].copy(),
