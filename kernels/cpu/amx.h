@@ -1,13 +1,11 @@
 // Products on AMX's tile registers, of 16 rows of 64 bytes: one instruction adds to 16 x 16 fp32
-// sums the products of 16 rows by 16 outputs along 32 bf16 (Intel's Optimization Reference Manual,
-// 20).
+// sums the products of 16 rows of A by 16 columns of B along 32 bf16 (Intel's Optimization
+// Reference Manual, 20). It takes 16 cycles, as a load of a tile takes 8.
 //
-// It takes 16 cycles, as a load of a tile takes 8: 2 x 2 tiles of sums, whose products share 2
-// tiles of activations and 2 of weights, leave half of the load units' time. int8 tiles would take
-// half of the cycles, but the scales of a group of 32 make each product a tile of its own sums,
-// which has to be stored (16 cycles), converted, scaled and added: 16 loads, 32 conversions and
-// multiplications and 16 additions in vectors, another 32 cycles on two units. bf16 with the scales
-// in the weights has none of that, and is exacter.
+// int8 tiles would take half of the cycles, but the scales of a group of 32 make each product a tile
+// of its own sums, which has to be stored (16 cycles), converted, scaled and added: 16 loads, 32
+// conversions and multiplications and 16 additions in vectors, another 32 cycles on two units. bf16
+// with the scales in the weights has none of that, and is exacter.
 #pragma once
 
 #include <cstdint>
@@ -19,12 +17,22 @@
 namespace fwdllm::FWDLLM_ISA {
 namespace {
 
-constexpr int kTileRows = 16, kTileWords = 16, kTileOutputs = 2 * 16;
+// What a tile has along K, in bf16, and in words of two, neighbours along K. A tile of A is 16 rows
+// of 16 words; of B 16 words along K by 16 columns.
+constexpr int64_t kStep = 32, kStepWords = kStep / 2;
+constexpr int kTileSide = 16;
+constexpr int64_t kTileSize = kTileSide * kStepWords;  // in words
+// A panel of weights, which stays in the L1 cache, is two tiles wide; activations pass by one.
+constexpr int kPanelOutputs = 2 * kTileSide;
 
+// Of the 8 tile registers half: where another hardware thread of the core is at work, a processor
+// has too few to rename more, and products wait for each other. There 2 x 2 tiles of sums, whose 4
+// loads serve 4 products, were measured to take 1.4 times as long as these 3 loads for 2 products;
+// otherwise both take the same.
 struct alignas(64) TileConfig {  // of ldtilecfg
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    uint16_t row_bytes[16] = {64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16};
 };
 constexpr TileConfig kTileConfig;
 
@@ -35,40 +43,38 @@ struct Tiles {
     ~Tiles() { _tile_release(); }
 };
 
-// c [2 kTileRows][kTileOutputs] += tile [words / kTileWords][2 kTileRows][kTileWords] .
-// panel [words][kTileOutputs]^T; the first half of the rows alone, or both.
-template <bool kBoth>
-inline void multiply_tiles(const uint32_t* tile, const uint32_t* panel, int64_t n_words, float* c) {
-    constexpr int64_t half = kTileRows * kTileWords, stride = 4 * kTileOutputs;
-    float* c_low = c + kTileRows * kTileOutputs;
+// The products of a panel [steps][2] of tiles by others [steps], added to c, or in place of it if
+// the sums are new. The panel is A and c [kPanelOutputs][kTileSide], or it is B and c
+// [kTileSide][kPanelOutputs].
+template <bool kPanelIsA>
+inline void multiply_tiles(const uint32_t* panel, const uint32_t* tile, int64_t steps, bool is_new,
+                           float* c) {
+    constexpr int64_t stride = 4 * (kPanelIsA ? kTileSide : kPanelOutputs);
+    float* second = c + (kPanelIsA ? kTileSide * kTileSide : kTileSide);
     // GCC's tile loads do not say that they read memory: what was written must be there.
     __asm__ volatile("" ::: "memory");
-    _tile_loadd(0, c, stride);
-    _tile_loadd(1, c + 16, stride);
-    if (kBoth) {
-        _tile_loadd(2, c_low, stride);
-        _tile_loadd(3, c_low + 16, stride);
+    if (is_new) {
+        _tile_zero(0);
+        _tile_zero(1);
+    } else {
+        _tile_loadd(0, c, stride);
+        _tile_loadd(1, second, stride);
     }
-    for (int64_t i = 0; i < n_words; i += kTileWords) {
-        _tile_loadd(4, tile, 64);
-        _tile_loadd(6, panel, stride);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, panel + 16, stride);
-        _tile_dpbf16ps(1, 4, 7);
-        if (kBoth) {
-            _tile_loadd(5, tile + half, 64);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-        tile += 2 * half;
-        panel += kTileWords * kTileOutputs;
+    for (int64_t i = 0; i < steps; ++i, panel += 2 * kTileSize, tile += kTileSize) {
+        _tile_stream_loadd(3, tile, 64);  // not to push the panel out of the L1 cache
+        _tile_loadd(2, panel, 64);
+        if (kPanelIsA)
+            _tile_dpbf16ps(0, 2, 3);
+        else
+            _tile_dpbf16ps(0, 3, 2);
+        _tile_loadd(2, panel + kTileSize, 64);
+        if (kPanelIsA)
+            _tile_dpbf16ps(1, 2, 3);
+        else
+            _tile_dpbf16ps(1, 3, 2);
     }
     _tile_stored(0, c, stride);
-    _tile_stored(1, c + 16, stride);
-    if (kBoth) {
-        _tile_stored(2, c_low, stride);
-        _tile_stored(3, c_low + 16, stride);
-    }
+    _tile_stored(1, second, stride);
 }
 
 }  // namespace

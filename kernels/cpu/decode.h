@@ -66,12 +66,23 @@ inline void add_high_bits(const uint8_t* high, int at, int mask, int shift, uint
 }
 // code[i] |= bit i of the four bytes of high, << 4
 inline void add_fifth_bits(const uint8_t* high, uint8_t* code) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    uint32_t bits;
+    __builtin_memcpy(&bits, high, 4);
+    const __m256i fifth = _mm256_maskz_mov_epi8(bits, _mm256_set1_epi8(16));
+    for (int i = 0; i < 32; i += 16) {
+        const Bytes16 half = (Bytes16)(i == 0 ? _mm256_castsi256_si128(fifth)
+                                              : _mm256_extracti128_si256(fifth, 1));
+        store_bytes(code + i, load_bytes(code + i) | half);
+    }
+#else
     constexpr Bytes16 own = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
     for (int i = 0; i < 32; i += 16, high += 2) {
         const uint64_t bytes[2] = {high[0] * 0x0101010101010101u, high[1] * 0x0101010101010101u};
         const Bytes16 bits = load_bytes((const uint8_t*)bytes) & own;
         store_bytes(code + i, load_bytes(code + i) | ((Bytes16)(bits != 0) & 16));
     }
+#endif
 }
 
 // code[i] = table[code[i]], for codes up to 15.

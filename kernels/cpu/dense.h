@@ -1,5 +1,5 @@
 // The floating-point routes of the matmul: fp32, and bf16 where the instruction set has its dot
-// product or AMX. Activations are packed once per call into tiles of some rows; weights are decoded
+// product. Activations are packed once per call into tiles of kRows rows; weights are decoded
 // once, piece by piece along K, into panels of kDenseOutputs that serve every tile. A row's
 // result depends on that row and the weights only, and its reduction order is fixed: that is
 // batch invariance. The matrix is a Weight, or the transpose of one, see transposed.h.
@@ -7,7 +7,6 @@
 
 #include <cstdint>
 
-#include "amx.h"
 #include "decode.h"
 #include "dispatch.h"
 #include "pack.h"
@@ -18,38 +17,22 @@ namespace fwdllm::FWDLLM_ISA {
 namespace {
 
 // A tile's kRows x kDenseVectors sums fill the registers but for the operands, see kRows.
-#if defined(__AMX_BF16__)
-constexpr int kDenseVectors = kTileOutputs / kWidth;
-#else
 constexpr int kDenseVectors = kWidth == 4 ? 4 : 2;
-#endif
 constexpr int kDenseOutputs = kDenseVectors * kWidth;
 // K per decoded panel: with 16 or 32 outputs 32 or 64 KiB, which leaves half of a small L2 to the
 // tiles. Even, so that pairs of bf16 stay together.
 constexpr int64_t kDenseDepth = 512;
 
-// How elements lie along K: in words of 4 bytes, one float or two bf16. A product takes `together`
-// words at a time, of tiles of `rows` rows, while a `Registers` lives.
+// How elements lie along K: in words of 4 bytes, one float or two bf16.
 struct Float32 {
-    static constexpr int per_word = 1, together = 1, rows = kRows;
-    struct Registers {};
+    static constexpr int per_word = 1;
     static void words(const float* x, int64_t n, uint32_t* out) { __builtin_memcpy(out, x, 4 * n); }
     static VF multiply_add(VF w, VF x, VF sum) { return fmadd(x, w, sum); }
 };
 
-#if defined(FWDLLM_BF16)
+#if defined(__AVX512BF16__)
 struct BFloat16 {
     static constexpr int per_word = 2;
-#if defined(__AMX_BF16__)
-    static constexpr int together = kTileWords, rows = 2 * kTileRows;
-    using Registers = Tiles;
-#else
-    static constexpr int together = 1, rows = kRows;
-    struct Registers {};
-    static VF multiply_add(VF w, VF x, VF sum) {
-        return (VF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
-    }
-#endif
     static void words(const float* x, int64_t n, uint32_t* out) {
         for (int64_t i = 0; i < n; i += kWidth) {
             const int64_t m = min_of<int64_t>(kWidth, n - i);
@@ -57,43 +40,36 @@ struct BFloat16 {
             __builtin_memcpy(out + i / 2, &pairs, 2 * (m + m % 2));
         }
     }
+    static VF multiply_add(VF w, VF x, VF sum) {
+        return (VF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
+    }
 };
 #endif
 
-// Words of n elements, in whole steps of a product.
 template <typename E>
 inline int64_t words_of(int64_t n) {
-    return ceil_div(n, E::per_word * E::together) * E::together;
+    return ceil_div(n, E::per_word);
 }
 
-// The same for a piece of a row, zeros at the end.
-template <typename E>
-inline void whole_words(const float* x, int64_t n, uint32_t* out) {
-    E::words(x, n, out);
-    const int64_t had = ceil_div(n, E::per_word);
-    __builtin_memset(out + had, 0, 4 * (words_of<E>(n) - had));
-}
-
-// Rows row0 .. row0+rows of x [., k] -> tile [words / together][E::rows][together], zero rows at
-// the end. A row with an earlier reference row is packed as its difference to that one.
+// Rows row0 .. row0+rows of x [., k] -> tile [words][kRows], zero rows at the end. A row with an
+// earlier reference row is packed as its difference to that one.
 template <typename E>
 inline void pack_tile_dense(const float* x, int64_t row0, int64_t rows, const int32_t* references,
                             int64_t k, uint32_t* out) {
     constexpr int64_t piece = 256;
     float values[piece];
     uint32_t words[piece];
-    for (int r = 0; r < E::rows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
         for (int64_t first = 0; first < k; first += piece) {
             const int64_t n = min_of(piece, k - first), n_words = words_of<E>(n);
             if (r < rows) {
                 row_or_difference(x, k, row0 + r, references, first, n, values);
-                whole_words<E>(values, n, words);
+                E::words(values, n, words);
             } else {
                 __builtin_memset(words, 0, 4 * n_words);
             }
-            uint32_t* to = out + first / E::per_word * E::rows + r * E::together;
-            for (int64_t i = 0; i < n_words; i += E::together)
-                __builtin_memcpy(to + i * E::rows, words + i, 4 * E::together);
+            uint32_t* to = out + first / E::per_word * kRows + r;
+            for (int64_t i = 0; i < n_words; ++i) to[i * kRows] = words[i];
         }
     }
 }
@@ -112,7 +88,7 @@ inline void pack_panel_dense(const Weight& w, int64_t out0, int64_t n, int64_t f
                 if (j0 + j < n) {
                     const uint8_t* from = w.data + (out0 + j0 + j) * w.row_bytes;
                     decode_row(w.type, from, first + i, m, row);
-                    whole_words<E>(row, m, words[j]);
+                    E::words(row, m, words[j]);
                 } else {
                     __builtin_memset(words[j], 0, 4 * n_words);
                 }
@@ -127,11 +103,9 @@ inline void pack_panel_dense(const Weight& w, int64_t out0, int64_t n, int64_t f
     }
 }
 
-// c [E::rows][kDenseOutputs] += tile . panel^T, one word after the other along K. Of the rows only
-// the first n_rows matter.
+// c [kRows][kDenseOutputs] += tile . panel^T, one word after the other along K.
 template <typename E>
-inline void multiply_dense(const uint32_t* tile, const uint32_t* panel, int64_t n_words,
-                           [[maybe_unused]] int64_t n_rows, float* c) {
+inline void multiply_dense(const uint32_t* tile, const uint32_t* panel, int64_t n_words, float* c) {
     VF acc[kRows][kDenseVectors];
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r)
@@ -159,17 +133,6 @@ inline void multiply_dense(const uint32_t* tile, const uint32_t* panel, int64_t 
             store(c + r * kDenseOutputs + v * kWidth, acc[r][v]);
 }
 
-#if defined(__AMX_BF16__)
-template <>
-inline void multiply_dense<BFloat16>(const uint32_t* tile, const uint32_t* panel, int64_t n_words,
-                                     int64_t n_rows, float* c) {
-    if (n_rows > kTileRows)
-        multiply_tiles<true>(tile, panel, n_words, c);
-    else
-        multiply_tiles<false>(tile, panel, n_words, c);
-}
-#endif
-
 // A product of packed activations with w [n_out, n_in]. run() calls sink(row0, n_rows, out0,
 // n_outs, tile, stride) for all tiles of outputs out0 .. out0+n, rows ascending. The tile of a row
 // that has a reference holds the product of the difference.
@@ -185,41 +148,41 @@ struct DenseProduct {
         : w(w),
           rows(rows),
           references(references),
-          tiles(4 * n_tiles() * tile_size()),
-          zeros(n_tiles()) {
-        parallel_for(n_tiles(), [&](int64_t t) {
-            pack_tile_dense<E>(x, t * E::rows, rows_of(t), references, w.n_in, tile(t));
+          tiles(4 * ceil_div(rows, kRows) * kRows * words_of<E>(w.n_in)),
+          zeros(ceil_div(rows, kRows)) {
+        parallel_for(ceil_div(rows, kRows), [&](int64_t t) {
+            pack_tile_dense<E>(x, t * kRows, min_of<int64_t>(kRows, rows - t * kRows), references,
+                               w.n_in, tile(t));
             uint32_t any = 0;
-            for (int64_t i = 0; i < tile_size(); ++i) any |= tile(t)[i];
+            for (int64_t i = 0; i < kRows * words_of<E>(w.n_in); ++i) any |= tile(t)[i];
             is_zero(t) = any == 0;
         });
     }
 
-    int64_t n_tiles() const { return ceil_div(rows, E::rows); }
-    int64_t tile_size() const { return E::rows * words_of<E>(w.n_in); }
-    int64_t rows_of(int64_t t) const { return min_of<int64_t>(E::rows, rows - t * E::rows); }
-    uint32_t* tile(int64_t t) const { return (uint32_t*)tiles.data + t * tile_size(); }
+    uint32_t* tile(int64_t t) const {
+        return (uint32_t*)tiles.data + t * kRows * words_of<E>(w.n_in);
+    }
     // Lanes do not differ before the first perturbed product, and have no tangents there.
     bool& is_zero(int64_t t) const { return ((bool*)zeros.data)[t]; }
     int64_t panels_at_once() const { return 1; }
 
     template <typename Sink>
     void run(int64_t out0, int64_t n, const Sink& sink) const {
-        constexpr int64_t c_size = E::rows * kDenseOutputs;
-        float* c = (float*)thread_scratch(4 * (kDenseDepth * kDenseOutputs + n_tiles() * c_size));
-        uint32_t* panel = (uint32_t*)(c + n_tiles() * c_size);
-        __builtin_memset(c, 0, 4 * n_tiles() * c_size);
+        const int64_t n_tiles = ceil_div(rows, kRows), c_size = kRows * kDenseOutputs;
+        float* c = (float*)thread_scratch(4 * (kDenseDepth * kDenseOutputs + n_tiles * c_size));
+        uint32_t* panel = (uint32_t*)(c + n_tiles * c_size);
+        __builtin_memset(c, 0, 4 * n_tiles * c_size);
         for (int64_t first = 0; first < w.n_in; first += kDenseDepth) {
             const int64_t k = min_of(kDenseDepth, w.n_in - first);
             pack_panel_dense<E>(w, out0, n, first, k, panel);
-            [[maybe_unused]] const typename E::Registers registers;
-            for (int64_t t = 0; t < n_tiles(); ++t)
+            for (int64_t t = 0; t < n_tiles; ++t)
                 if (!is_zero(t))
-                    multiply_dense<E>(tile(t) + first / E::per_word * E::rows, panel,
-                                      words_of<E>(k), rows_of(t), c + t * c_size);
+                    multiply_dense<E>(tile(t) + first / E::per_word * kRows, panel, words_of<E>(k),
+                                      c + t * c_size);
         }
-        for (int64_t t = 0; t < n_tiles(); ++t)
-            sink(t * E::rows, rows_of(t), out0, n, c + t * c_size, kDenseOutputs);
+        for (int64_t t = 0; t < n_tiles; ++t)
+            sink(t * kRows, min_of<int64_t>(kRows, rows - t * kRows), out0, n, c + t * c_size,
+                 kDenseOutputs);
     }
 };
 

@@ -1,5 +1,5 @@
-// The routes that a product with quantized weights may take: dense.h or int8.h. Either hands each
-// tile of outputs it has finished to a sink, see DenseProduct.
+// The routes that a product with quantized weights may take: dense.h, int8.h or tiles.h. Each hands
+// every tile of outputs it has finished to a sink, see DenseProduct.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +8,21 @@
 #include "dense.h"
 #include "dispatch.h"
 #include "int8.h"
+#include "tiles.h"
+#include "transposed.h"
 
 namespace fwdllm::FWDLLM_ISA {
 namespace {
+
+#if defined(__AMX_BF16__)
+#define FWDLLM_BF16
+template <typename W>
+using Bf16Product = TileProduct<W>;
+#elif defined(__AVX512BF16__)
+#define FWDLLM_BF16
+template <typename W>
+using Bf16Product = DenseProduct<BFloat16, W>;
+#endif
 
 // Calls f(product) with the route for this weight. Unless exact fp32 arithmetic is asked for,
 // quantized weights meet int8 activations, or bf16 ones where that is the instruction set, and so
@@ -21,13 +33,31 @@ inline void with_product(const float* x, int64_t rows, [[maybe_unused]] int64_t 
                          const int32_t* references, const Weight& w, bool exact, const F& f) {
 #if defined(FWDLLM_BF16)
     const bool fast = !exact && w.type != F32 && w.type != F16;
-    if (fast) f(DenseProduct<BFloat16, Weight>(x, rows, references, w));
+    if (fast) f(Bf16Product<Weight>(x, rows, references, w));
 #else
     const bool fast = !exact && with_codec(w.type, [&](auto codec) {
         f(Int8Product<decltype(codec), Weight>(x, rows, refined, references, w));
     });
 #endif
     if (!fast) f(DenseProduct<Float32, Weight>(x, rows, nullptr, w));
+}
+
+// Calls f(product) with dy W, by the route that with_product would take for W, but for outputs that
+// are not whole groups.
+template <typename F>
+inline void with_transposed(const float* dy, int64_t rows, const Weight& w, bool exact,
+                            const F& f) {
+    const Transposed t(w);
+#if defined(FWDLLM_BF16)
+    const bool fast = !exact && w.type != F32 && w.type != F16;
+    if (fast) f(Bf16Product<Transposed>(dy, rows, nullptr, t));
+#else
+    const bool fast = !exact && w.n_out % 32 == 0 && with_codec(w.type, [&](auto codec) {
+        const TransposedBlocks<decltype(codec)> blocks(w);
+        f(Int8Product<CodecQ8_0, TransposedBlocks<decltype(codec)> >(dy, rows, 0, nullptr, blocks));
+    });
+#endif
+    if (!fast) f(DenseProduct<Float32, Transposed>(dy, rows, nullptr, t));
 }
 
 }  // namespace

@@ -121,7 +121,6 @@ inline VU umulhi(VU a, uint32_t b) {
 }
 
 #if defined(__AVX512BF16__) || defined(__AMX_BF16__)
-#define FWDLLM_BF16  // products of bf16, summed in fp32
 // Rounded to even; what is not finite stays so.
 inline auto to_bf16(VF v) {
 #if defined(__AVX512BF16__)

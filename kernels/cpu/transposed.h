@@ -9,7 +9,6 @@
 #include "decode.h"
 #include "dense.h"
 #include "dispatch.h"
-#include "int8.h"
 #include "int8_pack.h"
 #include "pack.h"
 #include "simd.h"
@@ -63,8 +62,6 @@ inline void pack_panel_dense(const Transposed& w, int64_t out0, int64_t n, int64
             E::words(mixed + E::per_word * skipped, E::per_word * kept, panel + j + skipped - out0);
         }
     }
-    const int64_t padding = words_of<E>(k) - ceil_div(k, E::per_word);
-    __builtin_memset(panel, 0, 4 * padding * kDenseOutputs);
 }
 
 // 32 outputs of 32 inputs, float [32][kBlock], as panels of 16 inputs each: codes round(w / scale),
@@ -134,25 +131,6 @@ inline void pack_panels_int8(const TransposedBlocks<Blocks>& w, int64_t out0, in
             quantize_block<Codec>(block + skipped, to, count);
         }
     }
-}
-
-// Calls f(product) with dy W, by the route that with_product would take for W, but for outputs that
-// are not whole groups.
-template <typename F>
-inline void with_transposed(const float* dy, int64_t rows, const Weight& w, bool exact,
-                            const F& f) {
-#if defined(FWDLLM_BF16)
-    const bool fast = !exact && w.type != F32 && w.type != F16;
-    const Transposed t(w);
-    if (fast) f(DenseProduct<BFloat16, Transposed>(dy, rows, nullptr, t));
-#else
-    const bool fast = !exact && w.n_out % 32 == 0 && with_codec(w.type, [&](auto codec) {
-        const TransposedBlocks<decltype(codec)> t(w);
-        f(Int8Product<CodecQ8_0, TransposedBlocks<decltype(codec)> >(dy, rows, 0, nullptr, t));
-    });
-    const Transposed t(w);
-#endif
-    if (!fast) f(DenseProduct<Float32, Transposed>(dy, rows, nullptr, t));
 }
 
 }  // namespace

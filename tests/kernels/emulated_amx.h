@@ -14,20 +14,24 @@
 #define _tile_release emulated_release
 #undef _tile_loadd
 #define _tile_loadd emulated_loadd
+#undef _tile_stream_loadd
+#define _tile_stream_loadd emulated_loadd
+#undef _tile_zero
+#define _tile_zero emulated_zero
 #undef _tile_stored
 #define _tile_stored emulated_stored
 #undef _tile_dpbf16ps
 #define _tile_dpbf16ps emulated_dpbf16ps
 
 struct EmulatedTiles {
-    bool configured;
+    bool configured[8];
     uint32_t words[8][16][16];
 };
 inline thread_local EmulatedTiles emulated_tiles;
 
 // What the processor would not do without configuration ends the test.
 inline uint32_t (*emulated_tile(int tile))[16] {
-    if (!emulated_tiles.configured) __builtin_trap();
+    if (!emulated_tiles.configured[tile]) __builtin_trap();
     return emulated_tiles.words[tile];
 }
 inline float emulated_half(uint32_t word, int half) {
@@ -37,17 +41,21 @@ inline float emulated_half(uint32_t word, int half) {
     return value;
 }
 
-// All tiles are of 16 rows of 64 bytes, by palette 1.
+// The tiles in use are of 16 rows of 64 bytes, by palette 1.
 inline void emulated_loadconfig(const void* config) {
     const uint8_t* bytes = (const uint8_t*)config;
     if (bytes[0] != 1) __builtin_trap();
-    for (int tile = 0; tile < 8; ++tile)
-        if (bytes[16 + 2 * tile] != 64 || bytes[17 + 2 * tile] != 0 || bytes[48 + tile] != 16)
-            __builtin_trap();
     std::memset(&emulated_tiles, 0, sizeof emulated_tiles);
-    emulated_tiles.configured = true;
+    for (int tile = 0; tile < 8; ++tile) {
+        const int width = bytes[16 + 2 * tile] + 256 * bytes[17 + 2 * tile], rows = bytes[48 + tile];
+        if (!(width == 64 && rows == 16) && !(width == 0 && rows == 0)) __builtin_trap();
+        emulated_tiles.configured[tile] = rows > 0;
+    }
 }
-inline void emulated_release() { emulated_tiles.configured = false; }
+inline void emulated_release() { std::memset(&emulated_tiles, 0, sizeof emulated_tiles); }
+inline void emulated_zero(int tile) {
+    std::memset(emulated_tile(tile), 0, sizeof emulated_tiles.words[tile]);
+}
 inline void emulated_loadd(int tile, const void* from, long stride) {
     auto* to = emulated_tile(tile);
     for (int r = 0; r < 16; ++r) std::memcpy(to[r], (const char*)from + r * stride, 64);
