@@ -2,10 +2,10 @@
 // sums the products of 16 rows of A by 16 columns of B along 32 bf16 (Intel's Optimization
 // Reference Manual, 20). It takes 16 cycles, as a load of a tile takes 8.
 //
-// int8 tiles would take half of the cycles, but the scales of a group of 32 make each product a tile
-// of its own sums, which has to be stored (16 cycles), converted, scaled and added: 16 loads, 32
-// conversions and multiplications and 16 additions in vectors, another 32 cycles on two units. bf16
-// with the scales in the weights has none of that, and is exacter.
+// int8 tiles would take half of the cycles, but the scales of a group of 32 make each product a
+// tile of its own sums, which has to be stored (16 cycles), converted, scaled and added: 16 loads,
+// 32 conversions and multiplications and 16 additions in vectors, another 32 cycles on two units.
+// bf16 with the scales in the weights has none of that, and is exacter.
 #pragma once
 
 #include <cstdint>

@@ -1,12 +1,14 @@
 // Softmax attention of several sequences in one batch, none seeing another. One task is one
-// sequence and key/value head: its keys are transposed once, then all query heads of the group
-// use them. Queries go in blocks, so that a loaded key or value serves several. Tangents follow
-// each block of the primal, whose softmax they share:
+// sequence and key/value head: its keys are transposed and its values copied once, so that what
+// is read together lies together, then all query heads of the group use them. Queries go in blocks,
+// so that a loaded key or value serves several. Tangents follow each block of the primal, whose
+// softmax they share:
 //   dS = scale (dQ K^T + Q dK^T),  dY = P (dS - rowsum(P dS)) V + P dV.
 #pragma once
 
 #include <cstdint>
 
+#include "pack.h"
 #include "simd.h"
 #include "threads.h"
 
@@ -16,6 +18,7 @@ namespace {
 // Queries at a time: with 2 vectors of keys or values their sums fill half of 32 registers, or of
 // AVX2's 16.
 constexpr int kQueries = kWidth == 8 ? 4 : 8;
+constexpr int64_t kPanelKeys = 2 * kWidth;  // transposed together, [head_dim][kPanelKeys]
 
 struct Attention {
     const float *q, *k, *v;
@@ -35,7 +38,7 @@ struct Keys {
     int64_t window;
 
     Keys(int64_t i0, int64_t n_queries, int64_t n, bool causal, int64_t window)
-        : first(window ? max_of<int64_t>(0, i0 + 1 - window) / kWidth * kWidth : 0),
+        : first(window ? max_of<int64_t>(0, i0 + 1 - window) / kPanelKeys * kPanelKeys : 0),
           end(causal ? i0 + n_queries : n),
           causal(causal),
           window(window) {}
@@ -47,15 +50,15 @@ struct Keys {
     int64_t end_of(int64_t i) const { return (causal ? min_of(i + 1, end) : end) - first; }
 };
 
-// scores [kQueries][stride] = scale q . k for kVectors of keys; keys_t [head_dim][stride]. kAdd:
-// added to what is there, here and below.
+// scores [kQueries][stride] = scale q . k for the first kVectors of a panel of keys. kAdd: added to
+// what is there, here and below.
 template <int kVectors, bool kAdd>
-inline void score_keys(const float* const* q, const float* keys_t, int64_t head_dim, int64_t stride,
+inline void score_keys(const float* const* q, const float* panel, int64_t head_dim, int64_t stride,
                        float scale, float* scores) {
     VF acc[kQueries][kVectors] = {};
-    for (int64_t d = 0; d < head_dim; ++d) {
+    for (int64_t d = 0; d < head_dim; ++d, panel += kPanelKeys) {
         VF keys[kVectors];
-        for (int v = 0; v < kVectors; ++v) keys[v] = load(keys_t + d * stride + v * kWidth);
+        for (int v = 0; v < kVectors; ++v) keys[v] = load(panel + v * kWidth);
 #pragma GCC unroll 8
         for (int i = 0; i < kQueries; ++i)
 #pragma GCC unroll 2
@@ -71,14 +74,14 @@ inline void score_keys(const float* const* q, const float* keys_t, int64_t head_
         }
 }
 
-// The same for keys 0 .. n.
+// The same for keys 0 .. n of several panels.
 template <bool kAdd>
-inline void score(const float* const* q, const float* keys_t, int64_t head_dim, int64_t n,
+inline void score(const float* const* q, const float* panels, int64_t head_dim, int64_t n,
                   int64_t stride, float scale, float* scores) {
     int64_t j = 0;
-    for (; j + kWidth < n; j += 2 * kWidth)
-        score_keys<2, kAdd>(q, keys_t + j, head_dim, stride, scale, scores + j);
-    if (j < n) score_keys<1, kAdd>(q, keys_t + j, head_dim, stride, scale, scores + j);
+    for (; j + kWidth < n; j += kPanelKeys)
+        score_keys<2, kAdd>(q, panels + j * head_dim, head_dim, stride, scale, scores + j);
+    if (j < n) score_keys<1, kAdd>(q, panels + j * head_dim, head_dim, stride, scale, scores + j);
 }
 
 // scores [kQueries][stride] of keys 0 .. n -> softcap tanh(score / softcap), and its slopes.
@@ -99,49 +102,54 @@ inline void cap_tangents(const float* slopes, int64_t n, int64_t stride, float* 
             store(dscores + j, load(dscores + j) * load(slopes + j));
 }
 
+// Those of elements j, j + 1, .. that are in begin .. end.
+inline VI inside(int64_t j, int64_t begin, int64_t end) {
+    VI at;
+    for (int i = 0; i < kWidth; ++i) at[i] = i;
+    return (at >= (int32_t)(begin - j)) & (at < (int32_t)(end - j));
+}
+
 // scores[begin .. n) -> exp(score - max), zeros before and up to padded; returns 1 / their sum.
 inline float softmax(float* scores, int64_t begin, int64_t n, int64_t padded) {
-    const float any = scores[begin];
-    const auto outside = [=](int64_t j) { return j < begin || j >= n; };
-    VF top = splat(any);
-    for (int64_t j = begin / kWidth * kWidth; j < n; j += kWidth) {
-        VF s = load(scores + j);
-        if (j < begin || j + kWidth > n)
-            for (int64_t i = 0; i < kWidth; ++i)
-                if (outside(j + i)) s[i] = any;
-        top = vmax(top, s);
-    }
-    const float max = largest(top);
+    const int64_t first = begin / kWidth * kWidth, end = ceil_div(n, kWidth) * kWidth;
+    const VF any = splat(scores[begin]);
+    VF top = any;
+    for (int64_t j = first; j < end; j += kWidth)
+        top = vmax(top, select(inside(j, begin, n), load(scores + j), any));
+    const VF max = splat(largest(top)), zero = {};
     VF total = {};
-    for (int64_t j = 0; j < padded; j += kWidth) {
-        VF e = {};
-        if (j + kWidth > begin && j < n) e = vexp(load(scores + j) - splat(max));
-        if (j < begin || j + kWidth > n)
-            for (int64_t i = 0; i < kWidth; ++i)
-                if (outside(j + i)) e[i] = 0.0f;
+    for (int64_t j = 0; j < first; j += kWidth) store(scores + j, zero);
+    for (int64_t j = first; j < end; j += kWidth) {
+        const VF e = select(inside(j, begin, n), vexp(load(scores + j) - max), zero);
         store(scores + j, e);
         total += e;
     }
+    for (int64_t j = end; j < padded; j += kWidth) store(scores + j, zero);
     return 1.0f / sum(total);
 }
 
-// y [kQueries rows], dimensions d on = weights v for keys 0 .. n, m dimensions of the last vector.
-template <int kVectors, bool kAdd>
+// y [kQueries rows], dimensions d on = weights v for keys 0 .. n, m dimensions of the last vector,
+// which is all of them if it is kWhole.
+template <int kVectors, bool kAdd, bool kWhole>
 inline void mix_values(const float* weights, int64_t stride, const float* inverse_sums,
                        const float* v, int64_t v_stride, int64_t n, int64_t d, int64_t m,
                        float* const* y, int n_queries) {
     VF acc[kQueries][kVectors] = {};
-    for (int64_t j = 0; j < n; ++j) {
-        const float* from = v + j * v_stride + d;
+    const float* from = v + d;
+    // Two pointers and multiples of the stride: more do not fit into the registers.
+    const float *low = weights, *high = weights + 4 * stride;
+    for (int64_t j = 0; j < n; ++j, from += v_stride, ++low, ++high) {
         VF value[kVectors];
 #pragma GCC unroll 2
         for (int u = 0; u < kVectors; ++u)
-            value[u] = load_first(from + u * kWidth, u < kVectors - 1 ? kWidth : m);
+            value[u] = kWhole || u < kVectors - 1 ? load(from + u * kWidth)
+                                                  : load_first(from + u * kWidth, m);
 #pragma GCC unroll 8
-        for (int i = 0; i < kQueries; ++i)
+        for (int i = 0; i < kQueries; ++i) {
+            const VF weight = splat((i < 4 ? low : high)[i % 4 * stride]);
 #pragma GCC unroll 2
-            for (int u = 0; u < kVectors; ++u)
-                acc[i][u] = fmadd(splat(weights[i * stride + j]), value[u], acc[i][u]);
+            for (int u = 0; u < kVectors; ++u) acc[i][u] = fmadd(weight, value[u], acc[i][u]);
+        }
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kQueries; ++i) {  // a fixed count keeps the sums in registers
@@ -159,13 +167,18 @@ inline void mix_values(const float* weights, int64_t stride, const float* invers
 template <bool kAdd>
 inline void mix(const float* weights, int64_t stride, const float* inverse_sums, const float* v,
                 int64_t v_stride, int64_t n, int64_t head_dim, float* const* y, int n_queries) {
-    int64_t d = 0;
-    for (; d + kWidth < head_dim; d += 2 * kWidth)
-        mix_values<2, kAdd>(weights, stride, inverse_sums, v, v_stride, n, d,
-                            min_of<int64_t>(kWidth, head_dim - d - kWidth), y, n_queries);
-    if (d < head_dim)
-        mix_values<1, kAdd>(weights, stride, inverse_sums, v, v_stride, n, d, head_dim - d, y,
-                            n_queries);
+    for (int64_t d = 0; d < head_dim; d += 2 * kWidth) {
+        const int64_t left = head_dim - d, m = (left - 1) % kWidth + 1;
+        if (left >= 2 * kWidth)
+            mix_values<2, kAdd, true>(weights, stride, inverse_sums, v, v_stride, n, d, kWidth, y,
+                                      n_queries);
+        else if (left > kWidth)
+            mix_values<2, kAdd, false>(weights, stride, inverse_sums, v, v_stride, n, d, m, y,
+                                       n_queries);
+        else
+            mix_values<1, kAdd, false>(weights, stride, inverse_sums, v, v_stride, n, d, m, y,
+                                       n_queries);
+    }
 }
 
 // dS [kQueries][stride] -> e (dS - mean of dS under the softmax e / sum(e)), zeros up to padded.
@@ -181,28 +194,48 @@ inline void softmax_tangent(const float* e, const float* inverse_sums, int64_t s
     }
 }
 
+// Rows [n] -> panels [n / kPanelKeys][head_dim][kPanelKeys], zeros behind the last row.
+inline void pack_panels(const float* rows, int64_t row_stride, int64_t n, int64_t head_dim,
+                        float* panels) {
+    const int64_t words = kPanelKeys % 16 == 0 ? head_dim / 8 * 8 : 0;
+    for (int64_t j = 0; j < n; j += kPanelKeys, panels += kPanelKeys * head_dim) {
+        const float* from = rows + j * row_stride;
+        const int64_t had = min_of(kPanelKeys, n - j), whole = had / 16 * 16;
+        for (int64_t i = 0; i < whole; i += 16)
+            for (int64_t d = 0; d < words; d += 8)
+                transpose_16x8((const uint32_t*)(from + i * row_stride + d), row_stride,
+                               (uint32_t*)(panels + d * kPanelKeys + i), kPanelKeys);
+        for (int64_t i = 0; i < kPanelKeys; ++i)
+            for (int64_t d = i < whole ? words : 0; d < head_dim; ++d)
+                panels[d * kPanelKeys + i] = i < had ? from[i * row_stride + d] : 0.0f;
+    }
+}
+
 inline void attend(const Attention& a, int64_t row0, int64_t n, int64_t kv_head) {
     const int64_t q_stride = a.n_heads * a.head_dim, kv_stride = a.n_kv_heads * a.head_dim;
-    const int64_t stride = ceil_div(n, 2 * kWidth) * 2 * kWidth, size = stride * a.head_dim;
+    const int64_t stride = ceil_div(n, kPanelKeys) * kPanelKeys, size = stride * a.head_dim;
     const int64_t group = a.n_heads / a.n_kv_heads;
-    // Transposed keys of the primal and of every tangent, and the scores of a block of queries.
-    float* keys_t = (float*)thread_scratch(4 * ((1 + a.tangents) * size + 3 * kQueries * stride));
-    float* scores = keys_t + (1 + a.tangents) * size;
+    // Keys and values of the primal and of every tangent, and the scores of a block of queries.
+    float* panels =
+        (float*)thread_scratch(4 * (2 * (1 + a.tangents) * size + 3 * kQueries * stride));
+    float* values = panels + (1 + a.tangents) * size;
+    float* scores = values + (1 + a.tangents) * size;
     float* dscores = scores + kQueries * stride;
     float* slopes = dscores + kQueries * stride;
-    const float* values = a.v + row0 * kv_stride + kv_head * a.head_dim;
     for (int64_t t = 0; t <= a.tangents; ++t) {
-        const float* keys = a.k + (row0 + t * a.rows) * kv_stride + kv_head * a.head_dim;
-        for (int64_t j = 0; j < stride; ++j)
-            for (int64_t d = 0; d < a.head_dim; ++d)
-                keys_t[t * size + d * stride + j] = j < n ? keys[j * kv_stride + d] : 0.0f;
+        const int64_t kv0 = (row0 + t * a.rows) * kv_stride + kv_head * a.head_dim;
+        pack_panels(a.k + kv0, kv_stride, n, a.head_dim, panels + t * size);
+        for (int64_t j = 0; j < n; ++j)
+            __builtin_memcpy(values + t * size + j * a.head_dim, a.v + kv0 + j * kv_stride,
+                             4 * a.head_dim);
     }
 
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
         for (int64_t i0 = 0; i0 < n; i0 += kQueries) {
             const int n_queries = (int)min_of<int64_t>(kQueries, n - i0);
             const Keys seen(i0, n_queries, n, a.causal, a.window);
-            const float *seen_t = keys_t + seen.first, *seen_v = values + seen.first * kv_stride;
+            const float* seen_keys = panels + seen.first * a.head_dim;
+            const float* seen_values = values + seen.first * a.head_dim;
             const int64_t n_keys = seen.end - seen.first;
             const int64_t padded = ceil_div(n_keys, kWidth) * kWidth;
             const float *q[kQueries], *dq[kQueries];
@@ -213,29 +246,28 @@ inline void attend(const Attention& a, int64_t row0, int64_t n, int64_t kv_head)
                 q[i] = dq[i] = a.q + row * q_stride + head * a.head_dim;
                 y[i] = a.y + row * q_stride + head * a.head_dim;
             }
-            score<false>(q, seen_t, a.head_dim, n_keys, stride, a.scale, scores);
+            score<false>(q, seen_keys, a.head_dim, n_keys, stride, a.scale, scores);
             if (a.softcap > 0) cap_scores(a.softcap, n_keys, stride, scores, slopes);
             for (int i = 0; i < kQueries; ++i) {
                 const int64_t row = min_of<int64_t>(i0 + i, n - 1);
                 inverse_sums[i] =
                     softmax(scores + i * stride, seen.begin_of(row), seen.end_of(row), padded);
             }
-            mix<false>(scores, stride, inverse_sums, seen_v, kv_stride, n_keys, a.head_dim, y,
+            mix<false>(scores, stride, inverse_sums, seen_values, a.head_dim, n_keys, a.head_dim, y,
                        n_queries);
             for (int64_t t = 1; t <= a.tangents; ++t) {
                 for (int i = 0; i < kQueries; ++i) {
                     dq[i] += a.rows * q_stride;
                     y[i] += a.rows * q_stride;
                 }
-                const float* dvalues = seen_v + t * a.rows * kv_stride;
-                score<false>(dq, seen_t, a.head_dim, n_keys, stride, a.scale, dscores);
-                score<true>(q, seen_t + t * size, a.head_dim, n_keys, stride, a.scale, dscores);
+                score<false>(dq, seen_keys, a.head_dim, n_keys, stride, a.scale, dscores);
+                score<true>(q, seen_keys + t * size, a.head_dim, n_keys, stride, a.scale, dscores);
                 if (a.softcap > 0) cap_tangents(slopes, n_keys, stride, dscores);
                 softmax_tangent(scores, inverse_sums, stride, padded, dscores);
-                mix<false>(dscores, stride, inverse_sums, seen_v, kv_stride, n_keys, a.head_dim, y,
-                           n_queries);
-                mix<true>(scores, stride, inverse_sums, dvalues, kv_stride, n_keys, a.head_dim, y,
-                          n_queries);
+                mix<false>(dscores, stride, inverse_sums, seen_values, a.head_dim, n_keys,
+                           a.head_dim, y, n_queries);
+                mix<true>(scores, stride, inverse_sums, seen_values + t * size, a.head_dim, n_keys,
+                          a.head_dim, y, n_queries);
             }
         }
     }

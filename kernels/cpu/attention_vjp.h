@@ -57,26 +57,18 @@ inline void add_to_keys(const float* weights, int64_t stride, const float* const
     if (d < head_dim) add_to_keys<1>(weights, stride, x, n, d, head_dim - d, to, to_stride);
 }
 
-// out [head_dim][stride] of rows [n], zeros behind them.
-inline void transpose_rows(const float* rows, int64_t row_stride, int64_t n, int64_t head_dim,
-                           int64_t stride, float* out) {
-    for (int64_t j = 0; j < stride; ++j)
-        for (int64_t d = 0; d < head_dim; ++d)
-            out[d * stride + j] = j < n ? rows[j * row_stride + d] : 0.0f;
-}
-
 inline void attend_vjp(const AttentionVjp& a, int64_t row0, int64_t n, int64_t kv_head) {
     const int64_t q_stride = a.n_heads * a.head_dim, kv_stride = a.n_kv_heads * a.head_dim;
-    const int64_t stride = ceil_div(n, 2 * kWidth) * 2 * kWidth, size = stride * a.head_dim;
+    const int64_t stride = ceil_div(n, kPanelKeys) * kPanelKeys, size = stride * a.head_dim;
     const int64_t group = a.n_heads / a.n_kv_heads;
-    float* keys_t = (float*)thread_scratch(4 * (2 * size + 3 * kQueries * stride));
-    float* values_t = keys_t + size;
-    float* scores = values_t + size;
+    float* keys = (float*)thread_scratch(4 * (2 * size + 3 * kQueries * stride));
+    float* values = keys + size;
+    float* scores = values + size;
     float* dscores = scores + kQueries * stride;
     float* slopes = dscores + kQueries * stride;
     const int64_t kv0 = row0 * kv_stride + kv_head * a.head_dim;
-    transpose_rows(a.k + kv0, kv_stride, n, a.head_dim, stride, keys_t);
-    transpose_rows(a.v + kv0, kv_stride, n, a.head_dim, stride, values_t);
+    pack_panels(a.k + kv0, kv_stride, n, a.head_dim, keys);
+    pack_panels(a.v + kv0, kv_stride, n, a.head_dim, values);
     for (int64_t j = 0; j < n; ++j) {
         __builtin_memset(a.dk + kv0 + j * kv_stride, 0, 4 * a.head_dim);
         __builtin_memset(a.dv + kv0 + j * kv_stride, 0, 4 * a.head_dim);
@@ -99,14 +91,16 @@ inline void attend_vjp(const AttentionVjp& a, int64_t row0, int64_t n, int64_t k
                 dq[i] = a.dq + at + head * a.head_dim;
                 ones[i] = 1.0f;
             }
-            score<false>(q, keys_t + seen.first, a.head_dim, n_keys, stride, a.scale, scores);
+            score<false>(q, keys + seen.first * a.head_dim, a.head_dim, n_keys, stride, a.scale,
+                         scores);
             if (a.softcap > 0) cap_scores(a.softcap, n_keys, stride, scores, slopes);
             for (int i = 0; i < kQueries; ++i) {
                 const int64_t row = min_of<int64_t>(i0 + i, n - 1);
                 inverse_sums[i] =
                     softmax(scores + i * stride, seen.begin_of(row), seen.end_of(row), padded);
             }
-            score<false>(dy, values_t + seen.first, a.head_dim, n_keys, stride, 1.0f, dscores);
+            score<false>(dy, values + seen.first * a.head_dim, a.head_dim, n_keys, stride, 1.0f,
+                         dscores);
             softmax_tangent(scores, inverse_sums, stride, padded, dscores);
             if (a.softcap > 0) cap_tangents(slopes, n_keys, stride, dscores);
             for (int i = 0; i < kQueries; ++i) {  // the repeated ones count once

@@ -71,8 +71,8 @@ inline void add_fifth_bits(const uint8_t* high, uint8_t* code) {
     __builtin_memcpy(&bits, high, 4);
     const __m256i fifth = _mm256_maskz_mov_epi8(bits, _mm256_set1_epi8(16));
     for (int i = 0; i < 32; i += 16) {
-        const Bytes16 half = (Bytes16)(i == 0 ? _mm256_castsi256_si128(fifth)
-                                              : _mm256_extracti128_si256(fifth, 1));
+        const Bytes16 half =
+            (Bytes16)(i == 0 ? _mm256_castsi256_si128(fifth) : _mm256_extracti128_si256(fifth, 1));
         store_bytes(code + i, load_bytes(code + i) | half);
     }
 #else

@@ -134,19 +134,42 @@ inline auto to_bf16(VF v) {
 }
 #endif
 
-// Sum of the elements, always in the same order.
+// f of the halves of a vector, of the halves of that, and so on: always in the same order.
+#if defined(__AVX2__)
+template <typename F>
+inline float reduce(VF v, const F& f) {
+#if defined(__AVX512F__)
+    __m256 half =
+        f(_mm512_castps512_ps256((__m512)v), (__m256)_mm512_extractf64x4_pd((__m512d)v, 1));
+#else
+    __m256 half = (__m256)v;
+#endif
+    __m128 quarter = f(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    quarter = f(quarter, _mm_movehl_ps(quarter, quarter));
+    return f(quarter, _mm_movehdup_ps(quarter))[0];
+}
 inline float sum(VF v) {
+    return reduce(v, [](auto a, auto b) { return a + b; });
+}
+inline float largest(VF v) {
+    return reduce(v, [](auto a, auto b) { return (decltype(a))(a > b ? a : b); });
+}
+#else
+template <typename F>
+inline float reduce(VF v, const F& f) {
     float s[kWidth];
     store(s, v);
     for (int half = kWidth / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) s[i] += s[i + half];
+        for (int i = 0; i < half; ++i) s[i] = f(s[i], s[i + half]);
     return s[0];
 }
-inline float largest(VF v) {
-    float m = v[0];
-    for (int i = 1; i < kWidth; ++i) m = v[i] > m ? v[i] : m;
-    return m;
+inline float sum(VF v) {
+    return reduce(v, [](float a, float b) { return a + b; });
 }
+inline float largest(VF v) {
+    return reduce(v, [](float a, float b) { return a > b ? a : b; });
+}
+#endif
 
 // exp to about 1 ulp on [-87, 88]; smaller arguments give 0, NaN stays NaN. Cephes expf.
 inline VF vexp(VF x) {

@@ -92,8 +92,8 @@ inline void pack_weights(const Weight& w, int64_t out0, int64_t n, int64_t first
     }
 }
 
-// Inputs out0 .. out0+n of W at its outputs first .. first+k -> B [steps][2][kStepWords][kTileSide],
-// zeros at the end.
+// Inputs out0 .. out0+n of W at its outputs first .. first+k -> B
+// [steps][2][kStepWords][kTileSide], zeros at the end.
 inline void pack_weights(const Transposed& w, int64_t out0, int64_t n, int64_t first, int64_t k,
                          uint32_t* out) {
     alignas(64) uint32_t rows[2][kPanelOutputs / 2];
@@ -180,8 +180,8 @@ struct TileProduct {
             is_zero(t) = true;
             for_each_slice([&](int64_t first, int64_t n) {
                 is_zero(t) &= !pack_activations(x, t * kTileSide, rows_of(t), references, w.n_in,
-                                                first * kStep, depth_of(first, n),
-                                                weights_are_a<W>, tile(t, first, n));
+                                                first * kStep, depth_of(first, n), weights_are_a<W>,
+                                                tile(t, first, n));
             });
         });
     }
@@ -213,8 +213,8 @@ struct TileProduct {
         const int64_t n_panels = ceil_div(n_out, kPanelOutputs);
         const int64_t block = min_of(kBlockTiles, n_tiles());
         const int64_t sums_size = n_panels * block * c_size;
-        float* sums = (float*)thread_scratch(
-            4 * (sums_size + c_size + n_panels * steps() * 2 * kTileSize));
+        float* sums =
+            (float*)thread_scratch(4 * (sums_size + c_size + n_panels * steps() * 2 * kTileSize));
         float* turned = sums + sums_size;
         uint32_t* panels = (uint32_t*)(turned + c_size);
         const auto panel = [&](int64_t p, int64_t first, int64_t n) {
@@ -253,8 +253,8 @@ struct TileProduct {
         const int64_t block = min_of(kBlockTiles, n_tiles());
         const Tiles registers;
         for_each_slice([&](int64_t first, int64_t n) {
-            // What comes next is read ahead, in shares: the panel by each tile, tiles by each panel.
-            // A few rows find all of it in the L2 cache.
+            // What comes next is read ahead, in shares: the panel by each tile, tiles by each
+            // panel. A few rows find all of it in the L2 cache.
             const bool few = end - t0 < kBlockTiles / 4;
             const int64_t ahead = few ? 0 : ceil_div(n * 2 * kTileSize, end - t0);
             const int64_t next = first + n, n_next = min_of(n, steps() - next);
