@@ -17,6 +17,7 @@ from rich.text import Text
 
 from fwdllm.engine.llamacpp import probe
 from fwdllm.engine.memory.system import available_bytes, limit_bytes
+from fwdllm.kernels import machine
 
 # The processor flags for which this package or llama.cpp has kernels.
 _INSTRUCTIONS = re.compile(
@@ -135,7 +136,7 @@ def _kernels() -> dict[str, Any]:
 
 
 def _processor() -> dict[str, Any]:
-    facts = probe.processor()
+    facts = machine.processor()
     instructions = [flag for flag in facts["flags"].split() if _INSTRUCTIONS.fullmatch(flag)]
     return {"name": facts["name"], "cpus": os.cpu_count(), "instructions": instructions}
 

@@ -17,13 +17,13 @@ import platform
 import signal
 import subprocess
 import sys
-import tempfile
 from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from fwdllm.engine.child import leave_no_core
+from fwdllm.kernels.machine import processor, remember, remembered
 
 FULL = "full"  # everything works
 PLAIN = "plain"  # everything, if models are opened without extra buffer types
@@ -149,31 +149,6 @@ def library_folder() -> Path | None:
     return Path(places[0]) / "lib" if places else None
 
 
-def cache_file(name: str = _FILE) -> Path:
-    """Where answers are kept: in XDG_CACHE_HOME or ~/.cache."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "fwdllm" / name
-
-
-def processor() -> dict[str, str]:
-    """The processor's name and, where the system tells, the instructions it has ("flags")."""
-    found = {"name": "", "flags": ""}
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                name, _, value = (part.strip() for part in line.partition(":"))
-                if name == "model name":
-                    found["name"] = value
-                elif name in ("flags", "Features"):
-                    found["flags"] = value
-                elif not name:  # the end of the first processor; the others are like it
-                    break
-    except OSError:  # not Linux
-        pass
-    found["name"] = found["name"] or platform.processor() or platform.machine()
-    return found
-
-
 def _run(model: Path, extra_buffers: bool, time_limit: float) -> _Outcome:
     """Run a child and say how it ended. Errors: OSError if none can be started."""
     if not sys.executable or getattr(sys, "frozen", False):
@@ -225,32 +200,8 @@ def key() -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def remembered(name: str = _FILE) -> dict[str, Any]:
-    """All answers in a file of the cache; none if it is missing or damaged."""
-    try:
-        found = json.loads(cache_file(name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError):  # RuntimeError: no home directory
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def remember(name: str, key: str, answer: object, n: int) -> None:
-    """Add an answer to a file of the cache, which keeps the last n; if that fails, the next process
-    finds out again."""
-    answers = {**remembered(name), key: answer}
-    try:
-        path = cache_file(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            whole = Path(folder) / path.name  # so that nobody reads half of it
-            whole.write_text(json.dumps(dict(list(answers.items())[-n:])))
-            os.replace(whole, path)
-    except (OSError, RuntimeError):
-        pass
-
-
 def _recall() -> Verdict | None:
-    found = remembered().get(key())
+    found = remembered(_FILE).get(key())
     wanted = {field.name for field in fields(Verdict)}
     if not isinstance(found, dict) or found.keys() != wanted:
         return None

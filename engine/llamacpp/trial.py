@@ -19,6 +19,7 @@ from typing import Any
 from fwdllm.engine.child import Child, ChildError
 from fwdllm.engine.errors import ModelError
 from fwdllm.engine.llamacpp import probe
+from fwdllm.kernels.machine import remember, remembered
 
 HEADER, VOCABULARY, WEIGHTS = "header", "vocabulary", "weights"
 
@@ -46,7 +47,7 @@ def check(paths: tuple[Path, ...], stage: str, extra_buffers: bool) -> None:
     if _is_ours(paths[0]):
         return
     key = _key(paths, stage, extra_buffers)
-    if key not in _known and key in probe.remembered(_FILE):
+    if key not in _known and key in remembered(_FILE):
         _known[key] = ""
     if key not in _known:
         nbytes = sum(path.stat().st_size for path in paths)
@@ -63,7 +64,7 @@ def check(paths: tuple[Path, ...], stage: str, extra_buffers: bool) -> None:
             return
         else:
             _known[key] = ""
-            probe.remember(_FILE, key, stage, _REMEMBERED)
+            remember(_FILE, key, stage, _REMEMBERED)
     if _known[key]:
         raise ModelError(
             f"llama.cpp cannot use {paths[0]}, as a trial in a process of its own shows: "

@@ -1,7 +1,7 @@
 """Kernels for processors: the operations of ``kernels.api`` in C++ (kernels/cpu/*.h).
 
-``isa`` names the instruction set chosen at import, the first of ``isas`` that this machine has;
-FWDLLM_ISA overrides it and FWDLLM_NUM_THREADS the number of threads. ``compiler`` built the
+``isa`` names the instruction set chosen at import, the fastest of ``isas``, those that this machine
+has (``choice``); FWDLLM_ISA overrides it and FWDLLM_NUM_THREADS the number of threads. ``compiler`` built the
 kernels. With ``exact=True`` matmuls are fp32; otherwise activations that meet quantized weights are
 rounded to what ``activations`` says: "int8" with a scale per 32 values, or "bf16"; perturbed lanes
 as their difference to a reference lane (``Lanes.references``), tangents with scales of their own.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from fwdllm.kernels.api import Matrix
-from fwdllm.kernels.cpu import _native  # type: ignore[attr-defined]
+from fwdllm.kernels.cpu import _native, choice  # type: ignore[attr-defined]
 from fwdllm.kernels.reference.arrays import (
     array,
     contiguous,
@@ -29,7 +29,7 @@ from fwdllm.kernels.reference.arrays import (
 )
 from fwdllm.kernels.types import Lanes, LoRA
 
-isa: str = _native.isa
+isa: str = choice.use_fastest(_native)
 isas: tuple[str, ...] = _native.isas
 activations: str = "bf16" if isa in ("amx", "avx512_bf16") else "int8"
 compiler: str = _native.compiler

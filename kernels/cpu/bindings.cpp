@@ -481,7 +481,9 @@ void attention_vjp(Matrix q, Matrix k, Matrix v, In<int32_t, 1> starts, int64_t 
 }  // namespace
 
 NB_MODULE(_native, m) {
-    m.attr("isa") = kernels().name;
+    m.def("isa", [] { return std::string(kernels().name); });
+    m.def("use_isa", &use_isa);
+    m.def("product_seconds", &product_seconds, nb::call_guard<nb::gil_scoped_release>());
     m.attr("isas") = nb::tuple(nb::cast(isa_names()));
 #if defined(__clang__)
     m.attr("compiler") = "Clang " __clang_version__;

@@ -1,7 +1,9 @@
 #include "dispatch.h"
 
+#include <algorithm>
+#include <chrono>
+#include <cmath>
 #include <cstdlib>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -86,7 +88,7 @@ bool has_amx() {
 }
 #endif
 
-// The tables this machine can run, best first.
+// The tables this machine can run, mostly best first.
 std::vector<const Kernels*> supported() {
     std::vector<const Kernels*> found;
 #if defined(__x86_64__)
@@ -96,10 +98,10 @@ std::vector<const Kernels*> supported() {
     const bool has_avx512 =
         has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (has_avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(&avx512_vnni::table);
 #if defined(FWDLLM_AMX)
-    if (has_amx()) found.push_back(&amx::table);  // not first before its speed has been measured
+    if (has_amx()) found.push_back(&amx::table);
 #endif
+    if (has_avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(&avx512_vnni::table);
     if (has_avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16::table);
     if (has_avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&avx2_vnni::table);
     if (has_avx2) found.push_back(&avx2::table);
@@ -112,23 +114,47 @@ std::vector<const Kernels*> supported() {
     return found;
 }
 
-const Kernels& choose() {
-    const char* wanted = std::getenv("FWDLLM_ISA");
-    for (const Kernels* table : supported())
-        if (wanted == nullptr || *wanted == 0 || std::strcmp(wanted, table->name) == 0)
-            return *table;
+const Kernels& find(const std::string& wanted) {
     std::string names;
-    for (const Kernels* table : supported())
+    for (const Kernels* table : supported()) {
+        if (wanted == table->name) return *table;
         names += std::string(names.empty() ? "" : ", ") + table->name;
-    throw std::runtime_error(std::string("FWDLLM_ISA is ") + wanted + "; this machine has " +
-                             names);
+    }
+    throw std::runtime_error("FWDLLM_ISA is " + wanted + "; this machine has " + names);
+}
+
+const Kernels*& chosen() {
+    static const Kernels* table = [] {
+        const char* wanted = std::getenv("FWDLLM_ISA");
+        return wanted == nullptr || *wanted == 0 ? supported()[0] : &find(wanted);
+    }();
+    return table;
 }
 
 }  // namespace
 
-const Kernels& kernels() {
-    static const Kernels& chosen = choose();
-    return chosen;
+const Kernels& kernels() { return *chosen(); }
+
+void use_isa(const std::string& name) { chosen() = &find(name); }
+
+std::vector<double> product_seconds(const std::vector<std::string>& names) {
+    constexpr int64_t n = 1024, rows = 128, row_bytes = n / 32 * 18;
+    constexpr int rounds = 5;  // and one before, which reads what it needs for the first time
+    const std::vector<uint8_t> blocks(n * row_bytes);
+    const std::vector<float> x(rows * n, 1.0f);
+    std::vector<float> y(rows * n);
+    const Weight w{blocks.data(), Q4_0, n, n, row_bytes};
+    std::vector<double> best(names.size(), HUGE_VAL);
+    for (int round = 0; round <= rounds; ++round) {
+        for (size_t i = 0; i < names.size(); ++i) {
+            const auto began = std::chrono::steady_clock::now();
+            find(names[i]).matmul(x.data(), rows, nullptr, w, nullptr, nullptr, Lanes{}, false,
+                                  y.data());
+            const std::chrono::duration<double> took = std::chrono::steady_clock::now() - began;
+            if (round > 0) best[i] = std::min(best[i], took.count());
+        }
+    }
+    return best;
 }
 
 std::vector<std::string> isa_names() {

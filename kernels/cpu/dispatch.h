@@ -134,11 +134,18 @@ struct Kernels {
     double (*peak)(Peak kind);
 };
 
-// The table of the best instruction set this machine has, or of the one FWDLLM_ISA names.
+// The table in use: of the instruction set that FWDLLM_ISA names, or else of the first.
 // Throws std::runtime_error if FWDLLM_ISA names one that is unknown or not supported here.
 const Kernels& kernels();
 
-// Names of the instruction sets this machine can run, best first.
+// Uses another from here on. Throws as kernels() does.
+void use_isa(const std::string& name);
+
+// Names of the instruction sets this machine can run, mostly best first.
 std::vector<std::string> isa_names();
+
+// Seconds of a product as large as those of a small model, by each of some instruction sets: the
+// shortest of several, in turn.
+std::vector<double> product_seconds(const std::vector<std::string>& names);
 
 }  // namespace fwdllm

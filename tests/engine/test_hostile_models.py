@@ -20,8 +20,9 @@ from fwdllm.engine.data import chat
 from fwdllm.engine.data.chat import ChatTemplate
 from fwdllm.engine.data.tokenizer import Tokenizer
 from fwdllm.engine.errors import DataError, ModelError, NumericsError
-from fwdllm.engine.llamacpp import generation, probe, trial
+from fwdllm.engine.llamacpp import generation, trial
 from fwdllm.engine.llamacpp.native import Llama, open_model
+from fwdllm.kernels import machine
 
 # Computing may be slow for others are at work, too.
 NO_END = "it (computes without end|has not ended)"
@@ -201,7 +202,7 @@ def test_a_file_is_tried_once(
     os.utime(path, (1, 1))  # it may be another file now
     open_model(path, vocab_only=False)
     assert asked == ["vocabulary", "weights", "weights"]
-    answers = json.loads(probe.cache_file("llama-cpp-files.json").read_text())
+    answers = json.loads(machine.cache_file("llama-cpp-files.json").read_text())
     assert sorted(answers.values()) == ["vocabulary", "weights", "weights"]
 
 
@@ -213,7 +214,7 @@ def test_what_dies_is_not_kept(
     for _ in range(2):
         with pytest.raises(ModelError, match="a trial in a process of its own"):
             open_model(path, vocab_only=True)
-    assert not probe.cache_file("llama-cpp-files.json").exists()
+    assert not machine.cache_file("llama-cpp-files.json").exists()
 
 
 def test_without_a_process_to_try_it_in_a_file_is_used_as_it_is(

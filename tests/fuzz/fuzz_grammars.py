@@ -43,7 +43,25 @@ _KNOWN = ["type", "object", "array", "string", "integer", "number", "boolean", "
     1e18, 64, 200, 2000]  # fmt: skip
 
 
+_MAX_LENGTH = 16 * 2**20  # more than the server takes
+
+
 def _write(random: Random, folder: Path, case: Path) -> str:
+    while True:
+        kind, request = _request(random)
+        text, length = [], 0
+        for part in json.JSONEncoder().iterencode(request):  # parts of parts can be any length
+            text.append(part)
+            length += len(part)
+            if length > _MAX_LENGTH:
+                break
+        else:
+            (case / "request.json").write_text("".join(text))
+            return kind
+
+
+def _request(random: Random) -> tuple[str, Any]:
+    """Of what kind, and path and body."""
     if random.random() < 0.4:
         kind, grammar = "grammar", _grammar(random)
         body: Any = {"prompt": "a", "max_tokens": 4, "grammar": grammar, "temperature": 0}
@@ -62,8 +80,7 @@ def _write(random: Random, folder: Path, case: Path) -> str:
         else:
             named = {"name": "x", "schema": schema}
             body["response_format"] = {"type": "json_schema", "json_schema": named}
-    (case / "request.json").write_text(json.dumps([path, body]))
-    return kind
+    return kind, [path, body]
 
 
 def _schema(random: Random, depth: int) -> Any:

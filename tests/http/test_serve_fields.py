@@ -154,6 +154,7 @@ def test_seeds_and_biases_count(server: Server) -> None:
         ([{"type": "file", "file": {"file_id": "a"}}], "file"),
         ([{"type": "refusal", "refusal": "no"}], "refusal"),
         ([{"type": "text"}], "text"),
+        (["text"], "object"),
     ],
 )
 def test_parts_that_are_not_text_are_refused_by_name(

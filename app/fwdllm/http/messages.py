@@ -38,7 +38,9 @@ def _content(where: str, content: Any) -> str:
     if not isinstance(content, list):
         raise ValueError(f"the content of {where} is not a text")
     for part in content:
-        kind = part.get("type", "text") if isinstance(part, dict) else part
+        if not isinstance(part, dict):
+            raise ValueError(f"{where} has a part that is not an object")
+        kind = part.get("type", "text")
         if kind != "text":
             raise ValueError(f"{where} has a part {kind!r}; this server reads parts of text only")
         if not isinstance(part.get("text"), str):
