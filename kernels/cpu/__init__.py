@@ -1,10 +1,11 @@
 """Kernels for processors: the operations of ``kernels.api`` in C++ (kernels/cpu/*.h).
 
-``isa`` names the instruction set chosen at import, the fastest of ``isas``, those that this machine
-has (``choice``); FWDLLM_ISA overrides it and FWDLLM_NUM_THREADS the number of threads. ``compiler`` built the
-kernels. With ``exact=True`` matmuls are fp32; otherwise activations that meet quantized weights are
-rounded to what ``activations`` says: "int8" with a scale per 32 values, or "bf16"; perturbed lanes
-as their difference to a reference lane (``Lanes.references``), tangents with scales of their own.
+``isa`` names the instruction set chosen at import, the fastest of ``isas``, all of this machine
+(``choice``); FWDLLM_ISA overrides it and FWDLLM_NUM_THREADS the number of threads. ``compiler``
+built the kernels. With ``exact=True`` matmuls are fp32; otherwise activations that meet quantized
+weights are rounded to what ``activations`` says: "int8" with a scale per 32 values, or "bf16";
+perturbed lanes as their difference to a reference lane (``Lanes.references``), tangents with scales
+of their own.
 
 tangents: an argument of operations that are not linear. Rows are then 1 + tangents equal slices, a
 primal and directional derivatives of it, and so is the result.

@@ -1,4 +1,4 @@
-"""Which instruction set a machine is fastest with: measured at first use, kept in the user's cache."""
+"""Which instruction set is fastest on a machine: measured at first use, kept in a cache file."""
 
 from __future__ import annotations
 
