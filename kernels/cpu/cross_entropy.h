@@ -138,9 +138,8 @@ inline void partial_softmaxes(const Product& product, int64_t rows, int64_t tang
                                  softcap > 0 ? logits + rows * width : logits,
                                  mine,
                                  label_logit};
-        const int64_t end = min_of((chunk + 1) * kVocabChunk, n_out);
-        for (int64_t out0 = chunk * kVocabChunk; out0 < end; out0 += width)
-            product.run(out0, min_of(width, end - out0), sink);
+        const int64_t out0 = chunk * kVocabChunk;
+        run_by_panels(product, out0, min_of(kVocabChunk, n_out - out0), sink);
     });
 }
 

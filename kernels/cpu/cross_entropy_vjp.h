@@ -69,9 +69,8 @@ void cross_entropy_vjp(const float* x, int64_t rows, const Weight& w, const int3
         const int64_t panel = product.panel_outputs;
         for (int64_t first = 0; first < w.n_out; first += kVocabBlock) {
             const int64_t n = min_of(kVocabBlock, w.n_out - first);
-            parallel_for(ceil_div(n, panel), [&](int64_t i) {
-                const int64_t at = i * panel;
-                product.run(first + at, min_of(panel, n - at), BlockOfLogits{first, n, p});
+            for_each_share(product, n, [&](int64_t at, int64_t n_outs) {
+                product.run(first + at, n_outs, BlockOfLogits{first, n, p});
             });
             parallel_for(rows, [&](int64_t r) {
                 float* to = p + r * n;

@@ -17,10 +17,10 @@ namespace {
 // Tasks per thread at least, so that a thread that is late to start costs little.
 constexpr int64_t kTasksPerThread = 2;
 
-// Calls body(out0, n) for equal shares of the panels, a multiple of the threads.
+// Calls body(out0, n) for equal shares of the panels of n_out outputs, a multiple of the threads.
 template <typename Product, typename F>
-inline void for_each_share(const Product& product, const F& body) {
-    const int64_t width = product.panel_outputs, n_out = product.w.n_out;
+inline void for_each_share(const Product& product, int64_t n_out, const F& body) {
+    const int64_t width = product.panel_outputs;
     const int64_t n_panels = ceil_div(n_out, width), threads = num_threads();
     const int64_t least =
         max_of(ceil_div(n_panels, product.panels_at_once()), kTasksPerThread * threads);
@@ -49,7 +49,7 @@ inline void multiply(const Product& product, const float* bias, int64_t biased_r
             }
         }
     };
-    for_each_share(product, [&](int64_t out0, int64_t n) {
+    for_each_share(product, n_out, [&](int64_t out0, int64_t n) {
         product.run(out0, n, write);
         if (term) term->add(out0, n, y);
     });

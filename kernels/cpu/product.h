@@ -60,5 +60,19 @@ inline void with_transposed(const float* dy, int64_t rows, const Weight& w, bool
     if (!fast) f(DenseProduct<Float32, Transposed>(dy, rows, nullptr, t));
 }
 
+// Outputs out0 .. out0+n of a product, panel after panel: all rows of one before the next.
+template <typename Product, typename Sink>
+inline void run_by_panels(const Product& product, int64_t out0, int64_t n, const Sink& sink) {
+    const int64_t width = product.panel_outputs;
+    for (int64_t at = 0; at < n; at += width) product.run(out0 + at, min_of(width, n - at), sink);
+}
+#if defined(__AMX_BF16__)
+template <typename W, typename Sink>
+inline void run_by_panels(const TileProduct<W>& product, int64_t out0, int64_t n,
+                          const Sink& sink) {
+    product.run(out0, n, product.n_tiles(), sink);
+}
+#endif
+
 }  // namespace
 }  // namespace fwdllm::FWDLLM_ISA

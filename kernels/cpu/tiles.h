@@ -209,9 +209,14 @@ struct TileProduct {
 
     template <typename Sink>
     void run(int64_t out0, int64_t n_out, const Sink& sink) const {
+        run(out0, n_out, min_of(kBlockTiles, n_tiles()), sink);
+    }
+
+    // block: tiles of activations that pass together.
+    template <typename Sink>
+    void run(int64_t out0, int64_t n_out, int64_t block, const Sink& sink) const {
         constexpr int64_t c_size = kTileSide * kPanelOutputs;
         const int64_t n_panels = ceil_div(n_out, kPanelOutputs);
-        const int64_t block = min_of(kBlockTiles, n_tiles());
         const int64_t sums_size = n_panels * block * c_size;
         float* sums =
             (float*)thread_scratch(4 * (sums_size + c_size + n_panels * steps() * 2 * kTileSize));
@@ -230,9 +235,9 @@ struct TileProduct {
             });
         for (int64_t t0 = 0; t0 < n_tiles(); t0 += block) {
             const int64_t end = min_of(t0 + block, n_tiles());
-            multiply(t0, end, n_panels, panel, sums);
-            for (int64_t t = t0; t < end; ++t)
-                for (int64_t p = 0; p < n_panels; ++p) {
+            multiply(t0, end, block, n_panels, panel, sums);
+            for (int64_t p = 0; p < n_panels; ++p)
+                for (int64_t t = t0; t < end; ++t) {
                     float* c = sums + (p * block + t - t0) * c_size;
                     float* of_rows = weights_are_a<W> ? turned : c;
                     if (is_zero(t))
@@ -247,10 +252,9 @@ struct TileProduct {
 
     // The sums of tiles t0 .. end with each panel, [n_panels][block].
     template <typename Panel>
-    void multiply(int64_t t0, int64_t end, int64_t n_panels, const Panel& panel,
+    void multiply(int64_t t0, int64_t end, int64_t block, int64_t n_panels, const Panel& panel,
                   float* sums) const {
         constexpr int64_t c_size = kTileSide * kPanelOutputs;
-        const int64_t block = min_of(kBlockTiles, n_tiles());
         const Tiles registers;
         for_each_slice([&](int64_t first, int64_t n) {
             // What comes next is read ahead, in shares: the panel by each tile, tiles by each

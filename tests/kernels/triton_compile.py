@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, MockTensor
 
 from fwdllm.kernels import triton as ops
+from fwdllm.kernels.triton.tiles import STEPS
 from fwdllm.kernels.types import SUPPORTED_TYPES, Lanes, LoRA, QuantType, Weight, row_bytes
 
 # Of Mistral 7B, of MiniLM, and Gemma's heads.
@@ -36,8 +37,10 @@ SMALL_WIDTH, SMALL_HEAD_DIM, TINY_HEAD_DIM = 384, 32, 16
 SOFTCAP = 50.0
 GEMMA = {"head_dim": 256, "causal": True, "window": 512, "softcap": SOFTCAP}
 
-# All is compiled for the last; for the others what depends on their tensor cores.
+# All is compiled for the last; for the others what depends on their tensor cores, with the types
+# that are decoded in tiles and one of those that are decoded element by element.
 CAPABILITIES = (80, 90)
+FEW_TYPES = (*STEPS, QuantType.F16)
 DTYPES = (torch.bfloat16, torch.float32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 MMA = re.compile(r"\b(?:wgmma\.mma_async|mma)\.sync\.aligned\.\S+")
@@ -137,9 +140,9 @@ def sequences(n: int, rows: int) -> np.ndarray:
     return (np.arange(n + 1) * rows).astype(np.int32)
 
 
-def products(dtypes: Sequence[torch.dtype]) -> None:
-    """Every type by both routes, of tiles that are full, and of some that are small."""
-    for type in SUPPORTED_TYPES:
+def products(dtypes: Sequence[torch.dtype], types: Iterable[QuantType]) -> None:
+    """Each type by both routes, of tiles that are full, and of some that are small."""
+    for type in types:
         w = weight(type, 512, WIDTH)
         for rows in (1, 16, 32, 64, 1024):
             ops.matmul(empty(rows, WIDTH, dtype=torch.bfloat16), w)
@@ -181,8 +184,8 @@ def plain_and_exact_adapter() -> None:
         ops.matmul(x, w, lora=adapter(8), lanes=tangent_lanes(7), exact=dtype == torch.float32)
 
 
-def layers(dtype: torch.dtype) -> None:
-    """Of a decoder and of an encoder, without and with tangents."""
+def layers(dtype: torch.dtype, wide: bool = True) -> None:
+    """Of a decoder and of an encoder, without and with tangents. wide: with Gemma's heads."""
     n = 512
     for tangents in (0, 8):
         rows = n * (1 + tangents)
@@ -195,7 +198,8 @@ def layers(dtype: torch.dtype) -> None:
             ops.attention(x, kv, kv, starts, head_dim=HEAD_DIM, causal=True, **options)
         if dtype == torch.bfloat16:
             ops.geglu(x, x, tangents)
-            ops.attention(x, kv, kv, starts, **GEMMA, **options)
+            if wide:
+                ops.attention(x, kv, kv, starts, **GEMMA, **options)
         x, gain = empty(rows, SMALL_WIDTH, dtype=dtype), empty(SMALL_WIDTH)
         ops.layer_norm(x, gain, gain, 1e-12, tangents)
         ops.gelu(x, tangents)
@@ -207,7 +211,7 @@ def layers(dtype: torch.dtype) -> None:
         ops.rope(x, np.zeros(n, np.int32), angles, angles, HEAD_DIM, interleaved)
 
 
-def layers_back(dtype: torch.dtype) -> None:
+def layers_back(dtype: torch.dtype, wide: bool = True) -> None:
     """Of a decoder and of an encoder."""
     n = 512
     x, gain = empty(n, WIDTH, dtype=dtype), empty(WIDTH)
@@ -217,7 +221,7 @@ def layers_back(dtype: torch.dtype) -> None:
     ops.geglu_vjp(x, x, x)
     kv, starts = empty(n, KV_WIDTH, dtype=dtype), sequences(2, n // 2)
     ops.attention_vjp(x, kv, kv, starts, x, scale=0.1, head_dim=HEAD_DIM, causal=True)
-    if dtype == torch.bfloat16:
+    if wide and dtype == torch.bfloat16:
         ops.attention_vjp(x, kv, kv, starts, x, scale=0.1, **GEMMA)
     x, gain = empty(n, SMALL_WIDTH, dtype=dtype), empty(SMALL_WIDTH)
     ops.layer_norm_vjp(x, gain, 1e-12, x)
@@ -293,7 +297,7 @@ def main(arguments: Iterable[str]) -> None:
     FakeTensor.numpy = without_values
     with FakeTensorMode(allow_non_fake_inputs=True):
         if int(capability) == CAPABILITIES[-1]:
-            products(DTYPES)
+            products(DTYPES, SUPPORTED_TYPES)
             adapters()
             for dtype in DTYPES:
                 layers(dtype)
@@ -302,9 +306,9 @@ def main(arguments: Iterable[str]) -> None:
             streams()
             single()
         else:
-            products(DTYPES[:1])
-            layers(DTYPES[0])
-            layers_back(DTYPES[0])
+            products(DTYPES[:1], FEW_TYPES)
+            layers(DTYPES[0], wide=False)
+            layers_back(DTYPES[0], wide=False)
             plain_and_exact_adapter()
 
 
