@@ -87,6 +87,7 @@ class Lane:
     computed: float = 0.0
     text: bytes = b""
     fault: str | None = field(default=None)
+    stopped: bool = False  # at the end of the time, between cases
 
     @property
     def log(self) -> Path:
@@ -205,7 +206,8 @@ class Runner:
                 lane.fault = "hang"
             elif resident(lane.pid) > MEMORY + resident(os.getpid()):
                 lane.fault = "memory"
-        if lane.fault is not None or (now > until and lane.seed is None):
+        lane.stopped = now > until and lane.seed is None
+        if lane.fault is not None or lane.stopped:
             kill(lane.pid)
 
     def _end(self, lane: Lane) -> list[Chunk]:
@@ -216,6 +218,8 @@ class Runner:
         _, status, used = os.wait4(lane.pid, 0)
         code = os.waitstatus_to_exitcode(status)
         text = lane.log.read_text(errors="replace")
+        if lane.stopped:  # if it has begun another meanwhile, that says nothing
+            return []
         if lane.seed is None:
             if code > 0:  # not by a case
                 sys.exit(f"the target {lane.chunk.name} cannot be used: {text}")
