@@ -222,6 +222,28 @@ def test_batch_invariance(type: QuantType, exact: bool, plain_first: bool) -> No
         cpu.set_num_threads(before)
 
 
+@pytest.mark.parametrize("type", [QuantType.Q4_0, QuantType.Q6_K], ids=lambda t: t.name)
+def test_rows_in_several_blocks(type: QuantType) -> None:
+    """More rows, outputs and inputs than any route takes at a time, tangents far from the primal."""
+    rng = np.random.default_rng(12)
+    rows, n_in, n_out = 290, 1280, 610
+    weight = random_weight(rng, type, n_out, n_in)
+    x = rng.normal(size=(2 * rows, n_in)).astype(np.float32)
+    x[:rows] *= 1 / np.abs(reference.matmul(x[:rows], weight)).max()  # no word has all of a softmax
+    labels = np.tile(rng.integers(0, n_out, rows), 2).astype(np.int32)
+    lanes = Lanes(np.zeros(2, np.uint64), np.array([0, 1], np.float32), tangents=True)
+    y = cpu.matmul(x, weight, lanes=lanes)
+    assert relative_error(y, reference.matmul(x, weight, lanes=lanes)) < 0.012
+    nll = cpu.cross_entropy(x, weight, labels, lanes=lanes)
+    want = reference.cross_entropy(x, weight, labels, lanes=lanes)
+    assert relative_error(nll[:rows], want[:rows]) < 0.002
+    assert relative_error(nll[rows:], want[rows:]) < 0.02
+    few = np.r_[280:290, rows + 280 : rows + 290]
+    np.testing.assert_array_equal(cpu.matmul(x[few], weight, lanes=lanes), y[few])
+    alone = cpu.cross_entropy(x[few], weight, labels[few], lanes=lanes)
+    np.testing.assert_array_equal(alone, nll[few])
+
+
 @pytest.mark.parametrize("type", QUANTIZED, ids=lambda t: t.name)
 def test_differences_between_lanes_keep_their_precision(type: QuantType) -> None:
     """What lanes share is rounded once: their difference is right to 1%, however small."""
