@@ -224,7 +224,7 @@ def test_batch_invariance(type: QuantType, exact: bool, plain_first: bool) -> No
 
 @pytest.mark.parametrize("type", [QuantType.Q4_0, QuantType.Q6_K], ids=lambda t: t.name)
 def test_rows_in_several_blocks(type: QuantType) -> None:
-    """More rows, outputs and inputs than any route takes at a time, tangents far from the primal."""
+    """More rows, outputs and inputs than a route takes at a time, tangents far from the primal."""
     rng = np.random.default_rng(12)
     rows, n_in, n_out = 290, 1280, 610
     weight = random_weight(rng, type, n_out, n_in)
