@@ -12,7 +12,7 @@
 
 #include "simd.h"
 
-#if defined(__AMX_BF16__)
+#if defined(FWDLLM_TILES)
 
 namespace fwdllm::FWDLLM_ISA {
 namespace {

@@ -75,7 +75,7 @@ inline double multiply_rate(double ops_per_step, const Step& step) {
                      [&] { parallel_for(threads, [&](int64_t) { run_chains<V>(n, step); }); });
 }
 
-#if defined(__AMX_BF16__)
+#if defined(FWDLLM_TILES)
 inline double tile_rate() {
     const int64_t n = 200000, threads = num_threads();
     constexpr double ops_per_product = 2 * 16 * 16 * 32;
@@ -123,7 +123,7 @@ double peak(Peak kind) {
         return multiply_rate<VI>(2 * kDotBytes * kWidth,
                                  [](VI s, VI x, VI y) { return dot_bytes<false>(s, x, y); });
 #endif
-#if defined(__AMX_BF16__)
+#if defined(FWDLLM_TILES)
     if (kind == kPeakBf16) return tile_rate();
 #elif defined(__AVX512BF16__)
     if (kind == kPeakBf16)

@@ -14,7 +14,7 @@
 namespace fwdllm::FWDLLM_ISA {
 namespace {
 
-#if defined(__AMX_BF16__)
+#if defined(FWDLLM_TILES)
 #define FWDLLM_BF16
 template <typename W>
 using Bf16Product = TileProduct<W>;
@@ -66,7 +66,7 @@ inline void run_by_panels(const Product& product, int64_t out0, int64_t n, const
     const int64_t width = product.panel_outputs;
     for (int64_t at = 0; at < n; at += width) product.run(out0 + at, min_of(width, n - at), sink);
 }
-#if defined(__AMX_BF16__)
+#if defined(FWDLLM_TILES)
 template <typename W, typename Sink>
 inline void run_by_panels(const TileProduct<W>& product, int64_t out0, int64_t n,
                           const Sink& sink) {

@@ -120,7 +120,7 @@ inline VU umulhi(VU a, uint32_t b) {
 #endif
 }
 
-#if defined(__AVX512BF16__) || defined(__AMX_BF16__)
+#if defined(__AVX512BF16__) || defined(FWDLLM_TILES)
 // Rounded to even; what is not finite stays so.
 inline auto to_bf16(VF v) {
 #if defined(__AVX512BF16__)

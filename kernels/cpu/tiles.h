@@ -14,7 +14,7 @@
 #include "threads.h"
 #include "transposed.h"
 
-#if defined(__AMX_BF16__)
+#if defined(FWDLLM_TILES)
 
 namespace fwdllm::FWDLLM_ISA {
 namespace {
