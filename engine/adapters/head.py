@@ -21,8 +21,13 @@ def has_head(adapter: Adapter | None) -> Adapter:
 def class_scores(adapter: Adapter, features: np.ndarray) -> np.ndarray:
     """W h + b of features h float32 [n, width]: float64 [n, n_labels]."""
     assert adapter.head_weight is not None and adapter.head_bias is not None
-    scores: np.ndarray = features.astype(np.float64) @ adapter.head_weight.T + adapter.head_bias
+    scores: np.ndarray = _products(features, adapter.head_weight) + adapter.head_bias
     return scores
+
+
+def _products(features: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """h W^T in float64. A row has its bits in any company, which a matmul of BLAS does not promise."""
+    return np.einsum("nw,lw->nl", features.astype(np.float64), weight.astype(np.float64))
 
 
 def log_softmax(scores: np.ndarray) -> np.ndarray:
@@ -50,7 +55,7 @@ def class_losses(
     losses = -scores.reshape(-1, n, scores.shape[1])[:, at, classes]
     error = np.exp(scores[:n])
     error[at, classes] -= 1
-    slopes = features[len(scores) :].astype(np.float64) @ adapter.head_weight.T
+    slopes = _products(features[len(scores) :], adapter.head_weight)
     slopes = slopes.reshape(tangents, n, scores.shape[1])
     return np.concatenate([losses, (error * slopes).sum(axis=2)])
 

@@ -70,7 +70,7 @@ inline void run_by_panels(const Product& product, int64_t out0, int64_t n, const
 template <typename W, typename Sink>
 inline void run_by_panels(const TileProduct<W>& product, int64_t out0, int64_t n,
                           const Sink& sink) {
-    product.run(out0, n, product.n_tiles(), sink);
+    product.run(out0, n, product.n_tiles(), true, sink);
 }
 #endif
 

@@ -209,12 +209,13 @@ struct TileProduct {
 
     template <typename Sink>
     void run(int64_t out0, int64_t n_out, const Sink& sink) const {
-        run(out0, n_out, min_of(kBlockTiles, n_tiles()), sink);
+        run(out0, n_out, min_of(kBlockTiles, n_tiles()), false, sink);
     }
 
-    // block: tiles of activations that pass together.
+    // block: tiles of activations that pass together.  by_panels: all of a panel's before the next;
+    // otherwise the panels of a tile follow each other, which lie together in y.
     template <typename Sink>
-    void run(int64_t out0, int64_t n_out, int64_t block, const Sink& sink) const {
+    void run(int64_t out0, int64_t n_out, int64_t block, bool by_panels, const Sink& sink) const {
         constexpr int64_t c_size = kTileSide * kPanelOutputs;
         const int64_t n_panels = ceil_div(n_out, kPanelOutputs);
         const int64_t sums_size = n_panels * block * c_size;
@@ -236,17 +237,20 @@ struct TileProduct {
         for (int64_t t0 = 0; t0 < n_tiles(); t0 += block) {
             const int64_t end = min_of(t0 + block, n_tiles());
             multiply(t0, end, block, n_panels, panel, sums);
-            for (int64_t p = 0; p < n_panels; ++p)
-                for (int64_t t = t0; t < end; ++t) {
-                    float* c = sums + (p * block + t - t0) * c_size;
-                    float* of_rows = weights_are_a<W> ? turned : c;
-                    if (is_zero(t))
-                        __builtin_memset(of_rows, 0, 4 * c_size);
-                    else if (weights_are_a<W>)
-                        turn(c, turned);
-                    sink(t * kTileSide, rows_of(t), out0 + p * kPanelOutputs, outs_of(p), of_rows,
-                         kPanelOutputs);
-                }
+            const auto finish = [&](int64_t t, int64_t p) {
+                float* c = sums + (p * block + t - t0) * c_size;
+                float* of_rows = weights_are_a<W> ? turned : c;
+                if (is_zero(t))
+                    __builtin_memset(of_rows, 0, 4 * c_size);
+                else if (weights_are_a<W>)
+                    turn(c, turned);
+                sink(t * kTileSide, rows_of(t), out0 + p * kPanelOutputs, outs_of(p), of_rows,
+                     kPanelOutputs);
+            };
+            for (int64_t p = 0; by_panels && p < n_panels; ++p)
+                for (int64_t t = t0; t < end; ++t) finish(t, p);
+            for (int64_t t = t0; !by_panels && t < end; ++t)
+                for (int64_t p = 0; p < n_panels; ++p) finish(t, p);
         }
     }
 

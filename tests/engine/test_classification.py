@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from llama_models import ENCODER, LABELS, tuned
 
+from fwdllm.engine.adapters import head
 from fwdllm.engine.adapters.adapter import Adapter
 from fwdllm.engine.adapters.io import save_gguf
 from fwdllm.engine.classification import Classification
@@ -23,6 +24,20 @@ from fwdllm.engine.settings import LoRAConfig
 TEXTS = ["a wonderful film", "dull and far too long", "I loved it", "a waste of an evening", "hm"]
 TRUTH = ["positive", "negative", "positive", "negative", "negative"]
 LABELLED = [Example(text=t, label=label) for t, label in zip(TEXTS, TRUTH, strict=True)]
+
+
+def test_scores_of_a_text_do_not_depend_on_its_company() -> None:
+    """To the last bit; a matmul of BLAS takes another kernel for another number of rows."""
+    rng = np.random.default_rng(0)
+    for n in range(2, 12):
+        features = rng.normal(size=(n, 384)).astype(np.float32)
+        weight = rng.normal(size=(3, 384)).astype(np.float32)
+        together = head._products(features, weight)
+        np.testing.assert_allclose(together, features.astype(np.float64) @ weight.T, rtol=1e-9)
+        for i in range(n):
+            np.testing.assert_array_equal(
+                head._products(features[i : i + 1], weight)[0], together[i]
+            )
 
 
 def texts(*found: str) -> list[Example]:

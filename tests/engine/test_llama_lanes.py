@@ -243,7 +243,7 @@ TRAINED = {
     "gptneox": (("attn_qkv", "ffn_down"), 0.05, 12),
     "granite": (("attn_v", "ffn_down"), 0.1, 12),
     "stablelm": (("attn_v", "ffn_down"), 0.1, 12),
-    "mixtral": (("attn_output", "attn_v"), 0.1, 7),
+    "mixtral": (("attn_output", "attn_v"), 0.05, 14),
     "mamba": (("ssm_in", "ssm_out"), 0.01, 12),
 }
 
