@@ -26,7 +26,7 @@ def class_scores(adapter: Adapter, features: np.ndarray) -> np.ndarray:
 
 
 def _products(features: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """h W^T in float64. A row has its bits in any company, which a matmul of BLAS does not promise."""
+    """h W^T in float64. A row has its bits in any company, which BLAS does not promise."""
     return np.einsum("nw,lw->nl", features.astype(np.float64), weight.astype(np.float64))
 
 
