@@ -115,7 +115,7 @@ def measure_kernels(
     peaks: dict[str, Any] = {}
     kernels: dict[str, Any] = {}
     threads = 0
-    for isa in isas or cpu.isas[:1]:
+    for isa in isas or [cpu.isa]:
         with Worker("fwdllm.bench.kernels:Kernels", options, {"FWDLLM_ISA": isa}) as worker:
             peaks[isa], threads = worker.facts["peaks"], worker.facts["threads"]
             kernels[isa] = {}
