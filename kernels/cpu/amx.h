@@ -25,10 +25,10 @@ constexpr int64_t kTileSize = kTileSide * kStepWords;  // in words
 // A panel of weights, which stays in the L1 cache, is two tiles wide; activations pass by one.
 constexpr int kPanelOutputs = 2 * kTileSide;
 
-// Of the 8 tile registers half: where another hardware thread of the core is at work, a processor
-// has too few to rename more, and products wait for each other. There 2 x 2 tiles of sums, whose 4
-// loads serve 4 products, were measured to take 1.4 times as long as these 3 loads for 2 products;
-// otherwise both take the same.
+// Of the 8 tile registers half: now and then, we believe where another hardware thread of the core
+// is at work, a processor has too few to rename more, and products wait for each other. There 2 x 2
+// tiles of sums, whose 4 loads serve 4 products, took 2.2 times as long a product as these 3 loads
+// for 2; otherwise both take the same (docs/decisions.md).
 struct alignas(64) TileConfig {  // of ldtilecfg
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {64, 64, 64, 64};
