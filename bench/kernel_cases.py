@@ -11,7 +11,7 @@ import numpy as np
 from fwdllm.bench.shapes import random_weights
 from fwdllm.engine.models.rotary import Rotary
 from fwdllm.kernels import cpu
-from fwdllm.kernels.types import Lanes, LoRA, QuantType, Weight
+from fwdllm.kernels.types import Lanes, LoRA, QuantType, Weight, row_bytes
 
 Call = Callable[[], object]
 
@@ -38,7 +38,8 @@ class Case:
     work: of one call, in 10^9 units.  unit: of the rate, work / seconds.  limit: what bounds the
     rate: "int8" or "fp32" operations, "read" (of memory), "normal" (the random generator), "none".
     prepare: makes the inputs and returns the call.  baseline: the same for the call relative to
-    which the overhead is measured.
+    which the overhead is measured.  traffic: 10^9 bytes that a call reads and writes at least: its
+    operands and results, each once; 0 where the unit is not operations.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Case:
     limit: str
     prepare: Callable[[], Call]
     baseline: Callable[[], Call] | None = None
+    traffic: float = 0.0
 
 
 def cases(types: Sequence[QuantType], rows: Sequence[int]) -> Iterator[Case]:
@@ -75,26 +77,37 @@ def _products(type: QuantType, rows: Sequence[int]) -> Iterator[Case]:
     for n in rows:
         for n_out, n_in in MATRICES:
             work = 2 * n * n_out * n_in / _GIGA
+            traffic = _traffic(type, n_out, n_in, n * (n_in + n_out))
             name = f"matmul {type.name} {n_out}x{n_in}x{n}"
             plain = partial(_matmul, type, n_out, n_in, n)
-            yield Case(name, "matmul", "GOPS", work, limit, plain)
-            name = f"{name}, {LANES} lanes"
-            yield Case(name, "matmul", "GOPS", work, limit, partial(plain, lanes=_pairs()), plain)
-            name = f"matmul {type.name} {n_out}x{n_in}x{n}, {TANGENTS} tangents"
-            yield Case(
-                name, "matmul", "GOPS", work, limit, partial(plain, lanes=_tangents()), plain
-            )
+            yield Case(name, "matmul", "GOPS", work, limit, plain, traffic=traffic)
+            for lanes, what in (
+                (_pairs(), f"{LANES} lanes"),
+                (_tangents(), f"{TANGENTS} tangents"),
+            ):
+                adapted = partial(plain, lanes=lanes)
+                yield Case(
+                    f"{name}, {what}", "matmul", "GOPS", work, limit, adapted, plain, traffic
+                )
         n_out, n_in = MATRICES[0]
         work = 2 * n * n_out * n_in / _GIGA
+        traffic = _traffic(type, n_out, n_in, n * (n_in + n_out))
         exact = partial(_matmul, type, n_out, n_in, n, exact=True)
         name = f"exact matmul {type.name} {n_out}x{n_in}x{n}"
-        yield Case(name, "matmul", "GOPS", work, "fp32", exact)
+        yield Case(name, "matmul", "GOPS", work, "fp32", exact, traffic=traffic)
     work = 2 * LOSS_ROWS * N_VOCAB * WIDTH / _GIGA
+    traffic = _traffic(type, N_VOCAB, WIDTH, LOSS_ROWS * WIDTH)
     name = f"cross_entropy {type.name} {N_VOCAB}x{WIDTH}x{LOSS_ROWS}"
-    yield Case(name, "cross_entropy", "GOPS", work, limit, partial(_cross_entropy, type))
+    loss = partial(_cross_entropy, type)
+    yield Case(name, "cross_entropy", "GOPS", work, limit, loss, traffic=traffic)
     work = 4 * LAYER_ROWS * WIDTH / _GIGA
     gather = partial(_embedding, type)
     yield Case(f"embedding {type.name}", "embedding", "GB/s", work, "read", gather)
+
+
+def _traffic(type: QuantType, n_out: int, n_in: int, floats: int) -> float:
+    """10^9 bytes of a weight as it is stored, and of some float32 numbers."""
+    return (n_out * row_bytes(type, n_in) + 4 * floats) / _GIGA
 
 
 def _layers() -> Iterator[Case]:
@@ -123,7 +136,10 @@ def _attention_case(sequences: int, tokens: int, tangents: int = 0) -> Case:
     if tangents:
         name += f", {tangents} tangents"
     prepare = partial(_attention, sequences, tokens, tangents)
-    return Case(name, "attention", "GOPS", work, "fp32", prepare)
+    # Queries and results, keys and values.
+    width = 2 * (HEADS + KV_HEADS) * HEAD_DIM
+    traffic = 4 * sequences * tokens * width * (1 + tangents) / _GIGA
+    return Case(name, "attention", "GOPS", work, "fp32", prepare, traffic=traffic)
 
 
 def _random(*shape: int) -> np.ndarray:

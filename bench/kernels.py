@@ -56,6 +56,8 @@ class Kernels:
         if limits:
             shares = [rate / limit for rate, limit in zip(rates, limits, strict=True)]
             found |= {"of": of, "fraction": statistics.median(shares)}
+        if case.traffic:
+            found["intensity"] = case.work / case.traffic
         if case.baseline:
             ratios = [a / b - 1 for a, b in zip(*seconds, strict=True)]
             found |= {
@@ -115,8 +117,9 @@ def measure_kernels(
     isas: instruction sets; (): only the best.  types: tensor types; (): ``DEFAULT_TYPES``.
     rows: of matmuls, multiples of ``LANES``.  on_case: called with the name of each finished case.
     The result has "peaks" and "kernels" by instruction set. Rates are in 10^9 a second. "fraction"
-    is the share of the limit named by "of", measured in turn; "overhead" is the extra time of lanes
-    with a seeded LoRA over a plain matmul.
+    is the share of the limit named by "of", measured in turn; "intensity" is operations
+    for a byte read or written at least; "overhead" is the extra time of lanes with a seeded LoRA
+    over a plain matmul.
     Errors: ConfigError for an unknown name, or for rounds or rows out of range.
     """
     if rounds < 1 or any(n < LANES or n % LANES for n in rows):

@@ -14,13 +14,21 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 _OURS, _PEER, _TEXT, _GRID = "#4c78a8", "#e4572e", "#444444", "#e6e6e6"
 _COLORS = (_OURS, _PEER, "#54a24b", "#b279a2", "#9d755d", "#777777")
 _BAR_INCHES = 0.28
+_ROOFLINE_BARS = 15  # a roofline is as high as so many bars
 _MARKED = 20  # lines with fewer points get markers
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Draw a result of ``fwdllm bench`` as a PNG: horizontal bars, thin lines for the range."""
-    drawn = _draw_kernels(result) if result["command"] == "kernels" else _draw_sides(result)
-    drawn.savefig(path, format="png")
+    """Draw a result of ``fwdllm bench`` as a PNG: horizontal bars, thin lines for the range.
+
+    Of kernels there is a second one, NAME-roofline.png.
+    """
+    if result["command"] != "kernels":
+        _draw_sides(result).savefig(path, format="png")
+        return
+    _draw_kernels(result).savefig(path, format="png")
+    if rooflines := _draw_rooflines(result):
+        rooflines.savefig(path.with_stem(f"{path.stem}-roofline"), format="png")
 
 
 def curves(
@@ -83,6 +91,54 @@ def _draw_kernels(result: Mapping[str, Any]) -> Figure:
     if len(isas) > 1:
         axes.legend(frameon=False, labelcolor=_TEXT)
     return figure
+
+
+def _draw_rooflines(result: Mapping[str, Any]) -> Figure | None:
+    """A roofline for each instruction set; None if no kernel says its operations a byte."""
+    points = {isa: _points(kernels) for isa, kernels in result["kernels"].items()}
+    if not any(points.values()):
+        return None
+    figure, axes = _figure([_ROOFLINE_BARS] * len(points))
+    for (isa, found), ax in zip(points.items(), axes, strict=True):
+        _roofline(ax, isa, found, result["peaks"][isa])
+    return figure
+
+
+def _points(kernels: Mapping[str, Any]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """(operations a byte, 10^9 operations a second) by limit and by the kind of kernel."""
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for name, entry in kernels.items():
+        if "intensity" in entry and "of" in entry:
+            kind = name.removeprefix("exact ").split()[0]
+            points = found.setdefault(entry["of"], {}).setdefault(kind, [])
+            points.append((entry["intensity"], entry["rate"]))
+    return found
+
+
+def _roofline(
+    axes: Axes,
+    isa: str,
+    points: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    peaks: Mapping[str, float],
+) -> None:
+    """Rates by operations a byte, under the lines of what memory and arithmetic allow."""
+    every = [x for kinds in points.values() for own in kinds.values() for x, _ in own]
+    read, right = peaks["read"], 2 * max(every)
+    left = min(min(every), peaks["fp32"] / read) / 2
+    for i, (of, kinds) in enumerate(points.items()):
+        color, knee = _COLORS[i % len(_COLORS)], peaks[of] / read
+        axes.plot([left, knee, right], [left * read, peaks[of], peaks[of]], color=color, label=of)
+        for marker, (kind, own) in zip("osD^v", kinds.items(), strict=False):
+            x, y = zip(*own, strict=True)
+            style = {"color": color, "marker": marker, "markersize": 4, "linestyle": ""}
+            axes.plot(x, y, markerfacecolor="none", label=f"{kind}, {of}", **style)
+    axes.invert_yaxis()  # unlike bars
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.grid(color=_GRID, linewidth=0.8)
+    axes.set_xlabel(f"{isa}: operations for a byte of operands and results", color=_TEXT)
+    axes.set_ylabel("10^9 operations a second", color=_TEXT)
+    axes.legend(frameon=False, labelcolor=_TEXT, fontsize=7, loc="lower right")
 
 
 def _draw_sides(result: Mapping[str, Any]) -> Figure:

@@ -175,15 +175,20 @@ def test_peft_computes_the_same_loss(model: Path, tmp_path: Path) -> None:
 
 
 def test_kernels(fwdllm: Cli, tmp_path: Path) -> None:
-    kept = tmp_path / "kernels.json"
+    kept, picture = tmp_path / "kernels.json", tmp_path / "kernels.png"
     arguments = ("--type", "q4_0", "--rows", 8, "--rounds", 1)
-    outcome = fwdllm("bench", "kernels", *arguments, "--save", kept)
+    outcome = fwdllm("bench", "kernels", *arguments, "--save", kept, "--plot", picture)
     assert outcome.code == 0
     result = json.loads(kept.read_text())
     found = result["kernels"][cpu.isa]
     assert found["matmul Q4_0 2048x2048x8, 8 lanes"].keys() >= {"rate", "overhead", "fraction"}
     assert all(entry["rate"] > 0 for entry in found.values())
     assert all(name in outcome.out for name in found)
+    matmul = found["matmul Q4_0 2048x2048x8"]
+    numbers = 8 * 2 * 2048 * 4 + 2048 * 2048 * 18 / 32
+    assert matmul["intensity"] == pytest.approx(2 * 8 * 2048 * 2048 / numbers)
+    for path in (picture, tmp_path / "kernels-roofline.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
 
 
 # Results in files
