@@ -230,7 +230,7 @@ def test_cross_entropy(
     kv_heads=st.integers(1, 2),
     group=st.integers(1, 2),
     head_dim=st.sampled_from([5, 32, 80]),
-    mask=st.sampled_from([(False, 0), (True, 0), (True, 1), (True, 9), (True, 40)]),
+    mask=st.tuples(st.booleans(), st.sampled_from([0, 1, 9, 40])),
     softcap=st.sampled_from([0.0, 2.0]),
 )
 def test_attention(
@@ -263,10 +263,13 @@ def test_attention(
 
 
 @both_dtypes
-def test_a_sequence_has_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("mask", [(True, 0), (False, 12)])
+def test_a_sequence_has_the_same_bits_in_any_company(
+    dtype: torch.dtype, mask: tuple[bool, int]
+) -> None:
     rng = np.random.default_rng(0)
     q, k, v, dy = (ops.array(normals(rng, 71, w)).to(dtype) for w in (40, 20, 20, 40))
-    options = {"head_dim": 20, "scale": 0.3, "causal": True}
+    options = {"head_dim": 20, "scale": 0.3, "causal": mask[0], "window": mask[1]}
     among = ops.attention_vjp(q, k, v, np.array([0, 50, 71], np.int32), dy, **options)
     own = slice(50, 71)
     starts = np.array([0, 21], np.int32)
