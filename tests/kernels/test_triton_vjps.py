@@ -262,6 +262,19 @@ def test_attention(
         np.testing.assert_allclose(ops.host(got), exact, rtol=most, atol=most * scale)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [1, 9, 40])
+def test_windows_over_several_blocks(causal: bool, window: int) -> None:
+    rng, starts = np.random.default_rng(0), np.array([0, 3, 100], np.int32)
+    q, k, v, dy = (normals(rng, 100, 5) for _ in range(4))
+    options = {"head_dim": 5, "scale": 0.3, "causal": causal, "window": window}
+    found = ops.attention_vjp(q, k, v, starts, dy, **options)
+    for got, want in zip(
+        found, reference.attention_vjp(q, k, v, starts, dy, **options), strict=True
+    ):
+        np.testing.assert_allclose(ops.host(got), want, rtol=1e-5, atol=1e-5)
+
+
 @both_dtypes
 @pytest.mark.parametrize("mask", [(True, 0), (False, 12)])
 def test_a_sequence_has_the_same_bits_in_any_company(
