@@ -215,15 +215,28 @@ def test_factors_are_those_of_the_original_context(tmp_path: Path, scaling: dict
     assert np.abs(long - generation.logits(path, ids)).max() > 0.1
 
 
-def test_fused_matrices_as_peft_names_them(model: Any, tmp_path: Path) -> None:
-    engine = tuned(model("phi3"), "phi3")
+@pytest.mark.parametrize(
+    ("name", "stack", "names"),
+    [
+        (
+            "phi3",
+            "model.layers",
+            ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
+        ),
+        ("modern-bert", "layers", ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo")),
+    ],
+)
+def test_fused_matrices_as_peft_names_them(
+    model: Any, tmp_path: Path, name: str, stack: str, names: tuple[str, ...]
+) -> None:
+    engine = tuned(model(name), name)
     assert engine.adapter is not None
-    save_peft(engine.adapter, tmp_path / "peft", 4, 2, "someone/phi")
+    save_peft(engine.adapter, tmp_path / "peft", 4, 2, "someone/model")
     tensors = safetensors.numpy.load_file(tmp_path / "peft" / WEIGHTS_FILE)
-    modules = {key.split("layers.1.")[1] for key in tensors if ".layers.1." in key}
-    names = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
-    assert modules == {f"{name}.lora_{half}.weight" for name in names for half in "AB"}
-    again = Engine.load(model("phi3"), adapter=tmp_path / "peft")
+    layer = f"base_model.model.{stack}.1."
+    modules = {key.removeprefix(layer) for key in tensors if key.startswith(layer)}
+    assert modules == {f"{module}.lora_{half}.weight" for module in names for half in "AB"}
+    again = Engine.load(model(name), adapter=tmp_path / "peft")
     assert again.adapter is not None
     np.testing.assert_array_equal(again.adapter.theta, engine.adapter.theta)
 
