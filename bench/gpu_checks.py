@@ -96,6 +96,9 @@ def _layers(random: Any, rng: np.random.Generator) -> Iterator[tuple[str, float,
             x, narrow, narrow, starts, causal=True, window=9, softcap=1.0, **heads
         ),
         "attention both ways": lambda o: o.attention(x, y, y, starts, causal=False, **heads),
+        "attention both ways in windows": lambda o: o.attention(
+            x, y, y, starts, causal=False, window=9, **heads
+        ),
         "cross_entropy": partial(_cross_entropy, x, output, labels, tangents(3), 0.0),
         "cross_entropy below a cap": partial(_cross_entropy, x, output, labels, tangents(3), 2.0),
     }
@@ -128,6 +131,9 @@ def _cotangents(
         "attention": lambda o: o.attention_vjp(x, narrow, narrow, starts, dy, **heads),
         "attention in windows": lambda o: o.attention_vjp(
             x, narrow, narrow, starts, dy, window=9, softcap=1.0, **heads
+        ),
+        "attention both ways in windows": lambda o: o.attention_vjp(
+            x, narrow, narrow, starts, dy, window=9, **{**heads, "causal": False}
         ),
         "matmul": lambda o: [o.matmul_vjp(of_output, weight, lora=lora, exact=True)],
         "LoRA": of_factors,

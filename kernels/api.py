@@ -199,8 +199,8 @@ class Kernels(Protocol):
         q: [rows, n_heads * head_dim].  k, v: [rows, n_kv_heads * head_dim]; query head h reads
         head h // (n_heads / n_kv_heads).  starts: int32 [n_sequences + 1], where sequences begin,
         from 0 to rows; with tangents first the primal's sequences, then those of each tangent.
-        causal: a row sees itself and the rows before it.  window: of these the last ``window``
-        only, itself included; for causal attention, 0 is no bound.  softcap: c > 0 makes
+        causal: a row sees itself and the rows before it, else also those behind it.  window: of
+        these only rows less than ``window`` away; 0 is no bound.  softcap: c > 0 makes
         c tanh(s / c) of a score s = scale q . k.
         """
 

@@ -58,6 +58,14 @@ _ENCODER = {
     "ffn_up": "intermediate.dense",
     "ffn_down": "output.dense",
 }
+_MODERN_ENCODER = {
+    "attn_qkv": "attn.Wqkv",
+    "attn_output": "attn.Wo",
+    "ffn_up": "mlp.Wi",
+    "ffn_down": "mlp.Wo",
+}
+# Where the layers of models without a head are; those of decoders are in a model with one.
+_STACKS = {"bert": "encoder.layer", "modern-bert": "layers"}
 MODULES: dict[str, dict[str, str]] = {
     "llama": _DECODER,
     "qwen2": _DECODER,
@@ -69,6 +77,7 @@ MODULES: dict[str, dict[str, str]] = {
     "smollm3": _DECODER,
     "phi3": _FUSED_DECODER,
     "bert": _ENCODER,
+    "modern-bert": _MODERN_ENCODER,
 }
 
 # Of which llama.cpp's converter permutes rows, see ``row_order``.
@@ -191,7 +200,7 @@ def _module(architecture: str, layer: int, suffix: str) -> str:
         raise AdapterError(
             f"there is no PEFT name for {suffix} of {architecture!r} models; save as GGUF instead"
         )
-    stack = "encoder.layer" if modules is _ENCODER else "model.layers"
+    stack = _STACKS.get(architecture, "model.layers")
     return f"{stack}.{layer}.{modules[suffix]}"
 
 
@@ -214,7 +223,7 @@ def _config(adapter: Adapter, base_model_name: str) -> dict[str, object]:
         "r": adapter.config.rank,
         "rank_pattern": {},
         "target_modules": _target_modules(adapter),
-        "task_type": "FEATURE_EXTRACTION" if adapter.architecture == "bert" else "CAUSAL_LM",
+        "task_type": "FEATURE_EXTRACTION" if adapter.architecture in _STACKS else "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,
     }
@@ -224,9 +233,9 @@ def _target_modules(adapter: Adapter) -> list[str]:
     """PEFT matches these against the ends of module paths."""
     modules = MODULES[adapter.architecture]
     names = [modules[suffix].split(".")[-1] for suffix in adapter.config.targets]
-    if modules is not _ENCODER:
+    if adapter.architecture not in _STACKS:
         return sorted(names)
-    # "output.dense" ends the path of two of BERT's layers, so its layers are named in full.
+    # "output.dense" and "Wo" end the paths of two modules of a layer, so all are named in full.
     targets = adapter.targets
     return sorted(_module(adapter.architecture, t.layer, _suffix(t.name)) for t in targets)
 

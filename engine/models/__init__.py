@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 
 from fwdllm.engine.errors import UnsupportedError
-from fwdllm.engine.models import bert, gemma, granite, llama, nomic, phi3, qwen, smollm3
+from fwdllm.engine.models import (
+    bert,
+    gemma,
+    granite,
+    llama,
+    modern_bert,
+    nomic,
+    phi3,
+    qwen,
+    smollm3,
+)
 from fwdllm.engine.models.dimensions import Dimensions
 from fwdllm.engine.models.forward import Pass
 from fwdllm.engine.models.weights import Shapes
@@ -59,6 +69,15 @@ FAMILIES: dict[str, Family[Any]] = {
     ),
     "nomic-bert": Family(
         nomic.read_args, nomic.shapes, nomic.embed, nomic.layer, None, bert.pool, bert.pool_vjp
+    ),
+    "modern-bert": Family(
+        modern_bert.read_args,
+        modern_bert.shapes,
+        modern_bert.embed,
+        modern_bert.layer,
+        None,
+        bert.pool,
+        bert.pool_vjp,
     ),
 }
 

@@ -234,7 +234,7 @@ class Backward(Pass):
 
     def layer_norm(self, x: Node, name: str, eps: float) -> Node:  # type: ignore[override]
         """See ``Pass.layer_norm``."""
-        weight, bias = (self.weights.vector(f"{name}.{part}") for part in ("weight", "bias"))
+        weight, bias = self._gain_and_bias(name)
         return self._unary(
             x,
             lambda x: self.ops.layer_norm(x, weight, bias, eps),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
@@ -21,6 +22,12 @@ from fwdllm.engine.models.rotary import Rotary
 from fwdllm.engine.models.weights import Weights
 from fwdllm.kernels.api import Array, Kernels
 from fwdllm.kernels.types import Lanes, LoRA
+
+
+# One array of each size, so that a GPU copies it once.
+@lru_cache(maxsize=8)
+def _zeros(n: int) -> np.ndarray:
+    return np.zeros(n, np.float32)
 
 
 class Pass:
@@ -175,9 +182,13 @@ class Pass:
         return self.ops.rms_norm(x, self.weights.vector(f"{name}.weight"), eps, self.tangents)
 
     def layer_norm(self, x: Array, name: str, eps: float) -> Array:
-        """Layer norm of the rows by the vectors ``name``.weight and .bias."""
-        weight, bias = (self.weights.vector(f"{name}.{part}") for part in ("weight", "bias"))
-        return self.ops.layer_norm(x, weight, bias, eps, self.tangents)
+        """Layer norm of the rows by the vectors ``name``.weight and, if there is one, .bias."""
+        return self.ops.layer_norm(x, *self._gain_and_bias(name), eps, self.tangents)
+
+    def _gain_and_bias(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        weight = self.weights.vector(f"{name}.weight")
+        bias = self.weights.vector_or_none(f"{name}.bias")
+        return weight, _zeros(len(weight)) if bias is None else bias
 
     def rope(self, x: Array, rotary: Rotary, head_dim: int, interleaved: bool) -> Array:
         """Rotary embedding of the heads of x [rows, heads * head_dim] at the rows' positions."""

@@ -15,13 +15,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from fwdllm.engine.errors import ModelError, UnsupportedError
 from fwdllm.engine.models.dimensions import Dimensions
 from fwdllm.engine.models.forward import Pass
 from fwdllm.engine.models.rotary import Rotary
 from fwdllm.engine.models.weights import Shapes
+from fwdllm.engine.models.windows import local_base, local_layers
 from fwdllm.kernels.api import Array, Matrix
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def read_gemma2(file: GGUFFile) -> Args:
     )
     if not scores or not logits:
         raise ModelError(f"{file.path}: a soft cap is 0, but gemma2 divides by it")
-    base = _base(file, "gemma2", args.rotary.base)
+    base = local_base(file, "gemma2", args.rotary.base)
     return replace(
         args,
         softcap=scores,
@@ -85,7 +84,7 @@ def read_gemma2(file: GGUFFile) -> Args:
 def read_gemma3(file: GGUFFile) -> Args:
     """Args of a Gemma 3 file; errors as ``read_gemma``."""
     args = _read(file, "gemma3")
-    base = _base(file, "gemma3", _GEMMA3_LOCAL_BASE)
+    base = local_base(file, "gemma3", _GEMMA3_LOCAL_BASE)
     return replace(
         args,
         logit_softcap=_softcap(file, "gemma3.final_logit_softcapping", 0.0),
@@ -139,23 +138,15 @@ def _read(file: GGUFFile, arch: str) -> Args:
 
 
 def _windows(file: GGUFFile, arch: str, args: Args, default: int) -> tuple[int, ...]:
-    """The window of each layer: by a pattern of all layers, or by its period.
+    """The window of each layer.
 
     default: the window of a file that does not say it; where it is 0, so may a file's be.
     """
-    n, key = args.n_layers, f"{arch}.attention.sliding_window"
+    key = f"{arch}.attention.sliding_window"
     window = file.positive(key, default) if default else file.integer(key, default)
     if window == 0:
-        return (0,) * n
-    key += "_pattern"
-    if isinstance(file.metadata.get(key), np.ndarray):
-        pattern = file.numbers(key)
-        if pattern.dtype.kind not in "bui" or len(pattern) != n or np.any((pattern & ~1) != 0):
-            raise ModelError(f"{file.path}: metadata {key!r} is not a bool for each of {n} layers")
-        local = pattern.astype(bool).tolist()
-    else:
-        period = file.integer(key, _PERIODS[arch])
-        local = [period == 0 or i % period < period - 1 for i in range(n)]
+        return (0,) * args.n_layers
+    local = local_layers(file, arch, args.n_layers, _PERIODS[arch])
     return tuple(min(window, args.context) if here else 0 for here in local)
 
 
@@ -164,13 +155,6 @@ def _softcap(file: GGUFFile, key: str, default: float) -> float:
     if softcap < 0:
         raise ModelError(f"{file.path}: metadata {key!r} is {softcap}, below 0")
     return softcap
-
-
-def _base(file: GGUFFile, arch: str, default: float) -> float:
-    base = file.number(f"{arch}.rope.freq_base_swa", default)
-    if base <= 1:
-        raise ModelError(f"{file.path}: RoPE base {base} of layers with a window is invalid")
-    return base
 
 
 def shapes(args: Args) -> tuple[Shapes, Shapes]:

@@ -325,9 +325,9 @@ def attention(
     """Softmax attention inside each sequence starts[i] .. starts[i+1] of the rows.
 
     q float32 [rows, heads * head_dim]; k, v [rows, kv_heads * head_dim], kv_heads dividing heads.
-    With tangents, starts has first the primal's sequences, then those of each tangent.  window: a
-    causal row sees so many, itself included; 0 is all.  softcap: c > 0 makes c tanh(s / c) of a
-    score s.
+    With tangents, starts has first the primal's sequences, then those of each tangent.  causal: a
+    row sees itself and those before it.  window: of what it sees only rows less than so many away;
+    0 is all.  softcap: c > 0 makes c tanh(s / c) of a score s.
     """
     y = np.empty_like(q)
     _native.attention(

@@ -26,28 +26,25 @@ struct Attention {
     int64_t n_heads, n_kv_heads, head_dim;
     float scale;
     bool causal;
-    int64_t window;          // rows that a causal row sees, itself included; 0 is all
+    int64_t window;          // a row sees those less than so many rows away; 0 is all
     float softcap;           // 0 is none
     int64_t tangents, rows;  // rows of each of them
 };
 
 // The keys that a block of queries i0 .. i0 + n_queries of a sequence of n sees: first .. end.
 struct Keys {
+    int64_t behind, ahead;  // a query sees so many before and after its own
     int64_t first, end;
-    bool causal;
-    int64_t window;
 
     Keys(int64_t i0, int64_t n_queries, int64_t n, bool causal, int64_t window)
-        : first(window ? max_of<int64_t>(0, i0 + 1 - window) / kPanelKeys * kPanelKeys : 0),
-          end(causal ? i0 + n_queries : n),
-          causal(causal),
-          window(window) {}
+        : behind(window ? min_of(n, window) - 1 : n),
+          ahead(causal ? 0 : behind),
+          first(max_of<int64_t>(0, i0 - behind) / kPanelKeys * kPanelKeys),
+          end(min_of(n, i0 + n_queries + ahead)) {}
 
     // Those of query i alone, counted from ``first``.
-    int64_t begin_of(int64_t i) const {
-        return window ? max_of<int64_t>(0, i + 1 - window) - first : 0;
-    }
-    int64_t end_of(int64_t i) const { return (causal ? min_of(i + 1, end) : end) - first; }
+    int64_t begin_of(int64_t i) const { return max_of<int64_t>(0, i - behind) - first; }
+    int64_t end_of(int64_t i) const { return min_of(i + 1 + ahead, end) - first; }
 };
 
 // scores [kQueries][stride] = scale q . k for the first kVectors of a panel of keys. kAdd: added to

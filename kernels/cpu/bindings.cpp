@@ -348,13 +348,11 @@ AttentionShape attention_shape(const Matrix& q, const Matrix& k, const Matrix& v
     return {n_seq, n_heads, n_kv};
 }
 
-void require_window(bool causal, int64_t window) {
-    require(window == 0 || (window > 0 && causal), "a window is of 1 row or more, and looks back");
-}
+void require_window(int64_t window) { require(window >= 0, "a window is of 1 row or more"); }
 
 void attention(Matrix q, Matrix k, Matrix v, In<int32_t, 1> starts, int64_t head_dim, float scale,
                bool causal, int64_t window, float softcap, int64_t tangents, Out<float, 2> y) {
-    require_window(causal, window);
+    require_window(window);
     require_softcap(softcap);
     const auto [n_seq, n_heads, n_kv] = attention_shape(q, k, v, starts, head_dim);
     require(y.shape(0) == q.shape(0) && y.shape(1) == q.shape(1), "q and y differ in shape");
@@ -465,7 +463,7 @@ void gelu_vjp(Matrix x, Matrix dy, Out<float, 2> dx) {
 void attention_vjp(Matrix q, Matrix k, Matrix v, In<int32_t, 1> starts, int64_t head_dim,
                    float scale, bool causal, int64_t window, float softcap, Matrix dy,
                    Out<float, 2> dq, Out<float, 2> dk, Out<float, 2> dv) {
-    require_window(causal, window);
+    require_window(window);
     require_softcap(softcap);
     const AttentionShape shape = attention_shape(q, k, v, starts, head_dim);
     require_alike(q, dy, "q and dy differ in shape");

@@ -75,7 +75,7 @@ struct Lanes {
 
 // references: for every row the earlier row (or itself) it is quantized relative to, or null.
 // tangents: rows are 1 + tangents equal slices, a primal and its derivatives; so is the result.
-// window: rows that a causal row sees, itself included; 0 is all. softcap: c makes c tanh(s / c) of
+// window: a row sees those less than so many rows away; 0 is all. softcap: c makes c tanh(s / c) of
 // a score or logit s; 0 is none.
 struct Kernels {
     const char* name;

@@ -12,7 +12,7 @@ def require_indices(indices: np.ndarray, size: int, what: str) -> None:
         raise IndexError(f"{what} {found} are not all within 0 .. {size - 1}")
 
 
-def require_window(window: int, softcap: float, causal: bool) -> None:
-    """ValueError for a window or a soft cap below 0, or a window of what looks ahead."""
-    if window < 0 or not softcap >= 0 or (window and not causal):
-        raise ValueError(f"a window of {window} rows and a soft cap of {softcap}, {causal=}")
+def require_window(window: int, softcap: float) -> None:
+    """ValueError for a window or a soft cap below 0."""
+    if window < 0 or not softcap >= 0:
+        raise ValueError(f"a window of {window} rows and a soft cap of {softcap}")

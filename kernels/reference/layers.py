@@ -78,11 +78,11 @@ def attention(
     head h reads key/value head h // (n_heads / n_kv_heads).
     starts: int32 [n_sequences + 1]; sequence s is rows starts[s] .. starts[s + 1] and sees no
     other rows. With tangents first the primal's sequences, then those of each tangent.
-    causal: a row sees itself and the rows before it.  window: of these the last ``window`` only,
-    itself included; 0 is no bound.  softcap: c > 0 makes c tanh(s / c) of a score s.
-    ValueError if starts do not run from 0 to rows in order, or for a window without ``causal``.
+    causal: a row sees itself and the rows before it, else also those behind it.  window: of these
+    only rows less than ``window`` away; 0 is no bound.  softcap: c > 0 makes c tanh(s / c) of a
+    score s. ValueError if starts do not run from 0 to rows in order, or for a window below 0.
     """
-    require_window(window, softcap, causal)
+    require_window(window, softcap)
     if starts[0] != 0 or starts[-1] != len(q) or np.any(np.diff(starts) < 0):
         raise ValueError(f"sequence starts must run from 0 to {len(q)} in order")
     n_heads, group = q.shape[1] // head_dim, q.shape[1] // k.shape[1]
@@ -118,7 +118,7 @@ def softcapped(x: np.ndarray, softcap: float) -> tuple[np.ndarray, np.ndarray]:
 def seen(n: int, causal: bool, window: int) -> np.ndarray:
     """Whether row i of a sequence sees row j: bool [n, n]."""
     behind = np.arange(n)[:, None] - np.arange(n)
-    within = behind < window if window else np.ones((n, n), bool)
+    within = np.abs(behind) < window if window else np.ones((n, n), bool)
     return within & (behind >= 0) if causal else within
 
 

@@ -113,7 +113,7 @@ def attention_vjp(
 
     With a soft cap dS is times its slope.
     """
-    require_window(window, softcap, causal)
+    require_window(window, softcap)
     group = q.shape[1] // k.shape[1]
     q, k, v, dy = (
         a.astype(np.float64).reshape(len(a), a.shape[1] // head_dim, head_dim)

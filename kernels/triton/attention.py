@@ -74,6 +74,8 @@ def _seen(i, j, end, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
         seen = seen & (j <= i)
     if WINDOW > 0:
         seen = seen & (j > i - WINDOW)
+        if not CAUSAL:
+            seen = seen & (j < i + WINDOW)
     return seen
 
 
@@ -90,6 +92,8 @@ def _keys(begin, end, first, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BM: tl.
         start += tl.maximum(first - begin + 1 - WINDOW, 0) // BN * BN
     if CAUSAL:
         stop = tl.minimum(end, first + BM)
+    elif WINDOW > 0:
+        stop = tl.minimum(end, first + BM + WINDOW - 1)
     if first >= end:
         stop = start
     return start, stop
@@ -272,9 +276,9 @@ def attention(
     q: [rows, n_heads * head_dim].  k, v: [rows, n_kv_heads * head_dim]; query head h reads
     key/value head h // (n_heads / n_kv_heads).  starts: int32 [n_sequences + 1]; with tangents
     first the primal's sequences, then those of each tangent.  causal: a row sees itself and the
-    rows before it.  window: of these the last ``window`` only, itself included; 0 is no bound.
-    softcap: c > 0 makes c tanh(s / c) of a score s. ValueError if starts do not run from 0 to rows
-    in order, or for a window without ``causal``.
+    rows before it, else also those behind it.  window: of these only rows less than ``window``
+    away; 0 is no bound.  softcap: c > 0 makes c tanh(s / c) of a score s. ValueError if starts do
+    not run from 0 to rows in order, or for a window below 0.
     """
     mask = _mask(causal, window, softcap)
     q, k, v = tensor(q), tensor(k), tensor(v)
@@ -310,7 +314,7 @@ def attention(
 
 def _mask(causal: bool, window: int, softcap: float) -> dict[str, Any]:
     """Constants of kernels; a model has one soft cap and at most one window."""
-    require(window == 0 or (window > 0 and causal), f"a window of {window} rows with {causal=}")
+    require(window >= 0, f"a window of {window} rows")
     require_softcap(softcap)
     return {"CAUSAL": causal, "WINDOW": window, "SOFTCAP": float(softcap)}
 
@@ -429,6 +433,8 @@ def _keys_vjp(
     start = begin
     if CAUSAL:
         start = first
+    elif WINDOW > 0:
+        start += tl.maximum(first - begin + 1 - WINDOW, 0) // BN * BN
     stop = end
     if WINDOW > 0:
         stop = tl.minimum(end, first + BM + WINDOW - 1)

@@ -1,4 +1,4 @@
-"""Granite, SmolLM3, Phi-3 and nomic-bert: against llama.cpp, and each way to a slope's another."""
+"""Families unlike Llama and BERT: against llama.cpp, and each way to a slope's another."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from changed_models import changed
-from family_models import ENCODER, TARGETS, make_family
+from family_models import ENCODERS, TARGETS, make_family
 from llama_models import LABELS, SEEDS, correlation
 from test_llama_lanes import assert_lanes_are_alone
 
@@ -21,10 +21,13 @@ from fwdllm.engine.data.batch import Batch, Tokens, pack
 from fwdllm.engine.errors import ModelError, UnsupportedError
 from fwdllm.engine.llamacpp import generation
 
-DECODERS = [name for name in TARGETS if name != ENCODER]
+DECODERS = [name for name in TARGETS if name not in ENCODERS]
 TEXTS = ["the cat sat on the mat", "a dog", "what is it that you do " * 5]
 # Logits of random models are of about 1: float32 noise, and what a type's int8 activations cost.
 NOISE = {"F32": 1e-3, "Q4_0": 0.15}
+# Of embeddings of length 1; llama.cpp looks GELU up in a table of float16.
+EMBEDDING_NOISE = {"F32": 1e-5, "Q4_0": 3e-3}
+GELU_NOISE = {"F32": 1e-4, "Q4_0": 3e-3}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def token_ids(n: int) -> list[int]:
 
 
 def some_batch(name: str, lengths: tuple[int, ...] = (40, 21, 33, 9)) -> Batch:
-    encoder = name == ENCODER
+    encoder = name in ENCODERS
     labelled = [[not encoder] * n for n in lengths]
     return pack(
         [
@@ -57,7 +60,7 @@ def some_batch(name: str, lengths: tuple[int, ...] = (40, 21, 33, 9)) -> Batch:
 
 
 def tuned(path: Path, name: str, **options: Any) -> Engine:
-    labels = LABELS if name == ENCODER else ()
+    labels = LABELS if name in ENCODERS else ()
     config = LoRAConfig(3, targets=TARGETS[name])
     return half_trained(Engine.load(path, config, labels=labels, backend="fwdllm", **options))
 
@@ -80,12 +83,13 @@ def test_logits_are_llama_cpps(model: Any, tmp_path: Path, name: str, type: str)
 
 
 @pytest.mark.parametrize("type", ["F32", "Q4_0"])
-def test_embeddings_are_llama_cpps(model: Any, tmp_path: Path, type: str) -> None:
-    path = model(ENCODER, type)
-    atol = 1e-5 if type == "F32" else 3e-3
+@pytest.mark.parametrize("name", ENCODERS)
+def test_embeddings_are_llama_cpps(model: Any, tmp_path: Path, name: str, type: str) -> None:
+    path = model(name, type)
+    atol = (GELU_NOISE if name == "modern-bert" else EMBEDDING_NOISE)[type]
     plain = generation.embed(path, TEXTS)
     np.testing.assert_allclose(Engine.load(path).embed(TEXTS), plain, atol=atol)
-    engine = tuned(path, ENCODER)
+    engine = tuned(path, name)
     assert engine.adapter is not None and engine.backend.own
     save_gguf(engine.adapter, tmp_path / "a.gguf")
     want = generation.embed(path, TEXTS, tmp_path / "a.gguf")
@@ -151,6 +155,54 @@ def test_yarn(tmp_path: Path, name: str) -> None:
     assert np.abs(Engine.load(path).logits(ids) - generation.logits(path, ids)).max() < 1e-3
 
 
+# Of modern-bert: what metadata means, and what it is where it is not said.
+ENCODINGS: list[dict[str, Any]] = [
+    {"attention.sliding_window": 9},  # as 8: four on each side
+    {"attention.sliding_window": 1},
+    {"attention.sliding_window": 5000},
+    {"attention.sliding_window": 0, "rope.freq_base_swa": 2.0},
+    {"attention.sliding_window_pattern": 2, "rope.freq_base": 100.0},
+    {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},  # not of layers with a window
+    {"rope.dimension_count": 48},
+    {"pooling_type": 2},
+    {"hidden_activation": "gelu"},
+    {"hidden_activation": "swish"},
+]
+
+
+@pytest.mark.parametrize("metadata", ENCODINGS, ids=str)
+def test_what_metadata_of_modern_bert_means(tmp_path: Path, metadata: dict[str, Any]) -> None:
+    metadata = {"hidden_activation": "silu", **metadata}  # which is not from a table
+    path = make_family(tmp_path / "m.gguf", "modern-bert", **metadata)
+    engine = Engine.load(path)
+    assert engine.backend.own
+    noise = GELU_NOISE if engine.args.gelu else EMBEDDING_NOISE
+    want = generation.embed(path, TEXTS)
+    np.testing.assert_allclose(engine.embed(TEXTS), want, atol=noise["F32"])
+
+
+def test_layers_and_tensors_of_modern_bert(model: Any, tmp_path: Path) -> None:
+    """A pattern of layers, a norm before all of them, a head for classes, and keys left out."""
+    source, key = model("modern-bert"), "modern-bert.attention.sliding_window_pattern"
+    names = {"general.architecture": "modern-bert", "modern-bert.rope.freq_base_swa": None}
+    tensors = {
+        "blk.0.attn_norm.weight": np.linspace(0.5, 1.5, 256, dtype=np.float32),
+        "cls.weight": np.ones((256, 256), np.float32),
+        "cls.norm.weight": np.ones(256, np.float32),
+    }
+    for pattern in ([True, False, False, True, False], [0, 1, 1, 0, 1]):
+        keys = {**names, "modern-bert.pooling_type": None, key: pattern}
+        path = changed(tmp_path / f"{pattern[0]}.gguf", source, keys, tensors)
+        engine = Engine.load(path)
+        assert [window > 0 for window in engine.args.windows] == [bool(i) for i in pattern]
+        want = generation.embed(path, TEXTS)
+        np.testing.assert_allclose(engine.embed(TEXTS), want, atol=GELU_NOISE["F32"])
+    for bad in ([True, False], [3, 1, 0, 1, 0]):
+        path = changed(tmp_path / f"{len(bad)}.gguf", source, {**names, key: bad})
+        with pytest.raises(ModelError, match="is not a bool for each of 5 layers"):
+            Engine.load(path)
+
+
 @pytest.mark.parametrize("scaling", [{}, {"type": "longrope", "factor": 2.0}])
 def test_factors_are_those_of_the_original_context(tmp_path: Path, scaling: dict) -> None:
     metadata = {f"rope.scaling.{key}": value for key, value in scaling.items()}
@@ -163,15 +215,28 @@ def test_factors_are_those_of_the_original_context(tmp_path: Path, scaling: dict
     assert np.abs(long - generation.logits(path, ids)).max() > 0.1
 
 
-def test_fused_matrices_as_peft_names_them(model: Any, tmp_path: Path) -> None:
-    engine = tuned(model("phi3"), "phi3")
+@pytest.mark.parametrize(
+    ("name", "stack", "names"),
+    [
+        (
+            "phi3",
+            "model.layers",
+            ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
+        ),
+        ("modern-bert", "layers", ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo")),
+    ],
+)
+def test_fused_matrices_as_peft_names_them(
+    model: Any, tmp_path: Path, name: str, stack: str, names: tuple[str, ...]
+) -> None:
+    engine = tuned(model(name), name)
     assert engine.adapter is not None
-    save_peft(engine.adapter, tmp_path / "peft", 4, 2, "someone/phi")
+    save_peft(engine.adapter, tmp_path / "peft", 4, 2, "someone/model")
     tensors = safetensors.numpy.load_file(tmp_path / "peft" / WEIGHTS_FILE)
-    modules = {key.split("layers.1.")[1] for key in tensors if ".layers.1." in key}
-    names = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
-    assert modules == {f"{name}.lora_{half}.weight" for name in names for half in "AB"}
-    again = Engine.load(model("phi3"), adapter=tmp_path / "peft")
+    layer = f"base_model.model.{stack}.1."
+    modules = {key.removeprefix(layer) for key in tensors if key.startswith(layer)}
+    assert modules == {f"{module}.lora_{half}.weight" for module in names for half in "AB"}
+    again = Engine.load(model(name), adapter=tmp_path / "peft")
     assert again.adapter is not None
     np.testing.assert_array_equal(again.adapter.theta, engine.adapter.theta)
 
@@ -188,8 +253,14 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("phi3", {"attention.head_count_kv": 4}, "attn_qkv.weight' has shape"),
     ("phi3", {"feed_forward_length": 256}, "ffn_up.weight' has shape"),
     ("phi3", {"rope.dimension_count": 50}, "does not fit"),
-    (ENCODER, {"feed_forward_length": 256}, "has shape"),
-    (ENCODER, {"rope.freq_base": 0.5}, "RoPE base"),
+    ("nomic-bert", {"feed_forward_length": 256}, "has shape"),
+    ("nomic-bert", {"rope.freq_base": 0.5}, "RoPE base"),
+    ("modern-bert", {"feed_forward_length": 256}, "ffn_up.weight' has shape"),
+    ("modern-bert", {"rope.freq_base_swa": 0.5}, "RoPE base 0.5 of layers with a window"),
+    ("modern-bert", {"attention.sliding_window": 3.5}, "of type float, not an integer"),
+    ("modern-bert", {"attention.sliding_window_pattern": -1.0}, "of type float, not an integer"),
+    ("modern-bert", {"hidden_activation": 1}, "of type int, not a string"),
+    ("modern-bert", {"attention.layer_norm_epsilon": float("nan")}, "nan, not finite"),
 ]
 
 
@@ -207,8 +278,26 @@ OTHER: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("phi3", {}, {"rope_factors_long.weight": None}, "RoPE factors"),
     ("phi3", {"phi3.rope.scaling.original_context_length": 100}, {}, "RoPE factors"),
     ("phi3", {}, {"blk.1.ffn_gate.weight": np.ones((512, 256), np.float32)}, "ffn_gate"),
-    (ENCODER, {}, {"blk.0.ffn_up.bias": np.ones(512, np.float32)}, "ffn_up.bias"),
-    (ENCODER, {"nomic-bert.pooling_type": 3}, {}, "pooling type 3"),
+    ("nomic-bert", {}, {"blk.0.ffn_up.bias": np.ones(512, np.float32)}, "ffn_up.bias"),
+    ("nomic-bert", {"nomic-bert.pooling_type": 3}, {}, "pooling type 3"),
+    *(
+        ("modern-bert", {f"modern-bert.{key}": value}, {}, reason)
+        for key, value, reason in (
+            ("pooling_type", 4, "pooling type 4"),
+            ("attention.causal", True, "attention is causal"),
+            ("attention.head_count_kv", 2, "share keys and values"),
+            ("attention.key_length", 32, "'key_length' is not"),
+            ("attention.value_length_swa", 32, "'value_length_swa' is not"),
+            ("attention.sliding_window_pattern", 0, "all of its layers have a window"),
+            ("attention.sliding_window_pattern", 1, "or none has"),
+            ("hidden_activation", "relu", "activation 'relu'"),
+            ("rope.dimension_count_swa", 32, "different numbers of dimensions"),
+            ("rope.scaling.type", "yarn", "RoPE scaling"),
+        )
+    ),
+    ("modern-bert", {}, {"rope_freqs.weight": np.ones(32, np.float32)}, "RoPE scaling"),
+    ("modern-bert", {}, {"blk.1.ffn_norm.bias": np.ones(256, np.float32)}, "ffn_norm.bias"),
+    ("modern-bert", {}, {"token_types.weight": np.ones((2, 256), np.float32)}, "token_types"),
 ]
 
 

@@ -178,9 +178,10 @@ def test_each_target_gets_its_term(small: Make, tmp_path: Path, name: str) -> No
 def test_an_encoder_is_llama_cpps(small: Make, tmp_path: Path) -> None:
     path = small(ENCODER, "Q8_0")
     texts = ["the cat sat on the mat", "a dog", "what is it that you do " * 5]
-    engine = Engine.load(path, LoRAConfig(4, targets=TARGETS[ENCODER]), labels=LABELS)
+    config = LoRAConfig(4, targets=TARGETS[ENCODER])
+    engine = Engine.load(path, config, labels=LABELS, backend="llama.cpp")
     adapter = engine.adapter
-    assert adapter is not None and engine.encoder and engine.backend.name == "llama.cpp"
+    assert adapter is not None and engine.encoder
     plain = generation.embed(path, texts, n_threads=1)
     # Of features of about 0.04. Both are llama.cpp, in batches of other sizes: 1.5e-5 with AVX2.
     np.testing.assert_allclose(engine.embed(texts), plain, atol=5e-5)

@@ -19,7 +19,7 @@ from fwdllm.engine.data.batch import Batch, Tokens, pack
 from fwdllm.engine.directions import Dense, Directions, Sparse, lora_fa, subzero
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.memory.plan import GradientPlan
-from fwdllm.engine.models import bert
+from fwdllm.engine.models import FAMILIES, bert
 from fwdllm.engine.models.graph import OwnGraph
 from fwdllm.engine.settings import Scope
 from fwdllm.kernels.types import QuantType
@@ -144,40 +144,49 @@ def test_an_encoder_learns_the_same(shared: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(found[1], found[0], rtol=0.1, atol=0.02)
 
 
-def make_encoder(path: Path) -> None:
+def make_encoder(path: Path, architecture: str = "bert", n_layers: int = 1) -> None:
     """A BERT of random weights, so small that Triton's interpreter takes a step in seconds."""
     rng = np.random.default_rng(0)
     keys = {
         "embedding_length": 32,
         "feed_forward_length": 64,
-        "block_count": 1,
+        "block_count": n_layers,
         "attention.head_count": 2,
         "attention.layer_norm_epsilon": 1e-6,
+        "attention.causal": False,
+        "attention.sliding_window": 2,  # which BERT has not
         "context_length": 16,
     }
     args = bert.Args(
-        n_layers=1, width=32, n_heads=2, n_kv_heads=2, head_dim=16, hidden=64, n_vocab=40,
+        n_layers=n_layers, width=32, n_heads=2, n_kv_heads=2, head_dim=16, hidden=64, n_vocab=40,
         context=16, n_types=2, norm_eps=1e-6, pooling="mean",
     )  # fmt: skip
-    shapes, _ = bert.shapes(args)
+    shapes, _ = FAMILIES[architecture].shapes(args)
     matrices = [Matrix(name, shape, 0.2) for name, shape in shapes.items() if len(shape) == 2]
     vectors = {
         name: rng.normal(1, 0.1, shape).astype(np.float32)
         for name, shape in shapes.items()
         if len(shape) == 1
     }
-    write_model(path, "bert", keys, 40, matrices, vectors, QuantType.Q8_0, rng)
+    write_model(path, architecture, keys, 40, matrices, vectors, QuantType.Q8_0, rng)
 
 
-def test_an_encoder_has_the_cpus_gradient(tmp_path: Path) -> None:
-    make_encoder(tmp_path / "model.gguf")
+@pytest.mark.parametrize(
+    ("architecture", "n_layers", "adapted"), [("bert", 1, "attn_v"), ("modern-bert", 2, "attn_qkv")]
+)
+def test_an_encoder_has_the_cpus_gradient(
+    tmp_path: Path, architecture: str, n_layers: int, adapted: str
+) -> None:
+    make_encoder(tmp_path / "model.gguf", architecture, n_layers)
     batch = pack([Tokens([3, 9, 4], [False] * 3, 1), Tokens([7, 2], [False] * 2, 0)])
-    lora, found = LoRAConfig(rank=2, targets=("attn_v", "ffn_up")), []
+    lora, found, slopes = LoRAConfig(rank=2, targets=(adapted, "ffn_up")), [], []
     for device in ("cpu", "cuda"):
         options = {"labels": ("bad", "good"), "device": device, "exact": True}
         engine = half_trained(Engine.load(tmp_path / "model.gguf", lora, **options))
         found.append(engine.gradient(batch))
+        slopes.append(engine.directional_derivatives(batch, SEEDS[:2], "forward-ad").derivative)
     want, got = found
+    np.testing.assert_allclose(slopes[1], slopes[0], rtol=1e-4, atol=1e-5)
     assert want.head_gradient is not None
     assert got.head_gradient is not None
     assert got.loss == pytest.approx(want.loss, rel=1e-5)

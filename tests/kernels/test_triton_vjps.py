@@ -230,7 +230,7 @@ def test_cross_entropy(
     kv_heads=st.integers(1, 2),
     group=st.integers(1, 2),
     head_dim=st.sampled_from([5, 32, 80]),
-    mask=st.sampled_from([(False, 0), (True, 0), (True, 1), (True, 9), (True, 40)]),
+    mask=st.tuples(st.booleans(), st.sampled_from([0, 1, 9, 40])),
     softcap=st.sampled_from([0.0, 2.0]),
 )
 def test_attention(
@@ -262,11 +262,27 @@ def test_attention(
         np.testing.assert_allclose(ops.host(got), exact, rtol=most, atol=most * scale)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [1, 9, 40])
+def test_windows_over_several_blocks(causal: bool, window: int) -> None:
+    rng, starts = np.random.default_rng(0), np.array([0, 3, 100], np.int32)
+    q, k, v, dy = (normals(rng, 100, 5) for _ in range(4))
+    options = {"head_dim": 5, "scale": 0.3, "causal": causal, "window": window}
+    found = ops.attention_vjp(q, k, v, starts, dy, **options)
+    for got, want in zip(
+        found, reference.attention_vjp(q, k, v, starts, dy, **options), strict=True
+    ):
+        np.testing.assert_allclose(ops.host(got), want, rtol=1e-5, atol=1e-5)
+
+
 @both_dtypes
-def test_a_sequence_has_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("mask", [(True, 0), (False, 12)])
+def test_a_sequence_has_the_same_bits_in_any_company(
+    dtype: torch.dtype, mask: tuple[bool, int]
+) -> None:
     rng = np.random.default_rng(0)
     q, k, v, dy = (ops.array(normals(rng, 71, w)).to(dtype) for w in (40, 20, 20, 40))
-    options = {"head_dim": 20, "scale": 0.3, "causal": True}
+    options = {"head_dim": 20, "scale": 0.3, "causal": mask[0], "window": mask[1]}
     among = ops.attention_vjp(q, k, v, np.array([0, 50, 71], np.int32), dy, **options)
     own = slice(50, 71)
     starts = np.array([0, 21], np.int32)

@@ -204,7 +204,9 @@ def layers(dtype: torch.dtype, wide: bool = True) -> None:
         ops.layer_norm(x, gain, gain, 1e-12, tangents)
         ops.gelu(x, tangents)
         head_dim = SMALL_HEAD_DIM if dtype == torch.bfloat16 else TINY_HEAD_DIM
-        ops.attention(x, x, x, starts, head_dim=head_dim, causal=False, **options)
+        options |= {"head_dim": head_dim, "causal": False}
+        for window in (0, 64)[: 1 + (dtype == torch.bfloat16)]:
+            ops.attention(x, x, x, starts, window=window, **options)
     angles, x = zeros(n, HEAD_DIM // 2), empty(n, WIDTH, dtype=dtype)
     ops.rms_norm(x.view(-1, HEAD_DIM), empty(HEAD_DIM), 1e-5)  # of heads, as in Qwen 3
     for interleaved in (True, False):
@@ -227,7 +229,9 @@ def layers_back(dtype: torch.dtype, wide: bool = True) -> None:
     ops.layer_norm_vjp(x, gain, 1e-12, x)
     ops.gelu_vjp(x, x)
     head_dim = SMALL_HEAD_DIM if dtype == torch.bfloat16 else TINY_HEAD_DIM
-    ops.attention_vjp(x, x, x, starts, x, scale=0.1, head_dim=head_dim, causal=False)
+    options = {"scale": 0.1, "head_dim": head_dim, "causal": False}
+    for window in (0, 64)[: 1 + (dtype == torch.bfloat16)]:
+        ops.attention_vjp(x, x, x, starts, x, window=window, **options)
     x, dy = empty(n, HIDDEN, dtype=dtype), empty(n, WIDTH, dtype=dtype)
     for rank in (8, 64):
         ops.lora_vjp(x, dy, adapter(rank), empty(rank, HIDDEN), empty(WIDTH, rank))

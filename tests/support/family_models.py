@@ -43,6 +43,16 @@ NOMIC: Mapping[str, Any] = {
     "pooling_type": 1,
     "rope.freq_base": 1000.0,
 }
+MODERN: Mapping[str, Any] = {
+    "context_length": 256,
+    "block_count": 5,  # of which the first and the fourth see all
+    "attention.layer_norm_epsilon": 1e-5,
+    "attention.causal": False,
+    "attention.sliding_window": 16,  # shorter than the tests' sequences
+    "pooling_type": 1,
+    "rope.freq_base": 16000.0,
+    "rope.freq_base_swa": 500.0,
+}
 
 # Of each family: the matrices that an adapter can be for.
 TARGETS = {
@@ -50,15 +60,19 @@ TARGETS = {
     "smollm3": DENSE,
     "phi3": ("attn_output", "attn_qkv", "ffn_down", "ffn_up"),
     "nomic-bert": ("attn_output", "attn_qkv", "ffn_down", "ffn_gate", "ffn_up"),
+    "modern-bert": ("attn_output", "attn_qkv", "ffn_down", "ffn_up"),
 }
-ENCODER = "nomic-bert"
+ENCODERS = ("nomic-bert", "modern-bert")
 
 
 def make_family(path: Path, name: str, type: str = "F32", **metadata: Any) -> Path:
     """Write a model of a family of ``TARGETS``. metadata: added to its own, or replacing it."""
     if name == "phi3":
         _make(path, name, PHI3 | metadata, *_phi3(), QuantType[type])
-    elif name == ENCODER:
+    elif name == "modern-bert":
+        found = MODERN | metadata
+        _make(path, name, found, *_modern(found["block_count"]), QuantType[type])
+    elif name == "nomic-bert":
         plain = path.with_suffix(".plain")
         _make(plain, name, NOMIC | metadata, *_nomic(), QuantType[type])
         types = {"general.architecture": name, "tokenizer.ggml.token_type_count": 2}
@@ -124,6 +138,21 @@ def _nomic() -> tuple[dict[str, tuple[int, int]], dict[str, np.ndarray]]:
         }
         for n, norm in enumerate(("attn_output_norm", "layer_output_norm")):
             vectors |= _with_bias(f"blk.{i}.{norm}", 2 * i + n)
+    return matrices, vectors
+
+
+def _modern(n_layers: int) -> tuple[dict[str, tuple[int, int]], dict[str, np.ndarray]]:
+    matrices = {"token_embd": (VOCAB, WIDTH)}
+    vectors = {f"{name}_norm.weight": _norm(WIDTH, 3) for name in ("token_embd", "output")}
+    for i in range(n_layers):
+        matrices |= {
+            f"blk.{i}.attn_qkv": (3 * WIDTH, WIDTH),
+            f"blk.{i}.attn_output": (WIDTH, WIDTH),
+            f"blk.{i}.ffn_up": (2 * HIDDEN, WIDTH),
+            f"blk.{i}.ffn_down": (WIDTH, HIDDEN),
+        }
+        norms = ("attn", "ffn") if i else ("ffn",)
+        vectors |= {f"blk.{i}.{n}_norm.weight": _norm(WIDTH, i + 5) for n in norms}
     return matrices, vectors
 
 
