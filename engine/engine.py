@@ -26,7 +26,7 @@ from fwdllm.engine.errors import (
     FwdllmWarning,
     ModelError,
 )
-from fwdllm.engine.estimators import activation, backprop, derivatives
+from fwdllm.engine.estimators import activation, backprop, derivatives, readout
 from fwdllm.engine.estimators.activation import Gradient
 from fwdllm.engine.estimators.lanes import lane_losses
 from fwdllm.engine.estimators.plan import Probe
@@ -202,8 +202,10 @@ class Engine:
         self.directions = frozen_b(self.adapter, scope)
 
     def check_method(self, method: str) -> None:
-        """ConfigError for a method that the model's graph cannot compute."""
+        """ConfigError for a method that the model's graph or its adapter is not for."""
         self.backend.check_method(method)
+        if method == "readout" and self.adapter is not None:
+            readout.check(self.adapter, self.args.n_layers)
 
     def input_mean_squares(self, batch: Batch) -> dict[str, np.ndarray]:
         """Mean squares, over a batch's rows, of adapted layers' inputs: float64 [n_in] by name."""
@@ -277,6 +279,16 @@ class Engine:
         """The exact gradient by the adapter, and by a head; see ``estimators.backprop``."""
         self.check_method("backprop")
         return backprop.gradient(self.graph, batch)
+
+    def readout_gradient(self, batch: Batch) -> Gradient:
+        """The exact gradient of what the last layer writes; see ``estimators.readout``.
+
+        Errors: ConfigError for an adapter of anything else.
+        """
+        if self.adapter is None:
+            raise ConfigError("a gradient needs an adapter to be of")
+        self.check_method("readout")
+        return readout.gradient(self.graph, batch)
 
     def head_step(self, batch: Batch) -> Gradient:
         """The gradient with respect to the head only, from one forward pass."""

@@ -122,19 +122,19 @@ class LoRAConfig:
     """
 
     rank: int = setting(
-        8, "Rank of the LoRA factors.", low=1, shown="8, activation one less than labels"
+        8, "Rank of the LoRA factors.", low=1, shown="8, readout 32, activation one less than labels"
     )
     alpha: float = setting(
-        16.0, "The adapter adds alpha / rank * B A.", low=0, open="l", shown="16, activation rank"
+        16.0, "The adapter adds alpha / rank * B A.", low=0, open="l", shown="16, readout 64, activation rank"
     )
     targets: tuple[str, ...] = setting(
         ("attn_q", "attn_v"),
         "Tensors to adapt; inspect lists them.",
         shown="attn_q,attn_v or what the model has in their place; "
-        "activation attn_v,attn_output,ffn_up,ffn_down",
+        "readout ffn_down, activation attn_v,attn_output,ffn_up,ffn_down",
     )
     layers: tuple[int, ...] | None = setting(
-        None, 'Layers to adapt, such as "4-5" or "0,2".', shown="all"
+        None, 'Layers to adapt, such as "4-5" or "0,2".', shown="all, readout the last"
     )
     rslora: bool = setting(
         False, "Scale by alpha / sqrt(rank) instead, for high ranks (rsLoRA, arXiv 2312.03732)."

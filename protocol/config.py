@@ -13,7 +13,9 @@ from fwdllm.protocol.settings import (
     ScheduleConfig,
 )
 
-TRAIN_METHODS = (*METHODS, "activation")
+TRAIN_METHODS = (*METHODS, "readout", "activation")
+# Those that find a gradient without random directions.
+EXACT_METHODS = ("backprop", "readout")
 # What ``fwdllm.tune`` replaces by the method that suits the model and the device.
 AUTO = "auto"
 

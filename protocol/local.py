@@ -60,6 +60,8 @@ class TrainingEngine(ActivationEngine, Protocol):
 
     def gradient(self, batch: Batch) -> Gradient: ...
 
+    def readout_gradient(self, batch: Batch) -> Gradient: ...
+
 
 @dataclass
 class TrainState:
@@ -160,7 +162,9 @@ def train_step(
     if config.method == "activation":
         found = _by_activations(engine, config, state, batch, int(seeds[0]))
     elif config.method == "backprop":
-        found = _by_backprop(engine, batch)
+        found = _of_gradient(engine, engine.gradient(batch))
+    elif config.method == "readout":
+        found = _of_gradient(engine, engine.readout_gradient(batch))
     else:
         found = _by_perturbations(engine, config, state, batch, seeds, len(chosen))
     gradient = found.gradient
@@ -200,10 +204,6 @@ def _by_activations(
     if state.step == phases.both:  # averages over zero gradients of A: too long first steps
         state.optimizer = TrainState.initial(config, engine).optimizer
     return _of_gradient(engine, activation_step(engine, config, phases, state.step, batch, seed))
-
-
-def _by_backprop(engine: TrainingEngine, batch: Batch) -> _Found:
-    return _of_gradient(engine, engine.gradient(batch))
 
 
 def _of_gradient(engine: TrainingEngine, found: Gradient) -> _Found:

@@ -77,7 +77,7 @@ class OptimizerConfig:
         low=0,
         open="l",
         flags=("--lr", "--learning-rate"),
-        shown="0.001, activation 0.01",
+        shown="0.001, readout 0.005, activation 0.01",
     )
     head_learning_rate: float | None = setting(
         None,

@@ -144,10 +144,11 @@ def progress_bar(console: Console) -> Progress:
 
 # What each method does, for one line at the start of a run.
 _METHODS = {
-    "backprop": "exact gradients, forward and back; --method forward-ad goes forward only",
+    "backprop": "exact gradients, forward and back; --method readout goes forward only",
     "forward-ad": "exact slopes along random directions, by tangents that go forward",
     "central": "slopes along random directions, by differences of losses",
     "forward-difference": "slopes along random directions, by differences to one loss",
+    "readout": "exact gradients of what the last layer writes, forward only",
     "activation": "gradients estimated from perturbed activations",
 }
 

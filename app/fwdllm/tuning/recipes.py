@@ -9,10 +9,11 @@ from typing import NamedTuple
 from fwdllm.engine.backends import Backend, choose
 from fwdllm.engine.data.jsonl import Data, labels_of, read_data
 from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.estimators import readout
 from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.engine.settings import LoRAConfig
 from fwdllm.hub import local_path
-from fwdllm.protocol.config import AUTO, TrainConfig
+from fwdllm.protocol.config import AUTO, EXACT_METHODS, TrainConfig
 
 DEFAULT_STEPS = 200
 
@@ -55,6 +56,8 @@ def recipe_for(backend: Backend, n_labels: int, method: str = AUTO) -> Recipe:
     if method == AUTO:
         method = "backprop" if backend.own else "central"
     backend.check_method(method)
+    if method == "readout":
+        return _readout(backend)
     if method != "activation":
         lora = LoRAConfig(targets=_targets(backend.linear))
         return Recipe(lora, TrainConfig(DEFAULT_STEPS, method=method))
@@ -66,12 +69,23 @@ def recipe_for(backend: Backend, n_labels: int, method: str = AUTO) -> Recipe:
     return Recipe(LoRAConfig(rank, float(rank), targets), train)
 
 
+def _readout(backend: Backend) -> Recipe:
+    last = backend.args.n_layers - 1
+    if backend.encoder or f"blk.{last}.{readout.TARGET}" not in backend.linear:
+        raise ConfigError(
+            f"method readout trains {readout.TARGET} of a decoder's last layer, and this model "
+            "has none: choose another method"
+        )
+    lora = LoRAConfig(32, 64.0, (readout.TARGET,), (last,))
+    return Recipe(lora, TrainConfig(DEFAULT_STEPS, method="readout", learning_rate=5e-3))
+
+
 def check_given(method: str, given: Iterable[str]) -> None:
     """ConfigError for settings of random directions, given to a method that has none."""
     for name in given:
-        if method == "backprop" and name in _OF_DIRECTIONS:
+        if method in EXACT_METHODS and name in _OF_DIRECTIONS:
             raise ConfigError(
-                f"method backprop goes along no random directions, so {name} has no meaning: "
+                f"method {method} goes along no random directions, so {name} has no meaning: "
                 "leave it out, or choose method forward-ad"
             )
 

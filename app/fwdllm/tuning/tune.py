@@ -32,7 +32,7 @@ from fwdllm.engine.files import fingerprint
 from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.engine.settings import METHODS, DirectionsConfig, LoRAConfig
 from fwdllm.hub import local_path
-from fwdllm.protocol.config import AUTO, TrainConfig
+from fwdllm.protocol.config import AUTO, EXACT_METHODS, TrainConfig
 from fwdllm.protocol.local import Event, StepResult, n_trainable
 from fwdllm.resources import peak_rss_bytes
 from fwdllm.tuning.recipes import recipe_for
@@ -286,8 +286,10 @@ def _prepare(
                 f"activation perturbs no weights, so {directions.kind} has no meaning"
             )
         engine.use_activations(directions.scope)
-    elif train.method == "backprop" and directions.kind == "rademacher":
-        raise ConfigError("method backprop draws no directions, so rademacher has no meaning")
+    elif train.method in EXACT_METHODS and directions.kind == "rademacher":
+        raise ConfigError(
+            f"method {train.method} draws no directions, so rademacher has no meaning"
+        )
     else:
         engine.use_directions(directions, train.seed, examples[:_MASK_EXAMPLES])
     settings = {

@@ -1,0 +1,307 @@
+"""How far forward passes bring a language model, beside backprop: held-out loss by lane-tokens.
+
+    python bench/studies/forward_only.py run MODEL.gguf TRAIN.jsonl OUT.jsonl [--ways "NAME;NAME"]
+        [--seeds 0,1,2] [--split reported] [--rates 0.005,0.01] [--max-tokens 192]
+    python bench/studies/forward_only.py report OUT.jsonl [--plot PLOT.png] [--at 1.3,1.2,1.06]
+
+The first 200 rows of the training file are held out to choose rates by, the next 200 to report;
+all ways train on the rest, in the same batches of a seed. A tangent or a lane counts one a token,
+backprop four, readout two. Each evaluation is a line of OUT.jsonl, written when it is made.
+
+Feedback through the stream alone is simulated with PyTorch: what a layer adds has the gradient
+that the last layer's output has, as if the layers between added nothing that depends on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fwdllm.bench.pictures import curves
+from fwdllm.engine import Engine, Example, LoRAConfig, read_jsonl
+from fwdllm.engine.settings import DirectionsConfig
+from fwdllm.protocol.config import TrainConfig
+from fwdllm.protocol.descent import descend
+from fwdllm.protocol.local import TrainState, train_step
+from fwdllm.protocol.seeds import batch_indices
+
+HELD_OUT = 200
+EVALUATED = (0, 5, 10, 20, 40, 60, 100, 200, 400)
+# What a token of backprop counts by convention; the engine counts passes.
+_BACKPROP = 4
+LINEAR = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+QV = ("attn_q", "attn_v")
+
+# One update: lane-tokens of it.
+Step = Callable[[TrainState, Sequence[Example]], int]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to train. layers: the last so many are adapted, None for all.  feedback: simulated.
+
+    also: K, the other layers' q and v learn from as many random directions, simulated.
+    """
+
+    rank: int
+    targets: tuple[str, ...]
+    layers: int | None
+    steps: int
+    train: dict[str, Any]
+    directions: DirectionsConfig = field(default_factory=DirectionsConfig)
+    feedback: bool = False
+    also: int = 0
+
+
+def _forward(k: int, rate: float, **more: Any) -> dict[str, Any]:
+    return {"method": "forward-ad", "perturbations": k, "learning_rate": rate, **more}
+
+
+_XS = DirectionsConfig("lora-xs")
+_BACK = {"method": "backprop", "learning_rate": 2e-3}
+_BLOCK = {"method": "backprop", "learning_rate": 3e-3}
+WAYS = {
+    "backprop": Way(8, QV, None, 40, _BACK),
+    "backprop, the last layer": Way(8, LINEAR, 1, 60, _BLOCK),
+    "backprop, the last 3 layers": Way(8, LINEAR, 3, 40, _BLOCK),
+    "readout": Way(32, ("ffn_down",), 1, 100, {"method": "readout", "learning_rate": 5e-3}),
+    "readout, rank 8": Way(8, ("ffn_down",), 1, 100, {"method": "readout", "learning_rate": 1e-2}),
+    "forward-ad": Way(8, QV, None, 60, _forward(8, 1e-3)),
+    "forward-ad, rank 1": Way(1, QV, None, 30, _forward(16, 3e-3)),
+    "forward-ad on readout's matrix": Way(32, ("ffn_down",), 1, 60, _forward(16, 5e-3)),
+    "forward-ad, the last 3 layers": Way(8, QV, 3, 60, _forward(16, 3e-3)),
+    "lora-xs": Way(4, QV, None, 30, _forward(16, 0.05), _XS),
+    "lora-xs, all matrices, rank 1": Way(1, LINEAR, None, 30, _forward(16, 0.05), _XS),
+    "lora-xs, the last 6 layers": Way(4, LINEAR, 6, 60, _forward(16, 0.05), _XS),
+    "lora-xs on readout's matrix": Way(16, ("ffn_down",), 1, 60, _forward(16, 0.05), _XS),
+    "subzero": Way(8, QV, None, 30, _forward(16, 0.02), DirectionsConfig("subzero")),
+    "activation": Way(
+        1,
+        ("attn_v", "attn_output", "ffn_up", "ffn_down"),
+        None,
+        20,
+        {"method": "activation", "perturbations": 62, "learning_rate": 1e-2},
+    ),
+    "feedback through the stream, 3 layers": Way(
+        8, ("attn_output", "ffn_down"), 3, 40, _BLOCK, feedback=True
+    ),
+    "feedback through the stream, all layers": Way(
+        8, ("attn_output", "ffn_down"), None, 40, _BLOCK, feedback=True
+    ),
+    "readout, and q and v by 16 directions": Way(8, (*QV, "ffn_down"), None, 40, _BLOCK, also=16),
+}
+
+
+def run(
+    model: str,
+    examples: Sequence[Example],
+    held_out: Sequence[Example],
+    name: str,
+    seed: int,
+    rate: float | None,
+    max_tokens: int,
+) -> Iterator[dict[str, Any]]:
+    """Train one way; a value for each evaluation."""
+    way = WAYS[name]
+    settings = {**way.train, "learning_rate": rate or way.train["learning_rate"]}
+    config = TrainConfig(
+        way.steps, seed=seed, max_tokens=max_tokens, schedule="constant", **settings
+    )
+    n_layers = Engine.load(model).args.n_layers
+    layers = None if way.layers is None else tuple(range(n_layers - way.layers, n_layers))
+    lora = LoRAConfig(way.rank, 2.0 * way.rank, way.targets, layers)
+    engine = Engine.load(model, lora, seed=seed)
+    step = _step_of(engine, config, way)
+    if config.method == "activation":
+        engine.use_activations()
+    else:
+        engine.use_directions(way.directions, seed, examples[:8])
+    state, n_tokens = TrainState.initial(config, engine), 0
+    for at in range(way.steps + 1):
+        if at in EVALUATED:
+            loss = engine.evaluate(held_out, max_tokens).loss
+            fields = {"way": name, "seed": seed, "rate": config.learning_rate, "step": at}
+            yield {**fields, "lane_tokens": n_tokens, "loss": loss}
+        if at < way.steps:
+            n_tokens += step(state, examples)
+
+
+def _step_of(engine: Engine, config: TrainConfig, way: Way) -> Step:
+    if way.feedback:
+        return partial(_by_stream, engine, config, _stream_model(engine))
+    if way.also:
+        return partial(_readout_and_others, engine, config, way.also)
+
+    def step(state: TrainState, examples: Sequence[Example]) -> int:
+        found = train_step(engine, config, state, examples)
+        if config.method != "backprop":
+            return found.n_tokens
+        return _BACKPROP * _batch(engine, config, state.step - 1, examples).n_rows
+
+    return step
+
+
+def _batch(engine: Engine, config: TrainConfig, step: int, examples: Sequence[Example]) -> Any:
+    chosen = batch_indices(config.seed, step, len(examples), config.batch_size)
+    return engine.encode([examples[i] for i in chosen], config.max_tokens)
+
+
+def _update(engine: Engine, config: TrainConfig, state: TrainState, gradient: np.ndarray) -> None:
+    assert engine.adapter is not None
+    rate = config.learning_rate
+    descend(engine.adapter, engine.directions, config, state.optimizer, gradient, rate, rate)
+    state.step += 1
+
+
+def _stream_model(engine: Engine) -> Any:
+    import torch
+    import torch.nn.functional as F
+    from torch_model import TorchModel
+
+    class Stream(TorchModel):
+        """Layers read the stream as a constant, so that their gradients reach it by its sums."""
+
+        def hidden(self, theta: torch.Tensor, batch: Any) -> torch.Tensor:
+            x = self.tensors["token_embd.weight"][torch.tensor(batch.ids, dtype=torch.long)]
+            for i in range(self.args.n_layers):
+                block = f"blk.{i}"
+                h = self._rms_norm(x.detach(), f"{block}.attn_norm")
+                x = x + self._self_attention(theta, batch, block, h)
+                h = self._rms_norm(x.detach(), f"{block}.ffn_norm")
+                gate = self._linear(theta, h, f"{block}.ffn_gate")
+                up = self._linear(theta, h, f"{block}.ffn_up")
+                x = x + self._linear(theta, F.silu(gate) * up, f"{block}.ffn_down")
+            return x
+
+    return Stream(engine, torch.float32)
+
+
+def _by_stream(
+    engine: Engine, config: TrainConfig, model: Any, state: TrainState, examples: Sequence[Example]
+) -> int:
+    from torch_model import gradient
+
+    batch = _batch(engine, config, state.step, examples)
+    _update(engine, config, state, gradient(model, batch).astype(np.float32))
+    return 2 * batch.n_rows
+
+
+def _readout_and_others(
+    engine: Engine, config: TrainConfig, k: int, state: TrainState, examples: Sequence[Example]
+) -> int:
+    """Of the exact gradient what readout has, and of q and v what K random slopes say."""
+    adapter, batch = engine.adapter, _batch(engine, config, state.step, examples)
+    assert adapter is not None
+    exact, last = engine.gradient(batch).values, f"blk.{engine.args.n_layers - 1}.ffn_down"
+    found, others = np.zeros_like(exact), np.zeros(len(exact), bool)
+    for target in adapter.targets:
+        part = slice(target.offset, target.offset + target.size(adapter.config.rank))
+        if target.name == last:
+            found[part] = exact[part]
+        elif "attn" in target.name:
+            others[part] = True
+    rng = np.random.default_rng([config.seed, state.step])
+    for _ in range(k):
+        z = rng.standard_normal(int(others.sum()), np.float32)
+        found[others] += (z @ exact[others]) / k * z
+    _update(engine, config, state, found)
+    return (2 + k) * int(batch.n_rows)
+
+
+def first_at(lines: Sequence[dict[str, Any]], loss: float) -> float | None:
+    """Lane-tokens at which a run's loss is first at a value, between evaluations by a line."""
+    for before, after in itertools.pairwise(lines):
+        if after["loss"] <= loss < before["loss"]:
+            share = (before["loss"] - loss) / (before["loss"] - after["loss"])
+            n_tokens: int = before["lane_tokens"]
+            return n_tokens + share * (after["lane_tokens"] - n_tokens)
+    return None
+
+
+def report(out: Path, at: Sequence[float], plot: Path | None) -> None:
+    """A table in Markdown, medians and ranges of seeds; a picture of the first seed of each way."""
+    runs: dict[str, dict[tuple[int, float], list[dict[str, Any]]]] = {}
+    for text in out.read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        runs.setdefault(line["way"], {}).setdefault((line["seed"], line["rate"]), []).append(line)
+    heads = " | ".join(f"at {loss:g}" for loss in at)
+    print(
+        f"| way | seeds | rate | {heads} | last loss | lane-tokens |\n| {'--- | ' * (len(at) + 5)}"
+    )
+    for name, found in runs.items():
+        cells = [_cell([first_at(lines, loss) for lines in found.values()], "M") for loss in at]
+        ends = [lines[-1] for lines in found.values()]
+        cells.append(_cell([end["loss"] for end in ends], ""))
+        rates = sorted({rate for _, rate in found})
+        print(
+            f"| {name} | {len(found)} | {', '.join(map(str, rates))} | {' | '.join(cells)} | "
+            f"{ends[0]['lane_tokens'] / 1e6:.3f} M |"
+        )
+    if plot is not None:
+        lines = {
+            name: [(line["lane_tokens"], line["loss"]) for line in next(iter(found.values()))[1:]]
+            for name, found in runs.items()
+        }
+        before = next(iter(runs.values()))
+        levels = {"before": next(iter(before.values()))[0]["loss"]}
+        curves(lines, levels, "lane-tokens", "held-out loss (nats)", plot, log=True)
+
+
+def _cell(values: Sequence[float | None], unit: str) -> str:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "not reached" if not known else f"{len(known)} of {len(values)}"
+    if unit:
+        known = [value / 1e6 for value in known]
+    middle = f"{statistics.median(known):.4f}" if unit else f"{statistics.median(known):.3f}"
+    if len(known) == 1:
+        return f"{middle} {unit}".strip()
+    digits = 4 if unit else 3
+    return f"{middle} ({min(known):.{digits}f}-{max(known):.{digits}f}) {unit}".strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run")
+    for name in ("model", "data", "out"):
+        running.add_argument(name, type=Path)
+    running.add_argument("--ways", default=";".join(WAYS))
+    running.add_argument("--seeds", default="0")
+    running.add_argument("--split", choices=("rates", "reported"), default="reported")
+    running.add_argument("--rates")
+    running.add_argument("--max-tokens", type=int, default=192)
+    reporting = commands.add_parser("report")
+    reporting.add_argument("out", type=Path)
+    reporting.add_argument("--plot", type=Path)
+    reporting.add_argument("--at", default="1.3,1.2,1.06")
+    given = parser.parse_args()
+    if given.command == "report":
+        report(given.out, [float(loss) for loss in given.at.split(",")], given.plot)
+        return
+    rows = read_jsonl(given.data)
+    first = 0 if given.split == "rates" else HELD_OUT
+    held_out, rest = rows[first : first + HELD_OUT], rows[2 * HELD_OUT :]
+    rates = [float(rate) for rate in given.rates.split(",")] if given.rates else [None]
+    with open(given.out, "a", encoding="utf-8") as out:
+        for name in given.ways.split(";"):
+            for seed in map(int, given.seeds.split(",")):
+                for rate in rates:
+                    for line in run(
+                        str(given.model), rest, held_out, name, seed, rate, given.max_tokens
+                    ):
+                        print(json.dumps(line), file=out, flush=True)
+                        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
