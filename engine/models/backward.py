@@ -329,7 +329,7 @@ class Backward(Pass):
         computed: list[Recorded] = []
 
         def compute() -> Array:
-            computed[:] = [self.record(f, x.value[rows]) for rows in blocks]
+            computed[:] = [self.record(f, x.value[rows], x.wanted) for rows in blocks]
             if len(computed) == 1:
                 return computed[0].value()
             y = self._vjps.zeros(*x.shape)
@@ -340,9 +340,12 @@ class Backward(Pass):
         def vjp(dy: Array) -> None:
             dx = self._vjps.zeros(*dy.shape)
             for rows in blocks:
-                block = computed.pop(0) if computed else self.record(f, x.value[rows])
-                dx[rows] = block.pull_back(dy[rows])
-            x.add(dx)
+                block = computed.pop(0) if computed else self.record(f, x.value[rows], x.wanted)
+                of_input = block.pull_back(dy[rows])
+                if of_input is not None:
+                    dx[rows] = of_input
+            if x.wanted:
+                x.add(dx)
 
         return Node(self._tape, x.shape, compute, vjp, True, (x,))
 

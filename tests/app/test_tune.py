@@ -444,13 +444,13 @@ def test_a_memory_budget_changes_no_byte(data: Path, tmp_path: Path) -> None:
     assert outputs[0] == outputs[1]
 
 
-@pytest.mark.parametrize("method", ["forward-ad", "backprop"])
+@pytest.mark.parametrize("method", ["forward-ad", "backprop", "readout"])
 def test_kill_9_and_resume_give_the_same_bytes(data: Path, tmp_path: Path, method: str) -> None:
     train = TrainConfig(
         steps=40,
         method=method,
         batch_size=4,
-        perturbations=8 if method == "backprop" else 2,
+        perturbations=2 if method == "forward-ad" else 8,
         learning_rate=0.01,
         checkpoint_every=3,
         eval_every=8,
@@ -459,7 +459,7 @@ def test_kill_9_and_resume_give_the_same_bytes(data: Path, tmp_path: Path, metho
     options = [
         *("--steps", 40, "--batch-size", 4, "--lr", 0.01, "--checkpoint-every", 3),
         *("--eval-every", 8, "--held-out", 4, "--method", method, "--json"),
-        *(() if method == "backprop" else ("-k", 2)),
+        *(("-k", 2) if method == "forward-ad" else ()),
     ]
     command = ["tune", MODEL, data, "-o", tmp_path / "a.gguf", *options]
     rng = random.Random()
