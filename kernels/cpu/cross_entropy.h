@@ -1,4 +1,4 @@
-// The output product fused with cross-entropy. Of the logits only those of one panel of outputs
+// The output product fused with cross-entropy. Of the logits only those of a few panels of outputs
 // exist at a time: each chunk of the vocabulary has a partial softmax of every row, and these are
 // put together at the end, for
 //   nll[r] = log sum_j exp(logit[r, j]) - logit[r, labels[r]],
@@ -20,6 +20,10 @@ namespace {
 
 // Outputs per partial softmax. Fixed, so that neither threads nor cache sizes change a result.
 constexpr int64_t kVocabChunk = 256;
+// Outputs by which a partial softmax grows, whole panels: what that costs beside the exponentials
+// is paid for so many, and a thousand rows of so many logits still fit in the L2 cache.
+constexpr int64_t kVocabStep = 64;
+static_assert(kVocabChunk % kVocabStep == 0);
 
 struct PartialSoftmax {
     double sum;  // of exp(logit - max); of a tangent, those times its logits
@@ -83,37 +87,44 @@ inline void cap_logits(float softcap, float* logits, int64_t n, float* capped, b
     }
 }
 
-// What one chunk of the vocabulary knows of all rows: the sink of its product's tiles.
+// What one chunk of the vocabulary knows of all rows: the sink of its product's tiles, which come
+// panel after panel.
 struct ChunkOfLogits {
     const int32_t* references;
     const int32_t* labels;
     int64_t primal, tangents;  // rows of the primal, and how many slices of as many follow it
-    int64_t width;
-    float softcap;            // 0 is none
-    float* logits;            // [rows][width], of the panel at hand
-    float* capped;            // the same below the soft cap; the same array if there is none
-    PartialSoftmax* softmax;  // [rows], of this chunk
-    float* label_logit;       // [rows], of all chunks: the label's is in one of them
+    int64_t end;               // of the chunk's outputs
+    float softcap;             // 0 is none
+    float* logits;             // [rows][kVocabStep], of the panels at hand
+    float* capped;             // the same below the soft cap; the same array if there is none
+    PartialSoftmax* softmax;   // [rows], of this chunk
+    float* label_logit;        // [rows], of all chunks: the label's is in one of them
 
     void operator()(int64_t row0, int64_t n_rows, int64_t out0, int64_t n, const float* c,
                     int64_t stride) const {
+        const int64_t at = out0 % kVocabStep, found = at + n;
         for (int64_t r = row0; r < row0 + n_rows; ++r, c += stride) {
-            float* to = logits + r * width;
-            __builtin_memcpy(to, c, 4 * n);
-            if (is_difference(references, r))
-                for (int64_t j = 0; j < n; ++j) to[j] += logits[references[r] * width + j];
-            float* values = r < primal ? capped + r * width : to;
-            if (softcap > 0 && r < primal) cap_logits(softcap, to, n, values, tangents > 0);
-            if (softcap > 0 && r >= primal)
-                for (int64_t j = 0; j < n; ++j) to[j] *= logits[r % primal * width + j];
-            const int64_t label = labels[r] - out0;
-            if (label >= 0 && label < n) label_logit[r] = values[label];
-            if (r < primal)
-                extend(softmax + r, values, n, tangents > 0);
-            else
-                extend_tangent(softmax + r, softmax[r % primal], capped + r % primal * width, to,
-                               n);
+            __builtin_memcpy(logits + r * kVocabStep + at, c, 4 * n);
+            if (found == kVocabStep || out0 + n == end) add(r, out0 - at, found);
         }
+    }
+
+    // Outputs out0 .. out0+n of row r.
+    void add(int64_t r, int64_t out0, int64_t n) const {
+        float* to = logits + r * kVocabStep;
+        if (is_difference(references, r))
+            for (int64_t j = 0; j < n; ++j) to[j] += logits[references[r] * kVocabStep + j];
+        float* values = r < primal ? capped + r * kVocabStep : to;
+        if (softcap > 0 && r < primal) cap_logits(softcap, to, n, values, tangents > 0);
+        if (softcap > 0 && r >= primal)
+            for (int64_t j = 0; j < n; ++j) to[j] *= logits[r % primal * kVocabStep + j];
+        const int64_t label = labels[r] - out0;
+        if (label >= 0 && label < n) label_logit[r] = values[label];
+        if (r < primal)
+            extend(softmax + r, values, n, tangents > 0);
+        else
+            extend_tangent(softmax + r, softmax[r % primal], capped + r % primal * kVocabStep, to,
+                           n);
     }
 };
 
@@ -122,24 +133,25 @@ template <typename Product>
 inline void partial_softmaxes(const Product& product, int64_t rows, int64_t tangents,
                               const int32_t* labels, float softcap, PartialSoftmax* softmaxes,
                               float* label_logit) {
-    const int64_t n_out = product.w.n_out, width = product.panel_outputs;
+    static_assert(kVocabStep % Product::panel_outputs == 0);
+    const int64_t n_out = product.w.n_out;
     parallel_for(ceil_div(n_out, kVocabChunk), [&](int64_t chunk) {
-        Buffer buffer(rows * width * (softcap > 0 ? 8 : 4));
+        Buffer buffer(rows * kVocabStep * (softcap > 0 ? 8 : 4));
         float* logits = (float*)buffer.data;
         PartialSoftmax* mine = softmaxes + chunk * rows;
         for (int64_t r = 0; r < rows; ++r) mine[r] = {0.0, -__builtin_inff()};
+        const int64_t out0 = chunk * kVocabChunk, end = min_of(out0 + kVocabChunk, n_out);
         const ChunkOfLogits sink{product.references,
                                  labels,
                                  rows / (1 + tangents),
                                  tangents,
-                                 width,
+                                 end,
                                  softcap,
                                  logits,
-                                 softcap > 0 ? logits + rows * width : logits,
+                                 softcap > 0 ? logits + rows * kVocabStep : logits,
                                  mine,
                                  label_logit};
-        const int64_t out0 = chunk * kVocabChunk;
-        run_by_panels(product, out0, min_of(kVocabChunk, n_out - out0), sink);
+        run_by_panels(product, out0, end - out0, sink);
     });
 }
 

@@ -40,14 +40,13 @@ struct BlockOfLogits {
 };
 
 // A row's partial softmaxes of a block's chunks, those of a row ``rows`` apart, with the bits of
-// partial_softmaxes, which extends them by a panel of outputs at a time.
-inline void extend_by_block(PartialSoftmax* chunks, int64_t rows, float* logits, int64_t n,
-                            int64_t panel) {
+// partial_softmaxes.
+inline void extend_by_block(PartialSoftmax* chunks, int64_t rows, float* logits, int64_t n) {
     for (int64_t at = 0; at < n; at += kVocabChunk, chunks += rows) {
         *chunks = {0.0, -__builtin_inff()};
         const int64_t end = min_of(at + kVocabChunk, n);
-        for (int64_t j = at; j < end; j += panel)
-            extend(chunks, logits + j, min_of(panel, end - j), false);
+        for (int64_t j = at; j < end; j += kVocabStep)
+            extend(chunks, logits + j, min_of(kVocabStep, end - j), false);
     }
 }
 
@@ -66,7 +65,6 @@ void cross_entropy_vjp(const float* x, int64_t rows, const Weight& w, const int3
     __builtin_memset(dx, 0, 4 * rows * width);
     for (int64_t r = 0; r < rows; ++r) max[r] = -__builtin_inff();
     with_product(x, rows, 0, nullptr, w, exact, [&](const auto& product) {
-        const int64_t panel = product.panel_outputs;
         for (int64_t first = 0; first < w.n_out; first += kVocabBlock) {
             const int64_t n = min_of(kVocabBlock, w.n_out - first);
             for_each_share(product, n, [&](int64_t at, int64_t n_outs) {
@@ -76,7 +74,7 @@ void cross_entropy_vjp(const float* x, int64_t rows, const Weight& w, const int3
                 float* to = p + r * n;
                 if (softcap > 0) cap_logits(softcap, to, n, to, false);
                 PartialSoftmax* chunks = softmaxes + first / kVocabChunk * rows + r;
-                extend_by_block(chunks, rows, to, n, panel);
+                extend_by_block(chunks, rows, to, n);
                 const float before = max[r];
                 const float of_block = whole_softmax(chunks, ceil_div(n, kVocabChunk), rows).max;
                 if (!(of_block <= before)) max[r] = of_block;
