@@ -2,6 +2,7 @@
 
     python bench/studies/forward_only.py run MODEL.gguf TRAIN.jsonl OUT.jsonl [--ways "NAME;NAME"]
         [--seeds 0,1,2] [--split reported] [--rates 0.005,0.01] [--max-tokens 192]
+        [--evaluated 0,20,60]
     python bench/studies/forward_only.py report OUT.jsonl [--plot PLOT.png] [--at 1.3,1.2,1.06]
 
 The first 200 rows of the training file are held out to choose rates by, the next 200 to report;
@@ -74,6 +75,13 @@ WAYS = {
     "backprop, the last layer": Way(8, LINEAR, 1, 60, _BLOCK),
     "backprop, the last 3 layers": Way(8, LINEAR, 3, 40, _BLOCK),
     "readout": Way(32, ("ffn_down",), 1, 100, {"method": "readout", "learning_rate": 5e-3}),
+    "readout, 400 steps": Way(
+        32,
+        ("ffn_down",),
+        1,
+        400,
+        {"method": "readout", "learning_rate": 5e-3, "schedule": "linear"},
+    ),
     "readout, rank 8": Way(8, ("ffn_down",), 1, 100, {"method": "readout", "learning_rate": 1e-2}),
     "forward-ad": Way(8, QV, None, 60, _forward(8, 1e-3)),
     "forward-ad, rank 1": Way(1, QV, None, 30, _forward(16, 3e-3)),
@@ -109,13 +117,13 @@ def run(
     seed: int,
     rate: float | None,
     max_tokens: int,
+    evaluated: Sequence[int],
 ) -> Iterator[dict[str, Any]]:
     """Train one way; a value for each evaluation."""
     way = WAYS[name]
-    settings = {**way.train, "learning_rate": rate or way.train["learning_rate"]}
-    config = TrainConfig(
-        way.steps, seed=seed, max_tokens=max_tokens, schedule="constant", **settings
-    )
+    settings = {"schedule": "constant", **way.train}
+    settings["learning_rate"] = rate or settings["learning_rate"]
+    config = TrainConfig(way.steps, seed=seed, max_tokens=max_tokens, **settings)
     n_layers = Engine.load(model).args.n_layers
     layers = None if way.layers is None else tuple(range(n_layers - way.layers, n_layers))
     lora = LoRAConfig(way.rank, 2.0 * way.rank, way.targets, layers)
@@ -127,7 +135,7 @@ def run(
         engine.use_directions(way.directions, seed, examples[:8])
     state, n_tokens = TrainState.initial(config, engine), 0
     for at in range(way.steps + 1):
-        if at in EVALUATED:
+        if at in evaluated or at == way.steps:
             loss = engine.evaluate(held_out, max_tokens).loss
             fields = {"way": name, "seed": seed, "rate": config.learning_rate, "step": at}
             yield {**fields, "lane_tokens": n_tokens, "loss": loss}
@@ -280,6 +288,7 @@ def main() -> None:
     running.add_argument("--split", choices=("rates", "reported"), default="reported")
     running.add_argument("--rates")
     running.add_argument("--max-tokens", type=int, default=192)
+    running.add_argument("--evaluated", default=",".join(map(str, EVALUATED)))
     reporting = commands.add_parser("report")
     reporting.add_argument("out", type=Path)
     reporting.add_argument("--plot", type=Path)
@@ -292,15 +301,14 @@ def main() -> None:
     first = 0 if given.split == "rates" else HELD_OUT
     held_out, rest = rows[first : first + HELD_OUT], rows[2 * HELD_OUT :]
     rates = [float(rate) for rate in given.rates.split(",")] if given.rates else [None]
+    evaluated = [int(step) for step in given.evaluated.split(",")]
+    seeds = [int(seed) for seed in given.seeds.split(",")]
     with open(given.out, "a", encoding="utf-8") as out:
-        for name in given.ways.split(";"):
-            for seed in map(int, given.seeds.split(",")):
-                for rate in rates:
-                    for line in run(
-                        str(given.model), rest, held_out, name, seed, rate, given.max_tokens
-                    ):
-                        print(json.dumps(line), file=out, flush=True)
-                        print(line, flush=True)
+        for name, seed, rate in itertools.product(given.ways.split(";"), seeds, rates):
+            options = (name, seed, rate, given.max_tokens, evaluated)
+            for line in run(str(given.model), rest, held_out, *options):
+                print(json.dumps(line), file=out, flush=True)
+                print(line, flush=True)
 
 
 if __name__ == "__main__":
