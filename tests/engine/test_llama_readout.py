@@ -1,7 +1,4 @@
-"""The gradient of the last ffn_down on llama.cpp, against our own graphs and against differences.
-
-Measured, on a processor with AVX-512: see ``CLOSE``.
-"""
+"""The gradient of the last ffn_down on llama.cpp, against our own graphs and differences."""
 
 from __future__ import annotations
 
@@ -31,7 +28,8 @@ LENGTHS = (40, 33, 21, 40, 9)
 FAMILIES = [*OWN_FAMILIES, "phi3", "granite", "smollm3"]
 # How far the gradient may be from our own, relative to its length, and the cosine of the two.
 # llama.cpp keeps keys and values in float16, and rounds activations where weights are quantized.
-CLOSE = {"F32": (0.01, 0.9999), "Q4_0": (0.1, 0.995)}
+# Measured: 0.0002 to 0.001 of F32 files, 0.003 to 0.007 of Q4_0 ones.
+CLOSE = {"F32": (0.004, 0.99998), "Q4_0": (0.03, 0.9995)}
 # Architectures that have no graph of ours, with all that the last layers have in some: a norm of
 # the mean, too, biases, a parallel residual, a norm behind ffn_down, no gate.
 OTHERS = ["gpt2", "gptneox", "stablelm", "olmo2"]
@@ -93,13 +91,22 @@ def test_our_own_gradient(small: Make, tmp_path: Path, name: str, type: str) -> 
 @pytest.mark.parametrize("type", ["F32", "Q8_0"])
 @pytest.mark.parametrize("name", OTHERS)
 def test_differences(small: Make, name: str, type: str) -> None:
-    """Slopes along random directions."""
+    """Slopes along random directions. Measured: 0.0005 apart, and 0.006 of Q4_0 files."""
     engine = load(small(name, type))
     batch = random_batch(*LENGTHS, labels=6)
-    _, gradient = engine.graph.token_gradient(batch)
-    got = engine.directions.dot(engine.directions.project(gradient), SEEDS)
-    want = engine.directional_derivatives(batch, SEEDS, "central", 1e-3).derivative
-    assert_close(got, want, 0.03, 0.999)
+    _, found = engine.graph.token_gradient(batch)
+    got = engine.directions.dot(engine.directions.project(found), SEEDS[:8])
+    want = engine.directional_derivatives(batch, SEEDS[:8], "central", 1e-3).derivative
+    assert_close(got, want, 0.003 if type == "F32" else 0.03, 0.9995)
+
+
+def test_the_small_number_in_a_norm(tmp_path: Path) -> None:
+    """It is large in none of the other models."""
+    path = make_family(tmp_path / "model.gguf", "phi3", **{"attention.layer_norm_rms_epsilon": 0.5})
+    engine, batch = load(path), random_batch(*LENGTHS, labels=6)
+    got = engine.graph.token_gradient(batch)[1]
+    want = load(path, backend="fwdllm", exact=True).graph.token_gradient(batch)[1]
+    assert_close(got, want, *CLOSE["F32"])
 
 
 @pytest.mark.parametrize("labels", [2, None])
