@@ -88,7 +88,14 @@ class Follower:
     def __init__(self, file: GGUFFile, target: Target, layout: Layout) -> None:
         self._file, self._target, self._layout = file, target, layout
         self.ways: list[Way] = []
-        self._forget()
+        self._outputs = self._rows = np.empty(0, np.int64)
+        self._start: int | None = None
+        self._m: np.ndarray | None = None
+        # Addresses of tensors that depend on the product, or whose memory does.
+        self._reached: set[int | None] = set()
+        # Of these: what they are or what is wrong with them, and their rows of outputs.
+        self._steps: dict[int, Step | str] = {}
+        self._values: dict[int | None, np.ndarray] = {}
 
     def begin(self, work: Call) -> None:
         """See ``NodeTap``."""
@@ -123,15 +130,19 @@ class Follower:
         address = ctypes.addressof(node)
         if address not in self._reached:
             return
+        self._rows = rows[self._outputs[rows]]
+        value = self._of_outputs(as_rows(node), rows)
         if address == self._start:
             self._m = self._of_outputs(as_rows(source_of(self._layout, node, 1)), rows)
         elif self._layout.operations.get(node.op) == "GET_ROWS":
             ids = source_of(self._layout, node, 1)
             found = as_array(ids.data, ctypes.c_int32, ids.ne[0])
             if not np.array_equal(found, np.flatnonzero(self._outputs[rows])):
-                raise self._refused("takes other rows than those of labels behind it")
-        self._values[address] = self._of_outputs(as_rows(node), rows)
-        self._rows = rows[self._outputs[rows]]
+                value = None
+        if value is None:
+            self._steps[address] = "has rows of unknown meaning behind it"
+        else:
+            self._values[address] = value
 
     def _is_product(self, node: Tensor) -> bool:
         if node.op != self._layout.mul_mat:
@@ -139,11 +150,8 @@ class Follower:
         return weight_name(source_of(self._layout, node, 0)) == self._target.name
 
     def _forget(self) -> None:
-        self._start: int | None = None
-        # Addresses of tensors that depend on the product, or whose memory does.
-        self._reached: set[int | None] = set()
-        self._steps: dict[int, Step | str] = {}
-        self._values: dict[int, np.ndarray] = {}
+        self._start, self._m = None, None
+        self._reached, self._steps, self._values = set(), {}, {}
 
     def _depends(self, source: int) -> bool:
         tensor = self._layout.tensor.from_address(source)
@@ -207,19 +215,18 @@ class Follower:
             at = step.source
         if matrices != 1:
             raise self._refused(f"reaches the logits by {matrices} matrices, not by one")
+        if self._m is None or self._start not in self._values:
+            raise self._refused("has rows of unknown meaning in it")
         return Way(self._rows, self._m, steps)
 
-    def _of_outputs(self, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """A copy of the rows of outputs of a value, which has all of a micro-batch's or only these.
-
-        x: [n or n_outputs, width].
+    def _of_outputs(self, x: np.ndarray, rows: np.ndarray) -> np.ndarray | None:
+        """A copy of the rows of outputs of a value, which has all of a micro-batch's or only these;
+        None if it has neither. x: [n or n_outputs, width].
         """
         outputs = self._outputs[rows]
         if len(x) == len(rows):
             return x[outputs]
-        if len(x) != outputs.sum():
-            raise self._refused("has rows of unknown meaning behind it")
-        return x.copy()
+        return x.copy() if len(x) == outputs.sum() else None
 
     def _refused(self, why: str) -> ConfigError:
         return refused(self._target.name, f"llama.cpp's graph of this model {why}")
