@@ -18,8 +18,8 @@ from fwdllm.engine.backends import choose
 from fwdllm.engine.data.batch import Batch
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.gguf.file import GGUFFile
+from fwdllm.engine.llamacpp import context, readout
 from fwdllm.engine.llamacpp import graph as llama_graph
-from fwdllm.engine.llamacpp import readout
 from fwdllm.engine.llamacpp.ggml import layout
 
 __all__ = ["smollm2"]  # a fixture
@@ -161,6 +161,27 @@ def test_micro_batches_in_any_order(small: Make) -> None:
         found.append((losses, reader.gradient.copy()))
     np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-6)
     assert_close(found[1][1], found[0][1], 1e-5, 0.99999)
+
+
+@pytest.mark.parametrize("labels", [3, None])
+def test_real_micro_batches(
+    small: Make, monkeypatch: pytest.MonkeyPatch, labels: int | None
+) -> None:
+    """llama.cpp splits equal sequences side by side, so its rows are not in a call's order."""
+    batch = random_batch(20, 20, 20, 31, labels=labels)
+    want_losses, want = load(small("llama", "F32")).graph.token_gradient(batch)
+    opened = context.open_context
+
+    def in_small_ones(model: Any, **options: Any) -> Any:
+        return opened(model, **options | {"n_ubatch": 16})
+
+    monkeypatch.setattr(context, "open_context", in_small_ones)
+    engine = load(small("llama", "F32"))
+    losses, got = engine.graph.token_gradient(batch)
+    np.testing.assert_allclose(losses, want_losses, atol=2e-3)
+    assert_close(got, want, 0.003, 0.9999)
+    orders = [shape.orders for shape in engine.graph._context._shapes.values()]  # type: ignore
+    assert any(len(some) > 1 and (np.diff(np.concatenate(some)) < 0).any() for some in orders)
 
 
 def gradient(engine: Engine, batch: Batch | None = None) -> np.ndarray:
