@@ -83,7 +83,8 @@ class Graph(Protocol):
     def token_gradient(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """NLL of label tokens, float64 [n_labels], and of their mean the gradient by theta.
 
-        By the way back through the layers, which llama.cpp's graphs have not.
+        By the way back through the layers. llama.cpp's graphs have one from the logits to the last
+        layer's ffn_down, see ``llamacpp.readout``.
         """
         ...
 

@@ -22,7 +22,17 @@ from typing import Any, Protocol
 import numpy as np
 
 from fwdllm.engine.errors import ModelError
-from fwdllm.engine.llamacpp.ggml import F32, Layout, Tensor, layout
+from fwdllm.engine.llamacpp.ggml import (
+    F32,
+    Layout,
+    Tensor,
+    as_array,
+    as_rows,
+    is_rows,
+    layout,
+    source_of,
+    weight_name,
+)
 from fwdllm.engine.llamacpp.native import (
     NativeModel,
     apply_adapter,
@@ -53,6 +63,23 @@ class ProductTap(Protocol):
         rows: int64 [n], which rows of the call these are.  x: float32 [n, n_in].
         y: float32 [n, n_out].
         """
+        ...
+
+
+class NodeTap(Protocol):
+    """A hook at all operations, for one call after the other; it changes nothing."""
+
+    def begin(self, work: Call) -> None:
+        """Called before a call."""
+        ...
+
+    def asked(self, node: Tensor) -> bool:
+        """Called before an operation; returns whether to call ``computed`` after it."""
+        ...
+
+    def computed(self, node: Tensor, rows: np.ndarray) -> None:
+        """Called after this operation, and after others. rows: int64 [n], the micro-batch's rows of
+        the call."""
         ...
 
 
@@ -159,9 +186,10 @@ class Context:
             self._decode(listing)
         self._shapes[key] = _Shape(order.orders, relative_products(listing.operations))
 
-    def run(self, work: Call, tap: ProductTap) -> None:
+    def run(self, work: Call, tap: ProductTap, nodes: NodeTap | None = None) -> None:
         """Evaluate a rehearsed call; its tokens follow those that its sequences have already."""
-        self._decode(_Evaluation(work, self._layout, self._shapes[_shape_of(work)], tap, self.ops))
+        shape = self._shapes[_shape_of(work)]
+        self._decode(_Evaluation(work, self._layout, shape, tap, nodes, self.ops))
 
     def logits(self, n: int) -> np.ndarray:
         """Logits of the last call's outputs, in the call's order: float32 [n, n_vocab].
@@ -283,10 +311,10 @@ class _Listing:
     def asked(self, node: Tensor) -> bool:
         weight = None
         if node.op == self._layout.mul_mat:
-            matrix, x = _source(self._layout, node, 0), _source(self._layout, node, 1)
+            matrix, x = source_of(self._layout, node, 0), source_of(self._layout, node, 1)
             rounds = matrix.op == 0 and matrix.type != F32 and matrix.ne[2] == 1
-            if rounds and _is_rows(x) and _is_rows(node):
-                weight = _name(matrix)
+            if rounds and is_rows(x) and is_rows(node):
+                weight = weight_name(matrix)
         sources = tuple(source for source in node.src if source)
         address = ctypes.addressof(node)
         self.operations.append(Operation(address, sources, node.view_src, weight))
@@ -302,9 +330,17 @@ class _Evaluation:
     abort = _never
 
     def __init__(
-        self, work: Call, layout: Layout, shape: _Shape, tap: ProductTap, ops: HostKernels
+        self,
+        work: Call,
+        layout: Layout,
+        shape: _Shape,
+        tap: ProductTap,
+        nodes: NodeTap | None,
+        ops: HostKernels,
     ) -> None:
-        self.work, self._layout, self._tap, self._ops = work, layout, tap, ops
+        self.work, self._layout, self._tap, self._nodes, self._ops = work, layout, tap, nodes, ops
+        if nodes is not None:
+            nodes.begin(work)
         self._orders = iter(shape.orders)
         self._rows = np.empty(0, np.int64)
         self._products = {} if work.references is None else shape.products
@@ -324,11 +360,15 @@ class _Evaluation:
         self._references: dict[int, np.ndarray] = {}  # by number of rows
 
     def asked(self, node: Tensor) -> bool:
+        mine = self._asked(node)
+        return (self._nodes is not None and self._nodes.asked(node)) or mine
+
+    def _asked(self, node: Tensor) -> bool:
         self._at += 1
         if self._at in self._sources:
             self._made[self._at] = node
         if node.op == self._layout.mul_mat:
-            weight = _name(_source(self._layout, node, 0))
+            weight = weight_name(source_of(self._layout, node, 0))
             product = self._products.get(self._at)
             if product is not None and product.weight != weight:
                 raise ModelError("llama.cpp has changed its graph between two calls")
@@ -347,19 +387,22 @@ class _Evaluation:
             self._multiplied(node)
         if self._at in self._opens:
             source = self._opens[self._at]
-            x = _matrix(self._made[source])
+            x = as_rows(self._made[source])
             if len(x):
                 if source in self._kept:
                     self._saved[source] = x.copy()
                 references = self._references_of(self._rows_of(x))
                 self._scales[source] = self._ops.to_relative(x, references)
+        if self._nodes is not None:
+            self._nodes.computed(node, self._rows)
         return True
 
     def _multiplied(self, node: Tensor) -> None:
-        weight, product = _name(_source(self._layout, node, 0)), self._products.get(self._at)
+        weight = weight_name(source_of(self._layout, node, 0))
+        product = self._products.get(self._at)
         if not (wanted := self._tap.wants(weight)) and product is None:
             return
-        x, y = _matrix(_source(self._layout, node, 1)), _matrix(node)
+        x, y = as_rows(source_of(self._layout, node, 1)), as_rows(node)
         if not len(y):
             return
         rows = self._rows_of(y)
@@ -400,42 +443,14 @@ def _shape_of(work: Call) -> tuple[bytes, int]:
     return work.sequences.tobytes(), int(work.outputs.sum())
 
 
-def _source(layout: Layout, node: Tensor, i: int) -> Tensor:
-    return layout.tensor.from_address(node.src[i])
-
-
-def _name(tensor: Tensor) -> str:
-    name: str = tensor.name.decode("utf-8", "replace")
-    return name.removesuffix(".weight")
-
-
 def _tokens(layout: Layout, node: Tensor) -> np.ndarray | None:
     """The ids that this operation looks up, int32 [n], if it begins a micro-batch; else None."""
     if node.op != layout.get_rows:
         return None
-    table, tokens = _source(layout, node, 0), _source(layout, node, 1)
+    table, tokens = source_of(layout, node, 0), source_of(layout, node, 1)
     if table.name != _TABLE or tokens.name != _TOKENS:
         return None
-    return _array(tokens.data, ctypes.c_int32, tokens.ne[0])
-
-
-def _is_rows(tensor: Tensor) -> bool:
-    shape, size = list(tensor.ne), 4
-    strides = [size := 4] + [size := size * n for n in shape[:3]]
-    return tensor.type == F32 and list(tensor.nb) == strides
-
-
-def _matrix(tensor: Tensor) -> np.ndarray:
-    """A tensor as rows: float32 [n_rows, ne[0]]. ModelError if it is not contiguous float32."""
-    if not _is_rows(tensor):
-        raise ModelError(f"llama.cpp's {tensor.name.decode()} is not rows of float32")
-    width, *shape = tensor.ne
-    n_rows = shape[0] * shape[1] * shape[2]
-    return _array(tensor.data, ctypes.c_float, n_rows * width).reshape(n_rows, width)
-
-
-def _array(address: int, kind: Any, n: int) -> np.ndarray:
-    return np.ctypeslib.as_array((kind * n).from_address(address))
+    return as_array(tokens.data, ctypes.c_int32, tokens.ne[0])
 
 
 def _pointer(array: np.ndarray, kind: Any) -> Any:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fwdllm.engine.errors import ConfigError
+import numpy as np
+
+from fwdllm.engine.errors import ConfigError, ModelError
 from fwdllm.engine.llamacpp.native import llama_cpp
 
 _PACKAGE = Path(llama_cpp.__file__).parent
@@ -31,7 +33,12 @@ _FIELD = re.compile(
     r"(?P<type>(?:enum |struct )?\w+) (?P<pointer>\*? ?)(?P<name>\w+)(?:\[(?P<count>[^]]+)\])?"
 )
 # What the callback reads; the struct may have more.
-_READ = ("type", "ne", "nb", "op", "src", "view_src", "data", "name")
+_READ = ("type", "ne", "nb", "op", "op_params", "src", "view_src", "data", "name")
+# Operations that are known by name, see ``readout``.
+_KNOWN = (
+    *("ADD", "CONT", "CPY", "DUP", "GET_ROWS", "MUL", "MUL_MAT", "NORM"),
+    *("RESHAPE", "RMS_NORM", "SCALE", "UNARY", "VIEW"),
+)
 F32 = 0  # enum ggml_type, as in files
 _F16, _I32 = 1, 26
 
@@ -40,13 +47,14 @@ class Tensor(ctypes.Structure):
     """The fields that we read of a struct ggml_tensor; ``Layout.tensor`` has all, by the header.
 
     type: enum ggml_type.  ne, nb: sizes and strides in bytes, the fastest first.  op: enum ggml_op.
-    src, view_src, data: addresses.
+    op_params: words of 32 bits.  src, view_src, data: addresses.
     """
 
     type: int
     ne: Sequence[int]
     nb: Sequence[int]
     op: int
+    op_params: Sequence[int]
     src: Sequence[int]
     view_src: int | None
     data: int
@@ -55,11 +63,15 @@ class Tensor(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Layout:
-    """tensor: the struct.  mul_mat, get_rows: numbers of these operations."""
+    """tensor: the struct.  mul_mat, get_rows: numbers of these operations.  operations: the names
+    of known operations, by number.  tanh: the number of this function of UNARY.
+    """
 
     tensor: type[Tensor]
     mul_mat: int
     get_rows: int
+    operations: Mapping[int, str]
+    tanh: int
 
 
 @functools.cache
@@ -75,7 +87,14 @@ def read_layout(header: Path) -> Layout:
     """The layout that a header describes; errors as ``layout``."""
     try:
         text = header.read_text(encoding="utf-8")
-        found = Layout(_struct(text), _operation(text, "MUL_MAT"), _operation(text, "GET_ROWS"))
+        number = {name: _number(text, "ggml_op", f"GGML_OP_{name}") for name in _KNOWN}
+        found = Layout(
+            _struct(text),
+            number["MUL_MAT"],
+            number["GET_ROWS"],
+            {n: name for name, n in number.items()},
+            _number(text, "ggml_unary_op", "GGML_UNARY_OP_TANH"),
+        )
         _check(found)
         return found
     except (OSError, ValueError, ArithmeticError, AttributeError) as error:
@@ -99,10 +118,10 @@ def _struct(header: str) -> type[Tensor]:
     return type("Tensor", (Tensor,), {"_fields_": fields})
 
 
-def _operation(header: str, name: str) -> int:
-    """The number of an operation in the text of ggml.h. ValueError if there is none."""
-    found = re.search(r"enum ggml_op \{(.*?)\}", header, re.DOTALL)
-    return re.findall(r"GGML_OP_(\w+)", found[1] if found else "").index(name)
+def _number(header: str, enum: str, name: str) -> int:
+    """The number of a name in an enum in the text of ggml.h. ValueError if there is none."""
+    found = re.search(rf"enum {enum} \{{(.*?)\}}", header, re.DOTALL)
+    return re.findall(r"GGML_\w+", found[1] if found else "").index(name)
 
 
 def _field(text: str, constants: dict[str, str]) -> tuple[str, Any]:
@@ -150,7 +169,7 @@ def _check(layout: Layout) -> None:
 
     if ctypes.sizeof(layout.tensor) > call("tensor_overhead", ctypes.c_size_t):
         raise ValueError("its tensors are smaller than its header says")
-    context = pointer, call("init", pointer, (_InitParams, _InitParams(1 << 16, None, False)))
+    context = pointer, call("init", pointer, (_InitParams, _InitParams(1 << 17, None, False)))
 
     def new(type: int, *shape: int) -> tuple[Any, int]:
         sizes = [(number, size) for size in shape]
@@ -188,5 +207,64 @@ def _check(layout: Layout) -> None:
                 has = getattr(found, name)
                 if value != (tuple(has)[: len(value)] if isinstance(value, tuple) else has):
                     raise ValueError(f"its tensors have no {name} where its header says")
+        half, twice = (ctypes.c_float, 0.5), (ctypes.c_float, 2.0)
+        for operation, name, arguments, words in (
+            ("ADD", "add", (x, x), ()),
+            ("CONT", "cont", (x,), ()),
+            ("CPY", "cpy", (x, x), ()),
+            ("DUP", "dup", (x,), ()),
+            ("MUL", "mul", (x, x), ()),
+            ("NORM", "norm", (x, half), (0.5,)),
+            ("RESHAPE", "reshape_1d", (x, (number, 64 * 7)), ()),
+            ("RMS_NORM", "rms_norm", (x, half), (0.5,)),
+            ("SCALE", "scale_bias", (x, half, twice), (0.5, 2.0)),
+            ("UNARY", "tanh", (x,), ()),
+            ("VIEW", "view_1d", (x, (number, 64), (ctypes.c_size_t, 0)), ()),
+        ):
+            found = layout.tensor.from_address(call(name, pointer, context, *arguments))
+            if layout.operations.get(found.op) != operation:
+                raise ValueError(f"its operations have no {operation} where its header says")
+            if numbers(found)[: len(words)] != words:
+                raise ValueError("its tensors have no op_params where its header says")
+            if operation == "UNARY" and found.op_params[0] != layout.tanh:
+                raise ValueError("its functions have no tanh where its header says")
     finally:
         call("free", None, context)
+
+
+def source_of(layout: Layout, node: Tensor, i: int) -> Tensor:
+    """The i-th input of an operation."""
+    return layout.tensor.from_address(node.src[i])
+
+
+def weight_name(tensor: Tensor) -> str:
+    """A tensor's name, without ".weight" at its end."""
+    name: str = tensor.name.decode("utf-8", "replace")
+    return name.removesuffix(".weight")
+
+
+def numbers(tensor: Tensor) -> tuple[float, ...]:
+    """The parameters of an operation that has float32 ones."""
+    words = np.array(tensor.op_params[:], np.int32)
+    return tuple(words.view(np.float32).tolist())
+
+
+def is_rows(tensor: Tensor) -> bool:
+    """Whether a tensor is contiguous float32."""
+    shape, size = list(tensor.ne), 4
+    strides = [size := 4] + [size := size * n for n in shape[:3]]
+    return tensor.type == F32 and list(tensor.nb) == strides
+
+
+def as_rows(tensor: Tensor) -> np.ndarray:
+    """A tensor as rows: float32 [n_rows, ne[0]]. ModelError if it is not contiguous float32."""
+    if not is_rows(tensor):
+        raise ModelError(f"llama.cpp's {tensor.name.decode()} is not rows of float32")
+    width, *shape = tensor.ne
+    n_rows = shape[0] * shape[1] * shape[2]
+    return as_array(tensor.data, ctypes.c_float, n_rows * width).reshape(n_rows, width)
+
+
+def as_array(address: int, kind: Any, n: int) -> np.ndarray:
+    """n numbers of a kind of ctypes at an address, not copied."""
+    return np.ctypeslib.as_array((kind * n).from_address(address))

@@ -24,10 +24,13 @@ from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.files import temporary_folder
 from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.engine.graph import PLAIN, Tap, Variants
-from fwdllm.engine.llamacpp.context import Call, Context
+from fwdllm.engine.llamacpp.context import Call, Context, NodeTap, ProductTap
 from fwdllm.engine.llamacpp.ggml import layout
+from fwdllm.engine.llamacpp.losses import negative_log_likelihood
 from fwdllm.engine.llamacpp.native import llama_cpp, open_model
-from fwdllm.kernels.api import HostKernels, Kernels
+from fwdllm.engine.llamacpp.readout import Readout
+from fwdllm.engine.llamacpp.readout import agrees as slope_agrees
+from fwdllm.kernels.api import BackwardKernels, HostKernels
 from fwdllm.kernels.types import Lanes, LoRA
 
 # Rows of a call: llama.cpp's own n_ubatch. More make no matmul faster.
@@ -67,13 +70,14 @@ class LlamaGraph:
     the bits of a seed's lanes do not depend on other lanes.
     """
 
-    def __init__(self, file: GGUFFile, encoder: bool, ops: Kernels) -> None:
+    def __init__(self, file: GGUFFile, encoder: bool, ops: BackwardKernels) -> None:
         assert isinstance(ops, HostKernels)  # Engine has refused other devices than the CPU
         layout()  # fails before a model is read if this llama.cpp is not supported
         self.model = open_model(file.path, vocab_only=False, cpu_only=True)
         self.pooling = self.model.pooling if encoder else None
-        self.ops = ops
+        self.ops, self._vjps = ops, ops
         self.adapter: Adapter | None = None
+        self._file, self._checked = file, False
         n_vocab = llama_cpp.llama_vocab_n_tokens(self.model.vocab)
         self._rows = max(1, min(_ROWS, _LOGITS_BYTES // (4 * n_vocab)))
         self._context: Context | None = None
@@ -83,10 +87,15 @@ class LlamaGraph:
         """NLL of label tokens in every lane: float64 [n_lanes, n_labels]."""
         if self.pooling is not None:
             raise ConfigError("an encoder predicts no tokens; it learns from texts with labels")
-        label_of = np.full(batch.n_rows, -1)
-        label_of[batch.label_rows] = np.arange(len(batch.label_rows))
+        return self._losses(batch, variants)
+
+    def _losses(
+        self, batch: Batch, variants: Variants, thetas: Sequence[np.ndarray] = ()
+    ) -> np.ndarray:
+        """The same of a decoder. thetas: see ``_run``."""
+        label_of = _labels_of_rows(batch)
         found = np.empty((len(variants.lanes), len(batch.label_rows)))
-        for part, context in self._run(batch, variants, label_of >= 0):
+        for part, context in self._run(batch, variants, label_of >= 0, thetas):
             labels = label_of[part.rows]
             labels = labels[labels >= 0]
             if not labels.size:
@@ -111,7 +120,20 @@ class LlamaGraph:
 
     def token_gradient(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """See ``Graph.token_gradient``."""
-        raise ConfigError("there is no way back through llama.cpp's graphs")
+        if self.pooling is not None:
+            raise ConfigError("an encoder predicts no tokens; it learns from texts with labels")
+        readout = Readout(self._file, self.adapter, layout(), self._vjps)
+        label_of = _labels_of_rows(batch)
+        losses = np.empty(batch.n_labels)
+        for part, context in self._run(batch, PLAIN, label_of >= 0, nodes=readout.follower):
+            labels = label_of[part.rows]
+            labels = labels[labels >= 0]
+            if labels.size:
+                logits = context.logits(len(labels))
+                losses[labels] = readout.add(logits, batch.label_ids[labels])
+        gradient = readout.gradient / np.float32(batch.n_labels)
+        self._check_gradient(batch, gradient)
+        return losses, gradient
 
     def feature_gradient(
         self, batch: Batch, cotangents: Callable[[Batch, np.ndarray], np.ndarray]
@@ -164,12 +186,41 @@ class LlamaGraph:
                     "other targets"
                 )
 
+    def _check_gradient(self, batch: Batch, gradient: np.ndarray) -> None:
+        """ConfigError if losses do not change along the gradient as it says; once for a model.
+
+        What is known of llama.cpp's graphs would be wrong then.
+        """
+        if self._checked:
+            return
+        assert self.adapter is not None
+        # Named by no direction, the lanes are in one call still, as those of a seed.
+        pair = Lanes(np.zeros(2, np.uint64), np.array([1, -1], np.float32))
+
+        def losses(thetas: Sequence[np.ndarray]) -> np.ndarray:
+            found: np.ndarray = self._losses(batch, Variants(pair), thetas).mean(axis=1)
+            return found
+
+        agrees = slope_agrees(gradient, self.adapter.theta, losses)
+        if agrees is False:
+            raise ConfigError(
+                f"there is no gradient through llama.cpp's graph of {self.model.architecture} "
+                "here: the loss does not change along what should be its gradient as that says"
+            )
+        self._checked = bool(agrees)
+
     def _run(
-        self, batch: Batch, variants: Variants, outputs: np.ndarray
+        self,
+        batch: Batch,
+        variants: Variants,
+        outputs: np.ndarray,
+        thetas: Sequence[np.ndarray] = (),
+        nodes: NodeTap | None = None,
     ) -> Iterator[tuple[_Part, Context]]:
         """Evaluate a batch call by call; yields the part of the batch and the context with results.
 
-        outputs: bool [n_rows], rows with logits.
+        outputs: bool [n_rows], rows with logits.  thetas: each lane's, in place of what
+        ``variants`` says of lanes.  nodes: a hook that looks on.
         """
         if variants.lanes.tangents:
             raise ConfigError(
@@ -183,7 +234,11 @@ class LlamaGraph:
                 context.rehearse(work)
             context.forget()
             for part, work in zip(pieces, works, strict=True):
-                context.run(work, _Terms(self.adapter, self.ops, variants, part))
+                if thetas:
+                    tap: ProductTap = _Moved(self.adapter, self.ops, thetas, part)
+                else:
+                    tap = _Terms(self.adapter, self.ops, variants, part)
+                context.run(work, tap, nodes)
                 yield part, context
 
     def _parts(self, starts: np.ndarray, groups: Sequence[Sequence[int]]) -> Iterator[list[_Part]]:
@@ -353,10 +408,39 @@ class _Terms:
             y[here] = rows_of_lane
 
 
-def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """-log softmax(logits)[labels] in nats: float64 [n]; logits [n, n_vocab] are overwritten."""
-    chosen = logits[np.arange(len(labels)), labels]
-    highest = logits.max(axis=1)
-    logits -= highest[:, None]
-    np.exp(logits, out=logits)
-    return np.log(logits.sum(axis=1, dtype=np.float64)) + (highest - chosen.astype(np.float64))
+class _Moved:
+    """The tap that adds the terms of an adapter at another theta in each lane.
+
+    thetas: of every lane of the batch.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter | None,
+        ops: HostKernels,
+        thetas: Sequence[np.ndarray],
+        part: _Part,
+    ) -> None:
+        self._adapter, self._ops, self._n = adapter, ops, len(part.rows)
+        self._thetas = [thetas[lane] for lane in part.lanes]
+
+    def wants(self, name: str) -> bool:
+        return self._adapter is not None and self._adapter.target(name) is not None
+
+    def __call__(self, name: str, rows: np.ndarray, x: np.ndarray, y: np.ndarray) -> None:
+        assert self._adapter is not None
+        target = self._adapter.target(name)
+        assert target is not None
+        for i, theta in enumerate(self._thetas):
+            here = rows // self._n == i
+            rows_of_lane = y[here]
+            lora = self._adapter.factors(target, theta)
+            self._ops.add_lora(rows_of_lane, x[here], lora, Lanes.plain())
+            y[here] = rows_of_lane
+
+
+def _labels_of_rows(batch: Batch) -> np.ndarray:
+    """For each row of a batch, the number of the label that it predicts, or -1."""
+    found = np.full(batch.n_rows, -1)
+    found[batch.label_rows] = np.arange(len(batch.label_rows))
+    return found

@@ -14,7 +14,7 @@ import fwdllm
 from fwdllm.bench.architectures import make_small
 from fwdllm.engine import Engine, read_jsonl
 from fwdllm.engine.llamacpp import generation
-from fwdllm.engine.llamacpp.graph import negative_log_likelihood
+from fwdllm.engine.llamacpp.losses import negative_log_likelihood
 from fwdllm.kernels.types import QuantType
 from fwdllm.protocol.config import TrainConfig
 

@@ -14,7 +14,7 @@ import fwdllm
 from fwdllm.bench.inputs import half_trained
 from fwdllm.engine import Engine, Example, LoRAConfig
 from fwdllm.engine.llamacpp import generation
-from fwdllm.engine.llamacpp.graph import negative_log_likelihood
+from fwdllm.engine.llamacpp.losses import negative_log_likelihood
 from fwdllm.engine.llamacpp.native import Llama
 from fwdllm.protocol.config import TrainConfig
 from fwdllm.protocol.local import StepResult

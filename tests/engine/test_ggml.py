@@ -41,6 +41,7 @@ def in_struct(edit: Change) -> Change:
 NE = "int64_t ne[GGML_MAX_DIMS];"
 NB = "size_t  nb[GGML_MAX_DIMS];"
 OP = "enum ggml_op op;"
+PARAMETERS = "int32_t op_params[GGML_MAX_OP_PARAMS / sizeof(int32_t)];"
 PADDING = "char padding[8];"
 
 HARMLESS = {
@@ -58,6 +59,7 @@ WRONG = {
     "fields swapped": swap(NE, NB),
     "names swapped": swap("view_src", "data"),
     "data behind the name": swap("void * data;", "char name[GGML_MAX_NAME];"),
+    "parameters elsewhere": swap(PARAMETERS, "int32_t flags;"),
     "a field inserted": change(NE, f"int64_t more;\n {NE}"),
     "a small field inserted": change(OP, f"int32_t more;\n {OP}"),
     "a field removed": change("struct ggml_backend_buffer * buffer;", ""),
@@ -80,6 +82,16 @@ WRONG = {
         h.replace("GGML_OP_MUL_MAT,", "@")
         .replace("GGML_OP_MUL_MAT_ID,", "GGML_OP_MUL_MAT,")
         .replace("@", "GGML_OP_MUL_MAT_ID,")
+    ),
+    "known operations swapped": lambda h: (
+        h.replace("GGML_OP_ADD,", "@")
+        .replace("GGML_OP_MUL,", "GGML_OP_ADD,")
+        .replace("@", "GGML_OP_MUL,")
+    ),
+    "functions swapped": lambda h: (
+        h.replace("GGML_UNARY_OP_TANH,", "@")
+        .replace("GGML_UNARY_OP_ELU,", "GGML_UNARY_OP_TANH,")
+        .replace("@", "GGML_UNARY_OP_ELU,")
     ),
     "an operation that is missing": anywhere("GGML_OP_GET_ROWS,", "GGML_OP_TAKE,"),
     "no operations": anywhere("enum ggml_op {", "enum ggml_operation {"),
@@ -118,7 +130,7 @@ def test_the_installed_header() -> None:
 def test_harmless_changes(tmp_path: Path, edit: Change) -> None:
     """What the callback reads is where it was: accepted, and read from the same places."""
     found, installed = ggml.read_layout(altered(tmp_path, edit)), ggml.layout()
-    for name in ("type", "ne", "nb", "op", "src", "data", "name"):
+    for name in ("type", "ne", "nb", "op", "op_params", "src", "data", "name"):
         assert getattr(found.tensor, name).offset == getattr(installed.tensor, name).offset
     assert (found.mul_mat, found.get_rows) == (installed.mul_mat, installed.get_rows)
 

