@@ -72,7 +72,7 @@ class Engine:
         self.backend = choose(file, backend)
         if self.backend.reason:
             warnings.warn(
-                f"{file.path} is computed by llama.cpp, slower and without exact derivatives: "
+                f"{file.path} is computed by llama.cpp, slower and by fewer methods: "
                 f"{self.backend.reason}",
                 FwdllmWarning,
                 stacklevel=2,

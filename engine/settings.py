@@ -122,10 +122,17 @@ class LoRAConfig:
     """
 
     rank: int = setting(
-        8, "Rank of the LoRA factors.", low=1, shown="8, readout 32, activation one less than labels"
+        8,
+        "Rank of the LoRA factors.",
+        low=1,
+        shown="8, readout 32, activation one less than labels",
     )
     alpha: float = setting(
-        16.0, "The adapter adds alpha / rank * B A.", low=0, open="l", shown="16, readout 64, activation rank"
+        16.0,
+        "The adapter adds alpha / rank * B A.",
+        low=0,
+        open="l",
+        shown="16, readout 64, activation rank",
     )
     targets: tuple[str, ...] = setting(
         ("attn_q", "attn_v"),

@@ -39,7 +39,7 @@ class TrainConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
         AUTO,
         f"{AUTO}, {', '.join(TRAIN_METHODS[:-1])} or {TRAIN_METHODS[-1]}.",
         choices=(AUTO, *TRAIN_METHODS),
-        shown="auto: backprop, with llama.cpp central",
+        shown="auto: backprop, with llama.cpp readout or central",
     )
     per_example: bool = setting(False, "Directions of its own for each example.")
     max_gradient_norm: float | None = setting(

@@ -130,7 +130,7 @@ def test_tune(engine: Engine, gemma3: Path, tmp_path: Path) -> None:
     rows = [{"prompt": e.prompt, "completion": e.completion} for e in EXAMPLES]
     data, output = write_rows(tmp_path / "data.jsonl", rows), tmp_path / "adapter.gguf"
     assert fwdllm.recipe(gemma3, data).train.method == "backprop"
-    lora, _ = fwdllm.recipe(gemma3, data, backend="llama.cpp")
+    lora, _ = fwdllm.recipe(gemma3, data, "central", backend="llama.cpp")
     train = TrainConfig(steps=3, perturbations=2, method="central", learning_rate=1e-2)
     options = {"lora": lora, "train": train, "eval_data": data, "backend": "llama.cpp"}
     losses: list[float] = []

@@ -1,4 +1,4 @@
-"""The gradient of what the last layer writes: against autograd, without a way back, and for whom."""
+"""The gradient of what the last layer writes: against autograd, with no way back, and for whom."""
 
 from __future__ import annotations
 

@@ -139,7 +139,9 @@ def tune(
     asked = given(TrainConfig, settings)
     train = {**saved["train"], **asked}
     examples = read_data(data)  # once: it may be a pipe
-    defaults = recipe(model, examples, train.get("method", "auto"), backend)
+    shape = {**saved["lora"], **given(LoRAConfig, settings)}
+    names = {*train, *shape}
+    defaults = recipe(model, examples, train.get("method", "auto"), backend, names)
     check_given(defaults.train.method, asked)
     train = {"steps": defaults.train.steps, **train, "method": defaults.train.method}
     train.setdefault("eval_every", max(1, train["steps"] // 10))
@@ -148,9 +150,7 @@ def tune(
             model,
             examples,
             output,
-            lora=dataclasses.replace(
-                defaults.lora, **{**saved["lora"], **given(LoRAConfig, settings)}
-            ),
+            lora=dataclasses.replace(defaults.lora, **shape),
             train=dataclasses.replace(defaults.train, **train),
             directions=DirectionsConfig(
                 **{**saved["directions"], **given(DirectionsConfig, settings)}

@@ -243,7 +243,8 @@ def _resolved(body: JobRequest, backend: Backend, n_labels: int, n_examples: int
     given = body.fwdllm
     method = body.method.supervised.hyperparameters if body.method else None
     theirs = method or body.hyperparameters or Hyperparameters()
-    recipe = recipe_for(backend, n_labels, given.of(TrainConfig).get("method", AUTO))
+    names = {*given.of(TrainConfig), *given.of(LoRAConfig)}
+    recipe = recipe_for(backend, n_labels, given.of(TrainConfig).get("method", AUTO), names)
     check_given(recipe.train.method, given.of(TrainConfig))
     changes: dict[str, Any] = {}
     if theirs.batch_size != "auto":

@@ -40,21 +40,25 @@ def recipe(
     data: str | os.PathLike[str] | Data,
     method: str = AUTO,
     backend: str = "auto",
+    given: Iterable[str] = (),
 ) -> Recipe:
     """The defaults for a model, JSONL data and a method of ``TrainConfig``.
 
     method: "auto" is what learns most: "backprop" with a graph of our own, with llama.cpp
-    "central".  backend: see ``Engine.load``.
+    "readout", or "central" if the model or what is given is not for that.  backend: see
+    ``Engine.load``.  given: names of the settings that have a value already.
     Errors: ModelError, DataError, ConfigError.
     """
     chosen = choose(GGUFFile.open(local_path(model)), backend)
-    return recipe_for(chosen, len(labels_of(read_data(data).examples)), method)
+    return recipe_for(chosen, len(labels_of(read_data(data).examples)), method, given)
 
 
-def recipe_for(backend: Backend, n_labels: int, method: str = AUTO) -> Recipe:
+def recipe_for(
+    backend: Backend, n_labels: int, method: str = AUTO, given: Iterable[str] = ()
+) -> Recipe:
     """As ``recipe``, for a model and a number of labels."""
     if method == AUTO:
-        method = "backprop" if backend.own else "central"
+        method = _best(backend, given)
     backend.check_method(method)
     if method == "readout":
         return _readout(backend)
@@ -69,9 +73,21 @@ def recipe_for(backend: Backend, n_labels: int, method: str = AUTO) -> Recipe:
     return Recipe(LoRAConfig(rank, float(rank), targets), train)
 
 
+def _best(backend: Backend, given: Iterable[str]) -> str:
+    if backend.own:
+        return "backprop"
+    free = {*_OF_DIRECTIONS, "targets", "layers"}.isdisjoint(given)
+    return "readout" if free and _has_readout(backend) else "central"
+
+
+def _has_readout(backend: Backend) -> bool:
+    last = backend.args.n_layers - 1
+    return not backend.encoder and f"blk.{last}.{readout.TARGET}" in backend.linear
+
+
 def _readout(backend: Backend) -> Recipe:
     last = backend.args.n_layers - 1
-    if backend.encoder or f"blk.{last}.{readout.TARGET}" not in backend.linear:
+    if not _has_readout(backend):
         raise ConfigError(
             f"method readout trains {readout.TARGET} of a decoder's last layer, and this model "
             "has none: choose another method"

@@ -145,7 +145,8 @@ def tune(
     given = read_data(data)
     if lora is None or train is None or train.method == AUTO:
         n_labels = len(labels_of(given.examples))
-        defaults = recipe_for(chosen, n_labels, train.method if train else AUTO)
+        shape = () if lora is None else ("targets", "layers")
+        defaults = recipe_for(chosen, n_labels, train.method if train else AUTO, shape)
         lora, train = lora or defaults.lora, train or defaults.train
         train = dataclasses.replace(train, method=defaults.train.method)
     train = dataclasses.replace(train, eval_every=train.eval_every or train.steps)
