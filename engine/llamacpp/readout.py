@@ -234,7 +234,9 @@ class Follower:
 
 def refused(name: str, why: str) -> ConfigError:
     """The error for an adapter of a matrix whose gradient is not known in closed form."""
-    return ConfigError(f"there is no gradient by an adapter of {name} here: {why}")
+    return ConfigError(
+        f"there is no gradient by an adapter of {name} here, so choose --method central: {why}"
+    )
 
 
 def target_of(file: GGUFFile, adapter: Adapter | None) -> Target:
