@@ -205,7 +205,8 @@ class LlamaGraph:
         if agrees is False:
             raise ConfigError(
                 f"there is no gradient through llama.cpp's graph of {self.model.architecture} "
-                "here, so choose --method central: the loss does not change along what should be its gradient as that says"
+                "here, so choose --method central: the loss does not change along what should be "
+                "its gradient as that says"
             )
         self._checked = bool(agrees)
 
