@@ -18,7 +18,7 @@ from fwdllm.engine.adapters.adapter import Adapter
 from fwdllm.engine.adapters.io import save_gguf
 from fwdllm.engine.errors import AdapterError, ModelError
 from fwdllm.engine.estimators.plan import plan
-from fwdllm.engine.llamacpp.graph import negative_log_likelihood
+from fwdllm.engine.llamacpp.losses import negative_log_likelihood
 from fwdllm.engine.llamacpp.native import (
     Llama,
     NativeModel,

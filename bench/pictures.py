@@ -130,8 +130,15 @@ def _roofline(
         axes.plot([left, knee, right], [left * read, peaks[of], peaks[of]], color=color, label=of)
         for marker, (kind, own) in zip("osD^v", kinds.items(), strict=False):
             x, y = zip(*own, strict=True)
-            style = {"color": color, "marker": marker, "markersize": 4, "linestyle": ""}
-            axes.plot(x, y, markerfacecolor="none", label=f"{kind}, {of}", **style)
+            axes.plot(
+                x,
+                y,
+                marker,
+                color=color,
+                markersize=4,
+                markerfacecolor="none",
+                label=f"{kind}, {of}",
+            )
     axes.invert_yaxis()  # unlike bars
     axes.set_xscale("log")
     axes.set_yscale("log")
