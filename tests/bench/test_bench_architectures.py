@@ -14,7 +14,7 @@ from fwdllm.bench.architectures import ARCHITECTURES, VOCAB, make_small
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.engine.llamacpp import generation
-from fwdllm.engine.llamacpp.graph import negative_log_likelihood
+from fwdllm.engine.llamacpp.losses import negative_log_likelihood
 from fwdllm.kernels.types import SUPPORTED_TYPES, QuantType
 
 pytestmark = pytest.mark.usefixtures("one_thread")
