@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fwdllm.engine.adapters.adapter import Adapter
+from fwdllm.engine.adapters.adapter import Adapter, Target
 from fwdllm.engine.adapters.io import save_gguf
 from fwdllm.engine.data.batch import Batch, Tokens, pack
 from fwdllm.engine.errors import ConfigError
@@ -347,14 +347,30 @@ class _Names:
     def __call__(self, name: str, rows: np.ndarray, x: np.ndarray, y: np.ndarray) -> None: ...
 
 
-class _Terms:
+class _OfAdapter:
+    """What taps of an adapter's products have in common."""
+
+    def __init__(self, adapter: Adapter | None, ops: HostKernels) -> None:
+        self._adapter, self._ops = adapter, ops
+
+    def wants(self, name: str) -> bool:
+        return self._adapter is not None and self._adapter.target(name) is not None
+
+    def _target(self, name: str) -> tuple[Adapter, Target]:
+        """Of a product that it wants."""
+        assert self._adapter is not None
+        target = self._adapter.target(name)
+        assert target is not None
+        return self._adapter, target
+
+
+class _Terms(_OfAdapter):
     """The tap that adds the adapter's term of each lane."""
 
     def __init__(
         self, adapter: Adapter | None, ops: HostKernels, variants: Variants, part: _Part
     ) -> None:
-        self._adapter = adapter
-        self._ops = ops
+        super().__init__(adapter, ops)
         self._tap = variants.tap
         self._directions = variants.directions
         moved = self._directions.targets if self._directions else ()
@@ -370,16 +386,11 @@ class _Terms:
             seeds, lanes.coefficients[part.lanes], lanes.distribution, starts=starts
         )
 
-    def wants(self, name: str) -> bool:
-        return self._adapter is not None and self._adapter.target(name) is not None
-
     def __call__(self, name: str, rows: np.ndarray, x: np.ndarray, y: np.ndarray) -> None:
-        assert self._adapter is not None
-        target = self._adapter.target(name)
-        assert target is not None
+        adapter, target = self._target(name)
         if self._tap is not None:
             self._tap(target, slice(0, len(rows)), x, y)
-        lora, lanes = self._adapter.factors(target), self._lanes.unperturbed()
+        lora, lanes = adapter.factors(target), self._lanes.unperturbed()
         if self._directions is not None and name in self._moved:
             lora, lanes = self._directions.lora(target), self._lanes
         if len(rows) == self._n * len(lanes) and (np.diff(rows) == 1).all():
@@ -409,7 +420,7 @@ class _Terms:
             y[here] = rows_of_lane
 
 
-class _Moved:
+class _Moved(_OfAdapter):
     """The tap that adds the terms of an adapter at another theta in each lane.
 
     thetas: of every lane of the batch.
@@ -422,20 +433,16 @@ class _Moved:
         thetas: Sequence[np.ndarray],
         part: _Part,
     ) -> None:
-        self._adapter, self._ops, self._n = adapter, ops, len(part.rows)
+        super().__init__(adapter, ops)
+        self._n = len(part.rows)
         self._thetas = [thetas[lane] for lane in part.lanes]
 
-    def wants(self, name: str) -> bool:
-        return self._adapter is not None and self._adapter.target(name) is not None
-
     def __call__(self, name: str, rows: np.ndarray, x: np.ndarray, y: np.ndarray) -> None:
-        assert self._adapter is not None
-        target = self._adapter.target(name)
-        assert target is not None
+        adapter, target = self._target(name)
         for i, theta in enumerate(self._thetas):
             here = rows // self._n == i
             rows_of_lane = y[here]
-            lora = self._adapter.factors(target, theta)
+            lora = adapter.factors(target, theta)
             self._ops.add_lora(rows_of_lane, x[here], lora, Lanes.plain())
             y[here] = rows_of_lane
 

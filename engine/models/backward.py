@@ -338,13 +338,13 @@ class Backward(Pass):
             return y
 
         def vjp(dy: Array) -> None:
-            dx = self._vjps.zeros(*dy.shape)
+            dx = self._vjps.zeros(*dy.shape) if x.wanted else None
             for rows in blocks:
                 block = computed.pop(0) if computed else self.record(f, x.value[rows], x.wanted)
                 of_input = block.pull_back(dy[rows])
-                if of_input is not None:
+                if dx is not None:
                     dx[rows] = of_input
-            if x.wanted:
+            if dx is not None:
                 x.add(dx)
 
         return Node(self._tape, x.shape, compute, vjp, True, (x,))
