@@ -26,7 +26,7 @@ from fwdllm.engine.errors import (
     FwdllmWarning,
     ModelError,
 )
-from fwdllm.engine.estimators import activation, backprop, derivatives, readout
+from fwdllm.engine.estimators import activation, derivatives, exact, readout
 from fwdllm.engine.estimators.activation import Gradient
 from fwdllm.engine.estimators.lanes import lane_losses
 from fwdllm.engine.estimators.plan import Probe
@@ -275,20 +275,15 @@ class Engine:
         directions = directions or self.directions
         return derivatives.of_groups(self.graph, batch, sizes, seeds, method, epsilon, directions)
 
-    def gradient(self, batch: Batch) -> Gradient:
-        """The exact gradient by the adapter, and by a head; see ``estimators.backprop``."""
-        self.check_method("backprop")
-        return backprop.gradient(self.graph, batch)
+    def gradient(self, batch: Batch, method: str = "backprop") -> Gradient:
+        """The exact gradient by the adapter, and by a head; see ``estimators.exact``.
 
-    def readout_gradient(self, batch: Batch) -> Gradient:
-        """The exact gradient of what the last layer writes; see ``estimators.readout``.
-
-        Errors: ConfigError for an adapter of anything else.
+        Errors: ConfigError without an adapter, or for "readout" of one that it is not for.
         """
         if self.adapter is None:
             raise ConfigError("a gradient needs an adapter to be of")
-        self.check_method("readout")
-        return readout.gradient(self.graph, batch)
+        self.check_method(method)
+        return exact.gradient(self.graph, batch, method)
 
     def head_step(self, batch: Batch) -> Gradient:
         """The gradient with respect to the head only, from one forward pass."""

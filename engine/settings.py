@@ -16,7 +16,10 @@ from typing import Any, Protocol, TypeVar
 
 from fwdllm.engine.errors import ConfigError
 
-METHODS = ("forward-ad", "central", "forward-difference", "backprop")
+# Slopes along directions are measured, or are products with a gradient that is exact.
+SLOPE_METHODS = ("forward-ad", "central", "forward-difference")
+EXACT_METHODS = ("backprop", "readout")
+METHODS = SLOPE_METHODS + EXACT_METHODS
 # Of these and of ``estimators.activation``, those that need a graph of our own.
 OWN_METHODS = ("forward-ad", "backprop", "activation")
 DIRECTIONS = ("normal", "rademacher", "lora-fa", "lora-xs", "subzero", "sparse")

@@ -10,6 +10,7 @@ import numpy as np
 from fwdllm.engine.data.batch import Batch, Tokens, pack
 from fwdllm.engine.directions import Directions
 from fwdllm.engine.estimators.plan import Probe
+from fwdllm.engine.settings import EXACT_METHODS
 from fwdllm.protocol.descent import descend
 from fwdllm.protocol.federation import FederationConfig
 from fwdllm.protocol.optimizers import OptimizerState
@@ -178,8 +179,8 @@ def _batch(
 def _groups(config: FederationConfig, work: Sequence[_Work]) -> Iterator[list[_Work]]:
     """Clients whose batches go through the model together."""
     lanes = 1 + config.perturbations * (2 if config.method == "central" else 1)
-    # Each way back is a client's own: together they save nothing, and need all gradients at once.
-    most = 0 if config.method == "backprop" else _LANE_ROWS
+    # An exact gradient is a client's own: together they save nothing, and all need memory at once.
+    most = 0 if config.method in EXACT_METHODS else _LANE_ROWS
     group: list[_Work] = []
     rows = 0
     for assignment, batch in work:

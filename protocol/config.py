@@ -13,9 +13,7 @@ from fwdllm.protocol.settings import (
     ScheduleConfig,
 )
 
-TRAIN_METHODS = (*METHODS, "readout", "activation")
-# Those that find a gradient without random directions.
-EXACT_METHODS = ("backprop", "readout")
+TRAIN_METHODS = (*METHODS, "activation")
 # What ``fwdllm.tune`` replaces by the method that suits the model and the device.
 AUTO = "auto"
 

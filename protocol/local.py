@@ -16,6 +16,7 @@ import numpy as np
 
 from fwdllm.engine.directions import Directions
 from fwdllm.engine.errors import DataError, NumericsError
+from fwdllm.engine.settings import EXACT_METHODS
 from fwdllm.protocol.config import TrainConfig
 from fwdllm.protocol.contribution import Contribution, Rejection, accept
 from fwdllm.protocol.descent import descend
@@ -58,9 +59,7 @@ class TrainingEngine(ActivationEngine, Protocol):
         per_example: bool = ...,
     ) -> Probe: ...
 
-    def gradient(self, batch: Batch) -> Gradient: ...
-
-    def readout_gradient(self, batch: Batch) -> Gradient: ...
+    def gradient(self, batch: Batch, method: str = ...) -> Gradient: ...
 
 
 @dataclass
@@ -161,10 +160,8 @@ def train_step(
     batch = engine.encode([examples[i] for i in chosen], max_tokens=config.max_tokens)
     if config.method == "activation":
         found = _by_activations(engine, config, state, batch, int(seeds[0]))
-    elif config.method == "backprop":
-        found = _of_gradient(engine, engine.gradient(batch))
-    elif config.method == "readout":
-        found = _of_gradient(engine, engine.readout_gradient(batch))
+    elif config.method in EXACT_METHODS:
+        found = _of_gradient(engine, engine.gradient(batch, config.method))
     else:
         found = _by_perturbations(engine, config, state, batch, seeds, len(chosen))
     gradient = found.gradient

@@ -1,13 +1,15 @@
-"""AG News by 100 simulated clients: what do federations of forward passes reach for equal compute?
+"""What do federations of simulated clients reach for equal compute?
 
-    python bench/studies/federated.py MODEL.gguf AGNEWS.train.jsonl OUT.jsonl [--runs NAMES]
+    python bench/studies/federated.py MODEL.gguf TRAIN.jsonl OUT.jsonl [--runs NAMES]
         [--seeds 0,1,2] [--partitions NAMES] [--budget LANE_TOKENS] [--held-out 1000]
         [--target-loss X] [--set name=value ...]
     python bench/studies/federated.py --report OUT.jsonl [--plot FOLDER] [--target-loss X]
 
+By default the runs for AG News and an encoder; those for a decoder are named "decoder: ...".
+
 A run goes on until its clients have spent a budget of lane-tokens; a token of backprop counts as
-three. Runs of a seed share partition, held-out examples and the adapter they start from. Each
-evaluation is a line of OUT.jsonl, written when it is made.
+three, of readout as two. Runs of a seed share partition, held-out examples and the adapter they
+start from. Each evaluation is a line of OUT.jsonl, written when it is made.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from fwdllm.engine.data.jsonl import Example, labels_of, split
 from fwdllm.engine.errors import NumericsError
 from fwdllm.engine.estimators.plan import plan
 from fwdllm.engine.files import fingerprint
+from fwdllm.engine.settings import EXACT_METHODS
 from fwdllm.federation.fleet import Fleet
 from fwdllm.federation.simulation import Evaluated, Event, Partition, simulate
 from fwdllm.protocol import wire
@@ -52,11 +55,18 @@ if TYPE_CHECKING:
     from torch_model import TorchModel
 
 BUDGET, HELD_OUT, EVALUATIONS = 800_000, 1000, 8
-BACKPROP_LANES = 3  # forward and two backward, or as the engine: forward, forward again, and back
+# Forward and two backward, or as the engine: forward, forward again, and back.
+BACKPROP_LANES = 3
+_PASSES = {"backprop": BACKPROP_LANES, "readout": 2}
 _SAMPLE = 500  # examples whose tokens tell the mean length
 
 LORA = LoRAConfig(rank=8, alpha=16)
-PARTITIONS = {"iid": Partition(100), "dirichlet": Partition(100, alpha=0.5)}
+PARTITIONS = {
+    "iid": Partition(100),
+    "dirichlet": Partition(100, alpha=0.5),
+    "20 clients": Partition(20),
+    "100 clients": Partition(100),
+}
 FLEET = Fleet()
 
 # Rates are constant because pacing leaves open how many rounds the budget buys.
@@ -70,11 +80,14 @@ COMMON: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Run:
-    """A preset and what differs from it and from COMMON. backprop: clients have PyTorch."""
+    """A preset and what differs from it and from COMMON. lora: None is the method's own.
+
+    backprop: clients have PyTorch.
+    """
 
     preset: str
     changes: Mapping[str, Any] = field(default_factory=dict)
-    lora: LoRAConfig = LORA
+    lora: LoRAConfig | None = LORA
     backprop: bool = False
 
 
@@ -89,6 +102,9 @@ _FEDAVG = {
     "perturbations": 1,
     "head_perturbations": 1,
 }
+
+_ALL = {"per_round": 100, "batch_size": 2, "max_tokens": 192}
+_READOUT = {"method": "readout", "split": False, "perturbations": 256, "learning_rate": 5e-3}
 
 RUNS = {
     "fwdllm": Run("fwdllm", _FWDLLM),
@@ -122,7 +138,21 @@ RUNS = {
     ),
     "fedavg, backprop": Run("fedavg", _FEDAVG, backprop=True),
     "fedavg by this engine": Run("fedavg", {"method": "backprop", **_FEDAVG}),
+    # Everybody in every round, with little: batches of two.
+    "decoder: spry": Run("spry", {**_ALL, "learning_rate": 1e-3}),
+    "decoder: fwdllm": Run("fwdllm", {**_ALL, "learning_rate": 1e-2, "pacing": False}),
+    "decoder: fedavg by backprop": Run(
+        "fedavg", {**_ALL, **_FEDAVG, "method": "backprop", "local_steps": 4}
+    ),
+    "decoder: fedavg by readout": Run(
+        "fedavg", {**_ALL, **_FEDAVG, "method": "readout", "local_steps": 4}, None
+    ),
+    "decoder: readout, 256 slopes": Run("spry", {**_ALL, **_READOUT}, None),
+    "decoder: readout, 4096 shared slopes": Run(
+        "spry", {**_ALL, **_READOUT, "seeds": "shared", "perturbations": 4096}, None
+    ),
 }
+ENCODER_RUNS = [name for name in RUNS if not name.startswith("decoder")]
 
 
 @dataclass(frozen=True)
@@ -165,7 +195,6 @@ class Meter:
         self._variance = event.variance
 
     def _evaluated(self, event: Evaluated) -> None:
-        assert event.accuracy is not None
         with Ledger(self._ledger) as ledger:
             traffic = ledger.traffic_by_client()
             spent = spent_epsilon(ledger.meta.config, ledger.available())
@@ -204,7 +233,7 @@ def measure(
             task.model,
             train,
             folder / "run",
-            config_of(task, run, seed),
+            config_of(task, run, seed, PARTITIONS[partition].n_clients),
             lora=run.lora,
             partition=PARTITIONS[partition],
             eval_data=held_out,
@@ -214,9 +243,10 @@ def measure(
         meter(last)
 
 
-def config_of(task: Task, run: Run, seed: int) -> FederationConfig:
+def config_of(task: Task, run: Run, seed: int, n_clients: int) -> FederationConfig:
     """The settings of a run, with about EVALUATIONS evaluations within the budget."""
     changes = {**COMMON, **run.changes, **task.changes, "seed": seed}
+    changes["per_round"] = min(changes["per_round"], n_clients)
     config = preset(run.preset, rounds=MAX_ROUNDS - 1, **changes)
     shortest = task.budget / part_tokens(config, run.backprop, _mean_length(task, config))
     parts = (1 + config.max_parts) / 2 if config.pacing else 1
@@ -228,8 +258,8 @@ def config_of(task: Task, run: Run, seed: int) -> FederationConfig:
 
 def part_tokens(config: FederationConfig, by_backprop: bool, length: float) -> float:
     """Lane-tokens of a part of a round. length: mean tokens of an example."""
-    if by_backprop or config.method == "backprop":
-        lanes = BACKPROP_LANES
+    if by_backprop or config.method in EXACT_METHODS:
+        lanes = BACKPROP_LANES if by_backprop else _PASSES[config.method]
     else:
         seeds = np.zeros(config.perturbations, np.uint64)
         # An encoder's head always wants a plain lane.
@@ -385,9 +415,9 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("data", type=Path, nargs="?")
     parser.add_argument("output", type=Path, nargs="?")
-    parser.add_argument("--runs", default=";".join(RUNS), help="names with ; between them")
+    parser.add_argument("--runs", default=";".join(ENCODER_RUNS), help="names with ; between them")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--partitions", default=";".join(PARTITIONS))
+    parser.add_argument("--partitions", default="iid;dirichlet")
     parser.add_argument("--budget", type=int, default=BUDGET)
     parser.add_argument("--held-out", type=int, default=HELD_OUT)
     parser.add_argument("--target-loss", type=float)

@@ -18,7 +18,8 @@ class Row:
     n_tokens: lane-tokens of accepted answers, n_answers of them.  client_seconds: simulated.
     bytes_up, bytes_down: of all clients.  n_perturbations: scalars of the adapter.  variance: of
     the last round's gradient, None where it is not known.  epsilon: of differential privacy, None
-    without.  seconds: of this machine, without evaluations.
+    without.  accuracy: None where examples
+    have no labels.  seconds: of this machine, without evaluations.
     """
 
     run: str
@@ -34,7 +35,7 @@ class Row:
     variance: float | None
     epsilon: float | None
     loss: float
-    accuracy: float
+    accuracy: float | None
     seconds: float
 
 
@@ -66,20 +67,32 @@ def by_run(rows: Sequence[Row]) -> dict[str, list[Curve]]:
     return found
 
 
+def _score(row: Row) -> float:
+    """The accuracy, or the loss of examples without labels."""
+    return row.loss if row.accuracy is None else row.accuracy
+
+
+def _name(runs: Mapping[str, list[Curve]]) -> str:
+    rows = next(iter(runs.values()))[0]
+    return "held-out loss" if rows[0].accuracy is None else "held-out accuracy"
+
+
 def _ends(runs: Mapping[str, list[Curve]]) -> str:
+    def text(score: float) -> str:
+        return f"{score:.4f}" if ends[0].accuracy is None else f"{100 * score:.1f}%"
+
     lines = [
-        "| run | held-out accuracy, by seed | median | loss | rounds | lane-tokens"
+        f"| run | {_name(runs)}, by seed | median | loss | rounds | lane-tokens"
         " | client-seconds | up / down per client-round |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, curves in runs.items():
         ends = [curve[-1] for curve in curves]
-        accuracies = [f"{100 * row.accuracy:.1f}%" for row in ends]
         up = _median([row.bytes_up / max(1, row.n_answers) for row in ends])
         down = _median([row.bytes_down / max(1, row.n_answers) for row in ends])
         lines.append(
-            f"| {name} | {' / '.join(accuracies)}"
-            f" | {100 * _median([r.accuracy for r in ends]):.1f}%"
+            f"| {name} | {' / '.join(text(_score(row)) for row in ends)}"
+            f" | {text(_median([_score(row) for row in ends]))}"
             f" | {_median([r.loss for r in ends]):.4f} | {_median([r.round for r in ends]):.0f}"
             f" | {_short(_median([r.n_tokens for r in ends]))}"
             f" | {_short(_median([r.client_seconds for r in ends]))}"
@@ -127,12 +140,12 @@ def _short(value: float) -> str:
 
 
 def plot(rows: Sequence[Row], folder: Path) -> None:
-    """Held-out accuracy against three costs: the median over seeds, and their range; as PNGs."""
+    """Held-out accuracy or loss against three costs, median and range of seeds; as PNGs."""
     folder.mkdir(parents=True, exist_ok=True)
     for partition in dict.fromkeys(row.partition for row in rows):
         mine = by_run([row for row in rows if row.partition == partition])
         if mine:
-            _draw(mine, folder / f"federated-{partition}.png")
+            _draw(mine, folder / f"federated-{partition.replace(' ', '-')}.png")
 
 
 _COSTS: dict[str, Callable[[Row], float]] = {
@@ -162,7 +175,7 @@ def _draw(runs: Mapping[str, list[Curve]], path: Path) -> None:
             x, low, middle, high = _band(curves, cost, is_log)
             axis.fill_between(x, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
             handles += axis.plot(x, middle, line, color=f"C{i}", linewidth=1.5)
-        style(axis, label, "held-out accuracy" if not is_log else "")
+        style(axis, label, _name(runs) if not is_log else "")
     figure.legend(handles, list(runs), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, format="png")
 
@@ -170,15 +183,15 @@ def _draw(runs: Mapping[str, list[Curve]], path: Path) -> None:
 def _band(
     curves: Sequence[Curve], cost: Callable[[Row], float], is_log: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Costs that all seeds have met, and least, median and greatest accuracy there."""
+    """Costs that all seeds have met, and least, median and greatest score there."""
     seeds = [[row for row in curve if cost(row) > 0 or not is_log] for curve in curves]
     costs = [np.array([cost(row) for row in curve]) for curve in seeds]
     first, last = max(c[0] for c in costs), min(c[-1] for c in costs)
     x = np.unique(np.concatenate(costs))
     x = x[(x >= first) & (x <= last)]
     scale = np.log if is_log else np.asarray
-    accuracies = [
-        np.interp(scale(x), scale(c), [row.accuracy for row in curve])
+    scores = [
+        np.interp(scale(x), scale(c), [_score(row) for row in curve])
         for c, curve in zip(costs, seeds, strict=True)
     ]
-    return x, np.min(accuracies, 0), np.median(accuracies, 0), np.max(accuracies, 0)
+    return x, np.min(scores, 0), np.median(scores, 0), np.max(scores, 0)

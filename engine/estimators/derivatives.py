@@ -9,11 +9,11 @@ import numpy as np
 from fwdllm.engine.data.batch import Batch
 from fwdllm.engine.directions import Directions
 from fwdllm.engine.errors import ConfigError, NumericsError
-from fwdllm.engine.estimators import backprop
+from fwdllm.engine.estimators import exact
 from fwdllm.engine.estimators.lanes import head_gradient, lane_losses
 from fwdllm.engine.estimators.plan import Plan, Probe, example_seeds, plan
 from fwdllm.engine.graph import Graph, Variants
-from fwdllm.engine.settings import DEFAULT_EPSILON
+from fwdllm.engine.settings import DEFAULT_EPSILON, EXACT_METHODS
 
 # A label's losses are equal in two lanes by chance about once in some thousand times; that so many
 # are does not happen. Below this loss, in nats, labels are learned to the last bit and equal, too.
@@ -31,8 +31,8 @@ def of_batch(
 ) -> Probe:
     """See ``Engine.directional_derivatives``."""
     seeds = np.asarray(seeds, np.uint64)
-    if method == "backprop":
-        return backprop.of_batch(graph, batch, seeds, directions, per_example)
+    if method in EXACT_METHODS:
+        return exact.of_batch(graph, batch, seeds, method, directions, per_example)
     if per_example:
         seeds = example_seeds(seeds, batch.n_sequences)
     p = plan(seeds, method, epsilon, directions.distribution, batch.classes is not None)
@@ -63,8 +63,8 @@ def of_groups(
     if sum(sizes) != batch.n_sequences or len(sizes) != len(seeds):
         raise ConfigError(f"{len(sizes)} groups do not fit the batch or their seeds")
     seeds = np.asarray(seeds, np.uint64)
-    if method == "backprop":
-        return backprop.of_groups(graph, batch, sizes, seeds, directions)
+    if method in EXACT_METHODS:
+        return exact.of_groups(graph, batch, sizes, seeds, method, directions)
     own = np.repeat(seeds.T, sizes, axis=1)
     p = plan(own, method, epsilon, directions.distribution, batch.classes is not None)
     nll, features = _losses(graph, batch, p, directions)

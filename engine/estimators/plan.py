@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fwdllm.engine.errors import ConfigError
-from fwdllm.engine.settings import DEFAULT_EPSILON, METHODS
+from fwdllm.engine.settings import DEFAULT_EPSILON, EXACT_METHODS, SLOPE_METHODS
 from fwdllm.kernels.reference import philox
 from fwdllm.kernels.types import Lanes
 
@@ -27,7 +27,7 @@ class Probe:
     [n_seeds, n_examples], and a derivative is that of one example's share of the loss along its own
     v(seed).  head_gradient: float32 [n_head], or None without a head.  n_tokens: rows forwarded,
     summed over lanes; layers before the first perturbed one compute only one lane.
-    gradient: float32 [n_lora], the adapter's, if "backprop" of the whole batch has it, or None.
+    gradient: float32 [n_lora], the adapter's, where an exact method has it of the whole batch.
     """
 
     loss: float
@@ -101,8 +101,8 @@ def plan(
     seeds = np.asarray(seeds, np.uint64)
     if seeds.ndim not in (1, 2) or len(seeds) == 0:
         raise ConfigError("directional derivatives need at least one seed")
-    if method not in METHODS or method == "backprop":
-        raise ConfigError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    if method not in SLOPE_METHODS:
+        raise ConfigError(f"method must be one of {', '.join(SLOPE_METHODS)}, not {method!r}")
     if not (np.isfinite(epsilon) and epsilon > 0):
         raise ConfigError(f"epsilon must be a positive number, not {epsilon!r}")
     if method == "central":
@@ -121,7 +121,7 @@ def plan(
 
 def n_lanes(method: str, n_seeds: int) -> int:
     """Lanes of a step along ``n_seeds`` directions; ConfigError for an unknown method."""
-    if method == "backprop":
+    if method in EXACT_METHODS:
         return 1
     return len(plan(np.arange(n_seeds, dtype=np.uint64), method).lanes)
 

@@ -13,14 +13,9 @@ layers do from the slopes along random directions (docs/estimators.md).
 from __future__ import annotations
 
 from fwdllm.engine.adapters.adapter import Adapter
-from fwdllm.engine.data.batch import Batch
-from fwdllm.engine.errors import ConfigError, finite
-from fwdllm.engine.estimators.activation import Gradient
-from fwdllm.engine.graph import Graph
+from fwdllm.engine.errors import ConfigError
 
 TARGET = "ffn_down"
-# A row goes forward once, and its logits are read twice: never more work than another pass.
-_PASSES = 2
 
 
 def check(adapter: Adapter, n_layers: int) -> None:
@@ -31,11 +26,3 @@ def check(adapter: Adapter, n_layers: int) -> None:
             f"method readout is for decoders, and trains {TARGET} of the last layer alone: choose "
             f"--targets {TARGET} --layers {n_layers - 1}, or another method"
         )
-
-
-def gradient(graph: Graph, batch: Batch) -> Gradient:
-    """Of the mean loss by the adapter. Errors: ConfigError, NumericsError."""
-    losses, values = graph.token_gradient(batch)
-    assert graph.adapter is not None
-    loss = finite(float(losses.mean()))
-    return Gradient(loss, values[: graph.adapter.n_lora], None, _PASSES * batch.n_rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +57,25 @@ def test_tune(name: str, method: str, data: Path, tmp_path: Path) -> None:
     assert plain_loss(model, data, output) == pytest.approx(result.loss_after, abs=3e-3)
     evaluation = fwdllm.evaluate(model, data, adapter=output)
     assert evaluation.loss == pytest.approx(result.loss_after, abs=1e-6)
+
+
+SLOPES = {"perturbations": 256, "split": False, "learning_rate": 3e-2}
+WEIGHTS = {"local_steps": 2, "client_optimizer": "adam", "client_learning_rate": 3e-2}
+
+
+@pytest.mark.parametrize(("preset", "changes"), [("spry", SLOPES), ("fedavg", WEIGHTS)])
+def test_a_federation_by_readout(
+    preset: str, changes: dict[str, Any], data: Path, tmp_path: Path
+) -> None:
+    """Clients that only llama.cpp has a graph for have exact slopes, and gradients."""
+    model = tmp_path / "model.gguf"
+    make_small(model, "gptneox", QuantType.F16)
+    config = fwdllm.preset(preset, rounds=12, method="readout", batch_size=2, **changes)
+    result = fwdllm.simulate(
+        model, data, tmp_path / "run", config, partition=fwdllm.Partition(4), eval_data=data
+    )
+    assert result.loss_after < result.loss_before - 0.25
+    assert plain_loss(model, data, result.adapter) == pytest.approx(result.loss_after, abs=3e-3)
 
 
 def test_a_resumed_run_gives_the_same_adapter(data: Path, tmp_path: Path) -> None:

@@ -371,6 +371,7 @@ def test_commands_of_a_run(cli: Cli, bundled: Path, data: Path, few: Path, tmp_p
         (["--set", "perturbation=3"], "no setting 'perturbation'"),
         (["--set", "perturbations=0"], "perturbations must be a whole number from 1"),
         (["--set", "sigma=1"], "shared seeds"),
+        (["--set", "method=readout", "--layers", "1"], "--targets ffn_down --layers 5"),
         (["--dropout", "2"], "dropout is a share"),
         (["--dirichlet", "0.5"], "labels"),
         (["--clients", "100000"], "cannot spread"),
@@ -406,3 +407,8 @@ def test_federate_init_writes_an_app(cli: Cli, bundled: Path, few: Path, tmp_pat
     assert package == ["__init__.py", "client.py", "server.py"]
     again = cli("federate", "init", folder, *options)
     assert (again.code, "not an empty folder" in again.err) == (2, True)
+    done = cli("federate", "init", tmp_path / "b", *options, "--set", "method=readout")
+    assert done.code == 0, done.err
+    text = (tmp_path / "b" / "pyproject.toml").read_text(encoding="utf-8")
+    for line in ("rank = 32", 'targets = "[\\"ffn_down\\"]"', 'layers = "[5]"'):
+        assert line in text

@@ -11,7 +11,7 @@ import federated
 import federated_report
 import numpy as np
 import pytest
-from federated import RUNS, Task
+from federated import ENCODER_RUNS, RUNS, Task
 from federated_report import Row
 
 from fwdllm.engine import Engine, LoRAConfig, read_jsonl
@@ -104,7 +104,23 @@ def test_lane_tokens_of_a_part() -> None:
         assert federated.part_tokens(config, by_torch, 5.0) == 10 * 8 * 4 * 5 * 3
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [name for name in RUNS if name not in ENCODER_RUNS])
+def test_every_run_of_a_decoder_starts(
+    bundled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(federated, "PARTITIONS", {"4 clients": Partition(4)})
+    task = Task(bundled, bundled.parent / "pirate.train.jsonl", 2000, 8, {"max_tokens": 16})
+    rows: list[Row] = []
+    federated.measure(task, name, "4 clients", 3, rows.append)
+    first, last = rows[0], rows[-1]
+    assert (first.n_tokens, first.accuracy) == (0, None)
+    assert last.n_tokens >= task.budget
+    assert np.isfinite(last.loss)
+    assert last.loss != first.loss
+    assert "| held-out loss, by seed |" in federated_report.report([first, last]).splitlines()[2]
+
+
+@pytest.mark.parametrize("name", ENCODER_RUNS)
 def test_every_run_starts(task: Task, name: str) -> None:
     rows: list[Row] = []
     federated.measure(task, name, "dirichlet", 3, rows.append)

@@ -17,7 +17,7 @@ from fwdllm.engine import Engine, Example, LoRAConfig, read_jsonl
 from fwdllm.engine.data.batch import Batch
 from fwdllm.engine.directions import Dense, Directions
 from fwdllm.engine.errors import ConfigError, NumericsError
-from fwdllm.engine.settings import METHODS
+from fwdllm.engine.settings import SLOPE_METHODS
 from fwdllm.kernels import cpu, reference
 from fwdllm.kernels.types import QuantType
 
@@ -36,7 +36,7 @@ def correlation(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.corrcoef(got, want)[0, 1])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*SLOPE_METHODS, "backprop"])
 def test_decoder_against_autograd(bundled: Path, method: str) -> None:
     assets = bundled.parent
     examples = read_jsonl(assets / "pirate.train.jsonl")[:3]
@@ -145,7 +145,7 @@ def test_reference_backend_agrees(bundled: Path) -> None:
     np.testing.assert_allclose(slopes[0], slopes[1], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*SLOPE_METHODS, "backprop"])
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_seed_gives_the_same_bits_in_any_company(bundled: Path, method: str, exact: bool) -> None:
     engine = half_trained(Engine.load(bundled, LoRAConfig(), exact=exact))

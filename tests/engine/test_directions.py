@@ -26,7 +26,7 @@ from fwdllm.engine.directions import (
 )
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.estimators.plan import example_seeds
-from fwdllm.engine.settings import METHODS, DirectionsConfig, Scope
+from fwdllm.engine.settings import SLOPE_METHODS, DirectionsConfig, Scope
 from fwdllm.kernels import cpu
 from fwdllm.kernels.types import QuantType
 
@@ -91,7 +91,7 @@ def test_the_map_is_linear_and_project_is_its_transpose(path: Path, make) -> Non
 
 
 @makers
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*SLOPE_METHODS, "backprop"])
 def test_slopes_are_those_of_autograd(path: Path, make, method: str) -> None:
     engine, adapter, batch = load(path)
     directions = make(adapter)
@@ -114,7 +114,7 @@ def test_the_reference_backend_agrees(path: Path, make) -> None:
 
 
 @pytest.mark.parametrize("make", [Dense, lambda a: subzero(a, 5, 3)], ids=["dense", "subzero"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*SLOPE_METHODS, "backprop"])
 def test_every_example_has_its_own_direction(path: Path, make, method: str) -> None:
     """Slopes of the examples' shares of the loss, the same as each example alone gives."""
     engine, adapter, batch = load(path)

@@ -14,7 +14,7 @@ from fwdllm.bench.synthetic import make_decoder
 from fwdllm.engine import Engine, LoRAConfig
 from fwdllm.engine.data.batch import Batch, Tokens, pack, split
 from fwdllm.engine.errors import ConfigError
-from fwdllm.engine.settings import METHODS
+from fwdllm.engine.settings import SLOPE_METHODS
 from fwdllm.kernels.types import QuantType
 
 SHAPE = Shape(3, 256, 4, 2, 64, 512, 2048)
@@ -43,7 +43,7 @@ def test_split_keeps_every_row_and_label(max_rows: int) -> None:
         np.testing.assert_array_equal(part.ids[part.label_rows + 1], part.label_ids)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*SLOPE_METHODS, "backprop"])
 @pytest.mark.parametrize("block_rows", [8, 300])
 def test_blocks_and_several_passes_change_no_bit(
     model: Path, monkeypatch: pytest.MonkeyPatch, method: str, block_rows: int

@@ -37,10 +37,26 @@ def test_it_is_the_gradient(decoder: Path) -> None:
     check_against_autograd(decoder, LAST, EXAMPLES)
     engine = half_trained(Engine.load(decoder, LAST))
     batch = engine.encode(EXAMPLES)
-    found, whole = engine.readout_gradient(batch), engine.gradient(batch)
+    found, whole = engine.gradient(batch, "readout"), engine.gradient(batch)
     np.testing.assert_array_equal(found.values, whole.values)
     assert np.linalg.norm(found.values) > 0
     assert (found.loss, found.n_tokens) == (whole.loss, 2 * batch.n_rows)
+
+
+def test_slopes_are_those_of_backprop(decoder: Path) -> None:
+    """Of a batch, of its examples and of groups: the same bits, by less work."""
+    engine = half_trained(Engine.load(decoder, LAST))
+    batch, seeds = engine.encode(EXAMPLES), np.arange(6, dtype=np.uint64)
+    for options in ({}, {"per_example": True}):
+        exact, found = (
+            engine.directional_derivatives(batch, seeds, method, **options)
+            for method in ("backprop", "readout")
+        )
+        np.testing.assert_array_equal(found.derivative, exact.derivative)
+        assert (found.loss, 3 * found.n_tokens) == (exact.loss, 2 * exact.n_tokens)
+    groups = engine.group_derivatives(batch, [1, len(EXAMPLES) - 1], seeds.reshape(2, 3), "readout")
+    alone = engine.directional_derivatives(engine.encode(EXAMPLES[:1]), seeds[:3], "readout")
+    np.testing.assert_array_equal(groups[0].derivative, alone.derivative)
 
 
 def test_slopes_agree_with_differences(tmp_path: Path) -> None:
@@ -51,7 +67,7 @@ def test_slopes_agree_with_differences(tmp_path: Path) -> None:
         config = LoRAConfig(rank=3, targets=("ffn_down",), layers=(last,))
         engine = half_trained(Engine.load(path, config, exact=True))
         batch, seeds = engine.encode(EXAMPLES, 32), np.arange(4, dtype=np.uint64)
-        gradient = engine.readout_gradient(batch).values
+        gradient = engine.gradient(batch, "readout").values
         slopes = engine.directions.dot(engine.directions.project(gradient), seeds)
         probe = engine.directional_derivatives(batch, seeds, "central", 1e-3)
         np.testing.assert_allclose(slopes, probe.derivative, rtol=2e-2, atol=1e-4)
@@ -64,7 +80,7 @@ def test_no_product_goes_back(decoder: Path, monkeypatch: pytest.MonkeyPatch) ->
     engine = half_trained(Engine.load(decoder, LAST))
     for name in ("matmul_vjp", "attention_vjp", "swiglu_vjp"):
         monkeypatch.setattr(cpu, name, refuse)
-    engine.readout_gradient(engine.encode(EXAMPLES))
+    engine.gradient(engine.encode(EXAMPLES), "readout")
     with pytest.raises(AssertionError, match="vjp"):
         half_trained(Engine.load(decoder, LoRAConfig())).gradient(engine.encode(EXAMPLES))
 
@@ -81,7 +97,7 @@ def test_no_product_goes_back(decoder: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_other_adapters_are_refused(decoder: Path, tmp_path: Path, config: LoRAConfig) -> None:
     engine = Engine.load(decoder, config)
     with pytest.raises(ConfigError, match="--targets ffn_down --layers 2"):
-        engine.readout_gradient(engine.encode(EXAMPLES))
+        engine.gradient(engine.encode(EXAMPLES), "readout")
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "It rained."}\n' * 8)
     train = TrainConfig(2, method="readout")

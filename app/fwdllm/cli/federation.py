@@ -86,6 +86,7 @@ def simulate(
     from fwdllm.federation.simulation import simulate as run_simulation
     from fwdllm.protocol.presets import preset as settings_of
     from fwdllm.resources import parse_bytes
+    from fwdllm.tuning.recipes import recipe
     from fwdllm.tuning.run_directory import stop_on_interrupt
 
     saved = read_settings(config, federation=FederationConfig, lora=LoRAConfig)
@@ -94,13 +95,15 @@ def simulate(
     federation = settings_of(
         preset, **{"rounds": 50, **saved["federation"], **changes, **parse_settings(setting)}
     )
+    shape = {**saved["lora"], **given(LoRAConfig, settings)}
+    lora = dataclasses.replace(recipe(model, data, federation.method).lora, **shape)
     with stop_on_interrupt() as should_stop, simulation_progress(federation.rounds) as on_event:
         result = run_simulation(
             model,
             data,
             run_dir,
             federation,
-            lora=LoRAConfig(**{**saved["lora"], **given(LoRAConfig, settings)}),
+            lora=lora,
             partition=Partition(clients, dirichlet, user_field),
             fleet=Fleet(
                 tokens_per_s=client_speed, dropout=dropout, stragglers=stragglers, hostile=hostile
@@ -237,18 +240,22 @@ def init(
 ) -> None:
     """Write a Flower app directory that tunes a model on the nodes' data."""
     from fwdllm.federation.app_directory import init as write_app
+    from fwdllm.protocol.presets import preset as settings_of
+    from fwdllm.tuning.recipes import recipe
 
     changes = {} if per_round is None else {"per_round": per_round}
+    changes |= parse_settings(setting)
+    method = settings_of(preset, **{"rounds": rounds, **changes}).method
     path = write_app(
         folder,
         model,
         data,
         preset,
         rounds=rounds,
-        lora=LoRAConfig(**given(LoRAConfig, settings)),
+        lora=dataclasses.replace(recipe(model, data, method).lora, **given(LoRAConfig, settings)),
         eval_data=eval_data,
         min_nodes=min_nodes,
-        changes={**changes, **parse_settings(setting)},
+        changes=changes,
     )
     say(f"wrote {path}; start it with: flwr run {path} YOUR-SUPERLINK")
 

@@ -13,6 +13,7 @@ from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.files import atomic_write
 from fwdllm.engine.settings import LoRAConfig
 from fwdllm.protocol.presets import PRESETS, preset
+from fwdllm.tuning.recipes import recipe
 
 _Path = str | os.PathLike[str]
 
@@ -75,15 +76,17 @@ def init(
 
     folder: new or empty.  model: a GGUF file.  data: JSONL with the same labels as the nodes' data;
     only its labels are used.  name: a preset.  changes: settings that differ from the preset's.
-    eval_data: JSONL on which the server evaluates.  Errors: ConfigError, ModelError, DataError.
+    lora: shape of the adapter, by default that of the method's recipe.  eval_data: JSONL on which
+    the server evaluates.  Errors: ConfigError, ModelError, DataError.
     """
-    path, lora = Path(folder), lora or LoRAConfig()
+    path = Path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path} is not an empty folder; name a new one")
     labels = labels_of(read_jsonl(data))
     if eval_data is not None:
         read_jsonl(eval_data)
-    config = preset(name, rounds=rounds, **(changes or {}))
+    config = preset(name, **{"rounds": rounds, **(changes or {})})
+    lora = lora or recipe(model, data, config.method).lora
     engine = Engine.load(model, lora, labels=labels, seed=config.seed)
     engine.check_method(config.method)  # fail now, not in the run
     settings = {

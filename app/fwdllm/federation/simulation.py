@@ -37,6 +37,7 @@ from fwdllm.protocol.records import Meta
 from fwdllm.protocol.replay import verify
 from fwdllm.protocol.report import Report
 from fwdllm.protocol.server import Closed, Server
+from fwdllm.tuning.recipes import recipe
 
 # Without eval_data a tenth of the data is held out, at most this many examples.
 MOST_HELD_OUT = 1000
@@ -128,7 +129,8 @@ def simulate(
 
     model: a GGUF file, or hf://owner/repo/file.gguf.  data: JSONL, see ``engine.data.jsonl``.
     config: see ``protocol.federation``; ``protocol.presets.preset`` has those of papers.
-    lora: shape of the adapter.  partition, fleet: clients' data and devices.
+    lora: shape of the adapter, by default that of the method's recipe.  partition, fleet: clients'
+    data and devices.
     eval_data: JSONL to evaluate on; without it a tenth of ``data`` is kept, at most 1,000.
     resume: continue the run in run_dir; settings and data must be the same.
     device: of the clients, "cpu", or "cuda" for an NVIDIA GPU; the server is on the CPU.
@@ -151,7 +153,7 @@ def simulate(
     path = local_path(model)
     engine = Engine.load(
         path,
-        lora or LoRAConfig(),
+        lora or recipe(path, data, config.method).lora,
         labels=labels,
         literal=config.literal,
         seed=config.seed,

@@ -38,6 +38,7 @@ Seeds = Annotated[
     Field(min_length=1, max_length=_MAX_SEEDS),
     at_most(_MAX_SEEDS),
 ]
+Method = Literal["forward-ad", "central", "forward-difference", "backprop", "readout"]  # METHODS
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-3e38, le=3e38)]
 Name = Annotated[str, Field(min_length=1, max_length=64)]
 Layers = Annotated[list[int], Field(min_length=1, max_length=512), at_most(512)]
@@ -82,7 +83,7 @@ class EvaluateRequest(Strict):
     seeds: Seeds
     scope: ScopeRequest = ScopeRequest()
     distribution: Literal["normal", "rademacher"] = "normal"
-    method: Literal["forward-ad", "central", "forward-difference", "backprop"] | None = None
+    method: Method | None = None
     epsilon: Annotated[float, Field(gt=0, le=1)] = DEFAULT_EPSILON
     per_example: bool = False
     max_tokens: Annotated[int, Field(ge=2, le=2**20)] | None = None

@@ -11,9 +11,9 @@ from fwdllm.engine.data.jsonl import Data, labels_of, read_data
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.estimators import readout
 from fwdllm.engine.gguf.file import GGUFFile
-from fwdllm.engine.settings import LoRAConfig
+from fwdllm.engine.settings import EXACT_METHODS, LoRAConfig
 from fwdllm.hub import local_path
-from fwdllm.protocol.config import AUTO, EXACT_METHODS, TrainConfig
+from fwdllm.protocol.config import AUTO, TrainConfig
 
 DEFAULT_STEPS = 200
 

@@ -30,9 +30,9 @@ from fwdllm.engine.estimators.plan import n_lanes
 from fwdllm.engine.evaluation import Evaluation
 from fwdllm.engine.files import fingerprint
 from fwdllm.engine.gguf.file import GGUFFile
-from fwdllm.engine.settings import METHODS, DirectionsConfig, LoRAConfig
+from fwdllm.engine.settings import EXACT_METHODS, METHODS, DirectionsConfig, LoRAConfig
 from fwdllm.hub import local_path
-from fwdllm.protocol.config import AUTO, EXACT_METHODS, TrainConfig
+from fwdllm.protocol.config import AUTO, TrainConfig
 from fwdllm.protocol.local import Event, StepResult, n_trainable
 from fwdllm.resources import peak_rss_bytes
 from fwdllm.tuning.recipes import recipe_for
