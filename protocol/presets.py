@@ -120,6 +120,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 1.0,
         "schedule": "constant",
     },
+    # No paper's: slopes of the exact gradient of what a decoder's last layer writes, which cost a
+    # client no more than two passes forward, however many they are (engine/estimators/readout.py).
+    "readout": {
+        "per_round": 10,
+        "perturbations": 256,
+        "batch_size": 8,
+        "method": "readout",
+        "optimizer": "yogi",
+        "learning_rate": 1e-2,
+        "beta2": 0.99,
+        "schedule": "constant",
+    },
     # DPZero (arXiv 2310.09639): shared +-1 directions, clipped scalars with Gaussian noise.
     "dpzero": {
         "per_round": 100,

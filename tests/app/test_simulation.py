@@ -145,7 +145,8 @@ def test_every_preset_runs_and_replays(
         changes["local_steps"] = 3
     if name == "fwdllm":
         changes["variance_threshold"] = 1e-3  # asks for all its parts
-    result = simulated(bundled, data, few, tmp_path / "run", preset(name, **changes))
+    lora = None if name == "readout" else LORA  # its own
+    result = simulated(bundled, data, few, tmp_path / "run", preset(name, **changes), lora=lora)
     assert result.rounds == 2
     assert result.n_contributions > 0
     assert result.n_rejected == 0

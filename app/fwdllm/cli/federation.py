@@ -24,15 +24,13 @@ from fwdllm.cli.settings_file import read_settings
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.settings import LoRAConfig
 from fwdllm.protocol.federation import FederationConfig
+from fwdllm.protocol.presets import PRESETS
 
 ledger = typer.Typer(help="Look at, check and replay the record of a run.", no_args_is_help=True)
 federate = typer.Typer(help="Federations of many machines, with Flower.", no_args_is_help=True)
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of the run.")]
-Preset = Annotated[
-    str,
-    typer.Option(help="fwdllm, spry, spry-epoch, p-rge, mezo, fedkseed, fedavg or dpzero."),
-]
+Preset = Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}.")]
 PerRound = Annotated[
     int | None, typer.Option(help="Clients asked at a time.", show_default="the preset's")
 ]
