@@ -1,6 +1,6 @@
-// Attention's products on AMX's tiles, for whole blocks of 16 queries. Operands are the sums of two
-// bf16, whose products with each other are made but for that of the low ones: scores of plain bf16
-// would be wrong by 0.2%, and of no reference lane's error (docs/decisions.md).
+// Attention's products on AMX's tiles. Operands are sums of two bf16, of which all products are
+// made but those of two low parts: plain bf16 is wrong by up to 0.4%, and scores have no reference
+// lane whose rounding would take that out again (docs/decisions.md).
 #pragma once
 
 #include <cstdint>
@@ -20,8 +20,8 @@ namespace {
 // A word has elements w and w + kStepWords of a step, so that no vector needs a permutation.
 constexpr int64_t kStepA = 2 * kTileSize, kStepB = 4 * kTileSize;
 
-// x = high + low, to 2^-17 of it, bits of both in the upper halves. What is not finite is so in
-// low.
+// x = high + low, to 2^-17 of it, in the upper halves of words. low of what is not finite is
+// neither.
 inline void to_parts(VF x, VU* high, VU* low) {
     *high = ((VU)x + 0x8000) & 0xFFFF0000;
     const VF rest = x - (VF)*high;
@@ -93,7 +93,8 @@ struct TileProducts {
     // Two tiles of queries, which find the keys and values of the first in the L1 cache.
     static constexpr int kBlock = 2 * kTileSide;
     static constexpr int64_t kFirst = kStep, kPadded = kStep;
-    // Of values: 16 KiB, with the weights 32, pass for all tiles of queries and all dimensions.
+    // Of values at a time: 16 KiB of a panel, read by both tiles of queries, and 16 KiB of weights,
+    // read by all panels, stay in the L1 cache.
     static constexpr int64_t kSteps = 4;
 
     const Tiles registers;
