@@ -21,4 +21,5 @@ rm "$build"/site/fwdllm/kernels/cpu/_native*
 cp "$build"/_native* "$build/site/fwdllm/kernels/cpu"
 # FWDLLM_ISA, set, also keeps test_every_isa from repeating all of it.
 FWDLLM_ISA=amx PYTHONPATH=$build/site "$python" -m pytest -q -p no:cacheprovider \
-  tests/kernels/test_kernels_cpu.py tests/kernels/test_tangents.py tests/kernels/test_vjps.py "$@"
+  tests/kernels/test_kernels_cpu.py tests/kernels/test_attention.py tests/kernels/test_tangents.py \
+  tests/kernels/test_vjps.py "$@"

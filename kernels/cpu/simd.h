@@ -65,9 +65,25 @@ inline VF splat(float x) {  // VF{} + x would cost an addition: 0 + x is not x i
 inline VF as_float(VI v) { return (VF)v; }
 inline VI as_int(VF v) { return (VI)v; }
 inline VF to_float(VI v) { return __builtin_convertvector(v, VF); }
-inline VF select(VI mask, VF a, VF b) { return (VF)((mask & (VI)a) | (~mask & (VI)b)); }
-inline VF vmax(VF a, VF b) { return select(a > b, a, b); }
-inline VF vmin(VF a, VF b) { return select(a < b, a, b); }
+inline VF select(VI mask, VF a, VF b) { return mask ? a : b; }
+inline VF vmax(VF a, VF b) {  // b if one is NaN; here and below compilers need several instructions
+#if defined(__AVX512F__)
+    return (VF)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (VF)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return select(a > b, a, b);
+#endif
+}
+inline VF vmin(VF a, VF b) {
+#if defined(__AVX512F__)
+    return (VF)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (VF)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return select(a < b, a, b);
+#endif
+}
 
 // a * b + c. Explicit, because batch invariance needs every instance of a kernel to round alike,
 // and the compiler is told not to contract on its own.

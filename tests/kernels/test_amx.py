@@ -23,6 +23,8 @@ pytestmark = pytest.mark.skipif(
 
 # Of two tiles of sums along 32 bf16: 3 loads for 2 products.
 STEP = ["load 3", "load 2", "sums 0", "load 2", "sums 1"]
+# Of operands in two parts, high and low: 7 loads for 6 products.
+PARTS = "load 2,load 3,sums 0,load 3,sums 1,load 3,sums 0,load 3,sums 1,load 2,sums 1,load 3,sums 0"
 
 
 def functions() -> list[list[str]]:
@@ -54,4 +56,5 @@ def test_products_on_tiles_load_no_more_than_they_need() -> None:
     for lines in found:
         assert {"begin", "end"} <= set(lines)  # no function leaves tiles in use
     text = "\n".join("\n".join(lines) for lines in found)
-    assert "\n".join(STEP) in text
+    for step in (STEP, PARTS.split(",")):
+        assert "\n".join(step) in text
