@@ -7,7 +7,8 @@
 Activations are [rows, width], float32, on a GPU also bfloat16. Rows of lanes are equal slices, one
 lane after the other (see ``Lanes``). Operations that are not linear take a number ``tangents``:
 rows are then 1 + tangents equal slices, a primal and directional derivatives of it, and so is the
-result. ``exact`` asks for matmuls in float32; without it they may be in int8 or bfloat16.
+result. ``exact`` asks for matmuls in float32; without it they may be in int8 or bfloat16. Attention
+has at least 16 bits of its operands on AMX's tiles, elsewhere on CPUs all of them.
 
 Shapes that do not fit raise ValueError, an index out of range ValueError or IndexError. Contents of
 arrays that are on a GPU already are not checked.
