@@ -353,6 +353,11 @@ class FlowerNetwork:
             self.kill_node(i)
             time.sleep(3)
 
+    def workers(self, i: int) -> list[psutil.Process]:
+        """The processes that compute for warm node ``i``: one, once it has had a message."""
+        started = self._members[f"node-{i}"].descendants()
+        return [p for p in started if _alive(p) and "spawn_main" in " ".join(p.cmdline())]
+
     def kill_node(self, i: int) -> None:
         """Kills node ``i``, its ClientApp included."""
         self._members.pop(f"node-{i}").kill()
