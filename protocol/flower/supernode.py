@@ -40,6 +40,11 @@ from fwdllm.protocol.flower.worker import Answer, Worker
 # Seconds without a message after which the model leaves the memory: longer than rounds take, and
 # loading it again is a second.
 _IDLE = 600.0
+# Parts of a message: itself, its content and our record in that. They travel at the same time, as
+# SuperLink tells of a message with the first, and who then misses the last waits a second.
+_PARTS = 3
+# Instead of that second.
+_BACKOFF = 0.1
 # Runs whose settings and states are kept; a state is of the adapter's size, times up to three.
 _MAX_RUNS = 4
 
@@ -130,6 +135,8 @@ class _Node:
             lambda object_id: self._pull(run_id, object_id),
             lambda object_id: self._confirm(run_id, object_id),
             return_type=Message,
+            max_concurrent_pulls=_PARTS,
+            initial_backoff=_BACKOFF,
         )
         message.metadata.__dict__["_message_id"] = tree.object_id  # it does not hold its own
         reply = self._reply(message, run_id)
@@ -139,6 +146,7 @@ class _Node:
             get_all_nested_objects(reply),
             lambda object_id, content: self._push(run_id, session, object_id, content),
             object_ids_to_push=wanted,
+            max_concurrent_pushes=_PARTS,
         )
         log(INFO, "a message was answered in %.2f s", time.monotonic() - began)
 
