@@ -299,8 +299,10 @@ def test_warm_nodes_give_the_bits_of_a_simulation_whatever_dies(
     assert last_hash(app / "run") == simulated(network, bundled, pirate, tmp_path, rounds)
     with Ledger(app / "run" / NAME) as ledger:
         assert ledger.rejections() == []
-        for _, asked, accepted, _, _ in ledger.traffic_by_client():
-            assert (asked, accepted) == (rounds, rounds)
+        traffic = ledger.traffic_by_client()
+    assert all((asked, accepted) == (rounds, rounds) for _, asked, accepted, _, _ in traffic)
+    with Ledger(tmp_path / "simulation" / NAME) as ledger:
+        assert ledger.traffic_by_client() == traffic  # no state was lost and sent again
     assert [network.workers(i) == kept[i] for i in range(N_NODES)] == [False, False, True]
     assert left.is_running()
 

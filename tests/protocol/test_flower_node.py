@@ -134,7 +134,7 @@ def test_rounds_by_warm_processes_have_the_bits_of_new_ones(
     workers = [start(NodeConfig(str(path))) for path in data]
     states: list[bytes | None] = [None, None]
     cold_states = list(states)
-    pids = set()
+    pids, first = set(), None
     while not server.done:
         for assignment in server.open_part([0, 1], 0.0):
             i, task = assignment.client, task_of(server, assignment)
@@ -145,12 +145,17 @@ def test_rounds_by_warm_processes_have_the_bits_of_new_ones(
             assert report_of(warm) == report_of(Answer(report))
             assert warm.state == cold_states[i]
             states[i] = warm.state
+            first = first or (i, task, report_of(warm))
             assert warm.report is not None
             assert server.receive(i, warm.report, 0.0) is None
             pids.add(workers[i].pid)
         server.close_part(0.0)
     assert len(pids) == 2  # each worker lived from the first message to the last
     assert os.getpid() not in pids
+    # Of a run that begins again, nothing is left.
+    assert first is not None
+    i, task, expected = first
+    assert report_of(workers[i].ask(config, task, None)) == expected
 
 
 def test_killed_worker_is_replaced_and_the_message_answered(
