@@ -212,8 +212,9 @@ def test_worker_killed_in_a_message_is_replaced_and_the_message_answered(
         answer = pool.submit(worker.ask, run_config(bundled), task, None)
         with reader_waits(data[0]):
             first = kill(worker)
+            # Until its last thread has ended, the pipe has a reader.
+            await_true(lambda: worker.pid not in (None, first))
         with reader_waits(data[0]) as end:
-            assert worker.pid != first
             os.write(end, content)
         assert report_of(answer.result(TIMEOUT)) == expected
 
@@ -226,9 +227,11 @@ def test_message_that_kills_every_worker_is_given_up(
     worker = start(NodeConfig(str(data[0])))
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(worker.ask, run_config(bundled), task, None)
+        seen: set[int | None] = {None}
         for _ in range(2):
+            await_true(lambda: worker.pid not in seen)
             with reader_waits(data[0]):
-                kill(worker)
+                seen.add(kill(worker))
         with pytest.raises(WorkerError, match="died 2 times over one message"):
             answer.result(TIMEOUT)
     assert worker.pid is None
