@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from flwr.app import ConfigRecord, RecordDict
+from typing import TYPE_CHECKING, Any
 
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import ConfigError
@@ -15,6 +13,9 @@ from fwdllm.engine.settings import LoRAConfig
 from fwdllm.protocol.federation import FederationConfig
 from fwdllm.protocol.presets import preset
 from fwdllm.protocol.wire import WireError
+
+if TYPE_CHECKING:  # the process that computes does without Flower, which takes a second to import
+    from flwr.app import ConfigRecord, RecordDict
 
 # The key of our record in a message, and of a client's state in its Flower context.
 RECORD = "fwdllm"
@@ -34,7 +35,7 @@ class Task:
 
     def content(self) -> RecordDict:
         """As the content of a message."""
-        return RecordDict({RECORD: ConfigRecord(dict(vars(self)))})
+        return _content(dict(vars(self)))
 
     @staticmethod
     def of(content: RecordDict) -> Task:
@@ -55,7 +56,7 @@ class Reply:
     def content(self) -> RecordDict:
         """As the content of a message."""
         value: dict[str, Any] = {"lost": True} if self.report is None else {"report": self.report}
-        return RecordDict({RECORD: ConfigRecord(value)})
+        return _content(value)
 
     @staticmethod
     def of(content: RecordDict) -> Reply:
@@ -70,7 +71,15 @@ class Reply:
         return Reply(report if isinstance(report, bytes) else b"")
 
 
+def _content(value: dict[str, Any]) -> RecordDict:
+    from flwr.app import ConfigRecord, RecordDict
+
+    return RecordDict({RECORD: ConfigRecord(value)})
+
+
 def _record(content: RecordDict) -> ConfigRecord:
+    from flwr.app import ConfigRecord
+
     record = content.get(RECORD)
     if not isinstance(record, ConfigRecord):
         raise WireError(f"a message has no record {RECORD!r}")

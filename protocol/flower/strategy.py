@@ -6,13 +6,15 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from logging import INFO, WARNING
+from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import Result, Strategy
 
 from fwdllm.protocol import wire
+from fwdllm.protocol.flower.mail import Mail
 from fwdllm.protocol.flower.messages import Reply, Task
 from fwdllm.protocol.ledger import Ledger
 from fwdllm.protocol.plan import Assignment
@@ -30,6 +32,7 @@ class FwdLLMStrategy(Strategy):
     ``num_rounds=strategy.rounds_left``. ``timeout`` of ``start`` limits the first request of a
     round; ``FederationConfig.deadline`` limits further ones. A round closes with a quorum
     (``FederationConfig.quorum``) of answers; nodes that have vanished cost nothing but the wait.
+    Answers that come later are rejected as late.
     One Flower round is one update of the adapter, in as many requests as pacing wants.
 
     Clients are numbered in the order in which their nodes first appear.
@@ -67,6 +70,14 @@ class FwdLLMStrategy(Strategy):
     def arrays(self) -> ArrayRecord:
         """The adapter: theta, float32 [n]."""
         return ArrayRecord({"theta": Array(self.server.replica.theta.copy())})
+
+    def start(self, grid: Grid, *args: Any, **kwargs: Any) -> Result:
+        """See Flower's. Replies that come after their part has closed are recorded as late."""
+        mail = Mail(grid)
+        result = super().start(mail, *args, **kwargs)
+        self._take(mail.pull())
+        mail.close()
+        return result
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -396,6 +396,19 @@ def test_ledger_commands_want_a_ledger(cli: Cli, tmp_path: Path) -> None:
         assert (done.code, "there is no ledger at" in done.err) == (2, True)
 
 
+def test_federate_node_refuses_files_that_are_no_keys(cli: Cli, few: Path, tmp_path: Path) -> None:
+    pytest.importorskip("flwr")
+    node = ["federate", "node", "--superlink", "127.0.0.1:9", "--data", few]
+    for options, said in (
+        (["--root-certificates", tmp_path / "none"], f"cannot read {tmp_path / 'none'}: No such"),
+        (["--auth-supernode-private-key", tmp_path / "none"], "cannot read"),
+        (["--auth-supernode-private-key", few], "is not a private key of ssh-keygen"),
+        (["--memory-budget", "much"], "an amount of memory is like"),
+    ):
+        done = cli(*node, *options)
+        assert (done.code, said in done.err) == (2, True), done.err
+
+
 def test_federate_init_writes_an_app(cli: Cli, bundled: Path, few: Path, tmp_path: Path) -> None:
     folder = tmp_path / "app"
     options = ["--model", bundled, "--data", few, "--preset", "spry", "--rounds", "7"]

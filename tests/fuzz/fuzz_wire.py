@@ -7,7 +7,6 @@ import sys
 from contextlib import closing
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
 from typing import Any
 
 from changes import change_bytes
@@ -21,7 +20,7 @@ _WORDS = [b"theta", b"round", b"gradient", b"optimizer.", b"step", b"mean"]
 def _make(folder: Path) -> None:
     import ledger_runs  # noqa: F401
 
-    import fwdllm.protocol.flower.client_app  # noqa: F401
+    import fwdllm.protocol.flower.node  # noqa: F401
 
     # In a child, as it computes.
     ended = run(lambda: _runs(folder), folder / "log", 120, 1 << 30)
@@ -73,7 +72,7 @@ def _check(_: Any, case: Path) -> list[Row]:
     from ledger_runs import reopen
 
     from fwdllm.protocol import wire
-    from fwdllm.protocol.flower.client_app import _synchronize
+    from fwdllm.protocol.flower.node import synchronize
     from fwdllm.protocol.replica import Replica
     from fwdllm.protocol.server import Server
 
@@ -92,8 +91,7 @@ def _check(_: Any, case: Path) -> list[Row]:
             rows.append(refused_or_ok("close", lambda: server.close_part(1.0)))
         if changed in ("sync", "state"):
             replica = Replica(ledger.meta.config, ledger.meta.empty_adapter())
-            node: Any = SimpleNamespace(state={})
-            rows.append(refused_or_ok("follow", lambda: _synchronize(replica, node, content, 2)))
+            rows.append(refused_or_ok("follow", lambda: synchronize(replica, None, content, 2)))
     return rows
 
 

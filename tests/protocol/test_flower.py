@@ -62,6 +62,16 @@ def network(pirate: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield running
 
 
+@pytest.fixture(scope="module")
+def warm_network(pirate: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlowerNetwork]:
+    """Nodes that keep their model."""
+    folder = tmp_path_factory.mktemp("warm")
+    with FlowerNetwork(
+        folder, N_NODES, node_config=lambda i: {"data": str(pirate / f"data-{i}.jsonl")}, warm=True
+    ) as running:
+        yield running
+
+
 def write_app(folder: Path, bundled: Path, pirate: Path, rounds: int, **changes: object) -> Path:
     return init(
         folder,
@@ -225,6 +235,99 @@ def test_bad_records_are_rejected_and_the_round_goes_on(
         assert expected in reason
     assert accepted == {client: 0 if client == hostile else 4 for client in range(N_NODES)}
     assert "no such luck" in network.server_log(run)
+
+
+LATE_CLIENT = '''
+"""An honest client, but for the node with number 2, which is slow in the first round."""
+
+import json
+import time
+
+from fwdllm.protocol import wire
+from fwdllm.protocol.flower.client_app import train as honest
+from fwdllm.protocol.flower.messages import Task
+
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+
+
+@app.train()
+def train(message, context):
+    if context.node_config["partition-id"] == 2:
+        if wire.decode_assignment(Task.of(message.content).assignment).round == 0:
+            time.sleep(DEADLINE + 5)
+    return honest(message, context)
+'''
+
+
+def test_late_replies_are_recorded(
+    network: FlowerNetwork, bundled: Path, pirate: Path, tmp_path: Path
+) -> None:
+    deadline = 20.0
+    app = write_app(tmp_path / "app", bundled, pirate, rounds=2, deadline=deadline)
+    late = LATE_CLIENT.replace("DEADLINE", str(deadline))
+    (app / "federation" / "client.py").write_text(late, encoding="utf-8")
+    assert network.wait(network.run(app), TIMEOUT) == "finished:completed"
+    last_hash(app / "run")
+    slow = sorted(network.node_ids).index(network.node_ids[2])
+    with Ledger(app / "run" / NAME) as ledger:
+        assert ledger.n_rounds == 2
+        assert ledger.rejections() == [(0, 0, slow, "late")]
+        accepted = {client: n for client, _, n, _, _ in ledger.traffic_by_client()}
+    assert accepted == {client: 1 if client == slow else 2 for client in range(N_NODES)}
+
+
+def test_warm_nodes_give_the_bits_of_a_simulation_whatever_dies(
+    warm_network: FlowerNetwork, bundled: Path, pirate: Path, tmp_path: Path
+) -> None:
+    network, rounds = warm_network, 8
+    app = write_app(tmp_path / "app", bundled, pirate, rounds=rounds)
+    run = network.run(app)
+    await_contributions(app / "run", 2 * N_NODES)
+    kept = [network.workers(i) for i in range(N_NODES)]
+    [stopped], [killed], [left] = kept
+    killed.kill()
+    stopped.suspend()
+    # The others go on to the end of the round, which then waits for the process that was stopped.
+    answered = network.logs()["node-2"].count("was answered")
+    while network.logs()["node-2"].count("was answered") < answered + 1:
+        assert network.status(run) == "running"
+    time.sleep(2)
+    stopped.kill()
+    assert network.wait(run, TIMEOUT) == "finished:completed"
+    assert last_hash(app / "run") == simulated(network, bundled, pirate, tmp_path, rounds)
+    with Ledger(app / "run" / NAME) as ledger:
+        assert ledger.rejections() == []
+        traffic = ledger.traffic_by_client()
+    assert all((asked, accepted) == (rounds, rounds) for _, asked, accepted, _, _ in traffic)
+    with Ledger(tmp_path / "simulation" / NAME) as ledger:
+        assert ledger.traffic_by_client() == traffic  # no state was lost and sent again
+    assert [network.workers(i) == kept[i] for i in range(N_NODES)] == [False, False, True]
+    assert left.is_running()
+
+
+def test_warm_node_tells_the_server_its_errors_and_its_end(
+    warm_network: FlowerNetwork, bundled: Path, pirate: Path, tmp_path: Path
+) -> None:
+    network, data = warm_network, pirate / "data-2.jsonl"
+    aside = data.rename(tmp_path / "aside.jsonl")
+    app = write_app(tmp_path / "app", bundled, pirate, rounds=2)
+    try:
+        run = network.run(app)
+        await_contributions(app / "run", N_NODES - 1)
+    finally:
+        aside.rename(data)
+    assert network.wait(run, TIMEOUT) == "finished:completed"
+    said = f"<class 'fwdllm.engine.errors.DataError'>:<'{data} does not exist'>"
+    assert said in network.server_log(run)
+    [worker] = network.workers(2)
+    network.stop_node(2)
+    assert not worker.is_running()
+    began = time.monotonic()
+    network.start_node(2)  # at once, as SuperLink knows that it had ended
+    assert time.monotonic() - began < 30
+    assert REFUSED not in network.logs()["node-2"]
 
 
 def test_unknown_nodes_do_not_get_in(network: FlowerNetwork, tmp_path: Path) -> None:

@@ -244,6 +244,7 @@ class FlowerNetwork:
 
     Node ``i`` gets ``partition-id`` and ``num-partitions``, and what ``node_config(i)`` adds, as
     its ``context.node_config``. ``environment`` is added to that of every process, apps included.
+    ``warm`` nodes are those of ``fwdllm federate node`` instead of Flower's own.
     """
 
     def __init__(
@@ -253,6 +254,7 @@ class FlowerNetwork:
         *,
         node_config: Callable[[int], Mapping[str, Scalar]] | None = None,
         environment: Mapping[str, str] | None = None,
+        warm: bool = False,
     ) -> None:
         self.folder = folder.resolve()
         self.nodes = nodes
@@ -261,6 +263,7 @@ class FlowerNetwork:
         self.certificates = write_certificates(self.folder / "tls")
         self.node_ids: list[int] = []
         self._node_config = node_config
+        self._warm = warm
         # Flower looks for its own programs on the path. Settings of the machine stay out.
         scripts = str(Path(sys.executable).parent)
         outer = {name: value for name, value in os.environ.items() if not name.startswith("FLWR_")}
@@ -349,6 +352,11 @@ class FlowerNetwork:
                     raise
             self.kill_node(i)
             time.sleep(3)
+
+    def workers(self, i: int) -> list[psutil.Process]:
+        """The processes that compute for warm node ``i``: one, once it has had a message."""
+        started = self._members[f"node-{i}"].descendants()
+        return [p for p in started if _alive(p) and "spawn_main" in " ".join(p.cmdline())]
 
     def kill_node(self, i: int) -> None:
         """Kills node ``i``, its ClientApp included."""
@@ -470,10 +478,21 @@ class FlowerNetwork:
 
     def _spawn_node(self, i: int) -> Member:
         extra = self._node_config(i) if self._node_config else {}
+        if self._warm:
+            return self._spawn_warm(f"node-{i}", extra, self.keys[i])
         config: dict[str, Scalar] = {"partition-id": i, "num-partitions": self.nodes, **extra}
         return self._spawn_supernode(
             f"node-{i}", config, self.keys[i], self.certificates.authority, arguments=()
         )
+
+    def _spawn_warm(self, name: str, config: Mapping[str, Scalar], key: Path) -> Member:
+        command: list[object] = [sys.executable, "-m", "fwdllm", "federate", "node"]
+        command += ["--superlink", f"{HOST}:{self.port}"]
+        command += ["--root-certificates", self.certificates.authority]
+        command += ["--auth-supernode-private-key", key]
+        for option, value in config.items():
+            command += [f"--{option}", value]
+        return self._spawn(name, command)
 
     def _spawn_supernode(
         self,

@@ -281,3 +281,39 @@ def _digest(name: str, text: str | None) -> bytes | None:
     if found is not None and len(found) != 32:
         raise ConfigError(f"{name} takes 64 hexadecimal digits, not {text!r}")
     return found
+
+
+@federate.command()
+def node(
+    *,
+    superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="SuperLink's address.")],
+    data: Annotated[Path, typer.Option("--data", help="JSONL file of the node's examples.")],
+    model: Annotated[
+        Path | None, typer.Option("--model", help="GGUF file.", show_default="the app's")
+    ] = None,
+    root_certificates: Annotated[
+        Path | None,
+        typer.Option(help="PEM file of SuperLink's authority.", show_default="the system's"),
+    ] = None,
+    auth_supernode_private_key: Annotated[
+        Path | None, typer.Option(help="The node's key, if SuperLink asks for one.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Without TLS.")] = False,
+    memory_budget: MemoryBudget = None,
+) -> None:
+    """Take part as a node that keeps model and data between messages. Ctrl-C ends it."""
+    try:
+        from fwdllm.protocol.flower.node import NodeConfig
+        from fwdllm.protocol.flower.supernode import Link, run
+    except ImportError as error:  # another version of Flower may have it elsewhere
+        raise ConfigError(
+            f"a node needs Flower 1.42 ({error}): pip install 'fwdllm[federation]', or use "
+            "flower-supernode"
+        ) from error
+    from fwdllm.resources import parse_bytes
+
+    budget = parse_bytes(memory_budget) if memory_budget else None
+    run(
+        Link(superlink, root_certificates, auth_supernode_private_key, insecure),
+        NodeConfig(str(data.absolute()), None if model is None else str(model), budget),
+    )

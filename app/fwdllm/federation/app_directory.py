@@ -54,7 +54,7 @@ clientapp = "federation.client:app"
 
 _SHIM = '''"""The {what} of fwdllm; one of your own can use fwdllm.protocol.flower instead."""
 
-from fwdllm.protocol.flower import {what_module} as app
+from fwdllm.protocol.flower.{what_module} import app
 
 __all__ = ["app"]
 '''

@@ -1,0 +1,146 @@
+"""A client's model and data, and its answers to the server's messages; without Flower."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fwdllm.engine.data.jsonl import Example, check_labels, read_jsonl
+from fwdllm.engine.engine import Engine
+from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.files import fingerprint
+from fwdllm.engine.gguf.file import GGUFFile
+from fwdllm.protocol import wire
+from fwdllm.protocol.client import answer
+from fwdllm.protocol.flower.messages import Settings, Task
+from fwdllm.protocol.replica import Replica
+
+
+@dataclass(frozen=True)
+class NodeConfig:
+    """What a node's owner says.
+
+    data: path of a JSONL file.  model: path of the GGUF file, None: that of the run's settings.
+    memory_budget: the most bytes to use, or None.
+    """
+
+    data: str
+    model: str | None = None
+    memory_budget: int | None = None
+
+    @staticmethod
+    def of(config: Mapping[str, Any]) -> NodeConfig:
+        """From a node's configuration in Flower. Errors: ConfigError."""
+        data, model = config.get("data"), config.get("model")
+        if not data:
+            raise ConfigError("the node's configuration does not name its data")
+        budget = config.get("memory-budget")
+        return NodeConfig(
+            str(data),
+            None if model is None else str(model),
+            None if budget is None else int(budget),
+        )
+
+
+class Node:
+    """Answers messages, and keeps the model and the data from one to the next.
+
+    Both are looked at again for every message, and read again if their files have changed. What a
+    message does to the adapter is in the state that is returned with the answer, and nowhere else:
+    an answer's bits do not depend on earlier messages.
+    """
+
+    def __init__(self, config: NodeConfig) -> None:
+        self._config = config
+        self._settings: Settings | None = None
+        self._engine: Engine | None = None
+        self._empty = np.zeros(0, np.float32)
+        self._examples: list[Example] = []
+        self._version: tuple[int, ...] = ()
+
+    def answer(
+        self, settings: Settings, task: Task, saved: bytes | None
+    ) -> tuple[bytes | None, bytes | None]:
+        """The encoded report on a message, and the client's state after it.
+
+        saved: the state after an earlier message of the run, or None. (None, None) if that state
+        was lost which the message's updates build on. Errors: FwdllmError.
+        """
+        began = time.perf_counter()
+        engine = self._load(settings, json.loads(task.model))
+        assert engine.adapter is not None
+        engine.adapter.theta[:] = self._empty
+        replica = Replica(settings.federation, engine.adapter)
+        assignment = wire.decode_assignment(task.assignment)
+        if not synchronize(replica, saved, task.synchronization, assignment.round):
+            return None, None
+        arrays = {name: a for name, a in replica.to_arrays().items() if name != "gradient"}
+        state = wire.encode_state(arrays)
+        report = answer(engine, replica.space, assignment, self._read(settings, engine))
+        report = dataclasses.replace(report, seconds=time.perf_counter() - began)
+        return wire.encode_report(report), state
+
+    def _load(self, settings: Settings, expected: Mapping[str, object]) -> Engine:
+        path = self._config.model or settings.model
+        file = GGUFFile.open(path)  # another object if the file is another
+        if expected != fingerprint(*file.paths):
+            raise ConfigError(f"{path} is not the model of this federation")
+        if self._engine is None or self._engine.file is not file or self._settings != settings:
+            self._engine, self._version = None, ()  # not both models in memory
+            self._engine = settings.engine(path, self._config.memory_budget)
+            assert self._engine.adapter is not None
+            self._empty = self._engine.adapter.theta.copy()
+            self._settings = settings
+        return self._engine
+
+    def _read(self, settings: Settings, engine: Engine) -> list[Example]:
+        version = _version_of(Path(self._config.data))
+        if not version or version != self._version:
+            self._version = ()
+            examples = read_jsonl(Path(self._config.data))
+            if settings.labels:
+                check_labels(examples, settings.labels)
+            # Tokens are not kept: those of a batch take less than a millisecond.
+            self._examples = engine.separate(examples)
+            self._version = version
+        return self._examples
+
+
+def _version_of(path: Path) -> tuple[int, ...]:
+    """What differs between a file's versions; () if there is no telling."""
+    try:
+        facts = os.stat(path)
+    except (OSError, ValueError):  # the error that says what is wrong is raised when it is read
+        return ()
+    # With the time of the last change of its attributes: a copy may keep the other's time.
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
+
+
+def synchronize(replica: Replica, saved: bytes | None, data: bytes, round: int) -> bool:
+    """Bring a replica from its saved state to a round; False if that state was lost.
+
+    data: see ``Server.synchronize``. Errors: WireError, NumericsError.
+    """
+    messages = wire.decode_many(data)
+    states = [m for m in messages if wire.is_state(m)]
+    if not states and saved is not None:
+        states = [saved]
+    for state in states:
+        try:
+            replica.load_arrays(wire.decode_state(state))
+        except ValueError as error:
+            raise wire.WireError(f"a state is not of this run: {error}") from error
+    for message in messages:
+        if not wire.is_state(message):
+            update = wire.decode_update(message)
+            if update.round == replica.round:  # earlier updates are in the saved state
+                replica.apply(update)
+    return replica.round == round
