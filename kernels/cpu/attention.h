@@ -173,7 +173,7 @@ inline void attend(const Attention& a, int64_t row0, int64_t n, int64_t kv_head)
 
 #if defined(FWDLLM_TILES)
 // Shorter sequences are multiplied by vectors: blocks and steps of 32 would be padding. Tiles took
-// 1.5 times as long for 16 tokens; for 32 they take 1.15 times as long for a primal, but 0.75 with
+// 1.5 times as long for 16 tokens; for 32 they take 1.2 times as long for a primal, but 0.75 with
 // 7 tangents and 0.9 back; for 64 as long, 0.8 and 0.7. The primal is to have one result with and
 // without tangents.
 constexpr int64_t kFewTokens = 32;
