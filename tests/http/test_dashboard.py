@@ -109,13 +109,12 @@ def test_a_job_is_started_watched_and_used(server: Server, browser: Any, tmp_pat
         tab.click("#job-start")
         tab.wait_for_selector('#runs li[data-status="running"]')
         page.await_points(3)
-        early = page.number("#loss-chart", "data-last-loss")
         page.await_points(12)  # the curve moves by itself
         assert "pirate" in page.await_text("#run-title")
         page.keep("dashboard-running")
         tab.wait_for_selector('#runs li[data-status="succeeded"]')
         assert page.number("#loss-chart", "data-points") == 30
-        assert page.number("#loss-chart", "data-last-loss") < early
+        assert page.number("#loss-chart", "data-last-loss") < 6.6  # 6.95 of the model as it is
         with tab.expect_download() as download:
             tab.click("#download-adapter")
         saved = tmp_path / download.value.suggested_filename

@@ -120,10 +120,14 @@ def test_matmul(type: QuantType, rows: int, n_in: int, n_out: int, rank: int, se
     lora = random_lora(rng, weight.n_in, n_out, rank) if rank else None
     w = dequantize(weight).astype(np.float64)
     want = dy @ w
+    most = 1e-6 * float(np.linalg.norm(want))
     if lora is not None:
         want += lora.scale * (dy @ lora.b.astype(np.float64)) @ lora.a
-    assert relative_error(reference.matmul_vjp(dy, weight, lora=lora), want) < 1e-6
-    assert relative_error(cpu.matmul_vjp(dy, weight, lora=lora, exact=True), want) < 1e-6
+        # Sums of few ranks may cancel, and with one rank such a sum is in every element.
+        terms = lora.scale * (np.abs(dy) @ np.abs(lora.b)) @ np.abs(lora.a)
+        most += 1e-7 * float(np.linalg.norm(terms))
+    assert np.linalg.norm(reference.matmul_vjp(dy, weight, lora=lora) - want) < most
+    assert np.linalg.norm(cpu.matmul_vjp(dy, weight, lora=lora, exact=True) - want) < most
     fast = cpu.matmul_vjp(dy, weight, lora=lora)
     assert relative_error(fast, want) < (0.02 if type in QUANTIZED else 5e-3)
     half = rows // 2  # a row has its bits in any company
