@@ -65,7 +65,12 @@ def curves(
     axes.grid(color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.legend(
-        frameon=False, labelcolor=_TEXT, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5)
+        frameon=False,
+        labelcolor=_TEXT,
+        fontsize=7,
+        handlelength=3,  # so that dashes show
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
     )
     figure.savefig(path, format="png")
 
