@@ -33,6 +33,7 @@ from federated_report import Row, plot, report
 from fwdllm.engine import Engine, LoRAConfig, read_jsonl
 from fwdllm.engine.data.jsonl import Example, labels_of, split
 from fwdllm.engine.errors import NumericsError
+from fwdllm.engine.estimators.exact import PASSES
 from fwdllm.engine.estimators.plan import plan
 from fwdllm.engine.files import fingerprint
 from fwdllm.engine.settings import EXACT_METHODS
@@ -56,8 +57,7 @@ if TYPE_CHECKING:
 
 BUDGET, HELD_OUT, EVALUATIONS = 800_000, 1000, 8
 # Forward and two backward, or as the engine: forward, forward again, and back.
-BACKPROP_LANES = 3
-_PASSES = {"backprop": BACKPROP_LANES, "readout": 2}
+BACKPROP_LANES = PASSES["backprop"]
 _SAMPLE = 500  # examples whose tokens tell the mean length
 
 LORA = LoRAConfig(rank=8, alpha=16)
@@ -103,8 +103,8 @@ _FEDAVG = {
     "head_perturbations": 1,
 }
 
+_LOCAL = {**_FEDAVG, "local_steps": 4}
 _ALL = {"per_round": 100, "batch_size": 2, "max_tokens": 192}
-_READOUT = {"method": "readout", "split": False, "perturbations": 256, "learning_rate": 5e-3}
 
 RUNS = {
     "fwdllm": Run("fwdllm", _FWDLLM),
@@ -139,18 +139,15 @@ RUNS = {
     "fedavg, backprop": Run("fedavg", _FEDAVG, backprop=True),
     "fedavg by this engine": Run("fedavg", {"method": "backprop", **_FEDAVG}),
     # Everybody in every round, with little: batches of two.
-    "decoder: spry": Run("spry", {**_ALL, "learning_rate": 1e-3}),
-    "decoder: fwdllm": Run("fwdllm", {**_ALL, "learning_rate": 1e-2, "pacing": False}),
+    "decoder: spry": Run("spry", {**_ALL, "learning_rate": 3e-3}),
+    "decoder: fwdllm": Run("fwdllm", {**_ALL, "learning_rate": 3e-2, "pacing": False}),
     "decoder: fedavg by backprop": Run(
-        "fedavg", {**_ALL, **_FEDAVG, "method": "backprop", "local_steps": 4}
+        "fedavg", {**_ALL, **_LOCAL, "method": "backprop", "client_learning_rate": 6e-3}
     ),
     "decoder: fedavg by readout": Run(
-        "fedavg", {**_ALL, **_FEDAVG, "method": "readout", "local_steps": 4}, None
+        "fedavg", {**_ALL, **_LOCAL, "method": "readout", "client_learning_rate": 5e-3}, None
     ),
-    "decoder: readout, 256 slopes": Run("spry", {**_ALL, **_READOUT}, None),
-    "decoder: readout, 4096 shared slopes": Run(
-        "spry", {**_ALL, **_READOUT, "seeds": "shared", "perturbations": 4096}, None
-    ),
+    "decoder: readout, 256 slopes": Run("readout", _ALL, None),
 }
 ENCODER_RUNS = [name for name in RUNS if not name.startswith("decoder")]
 
@@ -259,7 +256,7 @@ def config_of(task: Task, run: Run, seed: int, n_clients: int) -> FederationConf
 def part_tokens(config: FederationConfig, by_backprop: bool, length: float) -> float:
     """Lane-tokens of a part of a round. length: mean tokens of an example."""
     if by_backprop or config.method in EXACT_METHODS:
-        lanes = BACKPROP_LANES if by_backprop else _PASSES[config.method]
+        lanes = BACKPROP_LANES if by_backprop else PASSES[config.method]
     else:
         seeds = np.zeros(config.perturbations, np.uint64)
         # An encoder's head always wants a plain lane.

@@ -84,17 +84,19 @@ class Simulated:
         return dataclasses.replace(found, n_tokens=(1 + len(seeds)) * batch.n_rows)
 
 
+def _back(rate: float) -> dict[str, Any]:
+    return {"method": "backprop", "learning_rate": rate}
+
+
 def _forward(k: int, rate: float, **more: Any) -> dict[str, Any]:
     return {"method": "forward-ad", "perturbations": k, "learning_rate": rate, **more}
 
 
 _XS = DirectionsConfig("lora-xs")
-_BACK = {"method": "backprop", "learning_rate": 2e-3}
-_BLOCK = {"method": "backprop", "learning_rate": 3e-3}
 WAYS = {
-    "backprop": Way(8, QV, None, 40, _BACK),
-    "backprop, the last layer": Way(8, LINEAR, 1, 60, _BLOCK),
-    "backprop, the last 3 layers": Way(8, LINEAR, 3, 40, _BLOCK),
+    "backprop": Way(8, QV, None, 40, _back(6e-3)),
+    "backprop, the last layer": Way(8, LINEAR, 1, 60, _back(9e-3)),
+    "backprop, the last 3 layers": Way(8, LINEAR, 3, 40, _back(9e-3)),
     "readout": Way(32, ("ffn_down",), 1, 100, {"method": "readout", "learning_rate": 5e-3}),
     "readout, 400 steps": Way(
         32,
@@ -104,18 +106,18 @@ WAYS = {
         {"method": "readout", "learning_rate": 5e-3, "schedule": "linear"},
     ),
     "readout, rank 8": Way(8, ("ffn_down",), 1, 100, {"method": "readout", "learning_rate": 1e-2}),
-    "forward-ad": Way(8, QV, None, 60, _forward(8, 1e-3)),
+    "forward-ad": Way(8, QV, None, 40, _forward(8, 3e-3)),
     "forward-ad, not simulated": Way(8, QV, None, 60, _forward(8, 1e-3), simulated=False),
-    "forward-ad, 64 directions": Way(8, QV, None, 60, _forward(64, 1e-3)),
-    "forward-ad, rank 1": Way(1, QV, None, 60, _forward(16, 3e-3)),
-    "forward-ad, momentum orthogonalised": Way(8, QV, None, 60, _forward(16, 1e-3), muon=True),
-    "forward-ad on readout's matrix": Way(32, ("ffn_down",), 1, 60, _forward(16, 5e-3)),
-    "forward-ad, the last 3 layers": Way(8, QV, 3, 60, _forward(16, 3e-3)),
-    "lora-xs": Way(4, QV, None, 60, _forward(16, 0.05), _XS),
-    "lora-xs, all matrices, rank 1": Way(1, LINEAR, None, 60, _forward(16, 0.05), _XS),
-    "lora-xs, the last 6 layers": Way(4, LINEAR, 6, 60, _forward(16, 0.05), _XS),
-    "lora-xs on readout's matrix": Way(16, ("ffn_down",), 1, 60, _forward(16, 0.05), _XS),
-    "subzero": Way(8, QV, None, 60, _forward(16, 0.02), DirectionsConfig("subzero")),
+    "forward-ad, 64 directions": Way(8, QV, None, 40, _forward(64, 3e-3)),
+    "forward-ad, rank 1": Way(1, QV, None, 40, _forward(16, 9e-3)),
+    "forward-ad, momentum orthogonalised": Way(8, QV, None, 40, _forward(16, 3e-3), muon=True),
+    "forward-ad on readout's matrix": Way(32, ("ffn_down",), 1, 40, _forward(16, 1.5e-2)),
+    "forward-ad, the last 3 layers": Way(8, QV, 3, 40, _forward(16, 9e-3)),
+    "lora-xs": Way(4, QV, None, 40, _forward(16, 0.05), _XS),
+    "lora-xs, all matrices, rank 1": Way(1, LINEAR, None, 40, _forward(16, 0.15), _XS),
+    "lora-xs, the last 6 layers": Way(4, LINEAR, 6, 40, _forward(16, 0.05), _XS),
+    "lora-xs on readout's matrix": Way(16, ("ffn_down",), 1, 40, _forward(16, 0.05), _XS),
+    "subzero": Way(8, QV, None, 40, _forward(16, 0.06), DirectionsConfig("subzero")),
     "activation": Way(
         1,
         ("attn_v", "attn_output", "ffn_up", "ffn_down"),
@@ -124,12 +126,14 @@ WAYS = {
         {"method": "activation", "perturbations": 16, "learning_rate": 1e-2},
     ),
     "feedback through the stream, 3 layers": Way(
-        8, ("attn_output", "ffn_down"), 3, 40, _BLOCK, feedback=True
+        8, ("attn_output", "ffn_down"), 3, 40, _back(3e-3), feedback=True
     ),
     "feedback through the stream, all layers": Way(
-        8, ("attn_output", "ffn_down"), None, 40, _BLOCK, feedback=True
+        8, ("attn_output", "ffn_down"), None, 40, _back(3e-3), feedback=True
     ),
-    "readout, and q and v by 16 directions": Way(8, (*QV, "ffn_down"), None, 40, _BLOCK, also=16),
+    "readout, and q and v by 16 directions": Way(
+        8, (*QV, "ffn_down"), None, 40, _back(3e-3), also=16
+    ),
 }
 
 

@@ -24,7 +24,7 @@ from fwdllm.engine.graph import Graph
 # Passes of a row through the model that count. Backprop goes forward, forward again, and back;
 # fewer where memory allows, but a client's work is to count the same on every device. Readout goes
 # forward once and reads the logits twice, never more work than another pass.
-_PASSES = {"backprop": 3, "readout": 2}
+PASSES = {"backprop": 3, "readout": 2}
 
 
 def gradient(graph: Graph, batch: Batch, method: str) -> Gradient:
@@ -50,7 +50,7 @@ def _unchecked(graph: Graph, batch: Batch, method: str) -> Gradient:
         of_head = head.head_gradient(adapter, features, batch.classes)
     assert graph.adapter is not None
     values = values[: graph.adapter.n_lora]
-    return Gradient(float(losses.mean()), values, of_head, _PASSES[method] * batch.n_rows)
+    return Gradient(float(losses.mean()), values, of_head, PASSES[method] * batch.n_rows)
 
 
 def of_batch(
