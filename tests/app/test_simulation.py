@@ -20,6 +20,7 @@ from fwdllm.engine.data.jsonl import Example
 from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import ConfigError, DataError
 from fwdllm.engine.settings import LoRAConfig
+from fwdllm.federation.app_directory import init
 from fwdllm.federation.fleet import Fleet
 from fwdllm.federation.partition import by_user, dirichlet, iid
 from fwdllm.federation.simulation import Partition, SimulationResult, simulate
@@ -423,6 +424,8 @@ def test_federate_init_writes_an_app(cli: Cli, bundled: Path, few: Path, tmp_pat
     assert (again.code, "not an empty folder" in again.err) == (2, True)
     done = cli("federate", "init", tmp_path / "b", *options, "--set", "method=readout")
     assert done.code == 0, done.err
-    text = (tmp_path / "b" / "pyproject.toml").read_text(encoding="utf-8")
-    for line in ("rank = 32", 'targets = "[\\"ffn_down\\"]"', 'layers = "[5]"'):
-        assert line in text
+    init(tmp_path / "c", bundled, few, "readout")
+    for app in "bc":
+        text = (tmp_path / app / "pyproject.toml").read_text(encoding="utf-8")
+        for line in ("rank = 32", 'targets = "[\\"ffn_down\\"]"', 'layers = "[5]"'):
+            assert line in text
