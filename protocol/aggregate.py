@@ -64,7 +64,10 @@ def private_terms(
     """
     rows = [np.concatenate([r.derivatives[0], r.head_derivatives[0]]) for _, r in answers]
     size = len(seeds) + len(head_seeds)
-    total = private_sum(np.array(rows).reshape(-1, size), config.clip, config.sigma, noise_seed)
+    if config.secure:  # clients have clipped, and have added the noise
+        total = rows[0].astype(np.float64) * answers[0][1].n_examples
+    else:
+        total = private_sum(np.array(rows).reshape(-1, size), config.clip, config.sigma, noise_seed)
     slopes, head = np.split(total, [len(seeds)])
     return _halves(None, seeds, slopes, n_expected) + _halves(HEAD, head_seeds, head, n_expected)
 
@@ -222,7 +225,8 @@ class Sums:
 
 
 def _weight(config: FederationConfig, report: Report) -> float:
-    return float(report.n_examples) if config.weighted else 1.0
+    """What a report counts. The sum of many has the sum of their weights for its examples."""
+    return float(report.n_examples) if config.weighted or config.secure else 1.0
 
 
 def _vector(report: Report) -> np.ndarray:

@@ -23,6 +23,11 @@ FEDERATED_DIRECTIONS = ("normal", "rademacher", "lora-fa", "subzero")
 
 MAX_PARTS = 64
 MAX_CLIENTS = 1 << 22
+# The client that a part's sum stands for where clients' own answers are not seen.
+COHORT = MAX_CLIENTS
+
+# Sums of secure aggregation stay below it: 64 bits with a sign, 24 bits of them a fraction.
+_SUM = 1 << 38
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +49,8 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
     pacing: ask for more perturbations of the same adapter, in at most max_parts parts, until the
     variance is at most variance_threshold.  variance_threshold: None: the median variance of the
     first calibration_rounds.
+    secure: clients' scalars are added under masks, so that the server sees sums alone, of more than
+    half of a part's clients (``protocol.secure``). With sigma > 0 the clients add the noise, too.
     clip, sigma, delta: client-level differential privacy (DPZero). clip bounds the L2 norm of a
     client's scalars; the sum over clients gets noise of standard deviation sigma * clip. A sigma of
     0 means no privacy.
@@ -87,6 +94,7 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
     candidates: int = setting(
         1, "Seeds of which the one along the last gradient is kept.", low=1, high=1000
     )
+    secure: bool = setting(False, "The server sees sums of clients' scalars alone.")
     clip: float = setting(1.0, "L2 norm of a client's scalars.", low=0, open="l")
     sigma: float = setting(0.0, "Noise, in clips; 0 is none.", low=0)
     delta: float = setting(1e-5, "Of differential privacy.", low=0, high=1, open="lh")
@@ -155,10 +163,33 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
                 "differential privacy fixes the number of releases, which pacing does not",
             ),
             (
+                self.secure and not (scalars and self.seeds == "shared" and not robust),
+                "secure aggregation adds clients' scalars, so it needs shared seeds and the mean",
+            ),
+            (
+                self.secure and self.split,
+                "secure aggregation needs clients with the same scope",
+            ),
+            (
+                self.secure and self.per_round < 3,
+                "secure aggregation needs three clients a part: of two each would know the other's",
+            ),
+            (
+                self.secure
+                and self.per_round * max(self.batch_size * self.max_derivative, self._noise) > _SUM,
+                f"secure sums have no room for {self.per_round} clients with scalars of that size; "
+                "lower max_derivative",
+            ),
+            (
                 self.warmup > self.rounds,
                 f"warmup {self.warmup} is longer than the run of {self.rounds} rounds",
             ),
         ]
+
+    @property
+    def _noise(self) -> float:
+        """What a client's scalar with its share of the noise is below."""
+        return self.clip * (1 + 40 * self.sigma)
 
     def client_optimizer_config(self) -> OptimizerConfig:
         """The clients' optimizer for local steps; without weight decay, as in the papers."""

@@ -28,6 +28,7 @@ from fwdllm.engine.errors import ConfigError, FwdllmError
 from fwdllm.engine.files import is_unused, lock, transaction, write_private
 from fwdllm.engine.sqlite import ERRORS, connect_to_read, connect_to_write, odd_value, unexpected
 from fwdllm.protocol import journal
+from fwdllm.protocol.federation import COHORT
 from fwdllm.protocol.journal import BYTES, KEYS, Journal
 from fwdllm.protocol.records import Meta, Round, round_hash
 
@@ -303,6 +304,19 @@ class Ledger:
             round,
             part,
         )
+
+    def reports(self, round: int, part: int) -> list[tuple[int, bytes]]:
+        """Of a part's contributions those that are reports: all, or where sums alone are seen one.
+
+        Without that one the others are masked vectors, which say nothing.
+        """
+        found = self.contributions(round, part)
+        return [row for row in found if (row[0] == COHORT) == self.meta.config.secure]
+
+    def n_accepted(self, round: int, part: int) -> int:
+        """Of how many clients a part has contributions."""
+        query = "SELECT count(*) FROM contribution WHERE round = ? AND part = ? AND client < ?"
+        return int(self._all(query, round, part, COHORT)[0][0])
 
     def arrivals(self, round: int, part: int) -> list[float]:
         """When a part's accepted contributions came."""

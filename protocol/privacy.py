@@ -35,7 +35,10 @@ def spent_epsilon(config: FederationConfig, available: Sequence[int]) -> float |
     """The privacy loss epsilon of all parts so far, at ``config.delta``; None without noise.
 
     available: for each part, the number of clients that could be asked; on average,
-    config.per_round of them took part.
+    config.per_round of them took part. With ``secure`` the guarantee is against the server, too,
+    which knows who they were: then nothing is won by chance, and the noise, a sum of discrete
+    Gaussians, has the zCDP of a Gaussian (Kairouz et al., arXiv 2102.06387; what a sum of several
+    differs from one is exp(-pi^2 variance), with variances of 10^6 and more nothing).
 
     ConfigError where dp-accounting is not installed.
     """
@@ -50,6 +53,10 @@ def spent_epsilon(config: FederationConfig, available: Sequence[int]) -> float |
         ) from None
 
     accountant = rdp.RdpAccountant()
+    if config.secure:
+        n_parts = sum(n > 0 for n in available)
+        accountant.compose(dp_accounting.ZCDpEvent(0.5 / config.sigma**2), n_parts)
+        return float(accountant.get_epsilon(config.delta))
     for n_clients, n_parts in Counter(n for n in available if n).items():
         share = min(1.0, config.per_round / n_clients)
         noise = dp_accounting.GaussianDpEvent(config.sigma)

@@ -45,9 +45,9 @@ def expected_shapes(
     return assignment.seeds.shape, assignment.head_seeds.shape, 0
 
 
-def fault(config: FederationConfig, report: Report) -> str | None:
-    """Why a report may not be used, in a few words, or None."""
-    most = config.batch_size * config.local_steps
+def fault(config: FederationConfig, report: Report, n_clients: int = 1) -> str | None:
+    """Why a report may not be used, in a few words, or None. n_clients: that it stands for."""
+    most = config.batch_size * config.local_steps * n_clients
     if not 1 <= report.n_examples <= most:
         return f"{report.n_examples} examples are not between 1 and {most}"
     if not abs(report.loss) <= config.max_derivative:

@@ -8,9 +8,10 @@ A server made from a ledger goes on where the previous one stopped, bit for bit.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,12 +27,15 @@ from fwdllm.protocol.aggregate import (
     private_terms,
     terms_of,
 )
+from fwdllm.protocol.federation import COHORT
 from fwdllm.protocol.ledger import Ledger, LedgerError, theta_hash
 from fwdllm.protocol.pacing import enough, variance
 from fwdllm.protocol.plan import Assignment, plan_part, shared_head_seeds, shared_seeds
 from fwdllm.protocol.records import Round
 from fwdllm.protocol.replica import Replica, Update
 from fwdllm.protocol.report import expected_shapes, fault
+from fwdllm.protocol.secure import sums
+from fwdllm.protocol.secure.letters import Letter, Stage
 from fwdllm.protocol.seeds import derive_seeds
 from fwdllm.protocol.space import Space
 from fwdllm.protocol.wire import WireError
@@ -169,6 +173,40 @@ class Server:
             self.ledger.reject(round, part, client, now, reason, len(data))
         return reason
 
+    def refuse(self, client: int, reason: str, n_bytes: int, now: float) -> None:
+        """Record that something a client has sent in the open part is not used."""
+        self.ledger.reject(self.round, max(self._part, 0), client, now, reason, n_bytes)
+
+    def receive_sum(
+        self, vectors: Mapping[int, bytes], total: np.ndarray, now: float
+    ) -> str | None:
+        """As ``receive``, for what secure aggregation has come to: a sum, and whose vectors it has.
+
+        vectors: by client the bytes of its masked vector; recorded, as nothing is seen in them.
+        total: the sum of what is in them, uint64 [``sums.size``].
+        ValueError if a client was not asked in the open part.
+        """
+        round, part = self.round, self._part
+        assigned = dict(self.ledger.assignments(round, part))
+        if not (vectors and vectors.keys() <= assigned.keys()):
+            raise ValueError("a sum is of clients that were asked")
+        assignment = wire.decode_assignment(next(iter(assigned.values())))
+        report = sums.decode(self.config, assignment, total, len(vectors))
+        known = report if self.config.sigma == 0 else dataclasses.replace(report, loss=0.0)
+        reason = fault(self.config, known, len(vectors))
+        message = wire.encode_report(report)
+        with self.ledger.batch():
+            if reason is not None:
+                self.ledger.reject(round, part, COHORT, now, reason, len(message))
+                return reason
+            for client, vector in vectors.items():
+                letter = Letter(round, part, Stage.VECTOR, {client: vector})
+                self.ledger.accept(round, part, client, now, wire.encode_letter(letter))
+            self.ledger.accept(round, part, COHORT, now, message)
+        self._lost -= vectors.keys()
+        self._holders |= vectors.keys()
+        return None
+
     def close_part(self, now: float) -> Closed | None:
         """End the open part. None if the round needs another part, else the closed round.
 
@@ -192,7 +230,8 @@ class Server:
         self._part_is_closed = True
         is_last = part + 1 >= config.max_parts
         # The 1e-9 is for rounding errors: 0.28 * 25 is slightly above 7.
-        if len(answers) < math.ceil(config.quorum * len(asked) - 1e-9) and not is_last:
+        n_accepted = self.ledger.n_accepted(self.round, part)
+        if n_accepted < math.ceil(config.quorum * len(asked) - 1e-9) and not is_last:
             return None
         firsts = [r.first_variance for r in self.ledger.rounds() if r.first_variance is not None]
         if not enough(config, part, self._variances[-1], firsts):
@@ -246,6 +285,8 @@ class Server:
         Reports that cannot be decoded, were not asked for or came before: the open round and part.
         """
         here = self.round, max(self._part, 0)
+        if self.config.secure:
+            return "foreign: this run takes sums alone", *here
         most = self._largest_report
         if len(data) > most:
             return f"malformed: {len(data)} bytes instead of at most {most}", *here
@@ -299,7 +340,8 @@ class Server:
         answers = [answer for part in parts for answer in self._answers(self.round, part)]
         update, gradient = self._update(answers)
         self.replica.apply(update, gradient)
-        losses = [report.loss for _, report in answers]
+        losses = [report.loss for _, report in answers if not math.isnan(report.loss)]
+        n_accepted = sum(self.ledger.n_accepted(update.round, part) for part in parts)
         closed = Round(
             update.round,
             now,
@@ -307,7 +349,9 @@ class Server:
             float(np.mean(losses)) if losses else None,
             self._variances[0],
             self._variances[-1],
-            sum(assignment.seeds.size for assignment, _ in answers),
+            n_accepted * self.config.perturbations
+            if self.config.secure
+            else sum(assignment.seeds.size for assignment, _ in answers),
             theta_hash(self.replica.theta),
         )
         due = self.round % self.config.snapshot_every == 0 or self.done
@@ -318,7 +362,7 @@ class Server:
             self.round,
             len(parts),
             sum(len(self.ledger.assignments(update.round, part)) for part in parts),
-            len(answers),
+            n_accepted,
             closed.n_perturbations,
             sum(report.n_tokens for _, report in answers),
             sum(report.seconds for _, report in answers),
@@ -347,9 +391,12 @@ class Server:
 
 
 def answers_of(ledger: Ledger, round: int, part: int) -> list[Answer]:
-    """Assignments and accepted reports of a part, by client."""
+    """Assignments and accepted reports of a part, by client; only one where sums alone are seen."""
     messages, found = dict(ledger.assignments(round, part)), []
-    for client, data in ledger.contributions(round, part):
+    if ledger.meta.config.secure:
+        # All clients of the part have its seeds; who they are does not matter to the sum.
+        messages = {COHORT: next(iter(messages.values()), b"")}
+    for client, data in ledger.reports(round, part):
         if client not in messages:
             raise LedgerError(
                 f"client {client} was not asked in round {round + 1} of {ledger.path}"
@@ -364,7 +411,7 @@ def part_terms(
 ) -> list[Term]:
     """The terms of a part; with differential privacy, noise included."""
     config = ledger.meta.config
-    if config.sigma == 0:
+    if config.sigma == 0 or (config.secure and not answers):
         return terms_of(config, answers, part)
     n_available = ledger.parts(round)[part][2]
     return private_terms(

@@ -19,17 +19,19 @@ from fwdllm.protocol.aggregate import Term
 from fwdllm.protocol.plan import Assignment
 from fwdllm.protocol.replica import Update
 from fwdllm.protocol.report import Report
+from fwdllm.protocol.secure.letters import Letter, Stage
 from fwdllm.protocol.space import Layers
 
 VERSION = 1
 
-_ASSIGNMENT, _REPORT, _UPDATE, _STATE, _MANY = range(1, 6)
+_ASSIGNMENT, _REPORT, _UPDATE, _STATE, _MANY, _LETTER = range(1, 7)
 _KINDS = {
     _ASSIGNMENT: "an assignment",
     _REPORT: "a report",
     _UPDATE: "an update",
     _STATE: "a state",
     _MANY: "a list of messages",
+    _LETTER: "a letter of secure aggregation",
 }
 
 # In place of the number of layers: means all layers.
@@ -189,6 +191,30 @@ def decode_many(data: bytes) -> list[bytes]:
     messages = [into.raw(into.take("I")[0]) for _ in range(count)]
     into.end()
     return messages
+
+
+def encode_letter(letter: Letter) -> bytes:
+    """A letter as bytes: 17, and for each row 4 and its own."""
+    out = _Writer(_LETTER)
+    width = len(next(iter(letter.rows.values()), b""))
+    out.put("IHBII", letter.round, letter.part, letter.stage, len(letter.rows), width)
+    for client, row in letter.rows.items():
+        out.put("I", client)
+        out.raw(row)
+    return out.done()
+
+
+def decode_letter(data: bytes) -> Letter:
+    """The inverse of ``encode_letter``. Errors: WireError."""
+    into = _Reader(data, _LETTER)
+    round, part, stage, count, width = into.take("IHBII")
+    if stage not in list(Stage):
+        raise WireError(f"a letter is of stage {stage}, which there is not")
+    rows = [(into.take("I")[0], into.raw(width)) for _ in range(count)]
+    into.end()
+    if len(dict(rows)) < count:
+        raise WireError("a letter names a client twice")
+    return Letter(round, part, Stage(stage), dict(rows))
 
 
 def is_state(message: bytes) -> bool:

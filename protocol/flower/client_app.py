@@ -10,7 +10,7 @@ from __future__ import annotations
 from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 
-from fwdllm.protocol.flower.messages import RECORD, Reply, Settings, Task
+from fwdllm.protocol.flower.messages import RECORD, Reply, Saved, Settings, Task
 from fwdllm.protocol.flower.node import Node, NodeConfig
 
 app = ClientApp()
@@ -25,13 +25,14 @@ def train(message: Message, context: Context) -> Message:
     """
     settings, task = Settings.of(context.run_config), Task.of(message.content)
     node = Node(NodeConfig.of(context.node_config))
-    report, state = node.answer(settings, task, _saved(context))
-    if state is not None:
-        context.state[RECORD] = ConfigRecord({"state": state})
+    report, saved = node.answer(settings, task, _saved(context))
+    known = {name: value for name, value in vars(saved).items() if value is not None}
+    context.state[RECORD] = ConfigRecord(known)
     return Message(Reply(report).content(), reply_to=message)
 
 
-def _saved(context: Context) -> bytes | None:
-    saved = context.state.get(RECORD)
-    state = saved["state"] if isinstance(saved, ConfigRecord) else None
-    return state if isinstance(state, bytes) else None
+def _saved(context: Context) -> Saved:
+    record = context.state.get(RECORD)
+    if not isinstance(record, ConfigRecord):
+        return Saved()
+    return Saved(**{name: value for name, value in record.items() if isinstance(value, bytes)})

@@ -26,12 +26,14 @@ class Task:
     """A message from the server to a client.
 
     assignment: see ``wire.encode_assignment``.  synchronization: see ``Server.synchronize``.
-    model: the model's fingerprint, as JSON.
+    model: the model's fingerprint, as JSON.  letter: of secure aggregation, of which only one stage
+    has an assignment and a synchronization; empty without.
     """
 
     assignment: bytes
     synchronization: bytes
     model: str
+    letter: bytes = b""
 
     def content(self) -> RecordDict:
         """As the content of a message."""
@@ -44,12 +46,26 @@ class Task:
         found = record.get("assignment"), record.get("synchronization"), record.get("model")
         if not (isinstance(found[0], bytes) and isinstance(found[1], bytes)):
             raise WireError("a message has no assignment")
-        return Task(found[0], found[1], str(found[2]))
+        letter = record.get("letter", b"")
+        if not isinstance(letter, bytes):
+            raise WireError("a message has no letter but something else in its place")
+        return Task(found[0], found[1], str(found[2]), letter)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a client remembers of a run from one message to the next.
+
+    state: of the adapter, see ``wire.encode_state``.  member: see ``secure.member.Member``.
+    """
+
+    state: bytes | None = None
+    member: bytes | None = None
 
 
 @dataclass(frozen=True)
 class Reply:
-    """From a client: its report, or None if it has lost the state that updates build on."""
+    """From a client: its report or letter, or None if the state that updates build on is lost."""
 
     report: bytes | None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,8 +21,12 @@ from fwdllm.engine.files import fingerprint
 from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.protocol import wire
 from fwdllm.protocol.client import answer
-from fwdllm.protocol.flower.messages import Settings, Task
+from fwdllm.protocol.flower.messages import Saved, Settings, Task
 from fwdllm.protocol.replica import Replica
+from fwdllm.protocol.report import Report
+from fwdllm.protocol.secure import sums
+from fwdllm.protocol.secure.letters import Stage
+from fwdllm.protocol.secure.member import Member
 
 
 @dataclass(frozen=True)
@@ -29,12 +34,14 @@ class NodeConfig:
     """What a node's owner says.
 
     data: path of a JSONL file.  model: path of the GGUF file, None: that of the run's settings.
-    memory_budget: the most bytes to use, or None.
+    memory_budget: the most bytes to use, or None.  secure: take part only where the server sees
+    sums of scalars alone.
     """
 
     data: str
     model: str | None = None
     memory_budget: int | None = None
+    secure: bool = False
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> NodeConfig:
@@ -47,6 +54,7 @@ class NodeConfig:
             str(data),
             None if model is None else str(model),
             None if budget is None else int(budget),
+            bool(config.get("secure", False)),
         )
 
 
@@ -66,27 +74,52 @@ class Node:
         self._examples: list[Example] = []
         self._version: tuple[int, ...] = ()
 
-    def answer(
-        self, settings: Settings, task: Task, saved: bytes | None
-    ) -> tuple[bytes | None, bytes | None]:
-        """The encoded report on a message, and the client's state after it.
+    def answer(self, settings: Settings, task: Task, saved: Saved) -> tuple[bytes | None, Saved]:
+        """The encoded report or letter on a message, and what to remember after it.
 
-        saved: the state after an earlier message of the run, or None. (None, None) if that state
-        was lost which the message's updates build on. Errors: FwdllmError.
+        saved: after an earlier message of the run. None instead of an answer if that state was lost
+        which the message's updates build on. Errors: FwdllmError.
         """
+        config = settings.federation
+        if self._config.secure and not config.secure:
+            raise ConfigError("this node answers where its scalars are seen in sums alone (secure)")
+        if config.secure != bool(task.letter):
+            raise ConfigError(
+                "the server asks for an answer in another way than the run's settings"
+            )
+        if not task.letter:
+            report, saved = self._report(settings, task, saved)
+            return None if report is None else wire.encode_report(report), saved
+        letter, member, vector = (
+            wire.decode_letter(task.letter),
+            Member.from_bytes(saved.member),
+            None,
+        )
+        if letter.stage == Stage.VECTOR:
+            report, saved = self._report(settings, task, saved, member)
+            if report is None:
+                return None, saved
+            vector = sums.encode(config, report, member.n_members, secrets.randbelow)
+        answer = wire.encode_letter(member.answer(config, letter, secrets.token_bytes, vector))
+        return answer, dataclasses.replace(saved, member=member.to_bytes())
+
+    def _report(
+        self, settings: Settings, task: Task, saved: Saved, member: Member | None = None
+    ) -> tuple[Report | None, Saved]:
         began = time.perf_counter()
         engine = self._load(settings, json.loads(task.model))
         assert engine.adapter is not None
         engine.adapter.theta[:] = self._empty
         replica = Replica(settings.federation, engine.adapter)
         assignment = wire.decode_assignment(task.assignment)
-        if not synchronize(replica, saved, task.synchronization, assignment.round):
-            return None, None
+        if member is not None:
+            member.check(settings.federation, replica.space, assignment)
+        if not synchronize(replica, saved.state, task.synchronization, assignment.round):
+            return None, saved
         arrays = {name: a for name, a in replica.to_arrays().items() if name != "gradient"}
-        state = wire.encode_state(arrays)
+        saved = dataclasses.replace(saved, state=wire.encode_state(arrays))
         report = answer(engine, replica.space, assignment, self._read(settings, engine))
-        report = dataclasses.replace(report, seconds=time.perf_counter() - began)
-        return wire.encode_report(report), state
+        return dataclasses.replace(report, seconds=time.perf_counter() - began), saved
 
     def _load(self, settings: Settings, expected: Mapping[str, object]) -> Engine:
         path = self._config.model or settings.model

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from logging import INFO, WARNING
-from typing import Any
+from typing import Any, TypeAlias
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.common.logger import log
@@ -18,10 +18,17 @@ from fwdllm.protocol.flower.mail import Mail
 from fwdllm.protocol.flower.messages import Reply, Task
 from fwdllm.protocol.ledger import Ledger
 from fwdllm.protocol.plan import Assignment
+from fwdllm.protocol.secure import sums
+from fwdllm.protocol.secure.cohort import Cohort
+from fwdllm.protocol.secure.letters import SecureError, Stage
 from fwdllm.protocol.server import Closed, Server
+from fwdllm.protocol.wire import WireError
 
 # Seconds between looks for nodes while there are too few.
 _POLL = 1.0
+
+# Takes a client's answer; why it is refused, or None.
+Take: TypeAlias = "Callable[[int, bytes], str | None]"
 
 
 class FwdLLMStrategy(Strategy):
@@ -84,7 +91,7 @@ class FwdLLMStrategy(Strategy):
     ) -> Iterable[Message]:
         """The first request of a round; after a restart, its assignments without an answer yet."""
         self._grid = grid
-        return self._request()
+        return [] if self.server.config.secure else self._request()
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -92,6 +99,9 @@ class FwdLLMStrategy(Strategy):
         """Take the answers, send more requests while the round needs them, then update."""
         assert self._grid is not None
         closed = None
+        while closed is None and self.server.config.secure:
+            self._add_up(self._open())
+            closed = self.server.close_part(self._clock())
         while closed is None:
             lost = self._take(replies)
             if lost:
@@ -133,6 +143,47 @@ class FwdLLMStrategy(Strategy):
         log(INFO, "\t├──> Upload: %s, seeds: %s, method: %s", c.upload, c.seeds, c.method)
         log(INFO, "\t└──> Ledger: %s", self.server.ledger.path)
 
+    def _add_up(self, assignments: Sequence[Assignment]) -> None:
+        """Have the open part's scalars added under masks; nothing is taken if that fails."""
+        server, clients = self.server, [a.client for a in assignments]
+        if not clients:
+            return
+        size = sums.size(server.config, assignments[0])
+        cohort = Cohort(server.config, server.round, server.part, clients, size)
+        try:
+            while not cohort.done:
+                lost = self._exchange(cohort, assignments, clients)
+                if lost:
+                    self._exchange(cohort, assignments, lost)
+                cohort.close()
+        except SecureError as error:
+            log(WARNING, "no sum of round %d: %s", server.round + 1, error)
+            return
+        reason = server.receive_sum(cohort.vectors, cohort.total, self._clock())
+        if reason is not None:
+            log(WARNING, "the sum of round %d was rejected: %s", server.round + 1, reason)
+
+    def _exchange(
+        self, cohort: Cohort, assignments: Sequence[Assignment], clients: Collection[int]
+    ) -> set[int]:
+        """Ask clients for their answers of the cohort's stage; gives those that lost a state."""
+
+        def take(client: int, reply: bytes) -> str | None:
+            try:
+                reason = cohort.take(client, wire.decode_letter(reply))
+            except WireError as error:
+                reason = f"malformed: {error}"
+            if reason is not None:
+                self.server.refuse(client, reason, len(reply), self._clock())
+            return reason
+
+        asked = [a for a in assignments if a.client in clients]
+        # Nodes that have gone meanwhile are not waited for: the others do without them.
+        nodes = {client: node for node, client in self._known.items()}
+        with self.server.ledger.batch():
+            messages = self._messages_to(nodes, asked, cohort)
+        return self._take(self._send(messages), take)
+
     def _request(self) -> list[Message]:
         """Messages to the clients that should answer now: in the open part, or in a new one."""
         return self._messages(self._open())
@@ -146,18 +197,24 @@ class FwdLLMStrategy(Strategy):
             return self._messages_to(nodes, assignments)
 
     def _messages_to(
-        self, nodes: Mapping[int, int], assignments: Iterable[Assignment]
+        self,
+        nodes: Mapping[int, int],
+        assignments: Iterable[Assignment],
+        cohort: Cohort | None = None,
     ) -> list[Message]:
-        messages = []
+        """Messages with assignments, or those of a stage of secure aggregation."""
+        messages, letters = [], {} if cohort is None else cohort.letters()
         for assignment in assignments:
-            if assignment.client not in nodes:  # the node has just disconnected
-                continue
-            task = Task(
-                wire.encode_assignment(assignment),
-                self.server.synchronize(assignment.client),
-                self._model,
-            )
-            self.server.sent(assignment, len(task.assignment) + len(task.synchronization))
+            client = assignment.client
+            if client not in nodes or (cohort and client not in letters):
+                continue  # the node has just disconnected, or has left a stage out
+            letter = wire.encode_letter(letters[client]) if cohort else b""
+            if cohort is None or cohort.stage == Stage.VECTOR:
+                work = wire.encode_assignment(assignment), self.server.synchronize(client)
+            else:
+                work = b"", b""
+            task = Task(*work, self._model, letter)
+            self.server.sent(assignment, sum(map(len, work)) + len(letter))
             messages.append(
                 Message(
                     content=task.content(),
@@ -171,12 +228,18 @@ class FwdLLMStrategy(Strategy):
         assert self._grid is not None
         return self._grid.send_and_receive(messages, timeout=self._timeout) if messages else []
 
-    def _take(self, replies: Iterable[Message]) -> set[int]:
-        """Hand replies to the server; gives the clients that have lost their state."""
-        with self.server.ledger.batch():
-            return self._take_each(replies)
+    def _take(self, replies: Iterable[Message], take: Take | None = None) -> set[int]:
+        """Hand replies to the server; gives the clients that have lost their state.
 
-    def _take_each(self, replies: Iterable[Message]) -> set[int]:
+        take: what does it, instead of ``Server.receive``.
+        """
+        with self.server.ledger.batch():
+            return self._take_each(replies, take or self._receive)
+
+    def _receive(self, client: int, report: bytes) -> str | None:
+        return self.server.receive(client, report, self._clock())
+
+    def _take_each(self, replies: Iterable[Message], take: Take) -> set[int]:
         lost = set()
         for message in replies:
             if message.has_error():
@@ -191,7 +254,7 @@ class FwdLLMStrategy(Strategy):
                 self.server.forget(client)
                 lost.add(client)
                 continue
-            reason = self.server.receive(client, report, self._clock())
+            reason = take(client, report)
             if reason is not None:
                 log(WARNING, "client %d was rejected: %s", client, reason)
         return lost

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from logging import ERROR, INFO
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from flwr.supercore.run import RunNotRunningException
 from flwr.supernode.fleet_http_connection import http_request_response
 
 from fwdllm.engine.errors import ConfigError
-from fwdllm.protocol.flower.messages import Reply, Task
+from fwdllm.protocol.flower.messages import Reply, Saved, Task
 from fwdllm.protocol.flower.node import NodeConfig
 from fwdllm.protocol.flower.polling import pause
 from fwdllm.protocol.flower.worker import Answer, Worker
@@ -66,7 +66,7 @@ class Link:
 @dataclass
 class _Run:
     config: dict[str, Any]
-    state: bytes | None = None
+    saved: Saved = field(default_factory=Saved)
 
 
 def run(link: Link, config: NodeConfig) -> None:
@@ -163,12 +163,12 @@ class _Node:
             if message.metadata.message_type != MessageType.TRAIN:
                 raise ConfigError(f"a node of fwdllm does not {message.metadata.message_type}")
             run, before = self._run(run_id), self._worker.pid
-            answer = self._worker.ask(run.config, Task.of(message.content), run.state)
+            answer = self._worker.ask(run.config, Task.of(message.content), run.saved)
         except Exception as error:  # whatever the server sent, it is told
             return Answer(fault=f"{type(error)}:<'{error}'>")
         if self._worker.pid != before:
             log(INFO, "process %s computes", self._worker.pid)
-        run.state = answer.state or run.state
+        run.saved = answer.saved or run.saved
         return answer
 
     def _run(self, run_id: int) -> _Run:

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from fwdllm.engine.errors import FwdllmError
-from fwdllm.protocol.flower.messages import Settings, Task
+from fwdllm.protocol.flower.messages import Saved, Settings, Task
 from fwdllm.protocol.flower.node import Node, NodeConfig
 
 # Deaths over one message after which the message is to blame.
@@ -30,10 +30,10 @@ class WorkerError(FwdllmError):
 
 @dataclass(frozen=True)
 class Answer:
-    """report, state: see ``Node.answer``.  fault: the error instead, as Flower words it."""
+    """report, saved: see ``Node.answer``.  fault: the error instead, as Flower words it."""
 
     report: bytes | None = None
-    state: bytes | None = None
+    saved: Saved | None = None
     fault: str | None = None
 
 
@@ -49,7 +49,7 @@ class Worker:
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
 
-    def ask(self, run_config: Mapping[str, Any], task: Task, saved: bytes | None) -> Answer:
+    def ask(self, run_config: Mapping[str, Any], task: Task, saved: Saved) -> Answer:
         """The answer to a message; see ``Node.answer``. Errors: WorkerError."""
         for _ in range(_MAX_DEATHS):
             try:

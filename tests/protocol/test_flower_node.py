@@ -25,7 +25,7 @@ from fwdllm.engine.files import fingerprint
 from fwdllm.engine.settings import LoRAConfig
 from fwdllm.protocol import wire
 from fwdllm.protocol.flower import supernode
-from fwdllm.protocol.flower.messages import Settings, Task
+from fwdllm.protocol.flower.messages import Saved, Settings, Task
 from fwdllm.protocol.flower.node import Node, NodeConfig
 from fwdllm.protocol.flower.supernode import _Node
 from fwdllm.protocol.flower.worker import Answer, Worker, WorkerError
@@ -132,7 +132,7 @@ def test_rounds_by_warm_processes_have_the_bits_of_new_ones(
 ) -> None:
     config = run_config(bundled)
     workers = [start(NodeConfig(str(path))) for path in data]
-    states: list[bytes | None] = [None, None]
+    states = [Saved(), Saved()]
     cold_states = list(states)
     pids, first = set(), None
     while not server.done:
@@ -143,8 +143,8 @@ def test_rounds_by_warm_processes_have_the_bits_of_new_ones(
                 Settings.of(config), task, cold_states[i]
             )
             assert report_of(warm) == report_of(Answer(report))
-            assert warm.state == cold_states[i]
-            states[i] = warm.state
+            assert warm.saved == cold_states[i]
+            states[i] = warm.saved
             first = first or (i, task, report_of(warm))
             assert warm.report is not None
             assert server.receive(i, warm.report, 0.0) is None
@@ -155,7 +155,7 @@ def test_rounds_by_warm_processes_have_the_bits_of_new_ones(
     # Of a run that begins again, nothing is left.
     assert first is not None
     i, task, expected = first
-    assert report_of(workers[i].ask(config, task, None)) == expected
+    assert report_of(workers[i].ask(config, task, Saved())) == expected
 
 
 def test_killed_worker_is_replaced_and_the_message_answered(
@@ -163,9 +163,9 @@ def test_killed_worker_is_replaced_and_the_message_answered(
 ) -> None:
     task = task_of(server, server.open_part([0, 1], 0.0)[0])
     worker = start(NodeConfig(str(data[0])))
-    before = worker.ask(run_config(bundled), task, None)
+    before = worker.ask(run_config(bundled), task, Saved())
     first = kill(worker)
-    assert report_of(worker.ask(run_config(bundled), task, None)) == report_of(before)
+    assert report_of(worker.ask(run_config(bundled), task, Saved())) == report_of(before)
     assert worker.pid not in (None, first)
 
 
@@ -205,11 +205,11 @@ def test_worker_killed_in_a_message_is_replaced_and_the_message_answered(
 ) -> None:
     task = task_of(server, server.open_part([0, 1], 0.0)[0])
     content = data[0].read_bytes()
-    expected = report_of(start(NodeConfig(str(data[0]))).ask(run_config(bundled), task, None))
+    expected = report_of(start(NodeConfig(str(data[0]))).ask(run_config(bundled), task, Saved()))
     make_slow(data[0])
     worker = start(NodeConfig(str(data[0])))
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(worker.ask, run_config(bundled), task, None)
+        answer = pool.submit(worker.ask, run_config(bundled), task, Saved())
         with reader_waits(data[0]):
             first = kill(worker)
             # Until its last thread has ended, the pipe has a reader.
@@ -226,7 +226,7 @@ def test_message_that_kills_every_worker_is_given_up(
     make_slow(data[0])
     worker = start(NodeConfig(str(data[0])))
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(worker.ask, run_config(bundled), task, None)
+        answer = pool.submit(worker.ask, run_config(bundled), task, Saved())
         seen: set[int | None] = {None}
         for _ in range(2):
             await_true(lambda: worker.pid not in seen)
@@ -240,14 +240,14 @@ def test_message_that_kills_every_worker_is_given_up(
 NODE = """
 import pickle, sys, threading
 from pathlib import Path
-from fwdllm.protocol.flower.messages import Task
+from fwdllm.protocol.flower.messages import Saved, Task
 from fwdllm.protocol.flower.node import NodeConfig
 from fwdllm.protocol.flower.worker import Worker
 
 if __name__ == "__main__":
     config, task, data, busy = pickle.loads(Path(sys.argv[1]).read_bytes())
     worker = Worker(NodeConfig(data))
-    thread = threading.Thread(target=worker.ask, args=(config, Task(*task), None), daemon=True)
+    thread = threading.Thread(target=worker.ask, args=(config, Task(*task), Saved()), daemon=True)
     thread.start()
     if not busy:
         thread.join()
@@ -291,8 +291,8 @@ def test_changed_data_is_noticed(
     task = task_of(server, server.open_part([0, 1], 0.0)[0])
     worker = start(NodeConfig(str(data[0])))
     config = run_config(bundled)
-    before = worker.ask(config, task, None)
-    assert report_of(worker.ask(config, task, None)) == report_of(before)
+    before = worker.ask(config, task, Saved())
+    assert report_of(worker.ask(config, task, Saved())) == report_of(before)
     # As many bytes, and the time of the last change that it had.
     facts = data[0].stat()
     content = data[0].read_bytes()
@@ -302,15 +302,15 @@ def test_changed_data_is_noticed(
         file.write(other.replace(b"complotion", b"completion").replace(b"toxt", b"text")
                    .replace(b"rolo", b"role").replace(b"mossagos", b"messages"))  # fmt: skip
     os.utime(data[0], ns=(facts.st_atime_ns, facts.st_mtime_ns))
-    after = worker.ask(config, task, None)
-    fresh = start(NodeConfig(str(data[0]))).ask(config, task, None)
+    after = worker.ask(config, task, Saved())
+    fresh = start(NodeConfig(str(data[0]))).ask(config, task, Saved())
     assert report_of(after) == report_of(fresh)
     assert report_of(after) != report_of(before)
     data[0].unlink()
-    gone = worker.ask(config, task, None)
+    gone = worker.ask(config, task, Saved())
     assert gone.fault == (f"<class 'fwdllm.engine.errors.DataError'>:<'{data[0]} does not exist'>")
     write(data[0], lines[:20:2])
-    assert report_of(worker.ask(config, task, None)) == report_of(before)
+    assert report_of(worker.ask(config, task, Saved())) == report_of(before)
 
 
 def test_replaced_model_is_refused(
@@ -320,17 +320,17 @@ def test_replaced_model_is_refused(
     shutil.copy(bundled, model)
     task = task_of(server, server.open_part([0, 1], 0.0)[0])
     worker = start(NodeConfig(str(data[0]), str(model)))
-    before = worker.ask(run_config(bundled), task, None)
+    before = worker.ask(run_config(bundled), task, Saved())
     changed = bytearray(bundled.read_bytes())
     changed[-1] ^= 1
     (tmp_path / "other.gguf").write_bytes(changed)
     os.replace(tmp_path / "other.gguf", model)
-    refused = worker.ask(run_config(bundled), task, None)
+    refused = worker.ask(run_config(bundled), task, Saved())
     said = f"{model} is not the model of this federation"
     assert refused.fault == f"<class 'fwdllm.engine.errors.ConfigError'>:<'{said}'>"
     shutil.copy(bundled, tmp_path / "same.gguf")
     os.replace(tmp_path / "same.gguf", model)
-    assert report_of(worker.ask(run_config(bundled), task, None)) == report_of(before)
+    assert report_of(worker.ask(run_config(bundled), task, Saved())) == report_of(before)
 
 
 def test_other_settings_are_not_answered_by_the_engine_of_the_last(
@@ -338,15 +338,17 @@ def test_other_settings_are_not_answered_by_the_engine_of_the_last(
 ) -> None:
     task = task_of(server, server.open_part([0, 1], 0.0)[0])
     worker = start(NodeConfig(str(data[0])))
-    before = worker.ask(run_config(bundled), task, None)
+    before = worker.ask(run_config(bundled), task, Saved())
     other = {**run_config(bundled), "federation.seed": 5}
-    changed = worker.ask(other, task, None)
-    assert report_of(changed) == report_of(start(NodeConfig(str(data[0]))).ask(other, task, None))
+    changed = worker.ask(other, task, Saved())
+    assert report_of(changed) == report_of(
+        start(NodeConfig(str(data[0]))).ask(other, task, Saved())
+    )
     assert report_of(changed) != report_of(before)
-    wrong = worker.ask({**run_config(bundled), "lora.rank": "no"}, task, None)
+    wrong = worker.ask({**run_config(bundled), "lora.rank": "no"}, task, Saved())
     assert wrong.fault is not None
     assert "ConfigError" in wrong.fault
-    assert report_of(worker.ask(run_config(bundled), task, None)) == report_of(before)
+    assert report_of(worker.ask(run_config(bundled), task, Saved())) == report_of(before)
 
 
 def test_two_nodes_share_nothing_and_nobody_can_reach_a_worker(
@@ -354,7 +356,7 @@ def test_two_nodes_share_nothing_and_nobody_can_reach_a_worker(
 ) -> None:
     task = task_of(server, server.open_part([0, 1], 0.0)[0])
     workers = [start(NodeConfig(str(path))) for path in data]
-    found = [report_of(worker.ask(run_config(bundled), task, None)) for worker in workers]
+    found = [report_of(worker.ask(run_config(bundled), task, Saved())) for worker in workers]
     assert found[0] != found[1]
     assert workers[0].pid != workers[1].pid
     for worker, others in zip(workers, reversed(data), strict=True):
@@ -390,7 +392,7 @@ def test_idle_node_lets_the_model_go(
 ) -> None:
     task = task_of(server, server.open_part([0, 1], 0.0)[0])
     worker = start(NodeConfig(str(data[0])))
-    worker.ask(run_config(bundled), task, None)
+    worker.ask(run_config(bundled), task, Saved())
     with pytest.raises(ConnectionError):
         _Node(Connection(3), worker).serve()
     pid = worker.pid

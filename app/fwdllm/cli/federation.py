@@ -299,6 +299,9 @@ def node(
         Path | None, typer.Option(help="The node's key, if SuperLink asks for one.")
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Without TLS.")] = False,
+    secure: Annotated[
+        bool, typer.Option("--secure", help="Only in runs whose server sees sums alone.")
+    ] = False,
     memory_budget: MemoryBudget = None,
 ) -> None:
     """Take part as a node that keeps model and data between messages. Ctrl-C ends it."""
@@ -315,5 +318,5 @@ def node(
     budget = parse_bytes(memory_budget) if memory_budget else None
     run(
         Link(superlink, root_certificates, auth_supernode_private_key, insecure),
-        NodeConfig(str(data.absolute()), None if model is None else str(model), budget),
+        NodeConfig(str(data.absolute()), None if model is None else str(model), budget, secure),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import random
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ import numpy as np
 from fwdllm.engine.adapters.io import save_gguf
 from fwdllm.engine.data.jsonl import Example, check_labels, hold_out, labels_of, read_jsonl
 from fwdllm.engine.engine import Engine
+from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.evaluation import Evaluation
 from fwdllm.engine.files import atomic_write, check_still_there, fingerprint, identity, sha256
 from fwdllm.engine.settings import LoRAConfig
@@ -36,6 +38,7 @@ from fwdllm.protocol.privacy import spent_epsilon
 from fwdllm.protocol.records import Meta
 from fwdllm.protocol.replay import verify
 from fwdllm.protocol.report import Report
+from fwdllm.protocol.secure import sums
 from fwdllm.protocol.server import Closed, Server
 from fwdllm.tuning.recipes import recipe
 
@@ -141,6 +144,11 @@ def simulate(
     """
     began = time.perf_counter()
     partition, fleet = partition or Partition(), fleet or Fleet()
+    if config.secure and fleet.hostile:
+        raise ConfigError(
+            "nobody sees what a hostile client adds to a secure sum, so attacks on it are not "
+            "simulated"
+        )
     everything = read_jsonl(data)
     labels = labels_of(everything)
     if eval_data is None:
@@ -267,23 +275,44 @@ class _Simulation:
         for assignment, report in zip(willing, reports, strict=True):
             client = assignment.client
             seconds = self.fleet.seconds(seed, client, report.n_tokens)
-            message = self._message(client, dataclasses.replace(report, seconds=seconds))
+            report = dataclasses.replace(report, seconds=seconds)
+            message = self._message(client, report, len(willing))
             arrivals.append((opened + seconds, client, message))
         in_time = sorted(a for a in arrivals if a[0] <= deadline)
         with self.server.ledger.batch():
-            for at, client, message in in_time:
-                self.server.receive(client, message, at)
+            if self.config.secure:
+                self._receive_sum(in_time, len(willing))
+            else:
+                for at, client, message in in_time:
+                    self.server.receive(client, message, at)
         # In a resumed part, the last answer may have come before the interruption.
         self.now = max([opened, *self.server.arrivals()])
         if self.server.outstanding():
             self.now = deadline
+        if self.config.secure:
+            return []  # a vector that comes late is in no sum, and nothing of it is known
         return [(client, message) for at, client, message in sorted(arrivals) if at > deadline]
 
-    def _message(self, client: int, report: Report) -> bytes:
+    def _message(self, client: int, report: Report, n_members: int) -> bytes:
+        """What a client sends. n_members: clients that have begun, where sums alone are seen."""
+        if self.config.secure:
+            name = f"{self.config.seed} {report.round} {report.part} {client}"
+            # Not secret, as runs repeat; and without masks, as they are taken off again.
+            vector = sums.encode(self.config, report, n_members, random.Random(name).randrange)
+            return vector.astype("<u8").tobytes()
         kind = self.fleet.attack(self.config.seed, client)
         if kind is None:
             return wire.encode_report(report)
         return attacked(kind, report, self.server.ledger.first_message_of(client))
+
+    def _receive_sum(self, arrivals: Sequence[tuple[float, int, bytes]], n_members: int) -> None:
+        """Hand over the sum of the vectors that have come. arrivals: in their order."""
+        if len(arrivals) < sums.threshold(self.config, n_members):
+            return
+        vectors = {client: vector for _, client, vector in arrivals}
+        values = [np.frombuffer(vector, "<u8") for vector in vectors.values()]
+        total = np.sum(values, axis=0, dtype=np.uint64)
+        self.server.receive_sum(vectors, total, arrivals[-1][0])
 
     def _examples(self, client: int) -> Sequence[Example]:
         return self.clients[client]
@@ -307,5 +336,5 @@ def client_seconds(ledger: Ledger) -> float:
         wire.decode_report(message).seconds
         for round in range(ledger.n_rounds)
         for part, _, _ in ledger.parts(round)
-        for _, message in ledger.contributions(round, part)
+        for _, message in ledger.reports(round, part)
     )

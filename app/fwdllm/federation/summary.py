@@ -49,7 +49,7 @@ def summarize(ledger: Ledger) -> list[RoundSummary]:
     for closed in ledger.rounds():
         r = closed.round
         parts = ledger.parts(r)
-        messages = [m for part, _, _ in parts for _, m in ledger.contributions(r, part)]
+        messages = [m for part, _, _ in parts for _, m in ledger.reports(r, part)]
         _, asked, down, up = traffic.get(r, (r, 0, 0, 0))
         evaluation = evaluations.get(r + 1)
         found.append(
@@ -57,7 +57,7 @@ def summarize(ledger: Ledger) -> list[RoundSummary]:
                 round=r + 1,
                 parts=len(parts),
                 n_asked=asked,
-                n_accepted=len(messages),
+                n_accepted=sum(ledger.n_accepted(r, part) for part, _, _ in parts),
                 n_rejected=rejected[r],
                 n_perturbations=closed.n_perturbations,
                 loss=closed.loss,
