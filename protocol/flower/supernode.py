@@ -71,18 +71,26 @@ class _Run:
 
 def run(link: Link, config: NodeConfig) -> None:
     """Answer messages until the process is told to end. Errors: ConfigError."""
-    certificates, keys = _certificates(link), _keys(link)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that SuperLink is told
     worker = Worker(config)
     try:
-        with http_request_response(link.address, link.insecure, certificates, keys) as connection:
-            log(INFO, "SuperNode ID: %s", connection[0])
-            _Node(connection, worker).serve()
+        serve(link, worker)
     except KeyboardInterrupt:
         return
     finally:
         worker.end()
     raise ConfigError(f"the connection to {link.address} has failed; start the node again")
+
+
+def serve(link: Link, worker: Worker) -> None:
+    """Be a node for as long as the connection holds. Errors: ConfigError.
+
+    worker: computes; several nodes of a process may have the same.
+    """
+    certificates, keys = _certificates(link), _keys(link)
+    with http_request_response(link.address, link.insecure, certificates, keys) as connection:
+        log(INFO, "SuperNode ID: %s", connection[0])
+        _Node(connection, worker).serve()
 
 
 class _Node:

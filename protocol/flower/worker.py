@@ -44,6 +44,7 @@ class Worker:
         self._config = config
         self._process: Any = None
         self._pipe: Connection | None = None
+        self._lock = threading.Lock()  # several nodes of a process may share it
 
     @property
     def pid(self) -> int | None:
@@ -52,16 +53,17 @@ class Worker:
     def ask(self, run_config: Mapping[str, Any], task: Task, saved: Saved) -> Answer:
         """The answer to a message; see ``Node.answer``. Errors: WorkerError."""
         for _ in range(_MAX_DEATHS):
-            try:
-                if self._pipe is None:
-                    self._start()
-                assert self._pipe is not None
-                self._pipe.send((dict(run_config), task, saved))
-                found = self._pipe.recv()
-                assert isinstance(found, Answer)
-                return found
-            except (EOFError, OSError):  # it was killed, now or since the last message
-                self.end()
+            with self._lock:
+                try:
+                    if self._pipe is None:
+                        self._start()
+                    assert self._pipe is not None
+                    self._pipe.send((dict(run_config), task, saved))
+                    found = self._pipe.recv()
+                    assert isinstance(found, Answer)
+                    return found
+                except (EOFError, OSError):  # it was killed, now or since the last message
+                    self.end()
         raise WorkerError(f"the process that computes died {_MAX_DEATHS} times over one message")
 
     def end(self) -> None:

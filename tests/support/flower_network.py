@@ -244,7 +244,8 @@ class FlowerNetwork:
 
     Node ``i`` gets ``partition-id`` and ``num-partitions``, and what ``node_config(i)`` adds, as
     its ``context.node_config``. ``environment`` is added to that of every process, apps included.
-    ``warm`` nodes are those of ``fwdllm federate node`` instead of Flower's own.
+    ``warm`` nodes are those of ``fwdllm federate node`` instead of Flower's own. Without
+    ``registered`` SuperLink takes in any node.
     """
 
     def __init__(
@@ -255,6 +256,7 @@ class FlowerNetwork:
         node_config: Callable[[int], Mapping[str, Scalar]] | None = None,
         environment: Mapping[str, str] | None = None,
         warm: bool = False,
+        registered: bool = True,
     ) -> None:
         self.folder = folder.resolve()
         self.nodes = nodes
@@ -264,6 +266,7 @@ class FlowerNetwork:
         self.node_ids: list[int] = []
         self._node_config = node_config
         self._warm = warm
+        self._registered = registered
         # Flower looks for its own programs on the path. Settings of the machine stay out.
         scripts = str(Path(sys.executable).parent)
         outer = {name: value for name, value in os.environ.items() if not name.startswith("FLWR_")}
@@ -311,11 +314,16 @@ class FlowerNetwork:
         command += ["--ssl-certfile", self.certificates.server]
         command += ["--ssl-keyfile", self.certificates.server_key]
         command += ["--database", self.database]
-        command += ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
+        command += ["--enable-supernode-auth"] if self._registered else []
+        command += ["--disable-runtime-dependency-installation"]
         superlink = self._spawn("superlink", ["flower-superlink", *command])
         superlink.await_start(lambda: _listens(self.port))
         # SuperExec runs by now: should SuperLink crash, close() still finds it.
         superlink.note_groups()
+
+    @property
+    def superlink_pid(self) -> int:
+        return self._members["superlink"].process.pid
 
     def kill_superlink(self) -> None:
         """Kills SuperLink, and the ServerApp with it."""
@@ -410,13 +418,25 @@ class FlowerNetwork:
     def wait(self, run_id: int, timeout: float) -> str:
         """Waits until a run is over and returns its status."""
         deadline = time.monotonic() + timeout
-        while not self._finished(run_id):
+        while not self.finished(run_id):
             if time.monotonic() > deadline:
                 said = f"ServerApp:\n{_tail(self.server_log(run_id))}\n{self._tails()}"
                 status = self.status(run_id)
                 raise TimeoutError(f"run {run_id} is {status} after {timeout} s\n{said}")
             time.sleep(0.2)
         return self.status(run_id)
+
+    def finished(self, run_id: int) -> bool:
+        """Whether a run is over, from SuperLink's database.
+
+        Asking ``flwr`` every second would keep a processor busy with importing it.
+        """
+        sql = """
+            SELECT finished_at FROM run JOIN task ON task_id = primary_task_id WHERE run.run_id = ?
+        """
+        with closing(sqlite3.connect(self.database, timeout=10)) as database:
+            [finished] = database.execute(sql, [_signed(run_id)]).fetchone()
+        return finished is not None
 
     def logs(self) -> dict[str, str]:
         """What each member has written so far, by name; a ClientApp writes in its SuperNode's."""
@@ -436,18 +456,6 @@ class FlowerNetwork:
         return answer
 
     # Inside.
-
-    def _finished(self, run_id: int) -> bool:
-        """Whether a run is over, from SuperLink's database.
-
-        Asking ``flwr`` every second would keep a processor busy with importing it.
-        """
-        sql = """
-            SELECT finished_at FROM run JOIN task ON task_id = primary_task_id WHERE run.run_id = ?
-        """
-        with closing(sqlite3.connect(self.database, timeout=10)) as database:
-            [finished] = database.execute(sql, [_signed(run_id)]).fetchone()
-        return finished is not None
 
     def _write_cli_config(self) -> None:
         connection: dict[str, Scalar] = {
