@@ -352,11 +352,11 @@ def test_epsilon_is_the_library_s_without_amplification() -> None:
 
 
 def run(ledger: Ledger, *, secure_sums: bool, leave: int | None = None) -> None:
-    """Rounds with clients that answer by themselves or in sums; ``leave`` never answers."""
+    """Rounds with clients that answer by themselves or in sums; ``leave`` not in first parts."""
     server = Server(ledger)
     while not server.done:
         asked = server.open_part(range(N_CLIENTS), 0.0)
-        staying = [a for a in asked if a.client != leave]
+        staying = [a for a in asked if a.part or a.client != leave]
         reports = {a.client: contribution(server.replica, a) for a in staying}
         if not secure_sums:
             for client, report in reports.items():
@@ -376,13 +376,28 @@ def run(ledger: Ledger, *, secure_sums: bool, leave: int | None = None) -> None:
             assert server.receive_sum(rows, total, 1.0) is None
         closed = server.close_part(2.0)
         if closed is not None:
-            assert closed.n_accepted == len(staying)
-            assert closed.n_perturbations == len(staying) * server.config.perturbations
+            n = closed.parts * N_CLIENTS - (0 if leave is None else 1)
+            assert closed.n_accepted == n
+            assert closed.n_perturbations == n * server.config.perturbations
 
 
-def test_a_run_of_sums_is_the_plain_one_to_rounding_and_replays(path: Path, tmp_path: Path) -> None:
-    plain = tmp_path / "plain.sqlite"
-    with create(path, **RUN) as ledger, create(plain, **{**RUN, "secure": False}) as other:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"weighted": False},
+        # Two parts a round, of five clients and of six: each counts by its clients.
+        {"weighted": False, "pacing": True, "variance_threshold": 1e-9, "max_parts": 2},
+    ],
+)
+def test_a_run_of_sums_is_the_plain_one_to_rounding_and_replays(
+    path: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    plain, settings = tmp_path / "plain.sqlite", {**RUN, **changes}
+    with (
+        create(path, **settings) as ledger,
+        create(plain, **{**settings, "secure": False}) as other,
+    ):
         run(ledger, secure_sums=True, leave=2)
         run(other, secure_sums=False, leave=2)
         mine, theirs = Server(ledger).replica.theta, Server(other).replica.theta
