@@ -14,14 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
+
+from fwdllm.protocol.keys import public_key
 
 # The columns that name a row of each table. Snapshots have no entries: rounds have their hashes.
 KEYS: dict[str, tuple[str, ...]] = {
@@ -171,28 +167,6 @@ def name_of(kind: str, key: Sequence[Any]) -> str:
 def row_hash(name: str, row: Sequence[Any]) -> bytes:
     """SHA-256 of a row: None, int, float, str or bytes in each column."""
     return hashlib.sha256(_encoded((name, *row))).digest()
-
-
-def new_key() -> bytes:
-    """A new Ed25519 private key, PKCS #8 in PEM as OpenSSL writes it."""
-    key = Ed25519PrivateKey.generate()
-    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-
-
-def load_key(pem: bytes) -> Ed25519PrivateKey:
-    """The inverse of ``new_key``; ValueError for anything else."""
-    try:
-        key = load_pem_private_key(pem, None)
-    except (TypeError, ValueError, UnsupportedAlgorithm) as error:  # TypeError: a password
-        raise ValueError("it is no private key in PEM without a password") from error
-    if not isinstance(key, Ed25519PrivateKey):
-        raise ValueError("it is no Ed25519 key")
-    return key
-
-
-def public_key(key: Ed25519PrivateKey) -> bytes:
-    """The public half: 32 bytes."""
-    return key.public_key().public_bytes_raw()
 
 
 def sign(key: Ed25519PrivateKey, head: Head) -> bytes:

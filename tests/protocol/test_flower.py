@@ -17,6 +17,7 @@ from flower_network import REFUSED, FlowerNetwork, write_key_pair
 from fwdllm.engine.settings import LoRAConfig
 from fwdllm.federation.app_directory import init
 from fwdllm.federation.simulation import Partition, simulate
+from fwdllm.protocol.figures import traffic_by_client
 from fwdllm.protocol.ledger import NAME, Ledger
 from fwdllm.protocol.presets import preset
 from fwdllm.protocol.replay import replay, verify
@@ -143,7 +144,7 @@ def test_rounds_give_the_bits_of_a_simulation(
     with Ledger(app / "run" / NAME) as ledger:
         assert ledger.n_rounds == 3
         assert ledger.rejections() == []
-        for _, asked, accepted, down, up in ledger.traffic_by_client():
+        for _, asked, accepted, down, up in traffic_by_client(ledger):
             assert (asked, accepted) == (3, 3)
             assert up == 3 * (34 + 4 * CHANGES["perturbations"])
             assert 0 < down < 20_000
@@ -177,7 +178,7 @@ def test_killed_node_costs_its_share_and_comes_back(
     last_hash(app / "run")
     with Ledger(app / "run" / NAME) as ledger:
         assert ledger.n_rounds == 3
-        accepted = {client: n for client, _, n, _, _ in ledger.traffic_by_client()}
+        accepted = {client: n for client, _, n, _, _ in traffic_by_client(ledger)}
     killed = sorted(network.node_ids).index(network.node_ids[1])
     assert all(n == 3 for client, n in accepted.items() if client != killed)
     assert 1 <= accepted[killed] <= 3
@@ -227,7 +228,7 @@ def test_bad_records_are_rejected_and_the_round_goes_on(
     with Ledger(app / "run" / NAME) as ledger:
         assert ledger.n_rounds == 4
         found = [(round, client, reason) for round, _, client, reason in ledger.rejections()]
-        accepted = {client: n for client, _, n, _, _ in ledger.traffic_by_client()}
+        accepted = {client: n for client, _, n, _, _ in traffic_by_client(ledger)}
     assert [(round, client) for round, client, _ in found] == [(r, hostile) for r in range(3)]
     for (_, _, reason), expected in zip(
         found, ("1e+30", "64000000 bytes", "malformed"), strict=True
@@ -274,7 +275,7 @@ def test_late_replies_are_recorded(
     with Ledger(app / "run" / NAME) as ledger:
         assert ledger.n_rounds == 2
         assert ledger.rejections() == [(0, 0, slow, "late")]
-        accepted = {client: n for client, _, n, _, _ in ledger.traffic_by_client()}
+        accepted = {client: n for client, _, n, _, _ in traffic_by_client(ledger)}
     assert accepted == {client: 1 if client == slow else 2 for client in range(N_NODES)}
 
 
@@ -299,10 +300,10 @@ def test_warm_nodes_give_the_bits_of_a_simulation_whatever_dies(
     assert last_hash(app / "run") == simulated(network, bundled, pirate, tmp_path, rounds)
     with Ledger(app / "run" / NAME) as ledger:
         assert ledger.rejections() == []
-        traffic = ledger.traffic_by_client()
+        traffic = traffic_by_client(ledger)
     assert all((asked, accepted) == (rounds, rounds) for _, asked, accepted, _, _ in traffic)
     with Ledger(tmp_path / "simulation" / NAME) as ledger:
-        assert ledger.traffic_by_client() == traffic  # no state was lost and sent again
+        assert traffic_by_client(ledger) == traffic  # no state was lost and sent again
     assert [network.workers(i) == kept[i] for i in range(N_NODES)] == [False, False, True]
     assert left.is_running()
 

@@ -124,6 +124,7 @@ def show(run_dir: RunDir, json: Json = False) -> None:
     """Print a run round by round, and what each client sent and received."""
     from fwdllm.cli.federation_console import print_ledger
     from fwdllm.federation.summary import epsilons, summarize
+    from fwdllm.protocol.figures import traffic_by_client
     from fwdllm.protocol.ledger import NAME, Ledger
     from fwdllm.protocol.replay import verify
 
@@ -141,7 +142,7 @@ def show(run_dir: RunDir, json: Json = False) -> None:
                     {**dataclasses.asdict(r), "epsilon": spent}
                     for r, spent in zip(summarize(record), epsilons(record), strict=True)
                 ],
-                "clients": [dict(zip(names, r, strict=True)) for r in record.traffic_by_client()],
+                "clients": [dict(zip(names, r, strict=True)) for r in traffic_by_client(record)],
                 "rejections": [dict(zip(rejected, r, strict=True)) for r in record.rejections()],
             }
         )

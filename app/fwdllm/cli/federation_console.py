@@ -74,6 +74,7 @@ def print_simulation(result: SimulationResult) -> None:
 def print_ledger(ledger: Ledger) -> None:
     """Rounds, clients and rejections of a run on stdout."""
     from fwdllm.federation.summary import epsilons, summarize
+    from fwdllm.protocol.figures import traffic_by_client
 
     console, config = Terminal(), ledger.meta.config
     rounds = summarize(ledger)
@@ -106,7 +107,7 @@ def print_ledger(ledger: Ledger) -> None:
     console.print(f"{len(rounds)} of {config.rounds} rounds")
     # On a narrow terminal, lines that wrap are better than columns that are cut off.
     Terminal(width=max(console.width, 100)).print(table)
-    clients = ledger.traffic_by_client()
+    clients = traffic_by_client(ledger)
     console.print(f"\n{len(clients)} clients were asked; those that received most:")
     busiest = sorted(clients, key=lambda row: -row[3])[:_LISTED]
     for client, asked, accepted, down, up in busiest:
