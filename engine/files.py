@@ -53,10 +53,14 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Write a file that only its owner can read; otherwise as ``atomic_write``."""
+    """Write a file that only its owner can read; otherwise as ``atomic_write``.
+
+    On return it is on disk under its name: a power cut does not lose it.
+    """
     with atomic_write(path) as temporary:
         temporary.chmod(0o600)
         temporary.write_bytes(data)
+    _flush_folder(path.parent)
 
 
 def check_destination(path: Path) -> None:
@@ -237,6 +241,16 @@ def fingerprint(*paths: Path) -> dict[str, int | str]:
 def sha256(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _flush_folder(path: Path) -> None:
+    if sys.platform == "win32":  # it has no such call
+        return
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _flush(path: Path) -> None:

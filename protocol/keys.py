@@ -1,7 +1,14 @@
-"""The key that signs a ledger: an Ed25519 private key in a file beside it."""
+"""The key that signs a ledger: an Ed25519 private key in a file beside it.
+
+The key that follows it is in a file of its own until the ledger has named it (``prepare``); then it
+takes the key's place (``promote``). Whenever a rotation is killed, one of the two files has the key
+that signs.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -18,11 +25,17 @@ from fwdllm.engine.files import write_private
 
 # The file has the ledger's name and this.
 SUFFIX = ".key"
+NEXT_SUFFIX = ".key.next"
 
 
 def file_of(ledger: Path) -> Path:
     """Where a ledger's private key is."""
     return ledger.with_name(ledger.name + SUFFIX)
+
+
+def next_file_of(ledger: Path) -> Path:
+    """Where the private key is that follows, while it does not sign yet."""
+    return ledger.with_name(ledger.name + NEXT_SUFFIX)
 
 
 def make(ledger: Path) -> Ed25519PrivateKey:
@@ -34,6 +47,8 @@ def make(ledger: Path) -> Ed25519PrivateKey:
 
 def read(ledger: Path, public: bytes | None = None) -> Ed25519PrivateKey:
     """The key beside a ledger. public: its public half, if that is known. Errors: ConfigError."""
+    if public is not None and (following := _key_of(public, next_file_of(ledger))):
+        return following  # a rotation was killed
     path = file_of(ledger)
     try:
         found = load_key(path.read_bytes())
@@ -44,6 +59,39 @@ def read(ledger: Path, public: bytes | None = None) -> Ed25519PrivateKey:
     if public not in (None, public_key(found)):
         raise ConfigError(f"{path} is not the key that has signed {ledger.name}")
     return found
+
+
+def prepare(ledger: Path) -> Ed25519PrivateKey:
+    """The key that is to follow: that in its file, or a new one. It is on disk on return.
+
+    Errors: ConfigError, OSError.
+    """
+    path = next_file_of(ledger)
+    if not path.exists():
+        write_private(path, new_key())
+    try:
+        return load_key(path.read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"cannot use the key {path}: {error}") from error
+
+
+def promote(ledger: Path, public: bytes) -> None:
+    """Put the key that follows in the key's place if its public half is the one that signs now.
+
+    The file before is gone. Errors: OSError.
+    """
+    path, following = file_of(ledger), next_file_of(ledger)
+    if _key_of(public, following) and not _key_of(public, path):
+        os.replace(following, path)
+
+
+def _key_of(public: bytes, path: Path) -> Ed25519PrivateKey | None:
+    """The key in a file if its public half is the given one."""
+    with contextlib.suppress(OSError, ValueError):
+        found = load_key(path.read_bytes())
+        if public_key(found) == public:
+            return found
+    return None
 
 
 def new_key() -> bytes:

@@ -87,9 +87,11 @@ class Ledger:
                 stack.callback(_lock(path).close)
             self._db = _connect(path, writable)
             stack.callback(self._db.close)
-            has_journal = bool(self.query("SELECT 1 FROM sqlite_master WHERE name = 'head'"))
+            names = {name for (name,) in self.query("SELECT name FROM sqlite_master")}
+            has_journal, is_rotated = "head" in names, journal.ROTATION in names
+            script = SCHEMA + (journal.TABLES + journal.ROTATIONS * is_rotated) * has_journal
             with self._errors():
-                other = unexpected(self._db, SCHEMA + journal.TABLES * has_journal)
+                other = unexpected(self._db, script)
             if other is not None:
                 raise LedgerError(f"{path} is no ledger: its {other} is not as fwdllm makes it")
             found = self.query("SELECT json FROM meta")
@@ -216,6 +218,26 @@ class Ledger:
             query = "INSERT OR IGNORE INTO evaluation VALUES (?, ?, ?, ?) RETURNING round"
             if db.execute(query, row).fetchall():
                 self._enter("evaluation", [round], row)
+
+    def rotate_key(self) -> bytes:
+        """Sign from now on with another key, which the one before names; gives its public half.
+
+        It is the one in the file ``keys.next_file_of``, or made there, and takes the place of the
+        other, which is removed, when the ledger has named it.
+        """
+        if self.journal is None:
+            raise LedgerError(f"{self.path} is not signed, as it was begun by an older version")
+        old = self._signing_key()
+        with self._errors(), _told(self.path):
+            new = keys.prepare(self.path)
+            if keys.public_key(new) == self.journal.key:
+                raise ConfigError(f"{keys.next_file_of(self.path)} is the key that signs already")
+            with self.journal.advancing(), transaction(self._db):
+                self.journal.rotate(old, new)
+                self._sign(new)
+            self._private = new
+            keys.promote(self.path, self.journal.key)
+        return self.journal.key
 
     # Reading
 
@@ -395,12 +417,23 @@ class Ledger:
             with self._errors(), transaction(self._db) as db:
                 yield db
             return
-        if self._private is None:
-            self._private = _private_key(self.path, self.journal.key)
+        private = self._signing_key()
         with self._errors(), self.journal.advancing(), transaction(self._db) as db:
             yield db
-            if not self.journal.sign(self._private):
-                raise LedgerError(f"{self.path} has been changed while it was in use")
+            self._sign(private)
+
+    def _sign(self, private: Ed25519PrivateKey) -> None:
+        assert self.journal is not None
+        if not self.journal.sign(private):
+            raise LedgerError(f"{self.path} has been changed while it was in use")
+
+    def _signing_key(self) -> Ed25519PrivateKey:
+        assert self.journal is not None
+        if self._private is None:
+            with _told(self.path):
+                keys.promote(self.path, self.journal.key)  # where a rotation was killed
+                self._private = keys.read(self.path, self.journal.key)
+        return self._private
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -422,15 +455,17 @@ def _connect(path: Path, writable: bool) -> sqlite3.Connection:
         raise LedgerError(f"cannot use the ledger {path}: {error}") from error
 
 
-def _private_key(path: Path, public: bytes | None = None) -> Ed25519PrivateKey:
-    try:
-        return keys.read(path, public)
-    except ConfigError as error:
-        raise LedgerError(str(error)) from error
-
-
 def _lock(path: Path) -> sqlite3.Connection:
-    try:
+    with _told(path):
         return lock(path.with_name(path.name + ".lock"))
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What is wrong with the files beside a ledger, as a LedgerError."""
+    try:
+        yield
     except ConfigError as error:
         raise LedgerError(str(error)) from error
+    except OSError as error:
+        raise LedgerError(f"cannot use the files of {path}: {error}") from error

@@ -174,7 +174,7 @@ def verify_run(
         found = verify(record, given_key, given_head)
         if replay:
             check_adapter(record, run_dir / "adapter.gguf")
-    told = not_covered_by(found, with_key=key is not None, with_adapter=replay)
+    told = not_covered_by(found, given_key, with_adapter=replay)
     if not json:
         print_verified(found, told)
         return
@@ -185,10 +185,33 @@ def verify_run(
             "head": found.head.hash.hex() if found.head else None,
             "entries": found.head.entries if found.head else None,
             "key": found.key.hex() if found.key else None,
+            "earlier_keys": [rotation.old.hex() for rotation in found.rotations],
             "since_head": found.since,
             "not_covered": told,
         }
     )
+
+
+@ledger.command("rotate-key")
+def rotate_key(run_dir: RunDir, json: Json = False) -> None:
+    """Sign from now on with a new key, which the old one names in the ledger. Not while it runs."""
+    from fwdllm.protocol import keys
+    from fwdllm.protocol.ledger import NAME, Ledger
+    from fwdllm.protocol.replay import verify
+
+    with Ledger(run_dir / NAME, writable=True) as record:
+        before = verify(record).key
+        after = record.rotate_key()
+        assert before is not None and record.journal is not None
+        head = record.journal.head
+    if json:
+        told = {"key": after.hex(), "key_before": before.hex()}
+        print_json({**told, "head": head.hash.hex(), "entries": head.entries})
+        return
+    say(f"signed from entry {head.entries} on by key {after.hex()}")
+    say(f"before it, by key {before.hex()}, whose file is gone")
+    say(f"head {head.hash.hex()}")
+    say(f"the private half is in {keys.file_of(run_dir / NAME)}")
 
 
 @ledger.command()

@@ -130,6 +130,8 @@ def print_verified(found: Verified, not_covered: Sequence[str]) -> None:
     if found.head is not None and found.key is not None:
         say(f"head {found.head.hash.hex()}, of {found.head.entries} entries")
         say(f"signed by key {found.key.hex()}")
+        for rotation in reversed(found.rotations):
+            say(f"  to entry {rotation.before.entries} by key {rotation.old.hex()}, which named it")
         say("covered, to the last entry: settings, nodes, assignments, answers, rejections,")
         say("  updates, snapshots, evaluations, times and bytes")
     else:
@@ -139,13 +141,12 @@ def print_verified(found: Verified, not_covered: Sequence[str]) -> None:
         say(f"not covered: {what}")
 
 
-def not_covered_by(found: Verified, *, with_key: bool, with_adapter: bool) -> list[str]:
+def not_covered_by(found: Verified, key: bytes | None, *, with_adapter: bool) -> list[str]:
     """What a check of a ledger cannot tell.
 
-    with_key: the key was compared with one that was given.  with_adapter: adapter.gguf was compared
-    with a replay.
+    key: the one that was asked for.  with_adapter: adapter.gguf was compared with a replay.
     """
-    told = []
+    told, with_key = [], key is not None
     if found.head is None:
         told.append("who wrote it: a forger makes the hashes again")
         told.append("times, bytes, rejections, evaluations, and what was deleted from its end")
@@ -154,6 +155,8 @@ def not_covered_by(found: Verified, *, with_key: bool, with_adapter: bool) -> li
             told.append("whose key this is: --key takes the one that the server's owner gives you")
         if not with_key and found.since:
             told.append(f"who wrote the last {found.since} entries, after that head (--key)")
+        if with_key and key != found.key:
+            told.append("what others wrote, if that earlier key was known to them before it ended")
         if found.since is None:
             told.append(
                 "an older or another ledger of the same key: --head takes a head noted before"
