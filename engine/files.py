@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import hashlib
 import os
 import re
@@ -107,12 +108,14 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove temporary files for ``path`` whose processes are gone."""
+    """Remove temporary files for ``path`` whose processes are gone, with what SQLite put beside."""
     name = re.compile(re.escape(_beginning(path)) + r"[0-9]+-[0-9a-f]{8}")
     with contextlib.suppress(OSError):
         for found in [e for e in os.scandir(path.parent) if name.fullmatch(e.name)]:
             with contextlib.suppress(OSError):
                 if found.is_file(follow_symlinks=False) and _is_abandoned(found.path):
+                    for beside in glob.glob(f"{glob.escape(found.path)}-*"):
+                        os.unlink(beside)
                     os.unlink(found.path)
 
 

@@ -94,9 +94,17 @@ def _key_of(public: bytes, path: Path) -> Ed25519PrivateKey | None:
     return None
 
 
+def copy(ledger: Path, to: Path, public: bytes) -> None:
+    """Give a copy of a ledger the key whose public half is given. Errors: ConfigError, OSError."""
+    write_private(file_of(to), _pem(read(ledger, public)))
+
+
 def new_key() -> bytes:
     """A new Ed25519 private key, PKCS #8 in PEM as OpenSSL writes it."""
-    key = Ed25519PrivateKey.generate()
+    return _pem(Ed25519PrivateKey.generate())
+
+
+def _pem(key: Ed25519PrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 

@@ -192,6 +192,32 @@ def verify_run(
     )
 
 
+@ledger.command()
+def backup(
+    run_dir: RunDir,
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="A new folder.")],
+    with_key: Annotated[
+        bool, typer.Option("--with-key", help="Copy the private key: the run can go on there.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Copy a ledger to a new folder, also while its run goes on, and check the copy."""
+    from fwdllm.federation.backup import back_up, missing_to_resume
+
+    found = back_up(run_dir, destination, with_key=with_key)
+    missing = missing_to_resume(found, with_key=with_key)
+    head = found.head.hash.hex() if found.head else None
+    if json:
+        told = {"rounds": found.rounds, "head": head, "key": found.key.hex() if found.key else None}
+        print_json({**told, "with_key": with_key, "missing_to_resume": missing})
+        return
+    say(f"{found.rounds} rounds, nothing changed; head {head or 'none, as it is not signed'}")
+    for what in missing:
+        say(f"to go on from it, there is missing: {what}")
+    if with_key:
+        say("let the run go on in one place only: two would sign two histories")
+
+
 @ledger.command("rotate-key")
 def rotate_key(run_dir: RunDir, json: Json = False) -> None:
     """Sign from now on with a new key, which the old one names in the ledger. Not while it runs."""
