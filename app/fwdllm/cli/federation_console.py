@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from rich.live import Live
 from rich.table import Table
 
 from fwdllm.cli.console import Terminal, progress_bar, say
 
 if TYPE_CHECKING:
     from fwdllm.federation.simulation import Event, SimulationResult
+    from fwdllm.federation.status import Status
     from fwdllm.protocol.ledger import Ledger
     from fwdllm.protocol.replay import Verified
 
 # How many clients and how many rejections are listed.
 _LISTED = 10
+# Between two looks at a run that is watched.
+_SECONDS = 5.0
 
 
 @contextlib.contextmanager
@@ -69,6 +74,66 @@ def print_simulation(result: SimulationResult) -> None:
     for name, value in rows:
         table.add_row(name, value)
     Terminal().print(table, soft_wrap=True)
+
+
+def status_table(s: Status, now: float) -> Table:
+    """How a run stands. now: seconds since 1970."""
+    from fwdllm.federation.status import LATELY, RECENT
+
+    def since(then: float) -> str:
+        return f"at {then:,.0f} s" if s.simulated else f"{_span(now - then)} ago"
+
+    left = s.rounds_of - s.rounds
+    to_go = f", about {_span(s.seconds_a_round * left)} to go" if s.seconds_a_round and left else ""
+    rows = [("rounds", f"{s.rounds:,} of {s.rounds_of:,}{to_go}")]
+    if s.open_part is not None:
+        p = s.open_part
+        last = "" if p.last_answer is None else f", the last {since(p.last_answer)}"
+        rows.append((f"round {p.round}", f"part {p.part}, asked {since(p.opened)}"))
+        rows.append(("", f"{p.answered} of {p.asked} have answered{last}"))
+    if s.seconds_a_round is not None:
+        rows.append(("a round", f"{_span(s.seconds_a_round)} (median of the last {RECENT})"))
+    asked = sum(c.asked_lately > 0 for c in s.clients)
+    answered = sum(c.answered_lately > 0 for c in s.clients)
+    lately = (
+        f"{answered:,} of {asked:,} asked in the last {min(LATELY, s.rounds)} rounds have answered"
+    )
+    rows.append(("clients", f"{len(s.clients):,} seen; {lately}"))
+    silent = sorted((c for c in s.clients if c.is_silent), key=lambda c: -c.asked_lately)
+    for c in silent[:_LISTED]:
+        name = f"client {c.client}" + (f", node {c.node}" if c.node else "")
+        last = f"last in round {c.last_round}" if c.last_round else "never an answer"
+        rows.append(("", f"{name}: asked {c.asked_lately} times, {last}"))
+    if len(silent) > _LISTED:
+        rows.append(("", f"and {len(silent) - _LISTED:,} more"))
+    rejected = ", ".join(f"{count:,} {word}" for word, count in s.rejected.items())
+    rows += [
+        ("rejected", rejected or "none"),
+        ("bytes up", f"{s.bytes_up:,}, {s.bytes_up_a_round:,.0f} a round"),
+        ("bytes down", f"{s.bytes_down:,}, {s.bytes_down_a_round:,.0f} a round"),
+    ]
+    if s.loss is not None:
+        rows.append(("loss", f"{s.loss:.4f}"))
+    if s.held_out is not None:
+        accuracy = s.held_out.accuracy
+        figures = f"loss {s.held_out.loss:.4f}" + (
+            f", {accuracy:.1%}" if accuracy is not None else ""
+        )
+        rows.append(("held out", f"{figures}, after round {s.held_out.round}"))
+    if s.epsilon is not None:
+        rows.append(("epsilon", f"{s.epsilon:.3g}"))
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def watch(table: Callable[[], Table]) -> None:
+    """Show a table anew every few seconds until Ctrl-C."""
+    with contextlib.suppress(KeyboardInterrupt), Live(console=Terminal(), screen=False) as live:
+        while True:
+            live.update(table(), refresh=True)
+            time.sleep(_SECONDS)
 
 
 def print_ledger(ledger: Ledger) -> None:
@@ -167,6 +232,16 @@ def not_covered_by(found: Verified, key: bytes | None, *, with_adapter: bool) ->
     if not with_adapter:
         told.append("adapter.gguf: --replay makes it again and compares")
     return [*told, "whether what clients sent, and the server's clock, was true"]
+
+
+def _span(seconds: float) -> str:
+    """A time that has passed: "12 s", "3 min", "5.2 h", "2.5 days"."""
+    seconds = max(0.0, seconds)
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
 
 
 def _number(value: float | None, format: str) -> str:

@@ -112,7 +112,7 @@ class Rounds:
         with contextlib.suppress(LedgerError, OSError), Ledger(self.path / LEDGER) as ledger:
             self.steps = ledger.meta.config.rounds
             rounds = ledger.rounds(self._n_rounds)
-            sent = {row[0]: row for row in traffic(ledger)} if rounds else {}
+            sent = {row[0]: row for row in traffic(ledger, self._n_rounds)}
             written = (self.path / LEDGER).stat().st_mtime
             for r in rounds:
                 _, _, down, up = sent.get(r.round, (0, 0, None, None))
