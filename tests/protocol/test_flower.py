@@ -279,6 +279,55 @@ def test_late_replies_are_recorded(
     assert accepted == {client: 1 if client == slow else 2 for client in range(N_NODES)}
 
 
+NEWER_SERVER = '''
+"""A server of the protocol's next version."""
+
+from fwdllm.protocol import wire
+
+wire.VERSION += 1
+
+from fwdllm.protocol.flower.server_app import app
+
+__all__ = ["app"]
+'''
+
+LAGGING_CLIENT = '''
+"""Clients that were updated with the server, but for the node with number 2."""
+
+from fwdllm.protocol import wire
+from fwdllm.protocol.flower.client_app import train as honest
+
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+
+
+@app.train()
+def train(message, context):
+    wire.VERSION = 1 if context.node_config["partition-id"] == 2 else 2
+    return honest(message, context)
+'''
+
+
+def test_node_of_an_older_version_is_told_and_left_out(
+    network: FlowerNetwork, bundled: Path, pirate: Path, tmp_path: Path
+) -> None:
+    app = write_app(tmp_path / "app", bundled, pirate, rounds=2)
+    (app / "federation" / "server.py").write_text(NEWER_SERVER, encoding="utf-8")
+    (app / "federation" / "client.py").write_text(LAGGING_CLIENT, encoding="utf-8")
+    run = network.run(app)
+    assert network.wait(run, TIMEOUT) == "finished:completed"
+    lagging = sorted(network.node_ids).index(network.node_ids[2])
+    said = "version: it speaks version 1 of the protocol, this server 2: update fwdllm there"
+    with Ledger(app / "run" / NAME) as ledger:
+        verify(ledger)
+        assert ledger.n_rounds == 2
+        assert ledger.rejections() == [(round, 0, lagging, said) for round in range(2)]
+    assert f"client {lagging} was left out: {said}" in network.server_log(run)
+    here = "this fwdllm speaks version 1 of the protocol, and the message is of version 2"
+    assert f"{here}: update fwdllm here" in network.logs()["node-2"]
+
+
 def test_warm_nodes_give_the_bits_of_a_simulation_whatever_dies(
     warm_network: FlowerNetwork, bundled: Path, pirate: Path, tmp_path: Path
 ) -> None:

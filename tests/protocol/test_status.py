@@ -92,8 +92,11 @@ def test_a_run_in_the_middle_of_a_round(tmp_path: Path) -> None:
 def test_one_long_round_does_not_change_the_time_of_a_round(tmp_path: Path) -> None:
     with create(tmp_path / NAME, rounds=40) as ledger:
         server = Server(ledger)
-        run_rounds(server, 5)
-        ledger.query("UPDATE round SET closed = closed + 86400 WHERE round = 4")
+        run_rounds(server, 30)
+        ledger.query("UPDATE round SET closed = closed + 86400 WHERE round = 29")
+        assert status_of(ledger).seconds_a_round == 30
+        # Nor do those at its beginning: here ten minutes each.
+        ledger.query("UPDATE round SET closed = closed - 570 * (19 - round) WHERE round < 19")
         assert status_of(ledger).seconds_a_round == 30
 
 

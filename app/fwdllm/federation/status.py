@@ -127,16 +127,15 @@ def status_of(ledger: Ledger) -> Status:
 
 
 def _clients(ledger: Ledger, n_rounds: int) -> tuple[Seen, ...]:
-    known = {client: rest for client, *rest in last_answers(ledger)}
-    lately = {
-        client: figures
-        for client, *figures in asked_and_answered(ledger, max(0, n_rounds - LATELY), n_rounds)
-    }
+    known = {row[0]: row for row in last_answers(ledger)}
+    first = max(0, n_rounds - LATELY)
+    lately = {row[0]: row for row in asked_and_answered(ledger, first, n_rounds)}
     found = []
     for client in sorted({*known, *lately}):
-        node, answers, last = known.get(client, [None, 0, None])
+        _, node, answers, last = known.get(client, (client, None, 0, None))
+        _, asked, answered = lately.get(client, (client, 0, 0))
         last_round = None if last is None else last + 1
-        found.append(Seen(client, node, answers, last_round, *lately.get(client, [0, 0])))
+        found.append(Seen(client, node, answers, last_round, asked, answered))
     return tuple(found)
 
 
