@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import ledger_runs
 import pytest
 from cli_runs import MODEL, Cli, pirate_rows, write_rows
 from ledger_runs import create, eventful, final, finish, reopen
@@ -52,7 +53,9 @@ def writing(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A server in a process of its own, in the middle of a run of ``ROUNDS``."""
     folder.mkdir()
     create(folder / NAME, rounds=ROUNDS, snapshot_every=7).close()
-    with subprocess.Popen([sys.executable, "-c", WRITER, folder / NAME]) as writer:
+    command = [sys.executable, "-c", WRITER, folder / NAME]
+    # Where it finds ledger_runs.
+    with subprocess.Popen(command, cwd=Path(ledger_runs.__file__).parent) as writer:
         try:
             while n_rounds(folder) < 5:
                 assert writer.poll() is None
