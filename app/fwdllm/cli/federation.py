@@ -166,7 +166,7 @@ def status(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Say how a run stands, also while it goes on. Nothing is verified, nothing written."""
+    """Say how a run stands, also while it goes on; nothing is verified, and nothing written."""
     from fwdllm.cli.console import Terminal
     from fwdllm.cli.federation_console import status_table
     from fwdllm.cli.federation_console import watch as show

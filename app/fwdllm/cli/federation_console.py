@@ -221,7 +221,7 @@ def not_covered_by(found: Verified, key: bytes | None, *, with_adapter: bool) ->
         if not with_key and found.since:
             told.append(f"who wrote the last {found.since} entries, after that head (--key)")
         if with_key and key != found.key:
-            told.append("what others wrote, if that earlier key was known to them before it ended")
+            told.append("what others wrote, if they have that earlier key")
         if found.since is None:
             told.append(
                 "an older or another ledger of the same key: --head takes a head noted before"
