@@ -175,8 +175,7 @@ def test_the_command(tmp_path: Path, fwdllm: Cli) -> None:
             "days ago 0 of 4 have answered",
             "30 s (median of the last 10)",
             "6 seen; 5 of 6 asked in the last 12 rounds have answered",
-            "client 2: asked",
-            "never an answer",
+            "client 2: 0 of 8 answers accepted, none before",
             "rejected 1 late",
             "loss 1.2500, 50.0%, after round 10",
         ):

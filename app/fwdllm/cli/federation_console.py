@@ -102,8 +102,8 @@ def status_table(s: Status, now: float) -> Table:
     silent = sorted((c for c in s.clients if c.is_silent), key=lambda c: -c.asked_lately)
     for c in silent[:_LISTED]:
         name = f"client {c.client}" + (f", node {c.node}" if c.node else "")
-        last = f"last in round {c.last_round}" if c.last_round else "never an answer"
-        rows.append(("", f"{name}: asked {c.asked_lately} times, {last}"))
+        last = f"the last was in round {c.last_round}" if c.last_round else "none before"
+        rows.append(("", f"{name}: 0 of {c.asked_lately} answers accepted, {last}"))
     if len(silent) > _LISTED:
         rows.append(("", f"and {len(silent) - _LISTED:,} more"))
     rejected = ", ".join(f"{count:,} {word}" for word, count in s.rejected.items())
