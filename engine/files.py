@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import hashlib
 import os
 import re
@@ -53,10 +54,14 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Write a file that only its owner can read; otherwise as ``atomic_write``."""
+    """Write a file that only its owner can read; otherwise as ``atomic_write``.
+
+    On return it is on disk under its name: a power cut does not lose it.
+    """
     with atomic_write(path) as temporary:
         temporary.chmod(0o600)
         temporary.write_bytes(data)
+    _flush_folder(path.parent)
 
 
 def check_destination(path: Path) -> None:
@@ -103,12 +108,14 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove temporary files for ``path`` whose processes are gone."""
+    """Remove temporary files for ``path`` whose processes are gone, with what SQLite put beside."""
     name = re.compile(re.escape(_beginning(path)) + r"[0-9]+-[0-9a-f]{8}")
     with contextlib.suppress(OSError):
         for found in [e for e in os.scandir(path.parent) if name.fullmatch(e.name)]:
             with contextlib.suppress(OSError):
                 if found.is_file(follow_symlinks=False) and _is_abandoned(found.path):
+                    for beside in glob.glob(f"{glob.escape(found.path)}-*"):
+                        os.unlink(beside)
                     os.unlink(found.path)
 
 
@@ -237,6 +244,16 @@ def fingerprint(*paths: Path) -> dict[str, int | str]:
 def sha256(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _flush_folder(path: Path) -> None:
+    if sys.platform == "win32":  # it has no such call
+        return
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _flush(path: Path) -> None:

@@ -44,6 +44,18 @@ def connect_to_read(path: Path) -> sqlite3.Connection:
     return connection
 
 
+def copy_to(path: Path, destination: Path) -> None:
+    """Copy a database as it is at one moment, whoever writes to it meanwhile.
+
+    destination: an empty file, or none; the copy has no other files beside it. Errors: as
+    ``connect_to_read``'s.
+    """
+    with contextlib.closing(connect_to_read(path)) as connection:
+        connection.execute("COMMIT")  # SQLite does not do it within a transaction,
+        connection.execute("PRAGMA query_only = 0")  # and takes the copy for a change
+        connection.execute("VACUUM INTO ?", (str(destination),))
+
+
 def connect_to_write(path: Path) -> sqlite3.Connection:
     """Open a database with a write-ahead log; what is committed survives a power cut."""
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)

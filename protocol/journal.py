@@ -3,6 +3,9 @@
 An entry has the name of a row and the row's hash, as they were when it was written. The head is a
 hash over all entries in their order, so it stands for the whole ledger; a server signs it (Ed25519)
 in the transaction that writes. Who knows an earlier head can tell whether it is of the same ledger.
+
+The key may be changed: the old one then signs a statement that names the new one, which is a row
+with an entry. It is about the head before it, so it is of no use for another ledger.
 """
 
 from __future__ import annotations
@@ -14,14 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
+
+from fwdllm.protocol.keys import public_key
 
 # The columns that name a row of each table. Snapshots have no entries: rounds have their hashes.
 KEYS: dict[str, tuple[str, ...]] = {
@@ -38,8 +37,10 @@ KEYS: dict[str, tuple[str, ...]] = {
 # All other entries are final.
 BYTES = "bytes"
 _COLUMNS = {"assignment": "message", BYTES: "bytes_down"}
+# Statements that change the key, in a table that is made with the first of them.
+ROTATION = "rotation"
 # Tables without rounds; their entries have round 0.
-_RUN_WIDE = ("meta", "node")
+_RUN_WIDE = ("meta", "node", ROTATION)
 
 TABLES = """
 CREATE TABLE entry (
@@ -52,8 +53,16 @@ CREATE TABLE head (
 );
 """
 
+ROTATIONS = """
+CREATE TABLE rotation (
+    number INTEGER PRIMARY KEY, entries INTEGER NOT NULL, hash BLOB NOT NULL,
+    old BLOB NOT NULL, new BLOB NOT NULL, signature BLOB NOT NULL
+);
+"""
+
 # What is signed begins with it, so that a signature for anything else is none for a ledger.
 _PURPOSE = b"fwdllm ledger head 1\0"
+_PURPOSE_OF_ROTATION = b"fwdllm ledger key 1\0"
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,31 @@ class Head:
         return Head(entry.number, hashlib.sha256(self.hash + data).digest())
 
 
+@dataclass(frozen=True)
+class Rotation:
+    """A change of the key.
+
+    number: counted from 1.  before: the head of which it is the next entry.  old, new: public keys,
+    32 bytes.  signature: by the old one, 64 bytes.
+    """
+
+    number: int
+    before: Head
+    old: bytes
+    new: bytes
+    signature: bytes
+
+    @property
+    def name(self) -> str:
+        """Of its entry."""
+        return name_of(ROTATION, [self.number])
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether the old key has signed it."""
+        return _verifies(self.old, _statement(self.before, self.new), self.signature)
+
+
 class Journal:
     """The journal in a ledger's tables.
 
@@ -97,6 +131,7 @@ class Journal:
             raise ValueError("it has no head")
         entries, hash, self.key, signature = found[0]
         self.head = self._next = Head(entries, hash)
+        self._signer = self.key
         if not is_signed(self.key, self.head, signature):
             raise ValueError("its head is not signed by its key")
 
@@ -124,17 +159,41 @@ class Journal:
         """Sign what has been entered. False if the journal is not as this object left it."""
         if self._next == self.head:
             return True
-        signature = sign(private, self._next)
-        query = "UPDATE head SET entries = ?, hash = ?, signature = ? WHERE hash = ? RETURNING id"
-        values = self._next.entries, self._next.hash, signature, self.head.hash
-        return bool(list(self._query(query, *values)))
+        self._signer = public_key(private)
+        query = (
+            "UPDATE head SET entries = ?, hash = ?, key = ?, signature = ? WHERE hash = ?"
+            " RETURNING id"
+        )
+        signed = self._next.entries, self._next.hash, self._signer, sign(private, self._next)
+        return bool(list(self._query(query, *signed, self.head.hash)))
+
+    def rotate(self, old: Ed25519PrivateKey, new: Ed25519PrivateKey) -> None:
+        """Enter that the new key signs after the old one; it then has to sign this, too."""
+        if not self._is_rotated:
+            self._query(ROTATIONS)
+        number, named, before = len(self.rotations()) + 1, public_key(new), self._next
+        signature = old.sign(_statement(before, named))
+        row = number, before.entries, before.hash, public_key(old), named, signature
+        self._query("INSERT INTO rotation VALUES (?, ?, ?, ?, ?, ?)", *row)
+        self.enter(ROTATION, [number], row)
+
+    def rotations(self) -> list[Rotation]:
+        """All changes of the key, as they are in the table, first to last."""
+        if not self._is_rotated:
+            return []
+        rows = self._query("SELECT * FROM rotation ORDER BY number")
+        return [Rotation(row[0], Head(*row[1:3]), *row[3:]) for row in rows]
+
+    @property
+    def _is_rotated(self) -> bool:
+        return bool(list(self._query("SELECT 1 FROM sqlite_master WHERE name = ?", ROTATION)))
 
     @contextlib.contextmanager
     def advancing(self) -> Iterator[None]:
         """Around a transaction: entries of one that fails are forgotten."""
-        self._next = self.head
+        self._next, self._signer = self.head, self.key
         yield
-        self.head = self._next
+        self.head, self.key = self._next, self._signer
 
     def entries(self, round: int | None = None) -> Iterator[Entry]:
         """All entries in their order, or those of a round."""
@@ -145,11 +204,13 @@ class Journal:
 
     def rows(self, round: int) -> Iterator[tuple[str, bytes]]:
         """Name and hash, as they are now, of all rows that should have an entry of a round."""
-        for kind in (*KEYS, BYTES):
+        keys_of = {**KEYS, BYTES: KEYS["assignment"]}
+        if self._is_rotated:
+            keys_of[ROTATION] = ("number",)
+        for kind, key in keys_of.items():
             if kind in _RUN_WIDE and round:
                 continue
             table, columns = "assignment" if kind == BYTES else kind, _COLUMNS.get(kind, "*")
-            key = KEYS[table]
             where, values = ("", ()) if kind in _RUN_WIDE else (" WHERE round = ?", (round,))
             query = f"SELECT {', '.join(key)}, {columns} FROM {table}{where}"
             for row in self._query(query, *values):
@@ -173,28 +234,6 @@ def row_hash(name: str, row: Sequence[Any]) -> bytes:
     return hashlib.sha256(_encoded((name, *row))).digest()
 
 
-def new_key() -> bytes:
-    """A new Ed25519 private key, PKCS #8 in PEM as OpenSSL writes it."""
-    key = Ed25519PrivateKey.generate()
-    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-
-
-def load_key(pem: bytes) -> Ed25519PrivateKey:
-    """The inverse of ``new_key``; ValueError for anything else."""
-    try:
-        key = load_pem_private_key(pem, None)
-    except (TypeError, ValueError, UnsupportedAlgorithm) as error:  # TypeError: a password
-        raise ValueError("it is no private key in PEM without a password") from error
-    if not isinstance(key, Ed25519PrivateKey):
-        raise ValueError("it is no Ed25519 key")
-    return key
-
-
-def public_key(key: Ed25519PrivateKey) -> bytes:
-    """The public half: 32 bytes."""
-    return key.public_key().public_bytes_raw()
-
-
 def sign(key: Ed25519PrivateKey, head: Head) -> bytes:
     """The signature of a head: 64 bytes."""
     return key.sign(_PURPOSE + _encoded((head.entries, head.hash)))
@@ -202,10 +241,16 @@ def sign(key: Ed25519PrivateKey, head: Head) -> bytes:
 
 def is_signed(public: bytes, head: Head, signature: bytes) -> bool:
     """Whether a signature of a head is by the key whose public half is given."""
+    return _verifies(public, _PURPOSE + _encoded((head.entries, head.hash)), signature)
+
+
+def _statement(before: Head, new: bytes) -> bytes:
+    return _PURPOSE_OF_ROTATION + _encoded((before.entries, before.hash, new))
+
+
+def _verifies(public: bytes, data: bytes, signature: bytes) -> bool:
     try:
-        Ed25519PublicKey.from_public_bytes(public).verify(
-            signature, _PURPOSE + _encoded((head.entries, head.hash))
-        )
+        Ed25519PublicKey.from_public_bytes(public).verify(signature, data)
     except (InvalidSignature, TypeError, ValueError):
         return False
     return True

@@ -25,51 +25,15 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fwdllm.engine.errors import ConfigError, FwdllmError
-from fwdllm.engine.files import is_unused, lock, transaction, write_private
+from fwdllm.engine.files import is_unused, lock, transaction
 from fwdllm.engine.sqlite import ERRORS, connect_to_read, connect_to_write, odd_value, unexpected
-from fwdllm.protocol import journal
+from fwdllm.protocol import journal, keys
 from fwdllm.protocol.federation import COHORT
 from fwdllm.protocol.journal import BYTES, KEYS, Journal
 from fwdllm.protocol.records import Meta, Round, round_hash
+from fwdllm.protocol.tables import OPTIONAL, SCHEMA
 
 NAME = "ledger.sqlite"
-# The file with the private key has the ledger's name and this.
-KEY_SUFFIX = ".key"
-
-_SCHEMA = """
-CREATE TABLE meta (id INTEGER PRIMARY KEY CHECK (id = 0), json TEXT NOT NULL);
-CREATE TABLE node (name TEXT PRIMARY KEY, client INTEGER NOT NULL UNIQUE);
-CREATE TABLE part (
-    round INTEGER, part INTEGER, opened REAL NOT NULL, n_available INTEGER NOT NULL,
-    PRIMARY KEY (round, part)
-) WITHOUT ROWID;
-CREATE TABLE assignment (
-    round INTEGER, part INTEGER, client INTEGER, message BLOB NOT NULL, bytes_down INTEGER NOT NULL,
-    PRIMARY KEY (round, part, client)
-) WITHOUT ROWID;
-CREATE TABLE contribution (
-    round INTEGER, part INTEGER, client INTEGER, received REAL NOT NULL, message BLOB NOT NULL,
-    PRIMARY KEY (round, part, client)
-) WITHOUT ROWID;
-CREATE INDEX contribution_of_client ON contribution (client, round);
-CREATE TABLE rejection (
-    id INTEGER PRIMARY KEY, round INTEGER, part INTEGER, client INTEGER, received REAL NOT NULL,
-    reason TEXT NOT NULL, n_bytes INTEGER NOT NULL, UNIQUE (round, part, client, reason, n_bytes)
-);
-CREATE TABLE round (
-    round INTEGER PRIMARY KEY, closed REAL NOT NULL, message BLOB, loss REAL,
-    first_variance REAL, variance REAL, n_perturbations INTEGER NOT NULL,
-    theta BLOB NOT NULL, snapshot BLOB, hash BLOB NOT NULL
-);
-CREATE TABLE snapshot (round INTEGER PRIMARY KEY, state BLOB NOT NULL);
-CREATE TABLE evaluation (
-    round INTEGER PRIMARY KEY, loss REAL NOT NULL, accuracy REAL, n_examples INTEGER NOT NULL
-);
-"""
-
-
-# Columns of figures that some rows do not have.
-_OPTIONAL = {"message", "loss", "first_variance", "variance", "snapshot", "accuracy"}
 
 
 class LedgerError(FwdllmError):
@@ -89,7 +53,7 @@ def open_run(folder: Path, meta: Meta, resume: bool | None) -> Ledger:
     if (
         resume is False
         and folder.exists()
-        and not is_unused(folder, f"{NAME}.lock", f"{NAME}{KEY_SUFFIX}", f".{NAME}")
+        and not is_unused(folder, f"{NAME}.lock", f"{NAME}{keys.SUFFIX}", f".{NAME}")
     ):
         raise ConfigError(f"{folder} is not empty; resume the run or name a new folder")
     if not path.exists():
@@ -124,12 +88,14 @@ class Ledger:
                 stack.callback(_lock(path).close)
             self._db = _connect(path, writable)
             stack.callback(self._db.close)
-            has_journal = bool(self._all("SELECT 1 FROM sqlite_master WHERE name = 'head'"))
+            names = {name for (name,) in self.query("SELECT name FROM sqlite_master")}
+            has_journal, is_rotated = "head" in names, journal.ROTATION in names
+            script = SCHEMA + (journal.TABLES + journal.ROTATIONS * is_rotated) * has_journal
             with self._errors():
-                other = unexpected(self._db, _SCHEMA + journal.TABLES * has_journal)
+                other = unexpected(self._db, script)
             if other is not None:
                 raise LedgerError(f"{path} is no ledger: its {other} is not as fwdllm makes it")
-            found = self._all("SELECT json FROM meta")
+            found = self.query("SELECT json FROM meta")
             try:
                 self._meta = str(found[0][0]) if found else ""
                 self.meta = Meta.from_json(self._meta)
@@ -144,7 +110,6 @@ class Ledger:
     def create(path: Path, meta: Meta) -> Ledger:
         """A new ledger, created atomically; LedgerError if the file already exists."""
         temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-        key = path.with_name(path.name + KEY_SUFFIX)
         held = _lock(path)
         try:
             if path.exists():
@@ -153,11 +118,9 @@ class Ledger:
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             db = sqlite3.connect(temporary, isolation_level=None)
             try:
-                db.executescript(f"BEGIN;{_SCHEMA}{journal.TABLES}")
+                db.executescript(f"BEGIN;{SCHEMA}{journal.TABLES}")
                 db.execute("INSERT INTO meta VALUES (0, ?)", (meta.to_json(),))
-                if not key.exists():
-                    write_private(key, journal.new_key())
-                private = _private_key(path)
+                private = keys.make(path)
                 made = Journal.create(lambda sql, *values: db.execute(sql, values), private)
                 made.enter("meta", [0], [0, meta.to_json()])
                 made.sign(private)
@@ -204,11 +167,11 @@ class Ledger:
 
     def client_of(self, node: str) -> int:
         """The client number of a node; a node not seen before gets the next free number."""
-        found = self._all("SELECT client FROM node WHERE name = ?", node)
+        found = self.query("SELECT client FROM node WHERE name = ?", node)
         if found:
             return int(found[0][0])
         with self._transaction():
-            client = int(self._all("SELECT count(*) FROM node")[0][0])
+            client = int(self.query("SELECT count(*) FROM node")[0][0])
             self._insert("node", node, client)
             return client
 
@@ -257,31 +220,51 @@ class Ledger:
             if db.execute(query, row).fetchall():
                 self._enter("evaluation", [round], row)
 
+    def rotate_key(self) -> bytes:
+        """Sign from now on with another key, which the one before names; gives its public half.
+
+        It is the one in the file ``keys.next_file_of``, or made there, and takes the place of the
+        other, which is removed, when the ledger has named it.
+        """
+        if self.journal is None:
+            raise LedgerError(f"{self.path} is not signed, as it was begun by an older version")
+        old = self._signing_key()
+        with self._errors(), _told(self.path):
+            new = keys.prepare(self.path)
+            if keys.public_key(new) == self.journal.key:
+                raise ConfigError(f"{keys.next_file_of(self.path)} is the key that signs already")
+            with self.journal.advancing(), transaction(self._db):
+                self.journal.rotate(old, new)
+                self._sign(new)
+            self._private = new
+            keys.promote(self.path, self.journal.key)
+        return self.journal.key
+
     # Reading
 
     def rounds(self, first: int = 0) -> list[Round]:
         """Closed rounds from ``first`` on."""
         query = "SELECT * FROM round WHERE round >= ? ORDER BY round"
-        return [Round(*row) for row in self._all(query, first)]
+        return [Round(*row) for row in self.query(query, first)]
 
     @property
     def n_rounds(self) -> int:
         """How many rounds are closed."""
-        return int(self._all("SELECT count(*) FROM round")[0][0])
+        return int(self.query("SELECT count(*) FROM round")[0][0])
 
     def parts(self, round: int) -> list[tuple[int, float, int]]:
         """Parts of a round that have been opened: number, time, clients available."""
-        return self._all(
+        return self.query(
             "SELECT part, opened, n_available FROM part WHERE round = ? ORDER BY part", round
         )
 
     def available(self) -> list[int]:
         """Clients available in each part of all rounds so far."""
-        return [row[0] for row in self._all("SELECT n_available FROM part ORDER BY round, part")]
+        return [row[0] for row in self.query("SELECT n_available FROM part ORDER BY round, part")]
 
     def assignments(self, round: int, part: int) -> list[tuple[int, bytes]]:
         """Client and message of a part, by client."""
-        return self._all(
+        return self.query(
             "SELECT client, message FROM assignment WHERE round = ? AND part = ? ORDER BY client",
             round,
             part,
@@ -289,7 +272,7 @@ class Ledger:
 
     def assignment(self, round: int, part: int, client: int) -> bytes | None:
         """The message of one assignment, if there is one."""
-        found = self._all(
+        found = self.query(
             "SELECT message FROM assignment WHERE round = ? AND part = ? AND client = ?",
             round,
             part,
@@ -299,7 +282,7 @@ class Ledger:
 
     def contributions(self, round: int, part: int) -> list[tuple[int, bytes]]:
         """Client and message of a part's accepted contributions, by client."""
-        return self._all(
+        return self.query(
             "SELECT client, message FROM contribution WHERE round = ? AND part = ? ORDER BY client",
             round,
             part,
@@ -316,17 +299,17 @@ class Ledger:
     def n_accepted(self, round: int, part: int) -> int:
         """Of how many clients a part has contributions."""
         query = "SELECT count(*) FROM contribution WHERE round = ? AND part = ? AND client < ?"
-        return int(self._all(query, round, part, COHORT)[0][0])
+        return int(self.query(query, round, part, COHORT)[0][0])
 
     def arrivals(self, round: int, part: int) -> list[float]:
         """When a part's accepted contributions came."""
         query = "SELECT received FROM contribution WHERE round = ? AND part = ?"
-        return [row[0] for row in self._all(query, round, part)]
+        return [row[0] for row in self.query(query, round, part)]
 
     def has_contribution(self, round: int, part: int, client: int) -> bool:
         """Whether a client's contribution has been accepted."""
         return bool(
-            self._all(
+            self.query(
                 "SELECT 1 FROM contribution WHERE round = ? AND part = ? AND client = ?",
                 round,
                 part,
@@ -337,13 +320,13 @@ class Ledger:
     def last_round_of(self, client: int) -> int | None:
         """The last round to which a client contributed; it held the state at that round's start."""
         query = "SELECT max(round) FROM contribution WHERE client = ?"
-        found: int | None = self._all(query, client)[0][0]
+        found: int | None = self.query(query, client)[0][0]
         return found
 
     def first_message_of(self, client: int) -> bytes | None:
         """A client's first accepted contribution, if there is one."""
         query = "SELECT message FROM contribution WHERE client = ? ORDER BY round, part LIMIT 1"
-        found = self._all(query, client)
+        found = self.query(query, client)
         return found[0][0] if found else None
 
     def messages_size(self, first: int) -> int | None:
@@ -351,7 +334,7 @@ class Ledger:
 
         None if a round has no message.
         """
-        count, whole, size = self._all(
+        count, whole, size = self.query(
             "SELECT count(*), count(message), sum(length(message) + 4) FROM round WHERE round >= ?",
             first,
         )[0]
@@ -359,21 +342,21 @@ class Ledger:
 
     def snapshot(self) -> bytes | None:
         """The state of the latest snapshot, or None; LedgerError if the snapshot was changed."""
-        rounds = self._all("SELECT round FROM snapshot ORDER BY round DESC LIMIT 1")
+        rounds = self.query("SELECT round FROM snapshot ORDER BY round DESC LIMIT 1")
         return self._checked_snapshot(rounds[0][0]) if rounds else None
 
     def check_snapshots(self) -> None:
         """LedgerError if a snapshot was changed, or is missing."""
-        kept = [row[0] for row in self._all("SELECT round FROM snapshot ORDER BY round")]
+        kept = [row[0] for row in self.query("SELECT round FROM snapshot ORDER BY round")]
         for round in kept:
             self._checked_snapshot(round)
         query = "SELECT round + 1 FROM round WHERE snapshot IS NOT NULL ORDER BY round"
-        for (round,) in self._all(query):
+        for (round,) in self.query(query):
             if round not in kept:
                 raise LedgerError(f"the snapshot of round {round} is missing in {self.path}")
 
     def _checked_snapshot(self, round: int) -> bytes:
-        state: bytes = self._all("SELECT state FROM snapshot WHERE round = ?", round)[0][0]
+        state: bytes = self.query("SELECT state FROM snapshot WHERE round = ?", round)[0][0]
         closed = self.rounds(round - 1)[:1]
         if not closed or hashlib.sha256(state).digest() != closed[0].snapshot:
             raise LedgerError(f"the snapshot of round {round} has been changed in {self.path}")
@@ -381,34 +364,15 @@ class Ledger:
 
     def rejections(self) -> list[tuple[int, int, int, str]]:
         """Round, part, client and reason of each rejection."""
-        return self._all("SELECT round, part, client, reason FROM rejection ORDER BY id")
+        return self.query("SELECT round, part, client, reason FROM rejection ORDER BY id")
 
     def evaluations(self) -> list[tuple[int, float, float | None, int]]:
         """For each evaluation: number of rounds before it, loss, accuracy, number of examples."""
-        return self._all("SELECT * FROM evaluation ORDER BY round")
-
-    def traffic(self) -> list[tuple[int, int, int, int]]:
-        """For each round: the round, clients asked, bytes down, bytes up (rejected ones too)."""
-        return self._all(
-            "SELECT a.round, count(*), sum(a.bytes_down), coalesce(sum(length(c.message)), 0)"
-            " + (SELECT coalesce(sum(n_bytes), 0) FROM rejection r WHERE r.round = a.round)"
-            " FROM assignment a LEFT JOIN contribution c USING (round, part, client)"
-            " GROUP BY a.round ORDER BY a.round"
-        )
-
-    def traffic_by_client(self) -> list[tuple[int, int, int, int, int]]:
-        """For each client: the client, times asked, answers accepted, bytes down and bytes up."""
-        return self._all(
-            "SELECT a.client, count(*), count(c.message), sum(a.bytes_down),"
-            " coalesce(sum(length(c.message)), 0)"
-            " + (SELECT coalesce(sum(n_bytes), 0) FROM rejection r WHERE r.client = a.client)"
-            " FROM assignment a LEFT JOIN contribution c USING (round, part, client)"
-            " GROUP BY a.client ORDER BY a.client"
-        )
+        return self.query("SELECT * FROM evaluation ORDER BY round")
 
     def chain(self, closed: Round) -> bytes:
         """The hash of a round, see ``records.round_hash``."""
-        before = self._all("SELECT hash FROM round WHERE round = ?", closed.round - 1)
+        before = self.query("SELECT hash FROM round WHERE round = ?", closed.round - 1)
         r = closed.round
         parts = (
             (part, n_available, self.assignments(r, part), self.contributions(r, part))
@@ -418,11 +382,11 @@ class Ledger:
 
     def check_file(self) -> None:
         """LedgerError if SQLite finds the file damaged, or a value in it is of a wrong kind."""
-        found = self._all("PRAGMA integrity_check")
+        found = self.query("PRAGMA integrity_check")
         if found != [("ok",)]:
             raise LedgerError(f"{self.path} is damaged: {found[0][0]}")
         with self._errors():
-            odd = odd_value(self._db, _OPTIONAL)
+            odd = odd_value(self._db, OPTIONAL)
         if odd is not None:
             raise LedgerError(f"{odd} in {self.path} has been changed to what no run writes")
 
@@ -432,7 +396,7 @@ class Ledger:
         except ValueError as error:
             raise LedgerError(f"{self.path} has been changed: {error}") from error
 
-    def _all(self, query: str, *values: Any) -> list[Any]:
+    def query(self, query: str, *values: Any) -> list[Any]:
         return list(self._each(query, *values))
 
     def _each(self, query: str, *values: Any) -> Iterator[Any]:
@@ -467,12 +431,23 @@ class Ledger:
             with self._errors(), transaction(self._db) as db:
                 yield db
             return
-        if self._private is None:
-            self._private = _private_key(self.path, self.journal.key)
+        private = self._signing_key()
         with self._errors(), self.journal.advancing(), transaction(self._db) as db:
             yield db
-            if not self.journal.sign(self._private):
-                raise LedgerError(f"{self.path} has been changed while it was in use")
+            self._sign(private)
+
+    def _sign(self, private: Ed25519PrivateKey) -> None:
+        assert self.journal is not None
+        if not self.journal.sign(private):
+            raise LedgerError(f"{self.path} has been changed while it was in use")
+
+    def _signing_key(self) -> Ed25519PrivateKey:
+        assert self.journal is not None
+        if self._private is None:
+            with _told(self.path):
+                keys.promote(self.path, self.journal.key)  # where a rotation was killed
+                self._private = keys.read(self.path, self.journal.key)
+        return self._private
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -494,22 +469,17 @@ def _connect(path: Path, writable: bool) -> sqlite3.Connection:
         raise LedgerError(f"cannot use the ledger {path}: {error}") from error
 
 
-def _private_key(path: Path, public: bytes | None = None) -> Ed25519PrivateKey:
-    """The key in the file beside a ledger. public: its public half, if that is known."""
-    beside = path.with_name(path.name + KEY_SUFFIX)
-    try:
-        found = journal.load_key(beside.read_bytes())
-    except FileNotFoundError:
-        raise LedgerError(f"{beside} is missing: only with it can the run go on") from None
-    except (OSError, ValueError) as error:
-        raise LedgerError(f"cannot use the key {beside}: {error}") from error
-    if public not in (None, journal.public_key(found)):
-        raise LedgerError(f"{beside} is not the key that has signed {path.name}")
-    return found
-
-
 def _lock(path: Path) -> sqlite3.Connection:
-    try:
+    with _told(path):
         return lock(path.with_name(path.name + ".lock"))
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What is wrong with the files beside a ledger, as a LedgerError."""
+    try:
+        yield
     except ConfigError as error:
         raise LedgerError(str(error)) from error
+    except OSError as error:
+        raise LedgerError(f"cannot use the files of {path}: {error}") from error

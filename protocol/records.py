@@ -14,7 +14,8 @@ from fwdllm.engine.settings import LoRAConfig
 from fwdllm.kernels import cpu
 from fwdllm.protocol.federation import FederationConfig
 
-# Raised whenever a ledger's tables or messages change. Format 1 has no journal.
+# Raised whenever a ledger's tables or messages change. Format 1 has no journal. A ledger whose key
+# was changed has a table more, by which versions that do not know of that refuse it.
 FORMAT = 2
 
 

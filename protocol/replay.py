@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fwdllm.protocol import wire
-from fwdllm.protocol.journal import BYTES, Head, Journal
+from fwdllm.protocol.journal import BYTES, Head, Journal, Rotation
 from fwdllm.protocol.ledger import Ledger, LedgerError, theta_hash
 from fwdllm.protocol.records import Round
 from fwdllm.protocol.replica import Replica
@@ -19,6 +19,7 @@ class Verified:
 
     rounds: how many are closed.  hash: of the last, empty without one.  head, key: of the journal,
     None without one.  since: entries written after the pinned head, None if none was given.
+    rotations: how the key came to be the one it is, first to last.
     """
 
     rounds: int
@@ -26,12 +27,14 @@ class Verified:
     head: Head | None
     key: bytes | None
     since: int | None
+    rotations: tuple[Rotation, ...] = ()
 
 
 def verify(ledger: Ledger, key: bytes | None = None, head: bytes | None = None) -> Verified:
     """LedgerError for a damaged file, or for the first thing that is missing or was changed.
 
-    key: the public key that must have signed, 32 bytes.  head: the hash of an earlier head, whose
+    key: the public key that must have signed, 32 bytes, or have named, itself or by those it named,
+    the key that has.  head: the hash of an earlier head, whose
     ledger this must be, 32 bytes. Without either, whoever has written the ledger may have signed
     it, too. A ledger of format 1 has neither: its rounds alone are checked.
     """
@@ -44,11 +47,13 @@ def verify(ledger: Ledger, key: bytes | None = None, head: bytes | None = None) 
             raise LedgerError(f"round {at + 1} has been changed in {ledger.path}")
     ledger.check_snapshots()
     journal = ledger.journal
+    rotations: tuple[Rotation, ...] = ()
     if journal is not None:
+        rotations = _check_rotations(ledger, journal)
         since = _check_journal(ledger, journal, head)
     elif key or head:
         raise LedgerError(f"{ledger.path} is not signed, as it was begun by an older version")
-    if key and journal and key != journal.key:
+    if key and journal and key not in (journal.key, *(rotation.old for rotation in rotations)):
         raise LedgerError(f"{ledger.path} is signed by another key, {journal.key.hex()}")
     return Verified(
         closed.round + 1 if closed else 0,
@@ -56,7 +61,18 @@ def verify(ledger: Ledger, key: bytes | None = None, head: bytes | None = None) 
         journal.head if journal else None,
         journal.key if journal else None,
         since,
+        rotations,
     )
+
+
+def _check_rotations(ledger: Ledger, journal: Journal) -> tuple[Rotation, ...]:
+    """All changes of the key; LedgerError unless they lead, each signed, to the one that signs."""
+    found, named = journal.rotations(), journal.key
+    for rotation in reversed(found):
+        if rotation.new != named or not rotation.is_signed:
+            raise LedgerError(f"{rotation.name} has been changed in {ledger.path}")
+        named = rotation.old
+    return tuple(found)
 
 
 def _check_journal(ledger: Ledger, journal: Journal, pinned: bytes | None) -> int | None:
@@ -73,9 +89,12 @@ def _check_journal(ledger: Ledger, journal: Journal, pinned: bytes | None) -> in
         for name in entered:
             raise LedgerError(f"{name} is missing in {ledger.path}")
     head, since = Head(), None
+    before = {rotation.name: rotation.before for rotation in journal.rotations()}
     for entry in journal.entries():
         if entry.number != head.entries + 1:
             break
+        if before.get(entry.name, head) != head:  # it is of another ledger, or another time
+            raise LedgerError(f"{entry.name} has been changed in {ledger.path}")
         head = head.after(entry)
         if head.hash == pinned:
             since = journal.head.entries - head.entries

@@ -207,6 +207,12 @@ class Server:
         self._holders |= vectors.keys()
         return None
 
+    def left_out(self, client: int, version: int, now: float) -> str:
+        """Record that a client speaks another version of the protocol; gives the reason."""
+        reason = wire.why_left_out(version)
+        self.refuse(client, reason, 0, now)
+        return reason
+
     def close_part(self, now: float) -> Closed | None:
         """End the open part. None if the round needs another part, else the closed round.
 
@@ -285,9 +291,11 @@ class Server:
         Reports that cannot be decoded, were not asked for or came before: the open round and part.
         """
         here = self.round, max(self._part, 0)
+        most, version = self._largest_report, wire.version_of_report(data)
+        if version is not None:
+            return wire.why_left_out(version), *here
         if self.config.secure:
             return "foreign: this run takes sums alone", *here
-        most = self._largest_report
         if len(data) > most:
             return f"malformed: {len(data)} bytes instead of at most {most}", *here
         try:

@@ -1,12 +1,14 @@
 """Messages as bytes, for the network and for the ledger.
 
 All numbers are little-endian. A message is a version (uint8), a kind (uint8) and the fields of that
-kind in order; an array is its length (uint32) and its elements. Missing or extra bytes are an
-error, so malformed messages are refused before they are used. Floats are kept bit for bit.
+kind in order; these two bytes, and the kinds' numbers, stay in every version. An array is its
+length (uint32) and its elements. Missing or extra bytes are an error, so malformed messages are
+refused before they are used. Floats are kept bit for bit.
 """
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +24,7 @@ from fwdllm.protocol.report import Report
 from fwdllm.protocol.secure.letters import Letter, Stage
 from fwdllm.protocol.space import Layers
 
+# Raised whenever the bytes of messages, or what they mean, change; and ``records.FORMAT`` with it.
 VERSION = 1
 
 _ASSIGNMENT, _REPORT, _UPDATE, _STATE, _MANY, _LETTER = range(1, 7)
@@ -42,6 +45,47 @@ _DTYPES: list[np.dtype] = [np.dtype("<f4"), np.dtype("<f8"), np.dtype("<u8"), np
 
 class WireError(FwdllmError):
     """Bytes that are not a message of the kind expected."""
+
+
+class VersionError(WireError):
+    """A message of another version of the protocol. Its sentence is for who runs this program."""
+
+    def __init__(self, version: int) -> None:
+        advice = "update fwdllm here" if version > VERSION else "the sender has to update fwdllm"
+        super().__init__(
+            f"this fwdllm speaks version {VERSION} of the protocol, and the message is of version "
+            f"{version}: {advice}"
+        )
+
+
+_SPEAKS = re.compile(r"this fwdllm speaks version (\d{1,3}) of the protocol")
+
+
+def version_spoken(error: str) -> int | None:
+    """The version of who has sent a VersionError's sentence, among other words; else None."""
+    found = _SPEAKS.search(error)
+    return int(found[1]) if found else None
+
+
+def check_version(message: bytes) -> None:
+    """Raise VersionError for a message of another version. Whether it is whole is not checked."""
+    if message and message[0] != VERSION:
+        raise VersionError(message[0])
+
+
+def why_left_out(version: int) -> str:
+    """Why a server does not use a client of another version, for the server's owner."""
+    where = "there" if version < VERSION else "here"
+    return (
+        f"version: it speaks version {version} of the protocol, this server {VERSION}: update "
+        f"fwdllm {where}"
+    )
+
+
+def version_of_report(data: bytes) -> int | None:
+    """The version of a report of another version of the protocol; None for anything else."""
+    is_report = len(data) > 1 and data[0] > 0 and data[1] == _REPORT
+    return data[0] if is_report and data[0] != VERSION else None
 
 
 def encode_assignment(assignment: Assignment) -> bytes:
@@ -249,9 +293,8 @@ class _Writer:
 class _Reader:
     def __init__(self, data: bytes, kind: int) -> None:
         self._data, self._at = data, 0
-        version, found = self.take("BB")
-        if version != VERSION:
-            raise WireError(f"a message is of version {version}, not {VERSION}")
+        check_version(data)
+        _, found = self.take("BB")
         if found != kind:
             what = _KINDS.get(found, "of no known kind")
             raise WireError(f"a message is {what}, not {_KINDS[kind]}")

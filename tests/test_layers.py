@@ -44,9 +44,10 @@ LLAMA_CPP_TYPES = {
     f"llama_cpp.server.types.Create{kind}Request" for kind in ("Completion", "ChatCompletion")
 }
 
-# The parts that are there to touch the world: the ledger's file, Flower's apps, the HTTP server and
+# The parts that are there to touch the world: a ledger's files, Flower's apps, the HTTP server and
 # the kernels of GPUs.
-WORLDLY = ("protocol/ledger.py", "protocol/flower/", "app/fwdllm/http/", "kernels/triton/")
+WORLDLY = ("protocol/ledger.py", "protocol/keys.py", "protocol/flower/", "app/fwdllm/http/",
+           "kernels/triton/")  # fmt: skip
 
 
 def sources(folder: str) -> list[Path]:

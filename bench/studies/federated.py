@@ -41,6 +41,7 @@ from fwdllm.federation.fleet import Fleet
 from fwdllm.federation.simulation import Evaluated, Event, Partition, simulate
 from fwdllm.protocol import wire
 from fwdllm.protocol.federation import FederationConfig
+from fwdllm.protocol.figures import traffic_by_client
 from fwdllm.protocol.ledger import NAME, Ledger
 from fwdllm.protocol.optimizers import OptimizerState, apply
 from fwdllm.protocol.plan import Assignment
@@ -193,7 +194,7 @@ class Meter:
 
     def _evaluated(self, event: Evaluated) -> None:
         with Ledger(self._ledger) as ledger:
-            traffic = ledger.traffic_by_client()
+            traffic = traffic_by_client(ledger)
             spent = spent_epsilon(ledger.meta.config, ledger.available())
         self.round = event.round
         self._on_row(

@@ -23,7 +23,7 @@ def train(message: Message, context: Context) -> Message:
     The state of the adapter is in Flower's context, which lives as long as the run and the
     SuperNode's process.
     """
-    settings, task = Settings.of(context.run_config), Task.of(message.content)
+    task, settings = Task.of(message.content), Settings.of(context.run_config)
     node = Node(NodeConfig.of(context.node_config))
     report, saved = node.answer(settings, task, _saved(context))
     known = {name: value for name, value in vars(saved).items() if value is not None}

@@ -12,7 +12,7 @@ from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.settings import LoRAConfig
 from fwdllm.protocol.federation import FederationConfig
 from fwdllm.protocol.presets import preset
-from fwdllm.protocol.wire import WireError
+from fwdllm.protocol.wire import WireError, check_version
 
 if TYPE_CHECKING:  # the process that computes does without Flower, which takes a second to import
     from flwr.app import ConfigRecord, RecordDict
@@ -41,7 +41,11 @@ class Task:
 
     @staticmethod
     def of(content: RecordDict) -> Task:
-        """The inverse of ``content``. Errors: WireError."""
+        """The inverse of ``content``. Errors: WireError, VersionError.
+
+        The version is looked at before anything else of a run: what this program does not know in
+        a newer one's settings would be a puzzle.
+        """
         record = _record(content)
         found = record.get("assignment"), record.get("synchronization"), record.get("model")
         if not (isinstance(found[0], bytes) and isinstance(found[1], bytes)):
@@ -49,6 +53,7 @@ class Task:
         letter = record.get("letter", b"")
         if not isinstance(letter, bytes):
             raise WireError("a message has no letter but something else in its place")
+        check_version(found[0] or letter)
         return Task(found[0], found[1], str(found[2]), letter)
 
 

@@ -164,7 +164,8 @@ def synchronize(replica: Replica, saved: bytes | None, data: bytes, round: int) 
     """
     messages = wire.decode_many(data)
     states = [m for m in messages if wire.is_state(m)]
-    if not states and saved is not None:
+    # A state that another version has saved is as good as lost.
+    if not states and saved is not None and saved[:1] == data[:1]:
         states = [saved]
     for state in states:
         try:

@@ -242,10 +242,10 @@ class FwdLLMStrategy(Strategy):
     def _take_each(self, replies: Iterable[Message], take: Take) -> set[int]:
         lost = set()
         for message in replies:
-            if message.has_error():
-                log(WARNING, "a node did not answer: %s", message.error.reason)
-                continue
             client = self._known.get(message.metadata.src_node_id)
+            if message.has_error():
+                self._note_error(client, str(message.error.reason))
+                continue
             if client is None:
                 log(WARNING, "node %d is not known", message.metadata.src_node_id)
                 continue
@@ -258,6 +258,14 @@ class FwdLLMStrategy(Strategy):
             if reason is not None:
                 log(WARNING, "client %d was rejected: %s", client, reason)
         return lost
+
+    def _note_error(self, client: int | None, error: str) -> None:
+        version = wire.version_spoken(error)
+        if client is None or version is None or version == wire.VERSION:
+            log(WARNING, "a node did not answer: %s", error)
+            return
+        reason = self.server.left_out(client, version, self._clock())
+        log(WARNING, "client %d was left out: %s", client, reason)
 
     def _clients(self) -> dict[int, int]:
         """Client numbers of the connected nodes, by node id; waits for ``min_nodes`` nodes."""

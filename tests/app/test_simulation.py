@@ -26,6 +26,7 @@ from fwdllm.federation.partition import by_user, dirichlet, iid
 from fwdllm.federation.simulation import Partition, SimulationResult, simulate
 from fwdllm.federation.summary import summarize
 from fwdllm.protocol.federation import FederationConfig
+from fwdllm.protocol.figures import traffic_by_client
 from fwdllm.protocol.ledger import NAME, Ledger
 from fwdllm.protocol.presets import PRESETS, preset
 from fwdllm.protocol.replay import replay, verify
@@ -304,7 +305,7 @@ def n_written(folder: Path) -> int:
     if not (folder / NAME).exists():
         return 0
     with Ledger(folder / NAME) as ledger:
-        return ledger.n_rounds + sum(row[2] for row in ledger.traffic_by_client())
+        return ledger.n_rounds + sum(row[2] for row in traffic_by_client(ledger))
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_adapter(

@@ -21,6 +21,7 @@ from fwdllm.engine.files import (
     identity,
     lock,
     temporary_folder,
+    write_private,
 )
 
 
@@ -106,6 +107,29 @@ def test_content_reaches_the_disk_before_the_name(
     assert steps == ["fsync", "replace"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no such call")
+def test_a_private_file_is_on_disk_under_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written next may count on it, a power cut notwithstanding."""
+    steps = []
+    replace = os.replace
+
+    def recorded_fsync(descriptor: int) -> None:
+        steps.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+
+    def recorded_replace(source: Path, destination: Path) -> None:
+        steps.append("replace")
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    write_private(tmp_path / "key", b"secret")
+    assert steps == ["file", "replace", "folder"]
+    assert (tmp_path / "key").read_bytes() == b"secret"
+    assert stat.S_IMODE((tmp_path / "key").stat().st_mode) == 0o600
+
+
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "adapter.gguf"
     script = f"""if True:
@@ -121,6 +145,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     assert process.stdin and process.stdout
     process.stdout.readline()
     [left] = tmp_path.iterdir()
+    left.with_name(f"{left.name}-journal").touch()  # as SQLite keeps one beside a database
     mine = [
         tmp_path / name for name in (".adapter.gguf.tmp", ".adapter.gguf.tmp1-notours", ".b.tmp")
     ]

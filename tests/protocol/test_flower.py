@@ -17,6 +17,7 @@ from flower_network import REFUSED, FlowerNetwork, write_key_pair
 from fwdllm.engine.settings import LoRAConfig
 from fwdllm.federation.app_directory import init
 from fwdllm.federation.simulation import Partition, simulate
+from fwdllm.protocol.figures import traffic_by_client
 from fwdllm.protocol.ledger import NAME, Ledger
 from fwdllm.protocol.presets import preset
 from fwdllm.protocol.replay import replay, verify
@@ -143,7 +144,7 @@ def test_rounds_give_the_bits_of_a_simulation(
     with Ledger(app / "run" / NAME) as ledger:
         assert ledger.n_rounds == 3
         assert ledger.rejections() == []
-        for _, asked, accepted, down, up in ledger.traffic_by_client():
+        for _, asked, accepted, down, up in traffic_by_client(ledger):
             assert (asked, accepted) == (3, 3)
             assert up == 3 * (34 + 4 * CHANGES["perturbations"])
             assert 0 < down < 20_000
@@ -177,7 +178,7 @@ def test_killed_node_costs_its_share_and_comes_back(
     last_hash(app / "run")
     with Ledger(app / "run" / NAME) as ledger:
         assert ledger.n_rounds == 3
-        accepted = {client: n for client, _, n, _, _ in ledger.traffic_by_client()}
+        accepted = {client: n for client, _, n, _, _ in traffic_by_client(ledger)}
     killed = sorted(network.node_ids).index(network.node_ids[1])
     assert all(n == 3 for client, n in accepted.items() if client != killed)
     assert 1 <= accepted[killed] <= 3
@@ -227,7 +228,7 @@ def test_bad_records_are_rejected_and_the_round_goes_on(
     with Ledger(app / "run" / NAME) as ledger:
         assert ledger.n_rounds == 4
         found = [(round, client, reason) for round, _, client, reason in ledger.rejections()]
-        accepted = {client: n for client, _, n, _, _ in ledger.traffic_by_client()}
+        accepted = {client: n for client, _, n, _, _ in traffic_by_client(ledger)}
     assert [(round, client) for round, client, _ in found] == [(r, hostile) for r in range(3)]
     for (_, _, reason), expected in zip(
         found, ("1e+30", "64000000 bytes", "malformed"), strict=True
@@ -274,8 +275,57 @@ def test_late_replies_are_recorded(
     with Ledger(app / "run" / NAME) as ledger:
         assert ledger.n_rounds == 2
         assert ledger.rejections() == [(0, 0, slow, "late")]
-        accepted = {client: n for client, _, n, _, _ in ledger.traffic_by_client()}
+        accepted = {client: n for client, _, n, _, _ in traffic_by_client(ledger)}
     assert accepted == {client: 1 if client == slow else 2 for client in range(N_NODES)}
+
+
+NEWER_SERVER = '''
+"""A server of the protocol's next version."""
+
+from fwdllm.protocol import wire
+
+wire.VERSION += 1
+
+from fwdllm.protocol.flower.server_app import app
+
+__all__ = ["app"]
+'''
+
+LAGGING_CLIENT = '''
+"""Clients that were updated with the server, but for the node with number 2."""
+
+from fwdllm.protocol import wire
+from fwdllm.protocol.flower.client_app import train as honest
+
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+
+
+@app.train()
+def train(message, context):
+    wire.VERSION = 1 if context.node_config["partition-id"] == 2 else 2
+    return honest(message, context)
+'''
+
+
+def test_node_of_an_older_version_is_told_and_left_out(
+    network: FlowerNetwork, bundled: Path, pirate: Path, tmp_path: Path
+) -> None:
+    app = write_app(tmp_path / "app", bundled, pirate, rounds=2)
+    (app / "federation" / "server.py").write_text(NEWER_SERVER, encoding="utf-8")
+    (app / "federation" / "client.py").write_text(LAGGING_CLIENT, encoding="utf-8")
+    run = network.run(app)
+    assert network.wait(run, TIMEOUT) == "finished:completed"
+    lagging = sorted(network.node_ids).index(network.node_ids[2])
+    said = "version: it speaks version 1 of the protocol, this server 2: update fwdllm there"
+    with Ledger(app / "run" / NAME) as ledger:
+        verify(ledger)
+        assert ledger.n_rounds == 2
+        assert ledger.rejections() == [(round, 0, lagging, said) for round in range(2)]
+    assert f"client {lagging} was left out: {said}" in network.server_log(run)
+    here = "this fwdllm speaks version 1 of the protocol, and the message is of version 2"
+    assert f"{here}: update fwdllm here" in network.logs()["node-2"]
 
 
 def test_warm_nodes_give_the_bits_of_a_simulation_whatever_dies(
@@ -299,10 +349,10 @@ def test_warm_nodes_give_the_bits_of_a_simulation_whatever_dies(
     assert last_hash(app / "run") == simulated(network, bundled, pirate, tmp_path, rounds)
     with Ledger(app / "run" / NAME) as ledger:
         assert ledger.rejections() == []
-        traffic = ledger.traffic_by_client()
+        traffic = traffic_by_client(ledger)
     assert all((asked, accepted) == (rounds, rounds) for _, asked, accepted, _, _ in traffic)
     with Ledger(tmp_path / "simulation" / NAME) as ledger:
-        assert ledger.traffic_by_client() == traffic  # no state was lost and sent again
+        assert traffic_by_client(ledger) == traffic  # no state was lost and sent again
     assert [network.workers(i) == kept[i] for i in range(N_NODES)] == [False, False, True]
     assert left.is_running()
 

@@ -104,7 +104,7 @@ def test_a_ledger_appears_whole_or_not_at_all(path: Path, monkeypatch: pytest.Mo
         with pytest.raises(LedgerError, match="cannot write"):
             create(path)
     with monkeypatch.context() as patched:
-        patched.setattr("fwdllm.protocol.ledger._SCHEMA", "CREATE TABLE nonsense;")
+        patched.setattr("fwdllm.protocol.ledger.SCHEMA", "CREATE TABLE nonsense;")
         with pytest.raises(LedgerError, match="cannot write"):
             create(path)
     assert [file.name for file in path.parent.iterdir()] == ["ledger.sqlite.lock"]

@@ -14,7 +14,7 @@ import pytest
 from ledger_runs import eventful, finish, path, reopen
 
 from fwdllm.engine.errors import FwdllmError
-from fwdllm.protocol import journal, wire
+from fwdllm.protocol import journal, keys, wire
 from fwdllm.protocol.journal import Entry, Head
 from fwdllm.protocol.ledger import Ledger, LedgerError, open_run
 from fwdllm.protocol.replay import replay, verify
@@ -142,8 +142,8 @@ def make_hashes_again(path: Path, key: bytes) -> None:
                 values = round, entry.number, name, hash
                 db.execute("INSERT INTO entry VALUES (?, ?, ?, ?)", values)
                 head = head.after(entry)
-        private = journal.load_key(key)
-        values = head.entries, head.hash, journal.public_key(private), journal.sign(private, head)
+        private = keys.load_key(key)
+        values = head.entries, head.hash, keys.public_key(private), journal.sign(private, head)
         db.execute("UPDATE head SET entries = ?, hash = ?, key = ?, signature = ?", values)
 
 
@@ -163,7 +163,7 @@ def test_a_forgery_with_all_hashes_made_again_is_found(
         signed = db.execute("SELECT key, signature FROM head").fetchone()
         FORGERIES[name](db)
     assert_found(forged, "has been changed|is missing")  # before hashes are made again
-    make_hashes_again(forged, journal.new_key())
+    make_hashes_again(forged, keys.new_key())
     with Ledger(forged) as ledger:
         verify(ledger)  # nothing was forgotten: only a key or a head speaks against it
         with pytest.raises(LedgerError, match="signed by another key"):
@@ -186,7 +186,7 @@ def assert_found(path: Path, words: str) -> None:
 def test_hashes_made_again_over_nothing_changed_are_another_ledger_too(
     genuine: Path, forged: Path
 ) -> None:
-    make_hashes_again(forged, journal.new_key())
+    make_hashes_again(forged, keys.new_key())
     with Ledger(forged) as ledger:
         verify(ledger)
         replay(ledger)
@@ -275,12 +275,12 @@ def test_an_older_copy_is_found_by_a_head_that_was_noted_since(path: Path, tmp_p
 def test_a_row_cannot_be_written_anew_behind_a_head_that_was_noted(forged: Path) -> None:
     """Not even by who has the key: else the head would stay, and what it stands for would not."""
     head = of(forged)[1]
-    forged.with_name("ledger.sqlite.key").write_bytes(pem := journal.new_key())
+    forged.with_name("ledger.sqlite.key").write_bytes(pem := keys.new_key())
     with editing(forged) as db:
-        signed = journal.public_key(journal.load_key(pem))
+        signed = keys.public_key(keys.load_key(pem))
         with Ledger(forged) as ledger:
             assert ledger.journal is not None
-            signature = journal.sign(journal.load_key(pem), ledger.journal.head)
+            signature = journal.sign(keys.load_key(pem), ledger.journal.head)
         db.execute("UPDATE head SET key = ?, signature = ?", (signed, signature))
         db.execute("UPDATE evaluation SET accuracy = 0.99 WHERE round = 3")
     with reopen(forged) as ledger, ledger._transaction():
@@ -311,9 +311,9 @@ def test_the_key_is_beside_the_ledger_and_its_owners_alone(path: Path) -> None:
     eventful(path)
     file = path.with_name("ledger.sqlite.key")
     assert file.stat().st_mode & 0o777 == 0o600
-    assert journal.public_key(journal.load_key(file.read_bytes())) == of(path)[0]
+    assert keys.public_key(keys.load_key(file.read_bytes())) == of(path)[0]
     assert file.read_bytes() not in path.read_bytes()
-    secret = journal.load_key(file.read_bytes()).private_bytes_raw()
+    secret = keys.load_key(file.read_bytes()).private_bytes_raw()
     assert secret not in path.read_bytes()
 
 
@@ -327,7 +327,7 @@ def test_without_its_key_a_run_is_read_but_does_not_go_on(path: Path, tmp_path: 
         with pytest.raises(LedgerError, match="key is missing"):
             ledger.client_of("west")
     for wrong, words in (
-        (journal.new_key(), "is not the key"),
+        (keys.new_key(), "is not the key"),
         (b"", "no private key"),
         (b"x" * 99, "no private key"),
     ):
@@ -342,25 +342,25 @@ def test_without_its_key_a_run_is_read_but_does_not_go_on(path: Path, tmp_path: 
 
 def test_a_server_can_have_one_key_for_all_its_runs(tmp_path: Path) -> None:
     """By putting it in the folder of a new run."""
-    pem = journal.new_key()
+    pem = keys.new_key()
     for name in ("first", "second"):
         path = tmp_path / name / "ledger.sqlite"
         path.parent.mkdir()
         path.with_name("ledger.sqlite.key").write_bytes(pem)
         eventful(path)
-        assert of(path)[0] == journal.public_key(journal.load_key(pem))
+        assert of(path)[0] == keys.public_key(keys.load_key(pem))
 
 
 def test_a_folder_with_a_key_alone_is_a_new_one(genuine: Path, tmp_path: Path) -> None:
     """Someone's own, or that of a start that was killed before there was a ledger."""
-    pem = journal.new_key()
+    pem = keys.new_key()
     (tmp_path / "ledger.sqlite.key").write_bytes(pem)
     (tmp_path / ".ledger.sqlite.key.tmp1").write_bytes(b"")
     with Ledger(genuine) as ledger:
         meta = ledger.meta
     with open_run(tmp_path, meta, resume=False) as ledger:
         assert ledger.journal is not None
-        assert ledger.journal.key == journal.public_key(journal.load_key(pem))
+        assert ledger.journal.key == keys.public_key(keys.load_key(pem))
         verify(ledger)
 
 
@@ -371,7 +371,7 @@ def test_what_somebody_else_writes_meanwhile_is_not_signed(path: Path) -> None:
             db.execute("UPDATE head SET hash = zeroblob(32)")
         with pytest.raises(LedgerError, match="changed while it was in use"):
             ledger.client_of("west")
-        assert ledger._all("SELECT count(*) FROM node") == [(2,)]
+        assert ledger.query("SELECT count(*) FROM node") == [(2,)]
 
 
 def test_what_failed_to_be_written_has_no_entry(path: Path) -> None:
@@ -380,7 +380,7 @@ def test_what_failed_to_be_written_has_no_entry(path: Path) -> None:
         with suppress(ZeroDivisionError), ledger.batch():
             ledger.client_of("west")
             raise ZeroDivisionError
-        assert ledger._all("SELECT count(*) FROM node") == [(2,)]
+        assert ledger.query("SELECT count(*) FROM node") == [(2,)]
         with pytest.raises(LedgerError):
             ledger.accept(0, 0, ledger.contributions(0, 0)[0][0], 0.0, b"again")
         verify(ledger)

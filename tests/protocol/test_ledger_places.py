@@ -13,6 +13,7 @@ import pytest
 from cli_runs import Cli
 from ledger_runs import create, eventful, reopen
 
+from fwdllm.protocol.figures import traffic
 from fwdllm.protocol.ledger import NAME, Ledger, LedgerError
 from fwdllm.protocol.replay import verify
 
@@ -82,8 +83,8 @@ def check(folder: Path, n_nodes: int = 2) -> Callable[[], None]:
     def act() -> None:
         with Ledger(folder / NAME) as ledger:
             assert verify(ledger).rounds == 3
-            assert ledger._all("SELECT count(*) FROM node") == [(n_nodes,)]
-            assert len(ledger.traffic()) == 3
+            assert ledger.query("SELECT count(*) FROM node") == [(n_nodes,)]
+            assert len(traffic(ledger)) == 3
 
     return act
 
@@ -156,10 +157,10 @@ def test_a_reader_sees_the_ledger_as_it_was_when_it_was_opened(tmp_path: Path) -
     with create(tmp_path / NAME) as writer:
         with Ledger(tmp_path / NAME) as reader:
             writer.client_of("west")
-            assert reader._all("SELECT * FROM node") == []
+            assert reader.query("SELECT * FROM node") == []
             verify(reader)
         with Ledger(tmp_path / NAME) as reader:
-            assert reader._all("SELECT name FROM node") == [("west",)]
+            assert reader.query("SELECT name FROM node") == [("west",)]
 
 
 @pytest.mark.parametrize("name", ["a b", "100%", "what?", "#1", "ü"])

@@ -21,6 +21,7 @@ from ledger_runs import (
 
 from fwdllm.engine.adapters.adapter import Head
 from fwdllm.protocol import wire
+from fwdllm.protocol.figures import traffic, traffic_by_client
 from fwdllm.protocol.replay import replay, verify
 from fwdllm.protocol.replica import Replica
 from fwdllm.protocol.server import Server
@@ -150,7 +151,7 @@ def test_what_was_sent_is_what_the_ledger_counts(path: Path) -> None:
                 up[round] += len(data)
                 server.receive(a.client, data, 1.0)
             server.close_part(0.0)
-        assert ledger.traffic() == [(r, 3, down[r], up[r]) for r in range(4)]
+        assert traffic(ledger) == [(r, 3, down[r], up[r]) for r in range(4)]
 
 
 def test_bytes_of_refused_reports_are_counted(path: Path) -> None:
@@ -165,8 +166,8 @@ def test_bytes_of_refused_reports_are_counted(path: Path) -> None:
         server.receive(asked[2].client, b"no", 1.0)
         up[asked[2].client] += 2
         server.close_part(0.0)
-        ((_, n_asked, _, found),) = ledger.traffic()
+        ((_, n_asked, _, found),) = traffic(ledger)
         assert (n_asked, found) == (3, sum(up.values()))
-        assert {row[0]: row[4] for row in ledger.traffic_by_client()} == {
+        assert {row[0]: row[4] for row in traffic_by_client(ledger)} == {
             a.client: up[a.client] for a in asked
         }

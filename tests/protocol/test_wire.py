@@ -20,7 +20,7 @@ from fwdllm.protocol.plan import Assignment
 from fwdllm.protocol.replica import Update
 from fwdllm.protocol.report import Report
 from fwdllm.protocol.space import HEAD
-from fwdllm.protocol.wire import WireError
+from fwdllm.protocol.wire import VersionError, WireError
 
 U16, U32, U64 = 2**16 - 1, 2**32 - 1, 2**64 - 1
 DECODERS: dict[str, Callable[[bytes], Any]] = {
@@ -458,7 +458,9 @@ def test_unknown_kinds_and_versions_are_named(name: str) -> None:
     sample = SAMPLES[name]
     with pytest.raises(WireError, match=f"^a message is of no known kind, not {name}$"):
         DECODERS[name](b"\x01\x63" + sample[2:])
-    with pytest.raises(WireError, match=r"^a message is of version 2, not 1$"):
+    with pytest.raises(
+        VersionError, match=r"^this fwdllm speaks version 1 .* is of version 2: update fwdllm here$"
+    ):
         DECODERS[name](b"\x02" + sample[1:])
 
 

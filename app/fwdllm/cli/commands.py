@@ -32,7 +32,8 @@ from fwdllm.cli.console import (
     show_warning,
     tuning_progress,
 )
-from fwdllm.cli.federation import federate, ledger, simulate
+from fwdllm.cli.federation import federate, simulate
+from fwdllm.cli.ledger import ledger
 from fwdllm.cli.options import given, takes
 from fwdllm.cli.serve import serve
 from fwdllm.cli.settings_file import read_settings

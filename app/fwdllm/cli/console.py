@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="GGUF file, or hf://owner/repo/file.gguf.")
 ]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of the run.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, or cuda for an NVIDIA GPU.")]
 Backend = Annotated[
     str,

@@ -1,9 +1,10 @@
-"""The commands of federations: ``simulate``, ``ledger`` and ``federate``."""
+"""The commands of federations: ``simulate`` and ``federate``."""
 
 from __future__ import annotations
 
 import dataclasses
 import json as json_module
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from fwdllm.cli.console import (
     MemoryBudget,
     Model,
     Resume,
+    RunDir,
     print_json,
     say,
 )
@@ -26,10 +28,8 @@ from fwdllm.engine.settings import LoRAConfig
 from fwdllm.protocol.federation import FederationConfig
 from fwdllm.protocol.presets import PRESETS
 
-ledger = typer.Typer(help="Look at, check and replay the record of a run.", no_args_is_help=True)
 federate = typer.Typer(help="Federations of many machines, with Flower.", no_args_is_help=True)
 
-RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of the run.")]
 Preset = Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}.")]
 PerRound = Annotated[
     int | None, typer.Option(help="Clients asked at a time.", show_default="the preset's")
@@ -119,106 +119,6 @@ def simulate(
         print_simulation(result)
 
 
-@ledger.command()
-def show(run_dir: RunDir, json: Json = False) -> None:
-    """Print a run round by round, and what each client sent and received."""
-    from fwdllm.cli.federation_console import print_ledger
-    from fwdllm.federation.summary import epsilons, summarize
-    from fwdllm.protocol.ledger import NAME, Ledger
-    from fwdllm.protocol.replay import verify
-
-    with Ledger(run_dir / NAME) as record:
-        verify(record)
-        if not json:
-            print_ledger(record)
-            return
-        names = ("client", "asked", "accepted", "bytes_down", "bytes_up")
-        rejected = ("round", "part", "client", "reason")
-        print_json(
-            {
-                "settings": record.meta.config.recorded(),
-                "rounds": [
-                    {**dataclasses.asdict(r), "epsilon": spent}
-                    for r, spent in zip(summarize(record), epsilons(record), strict=True)
-                ],
-                "clients": [dict(zip(names, r, strict=True)) for r in record.traffic_by_client()],
-                "rejections": [dict(zip(rejected, r, strict=True)) for r in record.rejections()],
-            }
-        )
-
-
-@ledger.command("verify")
-def verify_run(
-    run_dir: RunDir,
-    key: Annotated[
-        str | None, typer.Option("--key", metavar="HEX", help="The server's public key.")
-    ] = None,
-    head: Annotated[
-        str | None, typer.Option("--head", metavar="HEX", help="A head that was printed before.")
-    ] = None,
-    replay: Annotated[
-        bool, typer.Option("--replay", help="Make adapter.gguf again and compare.")
-    ] = False,
-    json: Json = False,
-) -> None:
-    """Check that nothing in a ledger was changed, and print what that does not tell."""
-    from fwdllm.cli.federation_console import not_covered_by, print_verified
-    from fwdllm.federation.summary import check_adapter
-    from fwdllm.protocol.ledger import NAME, Ledger
-    from fwdllm.protocol.replay import verify
-
-    pinned = {"--key": key, "--head": head}
-    given_key, given_head = (_digest(name, text) for name, text in pinned.items())
-    with Ledger(run_dir / NAME) as record:
-        found = verify(record, given_key, given_head)
-        if replay:
-            check_adapter(record, run_dir / "adapter.gguf")
-    told = not_covered_by(found, with_key=key is not None, with_adapter=replay)
-    if not json:
-        print_verified(found, told)
-        return
-    print_json(
-        {
-            "rounds": found.rounds,
-            "hash": found.hash.hex() or None,
-            "head": found.head.hash.hex() if found.head else None,
-            "entries": found.head.entries if found.head else None,
-            "key": found.key.hex() if found.key else None,
-            "since_head": found.since,
-            "not_covered": told,
-        }
-    )
-
-
-@ledger.command()
-def replay(
-    run_dir: RunDir,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Write the adapter to this GGUF file."),
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Make the adapter again from an empty one and the clients' contributions alone."""
-    from fwdllm.engine.adapters.io import save_gguf
-    from fwdllm.engine.files import check_destination
-    from fwdllm.protocol import replay as replay_module
-    from fwdllm.protocol.ledger import NAME, Ledger, theta_hash
-
-    if output is not None:
-        check_destination(output)
-    with Ledger(run_dir / NAME) as record:
-        replay_module.verify(record)
-        replica = replay_module.replay(record)
-    if output is not None:
-        save_gguf(replica.space.adapter, output)
-    digest = theta_hash(replica.theta).hex()
-    if json:
-        print_json({"rounds": replica.round, "theta_sha256": digest, "output": output})
-    else:
-        say(f"{replica.round} rounds replayed to the same adapter, SHA-256 {digest}")
-
-
 @federate.command()
 @takes(LoRAConfig)
 def init(
@@ -258,6 +158,35 @@ def init(
     say(f"wrote {path}; start it with: flwr run {path} YOUR-SUPERLINK")
 
 
+@federate.command()
+def status(
+    run_dir: RunDir,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Look again every five seconds, until Ctrl-C.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Say how a run stands, also while it goes on; nothing is verified, and nothing written."""
+    from fwdllm.cli.console import Terminal
+    from fwdllm.cli.federation_console import status_table
+    from fwdllm.cli.federation_console import watch as show
+    from fwdllm.federation.status import Status, status_of
+    from fwdllm.protocol.ledger import NAME, Ledger
+
+    def look() -> Status:
+        with Ledger(run_dir / NAME) as record:  # anew each time: it stays as it was when opened
+            return status_of(record)
+
+    if json and watch:
+        raise ConfigError("--json is printed once; --watch is for a terminal")
+    if json:
+        print_json(dataclasses.asdict(look()))
+    elif watch:
+        show(lambda: status_table(look(), time.time()))
+    else:
+        Terminal().print(status_table(look(), time.time()), soft_wrap=True)
+
+
 def parse_settings(settings: list[str] | None) -> dict[str, Any]:
     """Settings from NAME=VALUE texts; a value is parsed as JSON if it is JSON, else a string."""
     found: dict[str, Any] = {}
@@ -269,17 +198,6 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
             found[name] = json_module.loads(value)
         except ValueError:
             found[name] = value
-    return found
-
-
-def _digest(name: str, text: str | None) -> bytes | None:
-    """32 bytes from hexadecimal digits; ConfigError for anything else."""
-    try:
-        found = None if text is None else bytes.fromhex(text)
-    except ValueError:
-        found = b""
-    if found is not None and len(found) != 32:
-        raise ConfigError(f"{name} takes 64 hexadecimal digits, not {text!r}")
     return found
 
 

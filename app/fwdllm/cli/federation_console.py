@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from rich.live import Live
 from rich.table import Table
 
 from fwdllm.cli.console import Terminal, progress_bar, say
 
 if TYPE_CHECKING:
     from fwdllm.federation.simulation import Event, SimulationResult
+    from fwdllm.federation.status import Status
     from fwdllm.protocol.ledger import Ledger
     from fwdllm.protocol.replay import Verified
 
 # How many clients and how many rejections are listed.
 _LISTED = 10
+# Between two looks at a run that is watched.
+_SECONDS = 5.0
 
 
 @contextlib.contextmanager
@@ -71,9 +76,70 @@ def print_simulation(result: SimulationResult) -> None:
     Terminal().print(table, soft_wrap=True)
 
 
+def status_table(s: Status, now: float) -> Table:
+    """How a run stands. now: seconds since 1970."""
+    from fwdllm.federation.status import LATELY, RECENT
+
+    def since(then: float) -> str:
+        return f"at {then:,.0f} s" if s.simulated else f"{_span(now - then)} ago"
+
+    left = s.rounds_of - s.rounds
+    to_go = f", about {_span(s.seconds_a_round * left)} to go" if s.seconds_a_round and left else ""
+    rows = [("rounds", f"{s.rounds:,} of {s.rounds_of:,}{to_go}")]
+    if s.open_part is not None:
+        p = s.open_part
+        last = "" if p.last_answer is None else f", the last {since(p.last_answer)}"
+        rows.append((f"round {p.round}", f"part {p.part}, asked {since(p.opened)}"))
+        rows.append(("", f"{p.answered} of {p.asked} have answered{last}"))
+    if s.seconds_a_round is not None:
+        rows.append(("a round", f"{_span(s.seconds_a_round)} (median of the last {RECENT})"))
+    asked = sum(c.asked_lately > 0 for c in s.clients)
+    answered = sum(c.answered_lately > 0 for c in s.clients)
+    lately = (
+        f"{answered:,} of {asked:,} asked in the last {min(LATELY, s.rounds)} rounds have answered"
+    )
+    rows.append(("clients", f"{len(s.clients):,} seen; {lately}"))
+    silent = sorted((c for c in s.clients if c.is_silent), key=lambda c: -c.asked_lately)
+    for c in silent[:_LISTED]:
+        name = f"client {c.client}" + (f", node {c.node}" if c.node else "")
+        last = f"the last was in round {c.last_round}" if c.last_round else "none before"
+        rows.append(("", f"{name}: 0 of {c.asked_lately} answers accepted, {last}"))
+    if len(silent) > _LISTED:
+        rows.append(("", f"and {len(silent) - _LISTED:,} more"))
+    rejected = ", ".join(f"{count:,} {word}" for word, count in s.rejected.items())
+    rows += [
+        ("rejected", rejected or "none"),
+        ("bytes up", f"{s.bytes_up:,}, {s.bytes_up_a_round:,.0f} a round"),
+        ("bytes down", f"{s.bytes_down:,}, {s.bytes_down_a_round:,.0f} a round"),
+    ]
+    if s.loss is not None:
+        rows.append(("loss", f"{s.loss:.4f}"))
+    if s.held_out is not None:
+        accuracy = s.held_out.accuracy
+        figures = f"loss {s.held_out.loss:.4f}" + (
+            f", {accuracy:.1%}" if accuracy is not None else ""
+        )
+        rows.append(("held out", f"{figures}, after round {s.held_out.round}"))
+    if s.epsilon is not None:
+        rows.append(("epsilon", f"{s.epsilon:.3g}"))
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def watch(table: Callable[[], Table]) -> None:
+    """Show a table anew every few seconds until Ctrl-C."""
+    with contextlib.suppress(KeyboardInterrupt), Live(console=Terminal(), screen=False) as live:
+        while True:
+            live.update(table(), refresh=True)
+            time.sleep(_SECONDS)
+
+
 def print_ledger(ledger: Ledger) -> None:
     """Rounds, clients and rejections of a run on stdout."""
     from fwdllm.federation.summary import epsilons, summarize
+    from fwdllm.protocol.figures import traffic_by_client
 
     console, config = Terminal(), ledger.meta.config
     rounds = summarize(ledger)
@@ -106,7 +172,7 @@ def print_ledger(ledger: Ledger) -> None:
     console.print(f"{len(rounds)} of {config.rounds} rounds")
     # On a narrow terminal, lines that wrap are better than columns that are cut off.
     Terminal(width=max(console.width, 100)).print(table)
-    clients = ledger.traffic_by_client()
+    clients = traffic_by_client(ledger)
     console.print(f"\n{len(clients)} clients were asked; those that received most:")
     busiest = sorted(clients, key=lambda row: -row[3])[:_LISTED]
     for client, asked, accepted, down, up in busiest:
@@ -129,6 +195,8 @@ def print_verified(found: Verified, not_covered: Sequence[str]) -> None:
     if found.head is not None and found.key is not None:
         say(f"head {found.head.hash.hex()}, of {found.head.entries} entries")
         say(f"signed by key {found.key.hex()}")
+        for rotation in reversed(found.rotations):
+            say(f"  to entry {rotation.before.entries} by key {rotation.old.hex()}, which named it")
         say("covered, to the last entry: settings, nodes, assignments, answers, rejections,")
         say("  updates, snapshots, evaluations, times and bytes")
     else:
@@ -138,13 +206,12 @@ def print_verified(found: Verified, not_covered: Sequence[str]) -> None:
         say(f"not covered: {what}")
 
 
-def not_covered_by(found: Verified, *, with_key: bool, with_adapter: bool) -> list[str]:
+def not_covered_by(found: Verified, key: bytes | None, *, with_adapter: bool) -> list[str]:
     """What a check of a ledger cannot tell.
 
-    with_key: the key was compared with one that was given.  with_adapter: adapter.gguf was compared
-    with a replay.
+    key: the one that was asked for.  with_adapter: adapter.gguf was compared with a replay.
     """
-    told = []
+    told, with_key = [], key is not None
     if found.head is None:
         told.append("who wrote it: a forger makes the hashes again")
         told.append("times, bytes, rejections, evaluations, and what was deleted from its end")
@@ -153,6 +220,8 @@ def not_covered_by(found: Verified, *, with_key: bool, with_adapter: bool) -> li
             told.append("whose key this is: --key takes the one that the server's owner gives you")
         if not with_key and found.since:
             told.append(f"who wrote the last {found.since} entries, after that head (--key)")
+        if with_key and key != found.key:
+            told.append("what others wrote, if they have that earlier key")
         if found.since is None:
             told.append(
                 "an older or another ledger of the same key: --head takes a head noted before"
@@ -163,6 +232,16 @@ def not_covered_by(found: Verified, *, with_key: bool, with_adapter: bool) -> li
     if not with_adapter:
         told.append("adapter.gguf: --replay makes it again and compares")
     return [*told, "whether what clients sent, and the server's clock, was true"]
+
+
+def _span(seconds: float) -> str:
+    """A time that has passed: "12 s", "3 min", "5.2 h", "2.5 days"."""
+    seconds = max(0.0, seconds)
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
 
 
 def _number(value: float | None, format: str) -> str:

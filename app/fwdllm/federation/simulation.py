@@ -32,6 +32,7 @@ from fwdllm.hub import local_path
 from fwdllm.protocol import wire
 from fwdllm.protocol.client import answer_all
 from fwdllm.protocol.federation import FederationConfig
+from fwdllm.protocol.figures import traffic_by_client
 from fwdllm.protocol.ledger import Ledger, open_run
 from fwdllm.protocol.plan import Assignment
 from fwdllm.protocol.privacy import spent_epsilon
@@ -233,7 +234,7 @@ class _Simulation:
         if not evaluations or evaluations[-1][0] != server.round:
             found = self._evaluation()
             evaluations.append((server.round, found.loss, found.accuracy, found.n_examples))
-        traffic = ledger.traffic_by_client()
+        traffic = traffic_by_client(ledger)
         return SimulationResult(
             rounds=server.round,
             loss_before=evaluations[0][1],

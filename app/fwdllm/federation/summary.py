@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fwdllm.engine.adapters.io import save_gguf
 from fwdllm.protocol import wire
+from fwdllm.protocol.figures import traffic
 from fwdllm.protocol.ledger import Ledger, LedgerError
 from fwdllm.protocol.privacy import spent_epsilon
 from fwdllm.protocol.replay import replay
@@ -44,13 +45,13 @@ def summarize(ledger: Ledger) -> list[RoundSummary]:
     """A summary of every closed round of a run."""
     rejected = Counter(round for round, _, _, _ in ledger.rejections())
     evaluations = {row[0]: row for row in ledger.evaluations()}
-    traffic = {row[0]: row for row in ledger.traffic()}
+    sent = {row[0]: row for row in traffic(ledger)}
     found = []
     for closed in ledger.rounds():
         r = closed.round
         parts = ledger.parts(r)
         messages = [m for part, _, _ in parts for _, m in ledger.reports(r, part)]
-        _, asked, down, up = traffic.get(r, (r, 0, 0, 0))
+        _, asked, down, up = sent.get(r, (r, 0, 0, 0))
         evaluation = evaluations.get(r + 1)
         found.append(
             RoundSummary(

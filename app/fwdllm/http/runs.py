@@ -20,6 +20,7 @@ from typing import Any
 
 from fwdllm.http.store import RUNNING, Job, Store
 from fwdllm.http.worker import run_folder
+from fwdllm.protocol.figures import traffic
 from fwdllm.protocol.ledger import NAME as LEDGER
 from fwdllm.protocol.ledger import Ledger, LedgerError
 
@@ -111,10 +112,10 @@ class Rounds:
         with contextlib.suppress(LedgerError, OSError), Ledger(self.path / LEDGER) as ledger:
             self.steps = ledger.meta.config.rounds
             rounds = ledger.rounds(self._n_rounds)
-            traffic = {row[0]: row for row in ledger.traffic()} if rounds else {}
+            sent = {row[0]: row for row in traffic(ledger, self._n_rounds)}
             written = (self.path / LEDGER).stat().st_mtime
             for r in rounds:
-                _, _, down, up = traffic.get(r.round, (0, 0, None, None))
+                _, _, down, up = sent.get(r.round, (0, 0, None, None))
                 self.points.append(
                     {
                         "kind": "step",

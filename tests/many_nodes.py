@@ -1,6 +1,6 @@
 """How many nodes one SuperLink carries: rounds a minute, memory, replies lost, servers killed.
 
-    python bench/studies/many_nodes.py MODEL.gguf DATA.jsonl [--nodes 200] [--rounds 20]
+    python tests/many_nodes.py MODEL.gguf DATA.jsonl [--nodes 200] [--rounds 20]
         [--kills 10] [--processes 4]
 
 Flower's SuperLink and ServerApp, and nodes of ``fwdllm federate node`` over TLS on loopback. Nodes
@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
+sys.path.insert(0, str(Path(__file__).parent / "support"))
 from flower_network import HOST, FlowerNetwork
 
 from fwdllm.federation.app_directory import init
