@@ -67,7 +67,7 @@ CHOICES = (
     "optimizer",
     "schedule",
 )
-FLAGS = ("split", "weighted", "pacing", "literal")
+FLAGS = ("split", "adaptive", "weighted", "pacing", "literal")
 NOT_NUMBERS = ("1", True, False, [1], {}, 1j)
 
 
