@@ -344,10 +344,10 @@ class Server:
     def _resume_round(self) -> None:
         """Resume the open round, if there is one: only its last part is still open."""
         self._between_rounds()
-        self._speeds = Speeds(self.replica.space)
-        for round in range(self.round):
-            for part, _, _ in self.ledger.parts(round):
-                self._observe(round, part)
+        with sense_of(self.ledger):
+            self._speeds = Speeds(self.replica.space)
+            if self.config.adaptive:
+                self._speeds.observe_rounds(self.ledger)
         parts = self.ledger.parts(self.round)
         for part, _, _ in parts[:-1]:
             self._take(self._answers(self.round, part), part)

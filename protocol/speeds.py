@@ -31,6 +31,12 @@ class Speeds:
     space: Space
     _last: dict[int, deque[tuple[float, bool]]] = field(default_factory=dict)
 
+    def observe_rounds(self, ledger: Ledger) -> None:
+        """Take all parts of the closed rounds."""
+        for round in range(ledger.n_rounds):
+            for part, _, _ in ledger.parts(round):
+                self.observe(ledger, round, part)
+
     def observe(self, ledger: Ledger, round: int, part: int) -> None:
         """Take a closed part; parts must come in their order.
 
