@@ -15,14 +15,15 @@ from fwdllm.engine.estimators.plan import n_lanes
 from fwdllm.protocol.federation import FederationConfig
 from fwdllm.protocol.space import Layers, Space
 
-# A client gets at most this many times the run's perturbations: four times as many directions halve
-# the noise of its mean, and lanes beyond that take memory and time for little.
-_MOST = 4
+# A client gets at most this many times the run's perturbations, and at least this part of them. All
+# clients count alike, so the noise of an update is that of the few directions of slow ones: at most
+# this many times the usual. Of fast ones, more lanes would take memory for little.
+_RANGE = 4
 
 
 def most_perturbations(config: FederationConfig) -> int:
     """The most perturbations that a client can get for a batch."""
-    return config.perturbations * (_MOST if config.adaptive else 1)
+    return config.perturbations * (_RANGE if config.adaptive else 1)
 
 
 def passes(space: Space, layers: Layers, perturbations: int) -> float:
@@ -66,10 +67,12 @@ def deal_by_speed(
 def spread(space: Space, scopes: Sequence[Layers], pass_seconds: Sequence[float]) -> list[int]:
     """Perturbations of each client: as many in all as without ``adaptive``, the last done soonest.
 
-    Everybody gets one, and each further one goes to the client that would be done first with it and
-    has not got the most there may be.
+    Everybody gets the least there may be, and each further one goes to the client that would be
+    done first with it and has not got the most.
     """
-    config, counts = space.config, [1] * len(scopes)
+    config = space.config
+    least = max(1, config.perturbations // _RANGE)
+    counts = [least] * len(scopes)
     work = [(passes(space, layers, 1), passes(space, layers, 2)) for layers in scopes]
 
     def done_with_another(i: int) -> tuple[float, int]:
@@ -78,7 +81,7 @@ def spread(space: Space, scopes: Sequence[Layers], pass_seconds: Sequence[float]
 
     waiting = [done_with_another(i) for i in range(len(scopes))]
     heapq.heapify(waiting)
-    for _ in range((config.perturbations - 1) * len(scopes)):
+    for _ in range((config.perturbations - least) * len(scopes)):
         _, i = heapq.heappop(waiting)
         counts[i] += 1
         if counts[i] < most_perturbations(config):
