@@ -75,7 +75,8 @@ def private_terms(
 def _own_terms(
     config: FederationConfig, layers: Layers, answers: Sequence[Answer], part: int
 ) -> list[Term]:
-    """Terms of clients with seeds of their own.
+    """Terms of clients with seeds of their own: each counts by its weight alone, whatever the
+    number of its perturbations.
 
     Every other client goes to the other half; of a single client, every other seed. A single client
     with a single seed goes to the half of the part's parity.
@@ -86,7 +87,10 @@ def _own_terms(
         is_head = layers == HEAD
         seeds = assignment.head_seeds if is_head else assignment.seeds
         slopes = report.head_derivatives if is_head else report.derivatives
-        rows.append((seeds, slopes, _weight(config, report)))
+        # What a perturbation of its counts for: less where ``adaptive`` has given it more of them.
+        usual = config.head_perturbations if is_head else config.perturbations
+        share = usual / max(1, seeds.shape[1])
+        rows.append((seeds, slopes, _weight(config, report) * share))
     if not rows or rows[0][0].size == 0:
         return []
     if len(rows) > 1:

@@ -88,10 +88,11 @@ def _scalars(
     examples_of: Callable[[int], Examples],
 ) -> Iterator[Report]:
     found: dict[int, Report] = {}
-    for layers in dict.fromkeys(a.layers for a in assignments):
-        members = [a for a in assignments if a.layers == layers]
+    # Lanes of a pass are the same for all: adaptive runs have clients with fewer perturbations.
+    for layers, count in dict.fromkeys((a.layers, a.seeds.shape[1]) for a in assignments):
+        members = [a for a in assignments if (a.layers, a.seeds.shape[1]) == (layers, count)]
         work = [(a, _batch(engine, space, a, examples_of(a.client), 0)) for a in members]
-        for group in _groups(space.config, work):
+        for group in _groups(space.config, work, count):
             seeds = np.stack([a.seeds[0] for a, _ in group])
             probes = _probes(engine, space, layers, [batch for _, batch in group], seeds)
             for (assignment, batch), probe in zip(group, probes, strict=True):
@@ -176,9 +177,11 @@ def _batch(
     return [engine.tokenize(examples[i], config.max_tokens) for i in chosen]
 
 
-def _groups(config: FederationConfig, work: Sequence[_Work]) -> Iterator[list[_Work]]:
+def _groups(
+    config: FederationConfig, work: Sequence[_Work], perturbations: int
+) -> Iterator[list[_Work]]:
     """Clients whose batches go through the model together."""
-    lanes = 1 + config.perturbations * (2 if config.method == "central" else 1)
+    lanes = 1 + perturbations * (2 if config.method == "central" else 1)
     # An exact gradient is a client's own: together they save nothing, and all need memory at once.
     most = 0 if config.method in EXACT_METHODS else _LANE_ROWS
     group: list[_Work] = []

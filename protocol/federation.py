@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from fwdllm.engine.errors import ConfigError
-from fwdllm.engine.settings import DirectionsConfig, check, described, setting, settings_of
+from fwdllm.engine.settings import (
+    EXACT_METHODS,
+    DirectionsConfig,
+    check,
+    described,
+    setting,
+    settings_of,
+)
 from fwdllm.protocol.settings import (
     MAX_INDEX,
     MAX_ROUNDS,
@@ -20,6 +28,9 @@ UPLOADS = ("scalars", "steps", "weights")
 AGGREGATES = ("mean", "trimmed", "median")
 # The server holds no model weights, so directions that need weights or data are left out.
 FEDERATED_DIRECTIONS = ("normal", "rademacher", "lora-fa", "subzero")
+
+# Flags that came after the first ledgers.
+_LATER = ("adaptive", "secure")
 
 MAX_PARTS = 64
 MAX_CLIENTS = 1 << 22
@@ -44,6 +55,8 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
     local step draws from pool_size seeds fixed for the run (FedKSeed).
     head_perturbations: directions of a classification head; they cost no forward pass, because the
     head's gradient is exact.  split: each client trains some layers, together all layers (Spry).
+    adaptive: a slow client gets fewer perturbations, and with ``split`` later layers, which cost
+    less, so that clients of a part take about equally long; as many perturbations in all.
     aggregate: "mean"; or, coordinate by coordinate, "median" or "trimmed": the mean without the
     share ``trim`` at either end. "median" and "trimmed" need shared seeds or uploaded weights.
     pacing: ask for more perturbations of the same adapter, in at most max_parts parts, until the
@@ -77,6 +90,7 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
         high=MAX_INDEX,
     )
     split: bool = setting(False, "Every client perturbs its share of the layers.")
+    adaptive: bool = setting(False, "Slower clients get less to do.")
     local_steps: int = setting(1, "Steps of a client in a part.", low=1, high=4096)
     client_optimizer: str = setting("sgd", "Of local steps.", choices=OPTIMIZERS)
     client_learning_rate: float = setting(1e-3, "Of local steps.", low=0, open="l")
@@ -137,6 +151,22 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
                 f"layers cannot be split among clients with directions {self.directions}",
             ),
             (
+                self.adaptive and self.seeds == "shared",
+                "adaptive clients have perturbations of different number, so they need seeds of "
+                "their own or of a pool",
+            ),
+            (
+                self.adaptive and self.method in EXACT_METHODS,
+                f"adaptive has nothing to adapt: any number of slopes of {self.method} costs the "
+                "same",
+            ),
+            (
+                self.adaptive
+                and (self.per_round < 2 or (self.perturbations < 2 and not self.split)),
+                "adaptive deals out the perturbations of a part again, so it needs two clients and "
+                "two perturbations, or a split",
+            ),
+            (
                 self.pacing and not (scalars or self.upload == "steps"),
                 "pacing compares scalars, which clients that upload weights do not send",
             ),
@@ -190,6 +220,11 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
     def _noise(self) -> float:
         """What a client's scalar with its share of the noise is below."""
         return self.clip * (1 + 40 * self.sigma)
+
+    def recorded(self) -> dict[str, Any]:
+        """As ``OptimizerConfig.recorded``; what older versions do not know is left out if off."""
+        fields = super().recorded()
+        return {name: x for name, x in fields.items() if x or name not in _LATER}
 
     def client_optimizer_config(self) -> OptimizerConfig:
         """The clients' optimizer for local steps; without weight decay, as in the papers."""

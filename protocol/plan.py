@@ -13,6 +13,7 @@ import numpy as np
 
 from fwdllm.engine.errors import ConfigError
 from fwdllm.protocol.federation import MAX_CLIENTS, FederationConfig
+from fwdllm.protocol.load import deal_by_speed, known_or_slowest, spread
 from fwdllm.protocol.seeds import client_keys, derive_seeds, head_seeds
 from fwdllm.protocol.space import Layers, Space
 
@@ -24,8 +25,9 @@ _PART_SEEDS = 1 << 22
 class Assignment:
     """What one client is asked for in a part of a round.
 
-    layers: its scope.  seeds: uint64 [local_steps, perturbations]; head_seeds: uint64
-    [local_steps, head_perturbations], without columns where there is no head.
+    layers: its scope.  seeds: uint64 [local_steps, its perturbations], of which all clients have
+    the same number unless ``adaptive``.  head_seeds: uint64 [local_steps, head_perturbations],
+    without columns where there is no head.
     batch_seed, first_step: the batch of local step i is
     ``batch_indices(batch_seed, first_step + i, ...)`` of the client's own examples.
     """
@@ -49,18 +51,26 @@ def plan_part(
     gradient: np.ndarray | None,
     asked: Mapping[int, int],
     secret: int,
+    pass_seconds: Mapping[int, float] | None = None,
 ) -> list[Assignment]:
     """Assignments of a part, by client; none if no client is chosen.
 
     clients: numbers of the clients that can be asked, below 2^22.  gradient: of the last update,
     float32 [space.size], or None before the first update.  asked, secret: see ``choose``.
+    pass_seconds: of the clients known, see ``speeds``; for ``adaptive`` alone.
     """
     chosen = choose(config, round, part, clients, asked, secret)
     if not chosen:
         return []
     keys = client_keys(config.seed, round, max(chosen) + 1)
     scopes = deal(space.layers, len(chosen), round) if config.split else [None] * len(chosen)
-    seeds = _seeds(config, space, round, part, scopes, gradient)
+    counts = [config.perturbations] * len(chosen)
+    if config.adaptive:
+        seconds = known_or_slowest(pass_seconds or {}, chosen)
+        if config.split:
+            scopes = deal_by_speed(scopes, seconds, [int(keys[client]) for client in chosen])
+        counts = spread(space, scopes, seconds)
+    seeds = _seeds(config, space, round, part, scopes, counts, gradient)
     of_head = _head_seeds(config, space, round, part, len(chosen))
     first = part * config.local_steps
     return [
@@ -133,49 +143,57 @@ def _seeds(
     round: int,
     part: int,
     scopes: Sequence[Layers],
+    counts: Sequence[int],
     gradient: np.ndarray | None,
 ) -> list[np.ndarray]:
-    shape = (config.local_steps, config.perturbations)
-    each, n, first = shape[0] * shape[1], len(scopes), part * _PART_SEEDS
-    if each * (1 if config.seeds == "shared" else n * config.candidates) > _PART_SEEDS:
+    """Of each client uint64 [local_steps, its count]."""
+    steps, first = config.local_steps, part * _PART_SEEDS
+    n = steps * sum(counts)
+    if (steps * counts[0] if config.seeds == "shared" else n * config.candidates) > _PART_SEEDS:
         raise ConfigError(f"a part of a round has at most {_PART_SEEDS} seeds and candidates")
     if config.seeds == "shared":
-        return [shared_seeds(config, round, part)] * n
+        return [shared_seeds(config, round, part)] * len(scopes)
     if config.seeds == "pool":
         pool = derive_seeds(config.seed, 0, config.pool_size)
-        drawn = derive_seeds(config.seed, round + 1, n * each, first) % np.uint64(len(pool))
-        return list(pool[drawn].reshape(n, *shape))
+        drawn = derive_seeds(config.seed, round + 1, n, first) % np.uint64(len(pool))
+        return [own.reshape(steps, -1) for own in _shares(pool[drawn], counts, steps)]
     m = config.candidates if gradient is not None else 1
-    drawn = derive_seeds(config.seed, round, n * each * m, first)
-    if gradient is None or m == 1:
-        return list(drawn.reshape(n, *shape))
-    return _discriminate(config, space, drawn, scopes, gradient)
+    drawn = derive_seeds(config.seed, round, n * m, first)
+    own = _shares(drawn, counts, steps * m)
+    if gradient is not None and m > 1:
+        own = _discriminate(space, own, [steps * count for count in counts], scopes, gradient)
+    return [seeds.reshape(steps, -1) for seeds in own]
+
+
+def _shares(drawn: np.ndarray, counts: Sequence[int], times: int) -> list[np.ndarray]:
+    """Of each client, in turn, its next ``times * count`` seeds."""
+    return np.split(drawn, np.cumsum(counts)[:-1] * times)
 
 
 def _discriminate(
-    config: FederationConfig,
     space: Space,
-    drawn: np.ndarray,
+    own: Sequence[np.ndarray],
+    wanted: Sequence[int],
     scopes: Sequence[Layers],
     gradient: np.ndarray,
 ) -> list[np.ndarray]:
     """For each scope, keep the seeds whose directions fit the last gradient best.
 
+    own, wanted: of each client its candidates, and how many it is to get.
     FwdLLM, section 3.3. All directions have about the same length, so dot products give the same
     order as cosines.
     """
-    shape = (config.local_steps, config.perturbations)
-    each = shape[0] * shape[1]
-    own = drawn.reshape(len(scopes), each * config.candidates)
     found: list[np.ndarray] = [np.empty(0)] * len(scopes)
     for layers in dict.fromkeys(scopes):
         members = [i for i, scope in enumerate(scopes) if scope == layers]
-        seeds = own[members].ravel()
-        order = np.argsort(-space.dot(gradient, layers, seeds), kind="stable")
+        seeds = np.concatenate([own[i] for i in members])
+        best = seeds[np.argsort(-space.dot(gradient, layers, seeds), kind="stable")]
         # Seeds are dealt to clients in turn, best first, so that every client gets good ones.
-        best = seeds[order[: len(members) * each]].reshape(each, len(members)).T
-        for i, kept in zip(members, best, strict=True):
-            found[i] = np.ascontiguousarray(kept).reshape(shape)
+        turns = np.concatenate([np.arange(wanted[i]) for i in members])
+        owners = np.repeat(members, [wanted[i] for i in members])
+        owners = owners[np.argsort(turns, kind="stable")]
+        for i in members:
+            found[i] = best[: len(owners)][owners == i]
     return found
 
 

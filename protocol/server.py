@@ -29,6 +29,7 @@ from fwdllm.protocol.aggregate import (
 )
 from fwdllm.protocol.federation import COHORT
 from fwdllm.protocol.ledger import Ledger, LedgerError, theta_hash
+from fwdllm.protocol.load import most_perturbations
 from fwdllm.protocol.pacing import enough, variance
 from fwdllm.protocol.plan import Assignment, plan_part, shared_head_seeds, shared_seeds
 from fwdllm.protocol.records import Round
@@ -38,6 +39,7 @@ from fwdllm.protocol.secure import sums
 from fwdllm.protocol.secure.letters import Letter, Stage
 from fwdllm.protocol.seeds import derive_seeds
 from fwdllm.protocol.space import Space
+from fwdllm.protocol.speeds import Speeds
 from fwdllm.protocol.wire import WireError
 
 
@@ -234,6 +236,7 @@ class Server:
         answers = self._answers(self.round, part)
         self._take(answers, part)
         self._part_is_closed = True
+        self._observe(self.round, part)
         is_last = part + 1 >= config.max_parts
         # The 1e-9 is for rounding errors: 0.28 * 25 is slightly above 7.
         n_accepted = self.ledger.n_accepted(self.round, part)
@@ -276,6 +279,7 @@ class Server:
             gradient,
             asked,
             self.ledger.meta.noise_seed,
+            self._speeds.pass_seconds(),
         )
         rows = []
         for assignment in planned:
@@ -324,7 +328,7 @@ class Server:
         config, n_head = self.config, self.replica.space.adapter.n_head
         if config.upload == "weights":
             return wire.report_size(((0, 0), (0, 0), self.replica.space.size))
-        slopes = config.local_steps, config.perturbations
+        slopes = config.local_steps, most_perturbations(config)
         head = config.local_steps, config.head_perturbations if n_head else 0
         return wire.report_size((slopes, head, 0))
 
@@ -392,10 +396,19 @@ class Server:
     def _resume_round(self) -> None:
         """Resume the open round, if there is one: only its last part is still open."""
         self._between_rounds()
+        with sense_of(self.ledger):
+            self._speeds = Speeds(self.replica.space)
+            if self.config.adaptive:
+                self._speeds.observe_rounds(self.ledger)
         parts = self.ledger.parts(self.round)
         for part, _, _ in parts[:-1]:
             self._take(self._answers(self.round, part), part)
+            self._observe(self.round, part)
         self._part = len(parts) - 1
+
+    def _observe(self, round: int, part: int) -> None:
+        if self.config.adaptive:
+            self._speeds.observe(self.ledger, round, part)
 
 
 def answers_of(ledger: Ledger, round: int, part: int) -> list[Answer]:

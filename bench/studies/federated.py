@@ -5,7 +5,8 @@
         [--target-loss X] [--set name=value ...]
     python bench/studies/federated.py --report OUT.jsonl [--plot FOLDER] [--target-loss X]
 
-By default the runs for AG News and an encoder; those for a decoder are named "decoder: ...".
+By default the runs for AG News and an encoder; those for a decoder are named "decoder: ...", those
+with slow devices "slow: ...".
 
 A run goes on until its clients have spent a budget of lane-tokens; a token of backprop counts as
 three, of readout as two. Runs of a seed share partition, held-out examples and the adapter they
@@ -24,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +70,7 @@ PARTITIONS = {
     "20 clients": Partition(20),
     "100 clients": Partition(100),
 }
-FLEET = Fleet()
+FLEET, SLOW = Fleet(), Fleet(stragglers=0.3)
 
 # Rates are constant because pacing leaves open how many rounds the budget buys.
 COMMON: dict[str, Any] = {
@@ -83,13 +85,14 @@ COMMON: dict[str, Any] = {
 class Run:
     """A preset and what differs from it and from COMMON. lora: None is the method's own.
 
-    backprop: clients have PyTorch.
+    backprop: clients have PyTorch; their devices are FLEET's.
     """
 
     preset: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     lora: LoRAConfig | None = LORA
     backprop: bool = False
+    fleet: Fleet = FLEET
 
 
 # Rates are the best of a few tried on seed 0 with half the budget. The gradient of a round's ten
@@ -106,6 +109,16 @@ _FEDAVG = {
 
 _LOCAL = {**_FEDAVG, "local_steps": 4}
 _ALL = {"per_round": 100, "batch_size": 2, "max_tokens": 192}
+
+_SLOW = {
+    **_FWDLLM,
+    "method": "forward-ad",
+    "perturbations": 8,
+    "pacing": False,
+    "candidates": 1,
+    "learning_rate": 2e-2,
+}
+_SLOW_SPLIT = {"perturbations": 4, "learning_rate": 3e-3, "head_learning_rate": 1e-2}
 
 RUNS = {
     "fwdllm": Run("fwdllm", _FWDLLM),
@@ -149,8 +162,14 @@ RUNS = {
         "fedavg", {**_ALL, **_LOCAL, "method": "readout", "client_learning_rate": 5e-3}, None
     ),
     "decoder: readout, 256 slopes": Run("readout", _ALL, None),
+    # Three of ten devices are 20 times as slow.
+    "slow: 8 each": Run("fwdllm", _SLOW, fleet=SLOW),
+    "slow: adaptive": Run("fwdllm", {**_SLOW, "adaptive": True}, fleet=SLOW),
+    "slow: 8 each, deadline 10 s": Run("fwdllm", {**_SLOW, "deadline": 10.0}, fleet=SLOW),
+    "slow: split, 4 each": Run("spry", _SLOW_SPLIT, fleet=SLOW),
+    "slow: split, adaptive": Run("spry", {**_SLOW_SPLIT, "adaptive": True}, fleet=SLOW),
 }
-ENCODER_RUNS = [name for name in RUNS if not name.startswith("decoder")]
+ENCODER_RUNS = [name for name in RUNS if ":" not in name]
 
 
 @dataclass(frozen=True)
@@ -195,6 +214,7 @@ class Meter:
     def _evaluated(self, event: Evaluated) -> None:
         with Ledger(self._ledger) as ledger:
             traffic = traffic_by_client(ledger)
+            rounds = ledger.rounds(event.round - 1) if event.round else []
             spent = spent_epsilon(ledger.meta.config, ledger.available())
         self.round = event.round
         self._on_row(
@@ -204,6 +224,7 @@ class Meter:
                 n_tokens=self.n_tokens,
                 n_answers=sum(row[2] for row in traffic),
                 client_seconds=self._client_seconds,
+                wall_seconds=rounds[0].closed if rounds else 0.0,
                 bytes_up=sum(row[4] for row in traffic),
                 bytes_down=sum(row[3] for row in traffic),
                 n_perturbations=self._n_perturbations,
@@ -226,7 +247,7 @@ def measure(
         folder = Path(temporary)
         train, held_out = _split_file(task.data, task.n_held_out, seed, folder)
         meter = Meter((name, partition, seed), folder / "run" / NAME, on_row)
-        drive = backprop if run.backprop else forward_passes
+        drive = backprop if run.backprop else partial(forward_passes, fleet=run.fleet)
         last = drive(
             task.model,
             train,
@@ -269,7 +290,7 @@ def forward_passes(
     model: Path, data: Path, run_dir: Path, config: FederationConfig, **options: Any
 ) -> Evaluated:
     """The product's own simulation; gives its last evaluation."""
-    result = simulate(model, data, run_dir, config, fleet=FLEET, **options)
+    result = simulate(model, data, run_dir, config, **options)
     return Evaluated(result.rounds, result.loss_after, result.accuracy_after)
 
 

@@ -15,7 +15,8 @@ import numpy as np
 class Row:
     """The held-out loss and accuracy after ``round`` rounds, and what all of them took.
 
-    n_tokens: lane-tokens of accepted answers, n_answers of them.  client_seconds: simulated.
+    n_tokens: lane-tokens of accepted answers, n_answers of them.  client_seconds: simulated, of all
+    clients together.  wall_seconds: simulated, since the run began; None where it was not noted.
     bytes_up, bytes_down: of all clients.  n_perturbations: scalars of the adapter.  variance: of
     the last round's gradient, None where it is not known.  epsilon: of differential privacy, None
     without.  accuracy: None where examples
@@ -37,6 +38,7 @@ class Row:
     loss: float
     accuracy: float | None
     seconds: float
+    wall_seconds: float | None = None
 
 
 def report(rows: Sequence[Row], target_loss: float | None = None) -> str:
@@ -103,14 +105,15 @@ def _ends(runs: Mapping[str, list[Curve]]) -> str:
 
 def _arrivals(runs: Mapping[str, list[Curve]], target_loss: float) -> str:
     lines = [
-        "| run | seeds that met it | rounds | client-seconds | lane-tokens |",
-        "| --- | --- | --- | --- | --- |",
+        "| run | seeds that met it | rounds | simulated seconds | client-seconds | lane-tokens |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, curves in runs.items():
         firsts = [next((row for row in c if row.loss <= target_loss), None) for c in curves]
         met = [row for row in firsts if row is not None]
         costs = [
             [float(row.round) for row in met],
+            [row.wall_seconds for row in met if row.wall_seconds is not None],
             [row.client_seconds for row in met],
             [float(row.n_tokens) for row in met],
         ]

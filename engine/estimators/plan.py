@@ -119,11 +119,14 @@ def plan(
     return Plan(lanes, method, epsilon, plain)
 
 
-def n_lanes(method: str, n_seeds: int) -> int:
-    """Lanes of a step along ``n_seeds`` directions; ConfigError for an unknown method."""
+def n_lanes(method: str, n_seeds: int, plain: bool = False) -> int:
+    """Lanes of a step along ``n_seeds`` directions; ConfigError for an unknown method.
+
+    plain: as of ``plan``.
+    """
     if method in EXACT_METHODS:
         return 1
-    return len(plan(np.arange(n_seeds, dtype=np.uint64), method).lanes)
+    return len(plan(np.arange(n_seeds, dtype=np.uint64), method, plain=plain).lanes)
 
 
 def example_seeds(seeds: np.ndarray, n_examples: int) -> np.ndarray:

@@ -67,7 +67,7 @@ CHOICES = (
     "optimizer",
     "schedule",
 )
-FLAGS = ("split", "weighted", "pacing", "secure", "literal")
+FLAGS = ("split", "adaptive", "weighted", "pacing", "secure", "literal")
 NOT_NUMBERS = ("1", True, False, [1], {}, 1j)
 
 
