@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fwdllm.engine.errors import ConfigError
-from fwdllm.protocol.federation import MAX_CLIENTS, FederationConfig
+from fwdllm.protocol.federation import MAX_CLIENTS, POOLS, FederationConfig
+from fwdllm.protocol.pool import WeightedPool, pool_seeds
 from fwdllm.protocol.seeds import client_keys, derive_seeds, head_seeds
 from fwdllm.protocol.space import Layers, Space
 
@@ -24,8 +25,8 @@ _PART_SEEDS = 1 << 22
 class Assignment:
     """What one client is asked for in a part of a round.
 
-    layers: its scope.  seeds: uint64 [local_steps, perturbations]; head_seeds: uint64
-    [local_steps, head_perturbations], without columns where there is no head.
+    layers: its scope.  seeds: uint64 [seed_steps, perturbations]; head_seeds: uint64
+    [seed_steps, head_perturbations], without columns where there is no head.
     batch_seed, first_step: the batch of local step i is
     ``batch_indices(batch_seed, first_step + i, ...)`` of the client's own examples.
     """
@@ -49,18 +50,20 @@ def plan_part(
     gradient: np.ndarray | None,
     asked: Mapping[int, int],
     secret: int,
+    pool: WeightedPool | None = None,
 ) -> list[Assignment]:
     """Assignments of a part, by client; none if no client is chosen.
 
     clients: numbers of the clients that can be asked, below 2^22.  gradient: of the last update,
     float32 [space.size], or None before the first update.  asked, secret: see ``choose``.
+    pool: what the updates so far told of a weighted pool, None of any other.
     """
     chosen = choose(config, round, part, clients, asked, secret)
     if not chosen:
         return []
     keys = client_keys(config.seed, round, max(chosen) + 1)
     scopes = deal(space.layers, len(chosen), round) if config.split else [None] * len(chosen)
-    seeds = _seeds(config, space, round, part, scopes, gradient)
+    seeds = _seeds(config, space, round, part, scopes, gradient, pool)
     of_head = _head_seeds(config, space, round, part, len(chosen))
     first = part * config.local_steps
     return [
@@ -114,15 +117,15 @@ def deal(layers: Sequence[int], n_clients: int, round: int) -> list[Layers]:
 
 
 def shared_seeds(config: FederationConfig, round: int, part: int) -> np.ndarray:
-    """The seeds common to all clients of a part: uint64 [local_steps, perturbations]."""
-    shape = (config.local_steps, config.perturbations)
+    """The seeds common to all clients of a part: uint64 [seed_steps, perturbations]."""
+    shape = (config.seed_steps, config.perturbations)
     drawn = derive_seeds(config.seed, round, shape[0] * shape[1], part * _PART_SEEDS)
     return drawn.reshape(shape)
 
 
 def shared_head_seeds(config: FederationConfig, space: Space, round: int, part: int) -> np.ndarray:
-    """As ``shared_seeds``, for a head: uint64 [local_steps, head_perturbations or 0]."""
-    shape = (config.local_steps, config.head_perturbations if space.adapter.n_head else 0)
+    """As ``shared_seeds``, for a head: uint64 [seed_steps, head_perturbations or 0]."""
+    shape = (config.seed_steps, config.head_perturbations if space.adapter.n_head else 0)
     drawn = head_seeds(config.seed, round, shape[0] * shape[1], part * _PART_SEEDS)
     return drawn.reshape(shape)
 
@@ -134,17 +137,21 @@ def _seeds(
     part: int,
     scopes: Sequence[Layers],
     gradient: np.ndarray | None,
+    pool: WeightedPool | None,
 ) -> list[np.ndarray]:
-    shape = (config.local_steps, config.perturbations)
+    shape = (config.seed_steps, config.perturbations)
     each, n, first = shape[0] * shape[1], len(scopes), part * _PART_SEEDS
     if each * (1 if config.seeds == "shared" else n * config.candidates) > _PART_SEEDS:
         raise ConfigError(f"a part of a round has at most {_PART_SEEDS} seeds and candidates")
     if config.seeds == "shared":
         return [shared_seeds(config, round, part)] * n
-    if config.seeds == "pool":
-        pool = derive_seeds(config.seed, 0, config.pool_size)
-        drawn = derive_seeds(config.seed, round + 1, n * each, first) % np.uint64(len(pool))
-        return list(pool[drawn].reshape(n, *shape))
+    if config.seeds in POOLS:
+        numbers = derive_seeds(config.seed, round + 1, n * each, first)
+        if pool is None:
+            drawn = pool_seeds(config)[numbers % np.uint64(config.pool_size)]
+        else:
+            drawn = pool.pick(numbers)
+        return list(drawn.reshape(n, *shape))
     m = config.candidates if gradient is not None else 1
     drawn = derive_seeds(config.seed, round, n * each * m, first)
     if gradient is None or m == 1:
@@ -164,7 +171,7 @@ def _discriminate(
     FwdLLM, section 3.3. All directions have about the same length, so dot products give the same
     order as cosines.
     """
-    shape = (config.local_steps, config.perturbations)
+    shape = (config.seed_steps, config.perturbations)
     each = shape[0] * shape[1]
     own = drawn.reshape(len(scopes), each * config.candidates)
     found: list[np.ndarray] = [np.empty(0)] * len(scopes)
@@ -182,7 +189,7 @@ def _discriminate(
 def _head_seeds(
     config: FederationConfig, space: Space, round: int, part: int, n: int
 ) -> list[np.ndarray]:
-    shape = (config.local_steps, config.head_perturbations if space.adapter.n_head else 0)
+    shape = (config.seed_steps, config.head_perturbations if space.adapter.n_head else 0)
     each, first = shape[0] * shape[1], part * _PART_SEEDS
     if each * (1 if config.seeds == "shared" else n) > _PART_SEEDS:
         raise ConfigError(f"a part of a round has at most {_PART_SEEDS} seeds of a head")

@@ -30,7 +30,7 @@ from fwdllm.protocol.ledger import Ledger, LedgerError, theta_hash
 from fwdllm.protocol.pacing import enough, variance
 from fwdllm.protocol.plan import Assignment, plan_part, shared_head_seeds, shared_seeds
 from fwdllm.protocol.records import Round
-from fwdllm.protocol.replica import Replica, Update
+from fwdllm.protocol.replica import SERVERS_OWN, Replica, Update
 from fwdllm.protocol.report import expected_shapes, fault
 from fwdllm.protocol.seeds import derive_seeds
 from fwdllm.protocol.space import Space
@@ -204,9 +204,7 @@ class Server:
         return len(wire.encode_state(self._public_state())) + 4
 
     def _public_state(self) -> dict[str, np.ndarray]:
-        arrays = self.replica.to_arrays()
-        arrays.pop("gradient", None)  # only the server needs it, to choose seeds
-        return arrays
+        return {k: v for k, v in self.replica.to_arrays().items() if k not in SERVERS_OWN}
 
     def _base(self, client: int) -> int:
         """The round whose state a client has."""
@@ -231,6 +229,7 @@ class Server:
             gradient,
             asked,
             self.ledger.meta.noise_seed,
+            self.replica.pool,
         )
         rows = []
         for assignment in planned:
@@ -275,8 +274,8 @@ class Server:
         config, n_head = self.config, self.replica.space.adapter.n_head
         if config.upload == "weights":
             return wire.report_size(((0, 0), (0, 0), self.replica.space.size))
-        slopes = config.local_steps, config.perturbations
-        head = config.local_steps, config.head_perturbations if n_head else 0
+        slopes = config.seed_steps, config.perturbations
+        head = config.seed_steps, config.head_perturbations if n_head else 0
         return wire.report_size((slopes, head, 0))
 
     def _answers(self, round: int, part: int) -> list[Answer]:
