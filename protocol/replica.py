@@ -20,8 +20,8 @@ from fwdllm.protocol.space import HEAD, Space
 # A seed and its coefficient in a message.
 _SEED_BYTES = 12
 
-# Arrays of a state that only the server needs, to choose seeds.
-SERVERS_OWN = frozenset(("gradient", "amplitudes", "draws"))
+# Arrays of a state that only the server needs.
+_SERVERS_OWN = frozenset(("gradient", "amplitudes", "draws"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +115,10 @@ class Replica:
         if self.pool is not None:
             arrays |= {"amplitudes": self.pool.amplitudes, "draws": self.pool.draws}
         return arrays if self.gradient is None else {**arrays, "gradient": self.gradient}
+
+    def to_public_arrays(self) -> dict[str, np.ndarray]:
+        """As ``to_arrays``, for clients: without what only the server needs, to choose seeds."""
+        return {name: a for name, a in self.to_arrays().items() if name not in _SERVERS_OWN}
 
     def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Load a state from ``to_arrays``; ValueError if its arrays do not fit this run."""

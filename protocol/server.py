@@ -30,7 +30,7 @@ from fwdllm.protocol.ledger import Ledger, LedgerError, theta_hash
 from fwdllm.protocol.pacing import enough, variance
 from fwdllm.protocol.plan import Assignment, plan_part, shared_head_seeds, shared_seeds
 from fwdllm.protocol.records import Round
-from fwdllm.protocol.replica import SERVERS_OWN, Replica, Update
+from fwdllm.protocol.replica import Replica, Update
 from fwdllm.protocol.report import expected_shapes, fault
 from fwdllm.protocol.seeds import derive_seeds
 from fwdllm.protocol.space import Space
@@ -131,7 +131,7 @@ class Server:
         first = self._base(client)
         size = self.ledger.messages_size(first)
         if size is None or size > self._state_size:
-            return wire.encode_many([wire.encode_state(self._public_state())])
+            return wire.encode_many([wire.encode_state(self.replica.to_public_arrays())])
         return wire.encode_many([r.message or b"" for r in self.ledger.rounds(first)])
 
     def synchronization_size(self, client: int) -> int:
@@ -201,10 +201,7 @@ class Server:
 
     @cached_property
     def _state_size(self) -> int:  # the same after every round
-        return len(wire.encode_state(self._public_state())) + 4
-
-    def _public_state(self) -> dict[str, np.ndarray]:
-        return {k: v for k, v in self.replica.to_arrays().items() if k not in SERVERS_OWN}
+        return len(wire.encode_state(self.replica.to_public_arrays())) + 4
 
     def _base(self, client: int) -> int:
         """The round whose state a client has."""

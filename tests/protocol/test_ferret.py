@@ -174,7 +174,7 @@ def toy(assignment: Assignment, moved: np.ndarray, head: np.ndarray, n_lora: int
     return Report(a.round, a.part, 8, 10, 1.0, 0.5, *arrays)
 
 
-def rebuilt(path: Path, moved: np.ndarray | None = None, **changes: Any) -> tuple[np.ndarray, ...]:
+def rebuilt(path: Path, **changes: Any) -> tuple[np.ndarray, ...]:
     """What one client moved, what the server makes of it at rate 1, and the same sum in NumPy."""
     sgd = {"optimizer": "sgd", "learning_rate": 1.0, "schedule": "constant"}
     with create(path, **{**PROJECTION, **sgd, "rounds": 1, "per_round": 1, **changes}) as ledger:
