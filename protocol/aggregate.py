@@ -39,7 +39,7 @@ class Term:
 
 def terms_of(config: FederationConfig, answers: Sequence[Answer], part: int) -> list[Term]:
     """The terms of a part's accepted answers. answers: must be sorted by client."""
-    if config.seeds == "shared" and config.upload == "scalars":
+    if config.seeds == "shared" and config.one_step_of_seeds:
         return _shared_terms(config, answers)
     found = []
     for layers in dict.fromkeys(assignment.layers for assignment, _ in answers):

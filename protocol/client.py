@@ -116,7 +116,8 @@ def _local_training(
 ) -> Report:
     """Local steps on the client's scope from the server's adapter, which is restored after."""
     config, theta = space.config, engine.adapter.theta
-    by_weights = config.upload == "weights"
+    # Only steps that the server repeats have to be along seeds.
+    takes_gradients = config.upload != "steps"
     before = theta.copy()
     optimizer = config.client_optimizer_config()
     state = OptimizerState.initial(optimizer, space.size)
@@ -126,20 +127,20 @@ def _local_training(
     try:
         for step in range(config.local_steps):
             batch = _batch(engine, space, assignment, examples, step)
-            seeds = assignment.seeds[step]
+            seeds, head_seeds = _seeds_of_step(config, assignment, step)
             probe = _probes(engine, space, assignment.layers, [batch], seeds[None])[0]
-            own, head = _slopes(space, probe, assignment.head_seeds[step])
+            own, head = _slopes(space, probe, head_seeds)
             directions = space.directions(assignment.layers)
             gradient = np.zeros(space.size, np.float32)
-            if by_weights and probe.gradient is not None:
+            if takes_gradients and probe.gradient is not None:
                 gradient[: space.n_coordinates] = directions.project(probe.gradient)
             else:
                 space.add(gradient, assignment.layers, seeds, own / np.float32(len(seeds)))
-            if by_weights and probe.head_gradient is not None:
+            if takes_gradients and probe.head_gradient is not None:
                 gradient[space.n_coordinates :] = probe.head_gradient
             elif len(head):
                 shares = head / np.float32(len(head))
-                space.add(gradient, HEAD, assignment.head_seeds[step], shares)
+                space.add(gradient, HEAD, head_seeds, shares)
             descend(engine.adapter, directions, optimizer, state, gradient, rate, rate)
             slopes.append(own)
             heads.append(head)
@@ -149,6 +150,12 @@ def _local_training(
         moved = _coordinates(space, before) - _coordinates(space, theta)
     finally:
         theta[:] = before
+    of_seeds, of_head, vector = np.stack(slopes), np.stack(heads), None
+    if config.upload == "projection":
+        of_seeds, of_head = _projection(space, moved, assignment)
+    elif config.upload == "weights":
+        of_seeds = of_head = np.zeros((0, 0), np.float32)
+        vector = space.pack(moved, assignment.layers)
     return Report(
         assignment.round,
         assignment.part,
@@ -156,10 +163,31 @@ def _local_training(
         n_tokens,
         0.0,
         float(np.mean(losses)),
-        np.zeros((0, 0), np.float32) if by_weights else np.stack(slopes),
-        np.zeros((0, 0), np.float32) if by_weights else np.stack(heads),
-        space.pack(moved, assignment.layers) if by_weights else None,
+        of_seeds,
+        of_head,
+        vector,
     )
+
+
+def _seeds_of_step(
+    config: FederationConfig, assignment: Assignment, step: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The seeds whose slopes a local step measures; a projection's are for all steps together."""
+    if config.upload == "projection":
+        return assignment.seeds[0, :0], assignment.head_seeds[0, :0]
+    return assignment.seeds[step], assignment.head_seeds[step]
+
+
+def _projection(
+    space: Space, moved: np.ndarray, assignment: Assignment
+) -> tuple[np.ndarray, np.ndarray]:
+    """moved . z(seed) for the seeds of the adapter and of the head: float32 [1, n] each."""
+    of_seeds = space.dot(moved, assignment.layers, assignment.seeds[0])
+    of_head = np.zeros(0)
+    if space.adapter.n_head:
+        of_head = space.dot(moved, HEAD, assignment.head_seeds[0])
+    with np.errstate(over="ignore"):  # becomes infinite, which the server refuses
+        return of_seeds[None].astype(np.float32), of_head[None].astype(np.float32)
 
 
 def _coordinates(space: Space, theta: np.ndarray) -> np.ndarray:

@@ -23,8 +23,10 @@ from fwdllm.protocol.settings import (
     ScheduleConfig,
 )
 
-SEEDS = ("own", "shared", "pool")
-UPLOADS = ("scalars", "steps", "weights")
+WEIGHTED_POOL = "weighted-pool"
+POOLS = ("pool", WEIGHTED_POOL)
+SEEDS = ("own", "shared", *POOLS)
+UPLOADS = ("scalars", "steps", "projection", "weights")
 AGGREGATES = ("mean", "trimmed", "median")
 # The server holds no model weights, so directions that need weights or data are left out.
 FEDERATED_DIRECTIONS = ("normal", "rademacher", "lora-fa", "subzero")
@@ -50,9 +52,11 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
     upload: what a client sends. "scalars": directional derivatives at the server's adapter.
     "steps": directional derivatives along local_steps of SGD at client_learning_rate, from which
     the server can repeat the steps. "weights": how far local_steps of client_optimizer moved the
-    client's share of the adapter.
+    client's share of the adapter. "projection": the same, as its products with the directions of
+    the client's seeds, one scalar each (Ferret); the steps are along exact gradients.
     seeds: "own", every client has directions of its own; "shared", all have the same; "pool", each
-    local step draws from pool_size seeds fixed for the run (FedKSeed).
+    local step draws from pool_size seeds fixed for the run (FedKSeed); "weighted-pool", it draws
+    those more often whose scalars were large in the rounds before (FedKSeed-Pro).
     head_perturbations: directions of a classification head; they cost no forward pass, because the
     head's gradient is exact.  split: each client trains some layers, together all layers (Spry).
     adaptive: a slow client gets fewer perturbations, and with ``split`` later layers, which cost
@@ -128,9 +132,20 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
             if wrong:
                 raise ConfigError(sentence)
 
+    @property
+    def one_step_of_seeds(self) -> bool:
+        """Whether a client's scalars are of one set of seeds, not of one for each local step."""
+        return self.upload in ("scalars", "projection")
+
+    @property
+    def seed_steps(self) -> int:
+        """Rows of an assignment's seeds."""
+        return 1 if self.one_step_of_seeds else self.local_steps
+
     def _contradictions(self) -> list[tuple[bool, str]]:
-        scalars, local = self.upload == "scalars", self.upload in ("steps", "weights")
+        scalars, along_seeds = self.upload == "scalars", self.upload in ("steps", "weights")
         robust, private = self.aggregate != "mean", self.sigma > 0
+        shared_scalars = self.one_step_of_seeds and self.seeds == "shared"
         return [
             (
                 scalars and self.local_steps != 1,
@@ -141,9 +156,21 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
                 "the server can follow local steps of sgd alone; upload weights for "
                 f"{self.client_optimizer}",
             ),
-            (self.seeds == "pool" and not local, "a pool of seeds is for local steps"),
             (
-                robust and not (self.upload == "weights" or (scalars and self.seeds == "shared")),
+                self.upload == "projection" and self.method not in EXACT_METHODS,
+                f"a projection is of local steps along exact gradients, so its method is "
+                f"{' or '.join(EXACT_METHODS)}, and not {self.method}",
+            ),
+            (
+                self.seeds in POOLS and not along_seeds,
+                "a pool of seeds is for local steps along them",
+            ),
+            (
+                self.seeds == WEIGHTED_POOL and self.upload == "weights",
+                "a weighted pool goes by scalars, which clients that upload weights do not send",
+            ),
+            (
+                robust and not (self.upload == "weights" or shared_scalars),
                 f"{self.aggregate} compares clients, so it needs shared seeds or weights",
             ),
             (
@@ -167,7 +194,7 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
                 "two perturbations, or a split",
             ),
             (
-                self.pacing and not (scalars or self.upload == "steps"),
+                self.pacing and self.upload == "weights",
                 "pacing compares scalars, which clients that upload weights do not send",
             ),
             (
@@ -175,7 +202,7 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
                 "pacing compares two halves of the perturbations, so it needs two of them",
             ),
             (
-                self.pacing and self.seeds == "shared" and local,
+                self.pacing and self.seeds == "shared" and along_seeds,
                 "pacing cannot tell the halves of local steps along shared seeds apart",
             ),
             (
@@ -183,7 +210,7 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
                 "seeds are chosen among candidates where clients have their own",
             ),
             (
-                private and not (scalars and self.seeds == "shared" and not robust),
+                private and (robust or not shared_scalars),
                 "differential privacy adds clients' scalars, so it needs shared seeds and the mean",
             ),
             (private and self.weighted, "differential privacy counts all clients alike"),
@@ -193,7 +220,7 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
                 "differential privacy fixes the number of releases, which pacing does not",
             ),
             (
-                self.secure and not (scalars and self.seeds == "shared" and not robust),
+                self.secure and (robust or not shared_scalars),
                 "secure aggregation adds clients' scalars, so it needs shared seeds and the mean",
             ),
             (
@@ -205,8 +232,7 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
                 "secure aggregation needs three clients a part: of two each would know the other's",
             ),
             (
-                self.secure
-                and self.per_round * max(self.batch_size * self.max_derivative, self._noise) > _SUM,
+                self.secure and self.per_round * self._largest_share > _SUM,
                 f"secure sums have no room for {self.per_round} clients with scalars of that size; "
                 "lower max_derivative",
             ),
@@ -217,9 +243,10 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
         ]
 
     @property
-    def _noise(self) -> float:
-        """What a client's scalar with its share of the noise is below."""
-        return self.clip * (1 + 40 * self.sigma)
+    def _largest_share(self) -> float:
+        """What a client adds to a secure sum is below."""
+        with_weight = self.batch_size * self.local_steps * self.max_derivative
+        return max(with_weight, self.clip * (1 + 40 * self.sigma))
 
     def recorded(self) -> dict[str, Any]:
         """As ``OptimizerConfig.recorded``; what older versions do not know is left out if off."""

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from fwdllm.engine.errors import ConfigError
-from fwdllm.protocol.federation import MAX_CLIENTS, FederationConfig
+from fwdllm.protocol.federation import MAX_CLIENTS, POOLS, FederationConfig
 from fwdllm.protocol.load import deal_by_speed, known_or_slowest, spread
+from fwdllm.protocol.pool import WeightedPool, pool_seeds
 from fwdllm.protocol.seeds import client_keys, derive_seeds, head_seeds
 from fwdllm.protocol.space import Layers, Space
 
@@ -25,8 +26,8 @@ _PART_SEEDS = 1 << 22
 class Assignment:
     """What one client is asked for in a part of a round.
 
-    layers: its scope.  seeds: uint64 [local_steps, its perturbations], of which all clients have
-    the same number unless ``adaptive``.  head_seeds: uint64 [local_steps, head_perturbations],
+    layers: its scope.  seeds: uint64 [seed_steps, its perturbations], of which all clients have
+    the same number unless ``adaptive``.  head_seeds: uint64 [seed_steps, head_perturbations],
     without columns where there is no head.
     batch_seed, first_step: the batch of local step i is
     ``batch_indices(batch_seed, first_step + i, ...)`` of the client's own examples.
@@ -52,12 +53,14 @@ def plan_part(
     asked: Mapping[int, int],
     secret: int,
     pass_seconds: Mapping[int, float] | None = None,
+    pool: WeightedPool | None = None,
 ) -> list[Assignment]:
     """Assignments of a part, by client; none if no client is chosen.
 
     clients: numbers of the clients that can be asked, below 2^22.  gradient: of the last update,
     float32 [space.size], or None before the first update.  asked, secret: see ``choose``.
     pass_seconds: of the clients known, see ``speeds``; for ``adaptive`` alone.
+    pool: what the updates so far told of a weighted pool, None of any other.
     """
     chosen = choose(config, round, part, clients, asked, secret)
     if not chosen:
@@ -70,7 +73,7 @@ def plan_part(
         if config.split:
             scopes = deal_by_speed(scopes, seconds, [int(keys[client]) for client in chosen])
         counts = spread(space, scopes, seconds)
-    seeds = _seeds(config, space, round, part, scopes, counts, gradient)
+    seeds = _seeds(config, space, round, part, scopes, counts, gradient, pool)
     of_head = _head_seeds(config, space, round, part, len(chosen))
     first = part * config.local_steps
     return [
@@ -124,15 +127,15 @@ def deal(layers: Sequence[int], n_clients: int, round: int) -> list[Layers]:
 
 
 def shared_seeds(config: FederationConfig, round: int, part: int) -> np.ndarray:
-    """The seeds common to all clients of a part: uint64 [local_steps, perturbations]."""
-    shape = (config.local_steps, config.perturbations)
+    """The seeds common to all clients of a part: uint64 [seed_steps, perturbations]."""
+    shape = (config.seed_steps, config.perturbations)
     drawn = derive_seeds(config.seed, round, shape[0] * shape[1], part * _PART_SEEDS)
     return drawn.reshape(shape)
 
 
 def shared_head_seeds(config: FederationConfig, space: Space, round: int, part: int) -> np.ndarray:
-    """As ``shared_seeds``, for a head: uint64 [local_steps, head_perturbations or 0]."""
-    shape = (config.local_steps, config.head_perturbations if space.adapter.n_head else 0)
+    """As ``shared_seeds``, for a head: uint64 [seed_steps, head_perturbations or 0]."""
+    shape = (config.seed_steps, config.head_perturbations if space.adapter.n_head else 0)
     drawn = head_seeds(config.seed, round, shape[0] * shape[1], part * _PART_SEEDS)
     return drawn.reshape(shape)
 
@@ -145,18 +148,22 @@ def _seeds(
     scopes: Sequence[Layers],
     counts: Sequence[int],
     gradient: np.ndarray | None,
+    pool: WeightedPool | None,
 ) -> list[np.ndarray]:
-    """Of each client uint64 [local_steps, its count]."""
-    steps, first = config.local_steps, part * _PART_SEEDS
+    """Of each client uint64 [seed_steps, its count]."""
+    steps, first = config.seed_steps, part * _PART_SEEDS
     n = steps * sum(counts)
     if (steps * counts[0] if config.seeds == "shared" else n * config.candidates) > _PART_SEEDS:
         raise ConfigError(f"a part of a round has at most {_PART_SEEDS} seeds and candidates")
     if config.seeds == "shared":
         return [shared_seeds(config, round, part)] * len(scopes)
-    if config.seeds == "pool":
-        pool = derive_seeds(config.seed, 0, config.pool_size)
-        drawn = derive_seeds(config.seed, round + 1, n, first) % np.uint64(len(pool))
-        return [own.reshape(steps, -1) for own in _shares(pool[drawn], counts, steps)]
+    if config.seeds in POOLS:
+        numbers = derive_seeds(config.seed, round + 1, n, first)
+        if pool is None:
+            drawn = pool_seeds(config)[numbers % np.uint64(config.pool_size)]
+        else:
+            drawn = pool.pick(numbers)
+        return [own.reshape(steps, -1) for own in _shares(drawn, counts, steps)]
     m = config.candidates if gradient is not None else 1
     drawn = derive_seeds(config.seed, round, n * m, first)
     own = _shares(drawn, counts, steps * m)
@@ -200,7 +207,7 @@ def _discriminate(
 def _head_seeds(
     config: FederationConfig, space: Space, round: int, part: int, n: int
 ) -> list[np.ndarray]:
-    shape = (config.local_steps, config.head_perturbations if space.adapter.n_head else 0)
+    shape = (config.seed_steps, config.head_perturbations if space.adapter.n_head else 0)
     each, first = shape[0] * shape[1], part * _PART_SEEDS
     if each * (1 if config.seeds == "shared" else n) > _PART_SEEDS:
         raise ConfigError(f"a part of a round has at most {_PART_SEEDS} seeds of a head")

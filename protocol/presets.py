@@ -8,7 +8,26 @@ from __future__ import annotations
 from typing import Any
 
 from fwdllm.engine.errors import ConfigError
-from fwdllm.protocol.federation import FederationConfig
+from fwdllm.protocol.federation import WEIGHTED_POOL, FederationConfig
+
+# FedKSeed (arXiv 2312.06353): local steps along seeds from a pool of K = 4,096; in the paper
+# 200 steps a round and 5% of the clients; clients upload the scalars of all steps.
+_FEDKSEED: dict[str, Any] = {
+    "per_round": 50,
+    "upload": "steps",
+    "seeds": "pool",
+    "pool_size": 4096,
+    "local_steps": 200,
+    "perturbations": 1,
+    "head_perturbations": 1,
+    "batch_size": 8,
+    "method": "central",
+    "epsilon": 1e-3,
+    "client_learning_rate": 1e-3,
+    "optimizer": "sgd",
+    "learning_rate": 1.0,
+    "schedule": "constant",
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # FwdLLM (arXiv 2308.13894): central differences with h = 0.01, batch 8 of 64 tokens, 100 of
@@ -88,24 +107,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "head_learning_rate": 1.0,
         "schedule": "constant",
     },
-    # FedKSeed (arXiv 2312.06353): local steps along seeds from a pool of K = 4,096; in the paper
-    # 200 steps a round and 5% of the clients; clients upload the scalars of all steps.
-    "fedkseed": {
-        "per_round": 50,
-        "upload": "steps",
-        "seeds": "pool",
-        "pool_size": 4096,
-        "local_steps": 200,
-        "perturbations": 1,
-        "head_perturbations": 1,
-        "batch_size": 8,
-        "method": "central",
-        "epsilon": 1e-3,
-        "client_learning_rate": 1e-3,
-        "optimizer": "sgd",
-        "learning_rate": 1.0,
-        "schedule": "constant",
-    },
+    "fedkseed": _FEDKSEED,
+    # Its variant: seeds along which slopes were large are drawn more often.
+    "fedkseed-pro": {**_FEDKSEED, "seeds": WEIGHTED_POOL},
     # FedAvg of adapters (McMahan et al., arXiv 1602.05629), with forward gradients on the clients.
     "fedavg": {
         "per_round": 10,
@@ -114,6 +118,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         "perturbations": 8,
         "batch_size": 8,
         "method": "forward-ad",
+        "client_optimizer": "sgd",
+        "client_learning_rate": 1e-2,
+        "optimizer": "sgd",
+        "learning_rate": 1.0,
+        "schedule": "constant",
+    },
+    # Ferret (arXiv 2409.06277): first-order local steps, whose sum goes up as K = 4,096 scalars of
+    # random directions. Its code has the same directions for all clients in all rounds and momentum
+    # on the server; here clients have their own, so that the mean over clients errs less.
+    "ferret": {
+        "per_round": 10,
+        "upload": "projection",
+        "local_steps": 10,
+        "perturbations": 4096,
+        "head_perturbations": 256,
+        "batch_size": 8,
+        "method": "backprop",
         "client_optimizer": "sgd",
         "client_learning_rate": 1e-2,
         "optimizer": "sgd",

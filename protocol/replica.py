@@ -11,13 +11,17 @@ from fwdllm.engine.adapters.adapter import Adapter
 from fwdllm.engine.errors import NumericsError
 from fwdllm.protocol.aggregate import Sums, Term
 from fwdllm.protocol.descent import descend
-from fwdllm.protocol.federation import FederationConfig
+from fwdllm.protocol.federation import WEIGHTED_POOL, FederationConfig
 from fwdllm.protocol.optimizers import OptimizerState
+from fwdllm.protocol.pool import WeightedPool
 from fwdllm.protocol.schedule import lr_factor
 from fwdllm.protocol.space import HEAD, Space
 
 # A seed and its coefficient in a message.
 _SEED_BYTES = 12
+
+# Arrays of a state that only the server needs.
+_SERVERS_OWN = frozenset(("gradient", "amplitudes", "draws"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +57,8 @@ class Replica:
     """An adapter after ``round`` rounds.
 
     theta: the adapter's parameters, changed in place.  optimizer: state of the server's optimizer.
-    gradient: of the last round that had one, or None.
+    gradient: of the last round that had one, or None.  pool: what the rounds told of the seeds of a
+    weighted pool, None in runs without one.
     """
 
     def __init__(self, config: FederationConfig, adapter: Adapter) -> None:
@@ -62,6 +67,7 @@ class Replica:
         self.round = 0
         self.optimizer = OptimizerState.initial(config, self.space.size)
         self.gradient: np.ndarray | None = None
+        self.pool = WeightedPool.of(config) if config.seeds == WEIGHTED_POOL else None
 
     @property
     def theta(self) -> np.ndarray:
@@ -77,6 +83,10 @@ class Replica:
             raise ValueError(f"an update of round {update.round} does not follow {self.round}")
         if not update.empty:
             self._step(self.gradient_of(update) if gradient is None else gradient)
+            if self.pool is not None:
+                for term in update.terms:
+                    if term.layers != HEAD:  # a head's seeds are of no pool
+                        self.pool.count(term.seeds, term.coefficients)
         self.round += 1
 
     def gradient_of(self, update: Update) -> np.ndarray:
@@ -102,7 +112,13 @@ class Replica:
         """The state as plain arrays."""
         optimizer = {f"optimizer.{k}": v for k, v in self.optimizer.to_arrays().items()}
         arrays = {"round": np.array(self.round, np.int64), "theta": self.theta, **optimizer}
+        if self.pool is not None:
+            arrays |= {"amplitudes": self.pool.amplitudes, "draws": self.pool.draws}
         return arrays if self.gradient is None else {**arrays, "gradient": self.gradient}
+
+    def to_public_arrays(self) -> dict[str, np.ndarray]:
+        """As ``to_arrays``, for clients: without what only the server needs, to choose seeds."""
+        return {name: a for name, a in self.to_arrays().items() if name not in _SERVERS_OWN}
 
     def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Load a state from ``to_arrays``; ValueError if its arrays do not fit this run."""
@@ -118,6 +134,8 @@ class Replica:
         config = self.config
         self.optimizer = OptimizerState.from_arrays(config, self.space.size, saved)
         self.gradient = None if gradient is None else gradient.copy()
+        if self.pool is not None:
+            self.pool.load(arrays.get("amplitudes"), arrays.get("draws"))
         self.theta[:] = theta
         self.round = int(arrays["round"])
 

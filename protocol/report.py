@@ -19,8 +19,9 @@ class Report:
     n_examples: in the client's batches.  n_tokens: tokens forwarded, counted in every lane.
     seconds: by the client's own clock.
     loss: mean over the batches in nats, each at the adapter before its local step.
-    derivatives: float32 [local_steps, perturbations], head_derivatives: float32 [local_steps,
-    head_perturbations]; directional derivatives of the loss along the assignment's seeds.
+    derivatives: float32 [seed_steps, perturbations], head_derivatives: float32 [seed_steps,
+    head_perturbations]; directional derivatives of the loss along the assignment's seeds, or, of a
+    projection, products of the directions with how far local training moved against them.
     vector: float32, the client's share of the adapter before training minus the same after it, in
     the order of ``Space.pack``; None unless clients upload weights.
     """

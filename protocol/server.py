@@ -137,7 +137,7 @@ class Server:
         first = self._base(client)
         size = self.ledger.messages_size(first)
         if size is None or size > self._state_size:
-            return wire.encode_many([wire.encode_state(self._public_state())])
+            return wire.encode_many([wire.encode_state(self.replica.to_public_arrays())])
         return wire.encode_many([r.message or b"" for r in self.ledger.rounds(first)])
 
     def synchronization_size(self, client: int) -> int:
@@ -249,12 +249,7 @@ class Server:
 
     @cached_property
     def _state_size(self) -> int:  # the same after every round
-        return len(wire.encode_state(self._public_state())) + 4
-
-    def _public_state(self) -> dict[str, np.ndarray]:
-        arrays = self.replica.to_arrays()
-        arrays.pop("gradient", None)  # only the server needs it, to choose seeds
-        return arrays
+        return len(wire.encode_state(self.replica.to_public_arrays())) + 4
 
     def _base(self, client: int) -> int:
         """The round whose state a client has."""
@@ -280,6 +275,7 @@ class Server:
             asked,
             self.ledger.meta.noise_seed,
             self._speeds.pass_seconds(),
+            self.replica.pool,
         )
         rows = []
         for assignment in planned:
@@ -328,8 +324,8 @@ class Server:
         config, n_head = self.config, self.replica.space.adapter.n_head
         if config.upload == "weights":
             return wire.report_size(((0, 0), (0, 0), self.replica.space.size))
-        slopes = config.local_steps, most_perturbations(config)
-        head = config.local_steps, config.head_perturbations if n_head else 0
+        slopes = config.seed_steps, most_perturbations(config)
+        head = config.seed_steps, config.head_perturbations if n_head else 0
         return wire.report_size((slopes, head, 0))
 
     def _answers(self, round: int, part: int) -> list[Answer]:

@@ -61,6 +61,8 @@ SIMULATE = {
     "p-rge": "--set perturbations=2",
     "mezo": "",
     "fedkseed": "--set local_steps=3 --set pool_size=16",
+    "fedkseed-pro": "--set local_steps=3 --set pool_size=16",
+    "ferret": "--set local_steps=2 --set perturbations=64",
     "fedavg": "--set local_steps=2",
 }
 

@@ -107,6 +107,16 @@ _FEDAVG = {
     "head_perturbations": 1,
 }
 
+# Slopes of one exact gradient cost nothing beside it, so a local step has many.
+_FEDKSEED = {
+    "method": "backprop",
+    "local_steps": 10,
+    "perturbations": 64,
+    "head_perturbations": 64,
+    "client_learning_rate": 3e-2,
+    "head_learning_rate": 30.0,
+}
+
 _LOCAL = {**_FEDAVG, "local_steps": 4}
 _ALL = {"per_round": 100, "batch_size": 2, "max_tokens": 192}
 
@@ -152,6 +162,12 @@ RUNS = {
     ),
     "fedavg, backprop": Run("fedavg", _FEDAVG, backprop=True),
     "fedavg by this engine": Run("fedavg", {"method": "backprop", **_FEDAVG}),
+    "ferret": Run(
+        "ferret",
+        {"perturbations": 1024, "client_optimizer": "adam", "client_learning_rate": 3e-3},
+    ),
+    "fedkseed, exact slopes": Run("fedkseed", _FEDKSEED),
+    "fedkseed-pro, exact slopes": Run("fedkseed-pro", _FEDKSEED),
     # Everybody in every round, with little: batches of two.
     "decoder: spry": Run("spry", {**_ALL, "learning_rate": 3e-3}),
     "decoder: fwdllm": Run("fwdllm", {**_ALL, "learning_rate": 3e-2, "pacing": False}),

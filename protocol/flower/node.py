@@ -116,8 +116,7 @@ class Node:
             member.check(settings.federation, replica.space, assignment)
         if not synchronize(replica, saved.state, task.synchronization, assignment.round):
             return None, saved
-        arrays = {name: a for name, a in replica.to_arrays().items() if name != "gradient"}
-        saved = dataclasses.replace(saved, state=wire.encode_state(arrays))
+        saved = dataclasses.replace(saved, state=wire.encode_state(replica.to_public_arrays()))
         report = answer(engine, replica.space, assignment, self._read(settings, engine))
         return dataclasses.replace(report, seconds=time.perf_counter() - began), saved
 

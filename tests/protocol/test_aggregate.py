@@ -56,8 +56,8 @@ def answers_of(
 ) -> list[Answer]:
     """Answers with random scalars or weights, of one client for each scope."""
     random = np.random.default_rng([part, values])
-    shape = config.local_steps, config.perturbations
-    of_head = config.local_steps, config.head_perturbations if space.adapter.n_head else 0
+    shape = config.seed_steps, config.perturbations
+    of_head = config.seed_steps, config.head_perturbations if space.adapter.n_head else 0
 
     def draw(shape: tuple[int, ...]) -> np.ndarray:
         return random.integers(0, 2**63, shape).astype(np.uint64)
@@ -148,6 +148,8 @@ ALL, SPLIT, FEWER = [None] * 4, [(0,), (1,), (2,), (1,), (0,)], [(0, 2), (1,)]
         {"upload": "steps", "local_steps": 4, "client_learning_rate": 0.01},
         {"upload": "steps", "local_steps": 2, "seeds": "shared"},
         {"upload": "steps", "local_steps": 2, "seeds": "pool", "perturbations": 1},
+        {"upload": "projection", "local_steps": 4, "method": "backprop"},
+        {"upload": "projection", "local_steps": 4, "method": "readout", "seeds": "shared"},
     ],
     ids=str,
 )

@@ -174,11 +174,29 @@ def test_directions_that_need_the_model_are_not_for_a_server(directions: str) ->
 
 
 PRIVATE = {"sigma": 1.0, "seeds": "shared", "weighted": False}
+PROJECTED = {"upload": "projection", "method": "backprop", "local_steps": 3}
 CONTRADICTIONS = {
     "scalars and local steps": ({"local_steps": 2}, "one local step"),
     "steps of adam": ({"upload": "steps", "client_optimizer": "adam"}, "sgd alone.*for adam"),
     "steps of adamw": ({"upload": "steps", "client_optimizer": "adamw"}, "sgd alone.*for adamw"),
     "a pool for scalars": ({"seeds": "pool"}, "pool of seeds"),
+    "a pool for projections": (
+        {"seeds": "pool", "upload": "projection", "method": "backprop"},
+        "^a pool of seeds is for local steps along them",
+    ),
+    "a weighted pool for scalars": ({"seeds": "weighted-pool"}, "^a pool of seeds"),
+    "a weighted pool for weights": (
+        {"seeds": "weighted-pool", "upload": "weights"},
+        "^a weighted pool goes by scalars",
+    ),
+    "a projection of tangents' steps": (
+        {"upload": "projection"},
+        "^a projection is .* method is backprop or readout, and not forward-ad",
+    ),
+    "a median of projections on own seeds": (
+        {"upload": "projection", "method": "backprop", "aggregate": "median"},
+        "^median compares clients",
+    ),
     "a median of own seeds": ({"aggregate": "median"}, "^median compares clients"),
     "a trimmed mean of own seeds": ({"aggregate": "trimmed"}, "^trimmed compares clients"),
     "a median of steps": (
@@ -232,6 +250,11 @@ def test_contradictions_are_told_in_a_sentence(name: str) -> None:
         {"upload": "steps", "local_steps": 2, "pacing": True},
         {"upload": "steps", "local_steps": 2, "seeds": "pool", "pacing": True},
         {"upload": "steps", "local_steps": 2, "seeds": "shared"},
+        {"upload": "steps", "local_steps": 2, "seeds": "weighted-pool", "pacing": True},
+        {**PROJECTED, "client_optimizer": "adam", "split": True},
+        {**PROJECTED, "seeds": "shared", "aggregate": "trimmed", "pacing": True},
+        {**PROJECTED, "candidates": 2, "pacing": True},
+        {**PROJECTED, **PRIVATE},
         {"candidates": 2},
         {"split": True, "directions": "rademacher"},
         PRIVATE,
@@ -299,6 +322,10 @@ def test_presets_do_what_their_papers_did() -> None:
     assert preset("spry-epoch", rounds=1).upload == "weights"
     fedkseed = preset("fedkseed", rounds=1)
     assert (fedkseed.seeds, fedkseed.pool_size, fedkseed.upload) == ("pool", 4096, "steps")
+    pro = preset("fedkseed-pro", rounds=1)
+    assert pro == replace(fedkseed, seeds="weighted-pool")
+    ferret = preset("ferret", rounds=1)
+    assert (ferret.upload, ferret.method, ferret.perturbations) == ("projection", "backprop", 4096)
     dpzero = preset("dpzero", rounds=1)
     assert dpzero.sigma > 0
     assert dpzero.seeds == "shared"

@@ -34,6 +34,7 @@ from fwdllm.protocol.space import HEAD
 N_CLIENTS = 6
 HEAD_OF_2 = Head(("a", "b"), 3)
 SHAPES = {f"blk.{layer}.attn_q": (4, 6) for layer in range(3)}
+PROJECTION = {"upload": "projection", "local_steps": 2, "method": "backprop"}
 RUNS: dict[str, dict[str, Any]] = {
     "scalars": {},
     "paced": {
@@ -57,6 +58,15 @@ RUNS: dict[str, dict[str, Any]] = {
     # One seed of the head, which is less than the head itself.
     "small": {"seeds": "shared", "head_perturbations": 1, "snapshot_every": 2},
     "steps": {"upload": "steps", "local_steps": 2, "seeds": "pool", "pool_size": 64},
+    "weighted pool": {
+        "upload": "steps",
+        "local_steps": 2,
+        "seeds": "weighted-pool",
+        "pool_size": 16,
+        "snapshot_every": 2,
+    },
+    "projection": {**PROJECTION, "split": True, "snapshot_every": 2},
+    "shared projection": {**PROJECTION, "seeds": "shared", "aggregate": "median"},
     "weights": {"upload": "weights", "local_steps": 2, "split": True, "snapshot_every": 2},
 }
 
@@ -117,15 +127,20 @@ def contribution(replica: Replica, assignment: Assignment) -> Report:
     start = theta.copy()
     n = space.adapter.n_lora
     slopes, heads = [], []
-    for seeds, head_seeds in zip(a.seeds, a.head_seeds, strict=True):
+    projects = config.upload == "projection"
+    for step in range(config.local_steps):
+        seeds, head_seeds = a.seeds[0 if projects else step], a.head_seeds[0 if projects else step]
         slope = (theta - optimum).astype(np.float32)
         gradient = np.concatenate([directions.project(slope[:n]), slope[n:]])
         slopes.append(space.dot(gradient, a.layers, seeds).astype(np.float32))
         heads.append(space.dot(gradient, HEAD, head_seeds).astype(np.float32))
         estimate = np.zeros(space.size, np.float32)
-        space.add(estimate, a.layers, seeds, slopes[-1] / np.float32(len(seeds)))
-        if len(head_seeds):
-            space.add(estimate, HEAD, head_seeds, heads[-1] / np.float32(len(head_seeds)))
+        if projects:
+            estimate = gradient
+        else:
+            space.add(estimate, a.layers, seeds, slopes[-1] / np.float32(len(seeds)))
+            if len(head_seeds):
+                space.add(estimate, HEAD, head_seeds, heads[-1] / np.float32(len(head_seeds)))
         rate = config.client_learning_rate
         theta[:n] -= rate * directions.expand(estimate[: space.n_coordinates])
         theta[n:] -= rate * estimate[space.n_coordinates :]
@@ -134,6 +149,11 @@ def contribution(replica: Replica, assignment: Assignment) -> Report:
         none = np.zeros((0, 0), np.float32)
         moved = (start - theta).astype(np.float32)
         return Report(*common, none, none, space.pack(moved, a.layers))
+    if projects:
+        moved = (start - theta).astype(np.float32)
+        moved = np.concatenate([directions.project(moved[:n]), moved[n:]])
+        slopes = [space.dot(moved, a.layers, a.seeds[0]).astype(np.float32)]
+        heads = [space.dot(moved, HEAD, a.head_seeds[0]).astype(np.float32)]
     return Report(*common, np.stack(slopes), np.stack(heads))
 
 
