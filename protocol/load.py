@@ -71,7 +71,7 @@ def spread(space: Space, scopes: Sequence[Layers], pass_seconds: Sequence[float]
     done first with it and has not got the most.
     """
     config = space.config
-    least = max(1, config.perturbations // _RANGE)
+    least = -(-config.perturbations // _RANGE)  # rounded up
     counts = [least] * len(scopes)
     work = [(passes(space, layers, 1), passes(space, layers, 2)) for layers in scopes]
 
