@@ -320,9 +320,9 @@ class _Simulation:
         vectors = {client: vector for _, client, vector in arrivals}
         if self.channel is not None:
             scalars = np.stack([np.frombuffer(vector) for vector in vectors.values()])
-            total = self.channel.total(self.config, scalars, self.server.round, self.server.part)
+            heard = self.channel.total(self.config, scalars, self.server.round, self.server.part)
             # Nobody hears what one client has sent.
-            self.server.receive_sum(dict.fromkeys(vectors, b""), total, arrivals[-1][0])
+            self.server.receive_sum(dict.fromkeys(vectors, b""), heard, arrivals[-1][0])
             return
         values = [np.frombuffer(vector, "<u8") for vector in vectors.values()]
         total = np.sum(values, axis=0, dtype=np.uint64)
