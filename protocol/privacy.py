@@ -18,17 +18,25 @@ from fwdllm.engine.errors import ConfigError
 from fwdllm.kernels import cpu
 from fwdllm.protocol.federation import FederationConfig
 
+_TINY = np.finfo(np.float64).tiny
+
 
 def private_sum(rows: np.ndarray, clip: float, sigma: float, noise_seed: int) -> np.ndarray:
     """The sum of clipped rows [n, k] with noise: float64 [k].
 
     noise_seed: a 64-bit number, known only to the server and used only once.
     """
+    noise = cpu.normal(noise_seed, 0, rows.shape[1]).astype(np.float64)
+    total: np.ndarray = clipped(rows, clip).sum(axis=0) + sigma * clip * noise
+    return total
+
+
+def clipped(rows: np.ndarray, clip: float) -> np.ndarray:
+    """Rows [n, k], each shortened to an L2 norm of clip at most: float64 [n, k]."""
     rows = rows.astype(np.float64)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    clipped = rows * np.minimum(1, clip / np.maximum(norms, np.finfo(np.float64).tiny))
-    noise = cpu.normal(noise_seed, 0, rows.shape[1]).astype(np.float64)
-    return clipped.sum(axis=0) + sigma * clip * noise
+    shortened: np.ndarray = rows * np.minimum(1, clip / np.maximum(norms, _TINY))
+    return shortened
 
 
 def spent_epsilon(config: FederationConfig, available: Sequence[int]) -> float | None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from fwdllm.engine.evaluation import Evaluation
     from fwdllm.engine.settings import DirectionsConfig, LoRAConfig
+    from fwdllm.federation.channel import Channel
     from fwdllm.federation.fleet import Fleet
     from fwdllm.federation.simulation import Partition, SimulationResult, simulate
     from fwdllm.inference import classify, evaluate, generate
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterError",
+    "Channel",
     "Classification",
     "ConfigError",
     "DataError",
@@ -73,6 +75,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Channel": "federation.channel",
     "Classification": "engine.classification",
     "DirectionsConfig": "engine.settings",
     "Engine": "engine.engine",

@@ -261,7 +261,7 @@ def measure(
     run = RUNS[name]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        train, held_out = _split_file(task.data, task.n_held_out, seed, folder)
+        train, held_out = split_file(task.data, task.n_held_out, seed, folder)
         meter = Meter((name, partition, seed), folder / "run" / NAME, on_row)
         drive = backprop if run.backprop else partial(forward_passes, fleet=run.fleet)
         last = drive(
@@ -417,7 +417,7 @@ def backprop_answer(
     )
 
 
-def _split_file(data: Path, n_held_out: int, seed: int, folder: Path) -> tuple[Path, Path]:
+def split_file(data: Path, n_held_out: int, seed: int, folder: Path) -> tuple[Path, Path]:
     """Files of the training and the held-out examples, which are a seed's own."""
     lines = data.read_bytes().split(b"\n")
     paths = folder / "train.jsonl", folder / "held_out.jsonl"

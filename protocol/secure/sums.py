@@ -53,10 +53,7 @@ def encode(config: FederationConfig, report: Report, n_members: int, below: Belo
     n_members: of the part, which share the noise.  below: where the noise comes from.
     ConfigError for a report that the server would refuse, as it will not see it.
     """
-    wrong = fault(config, report)
-    if wrong is not None:
-        raise ConfigError(f"the answer cannot be added to others: {wrong}")
-    scalars = np.concatenate([report.derivatives[0], report.head_derivatives[0]]).astype(np.float64)
+    scalars = scalars_of(config, report)
     if config.sigma:
         values = clipped(scalars, config.clip)
         share = noise_variance(config, n_members)
@@ -67,6 +64,17 @@ def encode(config: FederationConfig, report: Report, n_members: int, below: Belo
     figures = [weight, min(report.n_tokens, _MOST_TOKENS), round(seconds * SCALE)]
     products = np.round(np.concatenate([[report.loss], scalars]) * weight * SCALE)
     return np.concatenate([np.array(figures, np.int64), products.astype(np.int64)]).view(np.uint64)
+
+
+def scalars_of(config: FederationConfig, report: Report) -> np.ndarray:
+    """What a client adds to those of others, not clipped yet: float64 [n].
+
+    ConfigError for a report that the server would refuse, as it will not see it.
+    """
+    wrong = fault(config, report)
+    if wrong is not None:
+        raise ConfigError(f"the answer cannot be added to others: {wrong}")
+    return np.concatenate([report.derivatives[0], report.head_derivatives[0]]).astype(np.float64)
 
 
 def clipped(scalars: np.ndarray, clip: float) -> np.ndarray:

@@ -63,6 +63,12 @@ def simulate(
     dropout: Annotated[float, typer.Option(help="Share of requests never answered.")] = 0.0,
     stragglers: Annotated[float, typer.Option(help="Share of clients 20 times as slow.")] = 0.0,
     hostile: Annotated[float, typer.Option(help="Share of clients that attack.")] = 0.0,
+    channel: Annotated[
+        str | None, typer.Option(help="awgn: scalars add up over the air, with noise.")
+    ] = None,
+    snr_db: Annotated[
+        float | None, typer.Option(help="A client's power over the channel's noise, in decibels.")
+    ] = None,
     client_speed: Annotated[
         float, typer.Option(help="Lane-tokens a second of the median client.")
     ] = 1000.0,
@@ -79,6 +85,7 @@ def simulate(
 ) -> None:
     """Simulate a federation in this process. Ctrl-C stops it after the round."""
     from fwdllm.cli.federation_console import print_simulation, simulation_progress
+    from fwdllm.federation.channel import Channel
     from fwdllm.federation.fleet import Fleet
     from fwdllm.federation.simulation import Partition
     from fwdllm.federation.simulation import simulate as run_simulation
@@ -87,6 +94,8 @@ def simulate(
     from fwdllm.tuning.recipes import recipe
     from fwdllm.tuning.run_directory import stop_on_interrupt
 
+    if (channel is None) != (snr_db is None):
+        raise ConfigError("--channel and --snr-db are given together")
     saved = read_settings(config, federation=FederationConfig, lora=LoRAConfig)
     options = {"rounds": rounds, "per_round": per_round, "seed": seed}
     changes = {name: value for name, value in options.items() if value is not None}
@@ -106,6 +115,7 @@ def simulate(
             fleet=Fleet(
                 tokens_per_s=client_speed, dropout=dropout, stragglers=stragglers, hostile=hostile
             ),
+            channel=None if channel is None or snr_db is None else Channel(channel, snr_db),
             eval_data=eval_data,
             resume=resume,
             device=device,

@@ -26,6 +26,7 @@ from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.evaluation import Evaluation
 from fwdllm.engine.files import atomic_write, check_still_there, fingerprint, identity, sha256
 from fwdllm.engine.settings import LoRAConfig
+from fwdllm.federation.channel import Channel
 from fwdllm.federation.fleet import Fleet, attacked
 from fwdllm.federation.partition import by_user, dirichlet, iid
 from fwdllm.hub import local_path
@@ -122,6 +123,7 @@ def simulate(
     lora: LoRAConfig | None = None,
     partition: Partition | None = None,
     fleet: Fleet | None = None,
+    channel: Channel | None = None,
     eval_data: _Path | None = None,
     resume: bool = False,
     device: str = "cpu",
@@ -134,7 +136,8 @@ def simulate(
     model: a GGUF file, or hf://owner/repo/file.gguf.  data: JSONL, see ``engine.data.jsonl``.
     config: see ``protocol.federation``; ``protocol.presets.preset`` has those of papers.
     lora: shape of the adapter, by default that of the method's recipe.  partition, fleet: clients'
-    data and devices.
+    data and devices.  channel: that adds clients' scalars up on their way, with noise; see
+    ``federation.channel``. The run's ``secure`` and ``sigma`` are then what the server's sums have.
     eval_data: JSONL to evaluate on; without it a tenth of ``data`` is kept, at most 1,000.
     resume: continue the run in run_dir; settings and data must be the same.
     device: of the clients, "cpu", or "cuda" for an NVIDIA GPU; the server is on the CPU.
@@ -145,10 +148,9 @@ def simulate(
     """
     began = time.perf_counter()
     partition, fleet = partition or Partition(), fleet or Fleet()
-    if config.secure and fleet.hostile:
+    if (config.secure or channel) and fleet.hostile:
         raise ConfigError(
-            "nobody sees what a hostile client adds to a secure sum, so attacks on it are not "
-            "simulated"
+            "nobody sees what a hostile client adds to a sum, so attacks on it are not simulated"
         )
     everything = read_jsonl(data)
     labels = labels_of(everything)
@@ -173,18 +175,21 @@ def simulate(
     settings = {
         "partition": dataclasses.asdict(partition),
         "fleet": dataclasses.asdict(fleet),
+        "channel": None if channel is None else dataclasses.asdict(channel),
         "n_examples": len(examples),
         "n_held_out": len(held_out),
         "data": sha256(Path(data)),
         "device": device,
     }
     assert engine.adapter is not None
+    if channel is not None:
+        config = channel.settings(config, has_head=engine.adapter.head is not None)
     model_of = {**fingerprint(*engine.file.paths), **settings}
     meta = Meta.of(config, engine.adapter, config.seed, model_of, secrets.randbits(64))
     with open_run(Path(run_dir), meta, resume) as ledger:
         verify(ledger)  # what somebody has changed is not gone on with
         clients = [engine.separate([examples[i] for i in share]) for share in shares]
-        run = _Simulation(engine, Server(ledger), clients, held_out, fleet)
+        run = _Simulation(engine, Server(ledger), clients, held_out, fleet, channel)
         run.until_done(on_event, should_stop)
         return run.result(Path(run_dir), time.perf_counter() - began)
 
@@ -199,10 +204,11 @@ class _Simulation:
         clients: Sequence[Sequence[Example]],
         held_out: Sequence[Example],
         fleet: Fleet,
+        channel: Channel | None,
     ) -> None:
         engine.adapter = server.replica.space.adapter
         self.engine, self.server, self.clients = engine, server, clients
-        self.held_out, self.fleet = held_out, fleet
+        self.held_out, self.fleet, self.channel = held_out, fleet, channel
         self.config = server.config
         closed = server.ledger.rounds(server.round - 1) if server.round else []
         self.now = server.opened if server.part >= 0 else closed[-1].closed if closed else 0.0
@@ -296,6 +302,8 @@ class _Simulation:
 
     def _message(self, client: int, report: Report, n_members: int) -> bytes:
         """What a client sends. n_members: clients that have begun, where sums alone are seen."""
+        if self.channel is not None:
+            return sums.scalars_of(self.config, report).tobytes()
         if self.config.secure:
             name = f"{self.config.seed} {report.round} {report.part} {client}"
             # Not secret, as runs repeat; and without masks, as they are taken off again.
@@ -311,6 +319,12 @@ class _Simulation:
         if len(arrivals) < sums.threshold(self.config, n_members):
             return
         vectors = {client: vector for _, client, vector in arrivals}
+        if self.channel is not None:
+            scalars = np.stack([np.frombuffer(vector) for vector in vectors.values()])
+            heard = self.channel.total(self.config, scalars, self.server.round, self.server.part)
+            # Nobody hears what one client has sent.
+            self.server.receive_sum(dict.fromkeys(vectors, b""), heard, arrivals[-1][0])
+            return
         values = [np.frombuffer(vector, "<u8") for vector in vectors.values()]
         total = np.sum(values, axis=0, dtype=np.uint64)
         self.server.receive_sum(vectors, total, arrivals[-1][0])
