@@ -20,7 +20,7 @@ from fwdllm.engine.settings import LoRAConfig
 from fwdllm.federation.fleet import Fleet
 from fwdllm.federation.simulation import Partition, simulate
 from fwdllm.protocol import wire
-from fwdllm.protocol.flower.messages import Reply, Settings, Task
+from fwdllm.protocol.flower.messages import Reply, Saved, Settings, Task
 from fwdllm.protocol.flower.node import Node, NodeConfig
 from fwdllm.protocol.flower.strategy import FwdLLMStrategy
 from fwdllm.protocol.ledger import NAME, Ledger
@@ -55,7 +55,7 @@ class _Grid:
     def __init__(self, settings: Settings, data: Sequence[Path]) -> None:
         self._settings = settings
         self._nodes = {100 + i: Node(NodeConfig(str(path))) for i, path in enumerate(data)}
-        self._states: dict[int, bytes | None] = dict.fromkeys(self._nodes)
+        self._states = dict.fromkeys(self._nodes, Saved())
         self._replies: list[Message] = []
 
     def get_node_ids(self) -> list[int]:
