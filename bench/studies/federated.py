@@ -113,7 +113,7 @@ _FEDKSEED = {
     "local_steps": 10,
     "perturbations": 64,
     "head_perturbations": 64,
-    "client_learning_rate": 3e-2,
+    "client_learning_rate": 1e-2,
     "head_learning_rate": 30.0,
 }
 
