@@ -17,7 +17,7 @@ from fwdllm.protocol.settings import (
 
 SEEDS = ("own", "shared", "pool")
 UPLOADS = ("scalars", "steps", "weights")
-AGGREGATES = ("mean", "trimmed", "median")
+AGGREGATES = ("mean", "bounded", "screened", "trimmed", "median")
 # The server holds no model weights, so directions that need weights or data are left out.
 FEDERATED_DIRECTIONS = ("normal", "rademacher", "lora-fa", "subzero")
 
@@ -41,6 +41,9 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
     head's gradient is exact.  split: each client trains some layers, together all layers (Spry).
     aggregate: "mean"; or, coordinate by coordinate, "median" or "trimmed": the mean without the
     share ``trim`` at either end. "median" and "trimmed" need shared seeds or uploaded weights.
+    Where clients have directions of their own, "bounded" scales slopes down that are larger than
+    others', and "screened" also counts clients less whose slopes agree with earlier gradients
+    unlike the others'.
     pacing: ask for more perturbations of the same adapter, in at most max_parts parts, until the
     variance is at most variance_threshold.  variance_threshold: None: the median variance of the
     first calibration_rounds.
@@ -108,6 +111,7 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
 
     def _contradictions(self) -> list[tuple[bool, str]]:
         scalars, local = self.upload == "scalars", self.upload in ("steps", "weights")
+        by_coordinate = self.aggregate in ("trimmed", "median")
         robust, private = self.aggregate != "mean", self.sigma > 0
         return [
             (
@@ -121,8 +125,17 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
             ),
             (self.seeds == "pool" and not local, "a pool of seeds is for local steps"),
             (
-                robust and not (self.upload == "weights" or (scalars and self.seeds == "shared")),
-                f"{self.aggregate} compares clients, so it needs shared seeds or weights",
+                by_coordinate
+                and not (self.upload == "weights" or (scalars and self.seeds == "shared")),
+                f"{self.aggregate} compares clients, so it needs shared seeds or weights; with "
+                "seeds of their own there are bounded and screened",
+            ),
+            (
+                robust
+                and not by_coordinate
+                and (self.upload == "weights" or self.seeds == "shared"),
+                f"{self.aggregate} is for scalars along seeds of a client's own; with shared seeds "
+                "or weights there are median and trimmed",
             ),
             (
                 self.split and self.directions not in ("normal", "rademacher"),

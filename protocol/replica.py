@@ -13,6 +13,7 @@ from fwdllm.protocol.aggregate import Sums, Term
 from fwdllm.protocol.descent import descend
 from fwdllm.protocol.federation import FederationConfig
 from fwdllm.protocol.optimizers import OptimizerState
+from fwdllm.protocol.robust import Standing
 from fwdllm.protocol.schedule import lr_factor
 from fwdllm.protocol.space import HEAD, Space
 
@@ -53,7 +54,8 @@ class Replica:
     """An adapter after ``round`` rounds.
 
     theta: the adapter's parameters, changed in place.  optimizer: state of the server's optimizer.
-    gradient: of the last round that had one, or None.
+    gradient: of the last round that had one, or None.  standing: what earlier answers say about
+    clients, None where that does not matter, and on clients.
     """
 
     def __init__(self, config: FederationConfig, adapter: Adapter) -> None:
@@ -62,21 +64,29 @@ class Replica:
         self.round = 0
         self.optimizer = OptimizerState.initial(config, self.space.size)
         self.gradient: np.ndarray | None = None
+        self.standing: Standing | None = None
 
     @property
     def theta(self) -> np.ndarray:
         return self.space.adapter.theta
 
-    def apply(self, update: Update, gradient: np.ndarray | None = None) -> None:
+    def apply(
+        self,
+        update: Update,
+        gradient: np.ndarray | None = None,
+        standing: Standing | None = None,
+    ) -> None:
         """Step to the state after ``update``.
 
-        gradient: of the update, if it is known already.  ValueError for an update of another
-        round; NumericsError, with the state unchanged, if the step is not finite.
+        gradient: of the update, if it is known already.  standing: of clients after the round.
+        ValueError for an update of another round; NumericsError, with the state unchanged, if the
+        step is not finite.
         """
         if update.round != self.round:
             raise ValueError(f"an update of round {update.round} does not follow {self.round}")
         if not update.empty:
             self._step(self.gradient_of(update) if gradient is None else gradient)
+        self.standing = standing
         self.round += 1
 
     def gradient_of(self, update: Update) -> np.ndarray:
@@ -98,11 +108,18 @@ class Replica:
         head = base if config.head_learning_rate is None else config.head_learning_rate
         return base * factor, head * factor
 
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """The state as plain arrays."""
+    def to_arrays(self, *, public: bool = False) -> dict[str, np.ndarray]:
+        """The state as plain arrays.
+
+        public: without what only the server needs, to choose seeds and to judge clients.
+        """
         optimizer = {f"optimizer.{k}": v for k, v in self.optimizer.to_arrays().items()}
         arrays = {"round": np.array(self.round, np.int64), "theta": self.theta, **optimizer}
-        return arrays if self.gradient is None else {**arrays, "gradient": self.gradient}
+        if self.gradient is not None and not public:
+            arrays["gradient"] = self.gradient
+        if self.standing is not None and not public:
+            arrays |= {f"standing.{k}": v for k, v in self.standing.to_arrays().items()}
+        return arrays
 
     def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Load a state from ``to_arrays``; ValueError if its arrays do not fit this run."""
@@ -114,9 +131,11 @@ class Replica:
             raise ValueError(f"{theta.size} adapter weights are not {self.theta.size}")
         if gradient is not None and gradient.shape != (self.space.size,):
             raise ValueError(f"a gradient of {gradient.size} is not {self.space.size}")
-        saved = {k.removeprefix("optimizer."): v for k, v in arrays.items() if "." in k}
+        of_optimizer, of_standing = _named("optimizer.", arrays), _named("standing.", arrays)
+        standing = Standing.from_arrays(of_standing, self.space.size) if of_standing else None
         config = self.config
-        self.optimizer = OptimizerState.from_arrays(config, self.space.size, saved)
+        self.optimizer = OptimizerState.from_arrays(config, self.space.size, of_optimizer)
+        self.standing = standing
         self.gradient = None if gradient is None else gradient.copy()
         self.theta[:] = theta
         self.round = int(arrays["round"])
@@ -142,3 +161,8 @@ class Replica:
                 f"round {self.round + 1} made adapter weights infinite; lower the learning rate"
             )
         self.gradient = gradient
+
+
+def _named(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays whose names begin with a prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}

@@ -18,22 +18,13 @@ import numpy as np
 
 from fwdllm.engine.errors import FwdllmError
 from fwdllm.protocol import wire
-from fwdllm.protocol.aggregate import (
-    Answer,
-    Sums,
-    Term,
-    mean_vector,
-    private_terms,
-    terms_of,
-)
 from fwdllm.protocol.ledger import Ledger, LedgerError, theta_hash
 from fwdllm.protocol.pacing import enough, variance
-from fwdllm.protocol.plan import Assignment, plan_part, shared_head_seeds, shared_seeds
+from fwdllm.protocol.plan import Assignment, plan_part
+from fwdllm.protocol.pool import Pool, answers_of, step_of
 from fwdllm.protocol.records import Round
-from fwdllm.protocol.replica import Replica, Update
+from fwdllm.protocol.replica import Replica
 from fwdllm.protocol.report import expected_shapes, fault
-from fwdllm.protocol.seeds import derive_seeds
-from fwdllm.protocol.space import Space
 from fwdllm.protocol.wire import WireError
 
 
@@ -65,8 +56,7 @@ class Server:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger, self.config = ledger, ledger.meta.config
         self.replica = restore(ledger)
-        self._sums: Sums | None = None
-        self._terms: list[Term] = []
+        self._pool = Pool(ledger, self.replica)
         self._variances: list[float | None] = []
         self._part, self._part_is_closed = -1, False
         self._lost: set[int] = set()
@@ -187,8 +177,8 @@ class Server:
     def _close_part(self, now: float) -> Closed | None:
         config, part = self.config, self._part
         asked = self.ledger.assignments(self.round, part)
-        answers = self._answers(self.round, part)
-        self._take(answers, part)
+        answers = answers_of(self.ledger, self.round, part)
+        self._take(part)
         self._part_is_closed = True
         is_last = part + 1 >= config.max_parts
         # The 1e-9 is for rounding errors: 0.28 * 25 is slightly above 7.
@@ -204,9 +194,7 @@ class Server:
         return len(wire.encode_state(self._public_state())) + 4
 
     def _public_state(self) -> dict[str, np.ndarray]:
-        arrays = self.replica.to_arrays()
-        arrays.pop("gradient", None)  # only the server needs it, to choose seeds
-        return arrays
+        return self.replica.to_arrays(public=True)
 
     def _base(self, client: int) -> int:
         """The round whose state a client has."""
@@ -279,26 +267,16 @@ class Server:
         head = config.local_steps, config.head_perturbations if n_head else 0
         return wire.report_size((slopes, head, 0))
 
-    def _answers(self, round: int, part: int) -> list[Answer]:
-        return answers_of(self.ledger, round, part)
-
-    def _take(self, answers: Sequence[Answer], part: int) -> None:
+    def _take(self, part: int) -> None:
         """Add a part's answers to those of the round's earlier parts."""
-        if self.config.upload == "weights":
-            self._variances.append(None)
-            return
-        terms = part_terms(self.ledger, self.replica.space, self.round, part, answers)
-        if self._sums is None:
-            self._sums = Sums(self.replica.space)
-        self._sums.add(terms)
-        self._terms += terms
-        self._variances.append(variance(self._sums))
+        self._pool.take(self.round, part)
+        self._variances.append(variance(self._pool.sums) if self._pool.sums else None)
 
     def _close_round(self, now: float) -> Closed:
         parts = range(self._part + 1)
-        answers = [answer for part in parts for answer in self._answers(self.round, part)]
-        update, gradient = self._update(answers)
-        self.replica.apply(update, gradient)
+        answers = self._pool.answers
+        update, gradient, standing = self._pool.step(self.round)
+        self.replica.apply(update, gradient, standing)
         losses = [report.loss for _, report in answers]
         closed = Round(
             update.round,
@@ -327,78 +305,17 @@ class Server:
             not update.empty,
         )
 
-    def _update(self, answers: Sequence[Answer]) -> tuple[Update, np.ndarray | None]:
-        if self.config.upload == "weights":
-            vector = mean_vector(self.config, self.replica.space, answers)
-            return Update(self.round, vector=vector), vector
-        return _by_terms(self.round, self._terms, self._sums)
-
     def _between_rounds(self) -> None:
         self._part, self._part_is_closed = -1, False
-        self._sums, self._terms, self._variances = None, [], []
+        self._pool, self._variances = Pool(self.ledger, self.replica), []
 
     def _resume_round(self) -> None:
         """Resume the open round, if there is one: only its last part is still open."""
         self._between_rounds()
         parts = self.ledger.parts(self.round)
         for part, _, _ in parts[:-1]:
-            self._take(self._answers(self.round, part), part)
+            self._take(part)
         self._part = len(parts) - 1
-
-
-def answers_of(ledger: Ledger, round: int, part: int) -> list[Answer]:
-    """Assignments and accepted reports of a part, by client."""
-    messages, found = dict(ledger.assignments(round, part)), []
-    for client, data in ledger.contributions(round, part):
-        if client not in messages:
-            raise LedgerError(
-                f"client {client} was not asked in round {round + 1} of {ledger.path}"
-            )
-        assignment = wire.decode_assignment(messages[client], client)
-        found.append((assignment, wire.decode_report(data)))
-    return found
-
-
-def part_terms(
-    ledger: Ledger, space: Space, round: int, part: int, answers: Sequence[Answer]
-) -> list[Term]:
-    """The terms of a part; with differential privacy, noise included."""
-    config = ledger.meta.config
-    if config.sigma == 0:
-        return terms_of(config, answers, part)
-    n_available = ledger.parts(round)[part][2]
-    return private_terms(
-        config,
-        answers,
-        shared_seeds(config, round, part)[0],
-        shared_head_seeds(config, space, round, part)[0],
-        max(1, min(config.per_round, n_available)),
-        int(derive_seeds(ledger.meta.noise_seed, round, 1, part)[0]),
-    )
-
-
-def update_of(ledger: Ledger, replica: Replica, round: int) -> tuple[Update, np.ndarray | None]:
-    """A closed round's update and gradient, computed again from its contributions."""
-    parts = [part for part, _, _ in ledger.parts(round)]
-    if ledger.meta.config.upload == "weights":
-        answers = [answer for part in parts for answer in answers_of(ledger, round, part)]
-        vector = mean_vector(ledger.meta.config, replica.space, answers)
-        return Update(round, vector=vector), vector
-    sums, terms = Sums(replica.space), []
-    for part in parts:
-        found = part_terms(ledger, replica.space, round, part, answers_of(ledger, round, part))
-        sums.add(found)
-        terms += found
-    return _by_terms(round, terms, sums)
-
-
-def _by_terms(
-    round: int, terms: Sequence[Term], sums: Sums | None
-) -> tuple[Update, np.ndarray | None]:
-    if not terms or sums is None:
-        return Update(round), None
-    gradient = sums.gradient()
-    return Update.of(round, terms, gradient, sums.space.adapter.n_head), gradient
 
 
 def restore(ledger: Ledger) -> Replica:
@@ -409,7 +326,7 @@ def restore(ledger: Ledger) -> Replica:
         if state is not None:
             replica.load_arrays(wire.decode_state(state))
         for round in range(replica.round, ledger.n_rounds):
-            replica.apply(*update_of(ledger, replica, round))
+            replica.apply(*step_of(ledger, replica, round))
         return replica
 
 

@@ -82,8 +82,7 @@ class Node:
         assignment = wire.decode_assignment(task.assignment)
         if not synchronize(replica, saved, task.synchronization, assignment.round):
             return None, None
-        arrays = {name: a for name, a in replica.to_arrays().items() if name != "gradient"}
-        state = wire.encode_state(arrays)
+        state = wire.encode_state(replica.to_arrays(public=True))
         report = answer(engine, replica.space, assignment, self._read(settings, engine))
         report = dataclasses.replace(report, seconds=time.perf_counter() - began)
         return wire.encode_report(report), state

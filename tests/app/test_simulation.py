@@ -249,8 +249,8 @@ def test_robust_means_withstand_liars(bundled: Path, data: Path, few: Path, tmp_
 class _Flippers(Fleet):
     """Clients 0 and 1 turn their slopes round."""
 
-    def attack(self, seed: int, client: int) -> str | None:
-        return "flip" if client < 2 else None
+    def attack_of(self, seed: int, client: int) -> str | None:
+        return "reverse" if client < 2 else None
 
 
 def test_events_and_stopping(bundled: Path, data: Path, few: Path, tmp_path: Path) -> None:

@@ -58,6 +58,15 @@ RUNS: dict[str, dict[str, Any]] = {
     "small": {"seeds": "shared", "head_perturbations": 1, "snapshot_every": 2},
     "steps": {"upload": "steps", "local_steps": 2, "seeds": "pool", "pool_size": 64},
     "weights": {"upload": "weights", "local_steps": 2, "split": True, "snapshot_every": 2},
+    "bounded": {"aggregate": "bounded", "split": True},
+    "screened": {"aggregate": "screened", "head_perturbations": 8, "snapshot_every": 2},
+    "screened, paced": {
+        "aggregate": "screened",
+        "perturbations": 8,
+        "pacing": True,
+        "variance_threshold": 0.05,
+        "max_parts": 3,
+    },
 }
 
 

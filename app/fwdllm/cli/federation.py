@@ -63,6 +63,13 @@ def simulate(
     dropout: Annotated[float, typer.Option(help="Share of requests never answered.")] = 0.0,
     stragglers: Annotated[float, typer.Option(help="Share of clients 20 times as slow.")] = 0.0,
     hostile: Annotated[float, typer.Option(help="Share of clients that attack.")] = 0.0,
+    attack: Annotated[
+        str | None,
+        typer.Option(
+            help="How: flip, scale, constant, collude, or what docs/federated.md lists.",
+            show_default="a mixture",
+        ),
+    ] = None,
     client_speed: Annotated[
         float, typer.Option(help="Lane-tokens a second of the median client.")
     ] = 1000.0,
@@ -104,7 +111,11 @@ def simulate(
             lora=lora,
             partition=Partition(clients, dirichlet, user_field),
             fleet=Fleet(
-                tokens_per_s=client_speed, dropout=dropout, stragglers=stragglers, hostile=hostile
+                tokens_per_s=client_speed,
+                dropout=dropout,
+                stragglers=stragglers,
+                hostile=hostile,
+                attack=attack,
             ),
             eval_data=eval_data,
             resume=resume,

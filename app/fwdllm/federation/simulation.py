@@ -163,7 +163,7 @@ def simulate(
     engine.check_method(config.method)
     settings = {
         "partition": dataclasses.asdict(partition),
-        "fleet": dataclasses.asdict(fleet),
+        "fleet": fleet.recorded(),
         "n_examples": len(examples),
         "n_held_out": len(held_out),
         "data": sha256(Path(data)),
@@ -267,7 +267,7 @@ class _Simulation:
         for assignment, report in zip(willing, reports, strict=True):
             client = assignment.client
             seconds = self.fleet.seconds(seed, client, report.n_tokens)
-            message = self._message(client, dataclasses.replace(report, seconds=seconds))
+            message = self._message(assignment, dataclasses.replace(report, seconds=seconds))
             arrivals.append((opened + seconds, client, message))
         in_time = sorted(a for a in arrivals if a[0] <= deadline)
         with self.server.ledger.batch():
@@ -279,11 +279,12 @@ class _Simulation:
             self.now = deadline
         return [(client, message) for at, client, message in sorted(arrivals) if at > deadline]
 
-    def _message(self, client: int, report: Report) -> bytes:
-        kind = self.fleet.attack(self.config.seed, client)
+    def _message(self, assignment: Assignment, report: Report) -> bytes:
+        kind = self.fleet.attack_of(self.config.seed, assignment.client)
         if kind is None:
             return wire.encode_report(report)
-        return attacked(kind, report, self.server.ledger.first_message_of(client))
+        before = self.server.ledger.first_message_of(assignment.client)
+        return attacked(kind, report, before, assignment, self.server.replica.space)
 
     def _examples(self, client: int) -> Sequence[Example]:
         return self.clients[client]
