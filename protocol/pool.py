@@ -39,7 +39,7 @@ class Pool:
         self._ledger, self._config, self._space = ledger, ledger.meta.config, replica.space
         self._terms: list[Term] = []
         self._standing = replica.standing
-        if self._config.aggregate == "screened" and self._standing is None:
+        if self._config.aggregate in ("bounded", "screened") and self._standing is None:
             self._standing = Standing.initial(self._space)
 
     def take(self, round: int, part: int) -> None:
@@ -66,16 +66,18 @@ class Pool:
             return Update(round), None, self._standing
         gradient = self.sums.gradient()
         update = Update.of(round, self._terms, gradient, self._space.adapter.n_head)
-        standing = None if self._standing is None else self._standing.moved(gradient)
+        standing = self._standing
+        if standing is not None and self._config.aggregate == "screened":
+            standing = standing.moved(gradient)
         return update, gradient, standing
 
     def _terms_of(self, answers: Sequence[Answer], round: int, part: int) -> list[Term]:
         config, weights = self._config, None
         if config.sigma > 0:
             return self._private_terms(answers, round, part)
-        if config.aggregate in ("bounded", "screened"):
-            answers = bounded(answers)
         if self._standing is not None:
+            answers, self._standing = bounded(answers, self._standing)
+        if self._standing is not None and config.aggregate == "screened":
             self._standing = self._standing.heard(self._space, answers)
             answers, weights = screened(config, answers, self._standing)
         return terms_of(config, answers, part, weights)

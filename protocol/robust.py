@@ -22,11 +22,13 @@ from fwdllm.protocol.plan import Assignment
 from fwdllm.protocol.report import Report
 from fwdllm.protocol.space import HEAD, Layers, Space
 
-# A client's slopes have at most this many times the median root mean square. Those of honest
-# clients of AG News are up to 2.2 times it, most below 1.5.
+# A client's slopes have at most this many times the root mean square of others. Those of honest
+# clients of AG News have up to 2.2 times the median, most below 1.5.
 BOUND = 1.5
-# Scopes with at least this many clients in a part have a median of their own.
-_COMPARABLE = 8
+# Of the sizes of others; below a half, as a bound that is too high costs more than one too low.
+_QUANTILE = 0.4
+# Earlier answers that tell what is usual: liars are half of ten clients by chance, but not of many.
+_SIZES = 64
 
 # The correlation of fewer slopes with anything is mostly chance: of one slope it is a sign.
 LEAST_SLOPES = 8
@@ -45,19 +47,21 @@ _FULL, _NOTHING = 1.5, 2.5
 _GROUPS = 2  # the adapter's slopes and the head's
 
 
-def bounded(answers: Sequence[Answer]) -> list[Answer]:
+def bounded(answers: Sequence[Answer], standing: Standing) -> tuple[list[Answer], Standing]:
     """A part's answers with slopes that are too large scaled down, and too many examples fewer.
 
     A client's slopes of the adapter, and of the head, have a root mean square of at most BOUND
-    times the median over the part's clients with its scope, or over all clients where few have it.
-    It counts for at most the median number of examples.
+    times what is usual in the part and in earlier answers, whatever their scopes. It counts for at
+    most the median number of examples. The standing given back has these answers' sizes.
     """
     if not answers:
-        return []
-    factors = _factors([(a.layers, report.derivatives) for a, report in answers])
-    of_head = _factors([(HEAD, report.head_derivatives) for _, report in answers])
+        return [], standing
+    sizes = np.array([[_size(r.derivatives), _size(r.head_derivatives)] for _, r in answers])
+    known = np.concatenate([standing.sizes, sizes])
+    limits = BOUND * np.quantile(known, _QUANTILE, axis=0, method="lower")
+    factors = np.where(sizes > limits, limits / np.maximum(sizes, np.finfo(float).tiny), 1.0)
     most = statistics.median_low([report.n_examples for _, report in answers])
-    return [
+    found = [
         (
             assignment,
             replace(
@@ -67,8 +71,9 @@ def bounded(answers: Sequence[Answer]) -> list[Answer]:
                 head_derivatives=_scaled(report.head_derivatives, head_factor),
             ),
         )
-        for (assignment, report), factor, head_factor in zip(answers, factors, of_head, strict=True)
+        for (assignment, report), (factor, head_factor) in zip(answers, factors, strict=True)
     ]
+    return found, replace(standing, sizes=known[-_SIZES:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,15 +83,18 @@ class Standing:
     reference: float32 [space.size], a running mean of the rounds' gradients, not normalized.
     evidence: of each client, float64 [2, 2]: of the adapter's and the head's slopes the sum of
     deviations from what was typical, and its variance if the client is like the others.
+    sizes: float64 [n, 2], root mean squares of the slopes of the last answers, oldest first.
+    "bounded" needs sizes alone.
     """
 
     reference: np.ndarray
     evidence: Mapping[int, np.ndarray]
+    sizes: np.ndarray
 
     @staticmethod
     def initial(space: Space) -> Standing:
         """Before the first round."""
-        return Standing(np.zeros(space.size, np.float32), {})
+        return Standing(np.zeros(space.size, np.float32), {}, np.zeros((0, _GROUPS)))
 
     def heard(self, space: Space, answers: Sequence[Answer]) -> Standing:
         """With a part's answers as further evidence."""
@@ -94,17 +102,19 @@ class Standing:
         evidence = dict(self.evidence)
         for group in range(_GROUPS) if answers else []:
             known = np.flatnonzero(~np.isnan(found[:, group]))
-            for i, deviation in zip(known, _deviations(found[known, group]), strict=True):
+            trusted = np.array([self.share(answers[i][0].client) >= 0.5 for i in known], bool)
+            deviations = _deviations(found[known, group], trusted)
+            for i, deviation in zip(known, deviations, strict=True):
                 client = answers[i][0].client
                 mine = evidence.get(client, np.zeros((_GROUPS, 2))).copy()
                 mine[group] = mine[group] * (_KEPT, _KEPT**2) + (deviation, 1)
                 evidence[client] = mine
-        return Standing(self.reference, evidence)
+        return replace(self, evidence=evidence)
 
     def moved(self, gradient: np.ndarray) -> Standing:
         """After a round with this gradient, float32 [space.size]."""
         kept = np.float32(_REFERENCE_KEPT)
-        return Standing(self.reference * kept + gradient * (1 - kept), self.evidence)
+        return replace(self, reference=self.reference * kept + gradient * (1 - kept))
 
     def share(self, client: int) -> float:
         """What a client counts, from 0 to 1: by the worse of its two kinds of slopes."""
@@ -122,6 +132,7 @@ class Standing:
             "reference": self.reference,
             "clients": np.array(clients, np.int64),
             "evidence": np.array(evidence, np.float64).ravel(),
+            "sizes": self.sizes.ravel(),
         }
 
     @staticmethod
@@ -132,7 +143,8 @@ class Standing:
             raise ValueError(f"a reference of {reference.size} is not {size}")
         clients = arrays["clients"].tolist()
         evidence = arrays["evidence"].reshape(len(clients), _GROUPS, 2).copy()
-        return Standing(reference.copy(), dict(zip(clients, evidence, strict=True)))
+        sizes = arrays["sizes"].reshape(-1, _GROUPS).copy()
+        return Standing(reference.copy(), dict(zip(clients, evidence, strict=True)), sizes)
 
 
 def screened(
@@ -145,17 +157,6 @@ def screened(
     shares = [standing.share(assignment.client) for assignment, _ in answers]
     kept = [(answer, share) for answer, share in zip(answers, shares, strict=True) if share > 0]
     return [answer for answer, _ in kept], [weight_of(config, a[1]) * share for a, share in kept]
-
-
-def _factors(slopes: Sequence[tuple[Layers, np.ndarray]]) -> list[float]:
-    """By what each client's slopes are to be multiplied: 1 unless they are too large."""
-    sizes = [_size(values) for _, values in slopes]
-    factors = []
-    for (layers, _), size in zip(slopes, sizes, strict=True):
-        same = [other for (scope, _), other in zip(slopes, sizes, strict=True) if scope == layers]
-        limit = BOUND * statistics.median(same if len(same) >= _COMPARABLE else sizes)
-        factors.append(limit / size if size > limit else 1.0)
-    return factors
 
 
 def _size(values: np.ndarray) -> float:
@@ -199,10 +200,16 @@ def _agreement(
     return math.sqrt(seeds.size) * float(np.sum(values / size * (predicted / norm)))
 
 
-def _deviations(agreements: np.ndarray) -> np.ndarray:
-    """From their median, in units of their spread, which hostile clients cannot make small."""
+def _deviations(agreements: np.ndarray, trusted: np.ndarray) -> np.ndarray:
+    """From what is typical, in units of its spread, which hostile clients cannot make small.
+
+    trusted: whose agreement tells what is typical, unless they are fewer than half of all: known
+    liars would move the median from the middle of the honest.
+    """
     if not agreements.size:
         return agreements
-    away = agreements - np.median(agreements)
+    typical = agreements[trusted] if 3 * trusted.sum() >= 2 * len(trusted) else agreements
+    middle = np.median(typical)
     # Of normal numbers, the median distance is 0.6745 standard deviations.
-    return away / max(_LEAST_SPREAD, float(np.median(np.abs(away))) / 0.6745)
+    spread = float(np.median(np.abs(typical - middle))) / 0.6745
+    return (agreements - middle) / max(_LEAST_SPREAD, spread)

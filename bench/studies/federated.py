@@ -223,7 +223,7 @@ def measure(
     run = RUNS[name]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        train, held_out = _split_file(task.data, task.n_held_out, seed, folder)
+        train, held_out = split_file(task.data, task.n_held_out, seed, folder)
         meter = Meter((name, partition, seed), folder / "run" / NAME, on_row)
         drive = backprop if run.backprop else forward_passes
         last = drive(
@@ -379,7 +379,7 @@ def backprop_answer(
     )
 
 
-def _split_file(data: Path, n_held_out: int, seed: int, folder: Path) -> tuple[Path, Path]:
+def split_file(data: Path, n_held_out: int, seed: int, folder: Path) -> tuple[Path, Path]:
     """Files of the training and the held-out examples, which are a seed's own."""
     lines = data.read_bytes().split(b"\n")
     paths = folder / "train.jsonl", folder / "held_out.jsonl"
@@ -396,7 +396,7 @@ def _mean_length(task: Task, config: FederationConfig) -> float:
     return statistics.mean(len(t.ids) for t in tokens)
 
 
-def _setting(text: str) -> tuple[str, Any]:
+def setting(text: str) -> tuple[str, Any]:
     """A setting and its value, a word where it is not JSON."""
     name, separator, value = text.partition("=")
     if not separator:
@@ -418,7 +418,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=BUDGET)
     parser.add_argument("--held-out", type=int, default=HELD_OUT)
     parser.add_argument("--target-loss", type=float)
-    parser.add_argument("--set", type=_setting, nargs="*", default=[], metavar="name=value")
+    parser.add_argument("--set", type=setting, nargs="*", default=[], metavar="name=value")
     parser.add_argument("--report", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
