@@ -22,10 +22,8 @@ from fwdllm.protocol.plan import Assignment
 from fwdllm.protocol.report import Report
 from fwdllm.protocol.space import HEAD, Layers, Space
 
-# A client's slopes have at most this many times the root mean square of others. Those of honest
-# clients of AG News have up to 2.2 times the median, most below 1.5.
-BOUND = 1.5
-# Of the sizes of others; below a half, as a bound that is too high costs more than one too low.
+# Nobody's slopes are larger than this quantile of sizes. Bounds that leave honest clients alone, at
+# 1.5 times that, leave liars 1.5 times as much to say; one that is too low costs little.
 _QUANTILE = 0.4
 # Earlier answers that tell what is usual: liars are half of ten clients by chance, but not of many.
 _SIZES = 64
@@ -50,15 +48,16 @@ _GROUPS = 2  # the adapter's slopes and the head's
 def bounded(answers: Sequence[Answer], standing: Standing) -> tuple[list[Answer], Standing]:
     """A part's answers with slopes that are too large scaled down, and too many examples fewer.
 
-    A client's slopes of the adapter, and of the head, have a root mean square of at most BOUND
-    times what is usual in the part and in earlier answers, whatever their scopes. It counts for at
-    most the median number of examples. The standing given back has these answers' sizes.
+    A client's slopes of the adapter, and of the head, have a root mean square of at most what is
+    usual in the part and in earlier answers, whatever their scopes: most honest clients' are scaled
+    down a little. It counts for at most the median number of examples. The standing given back has
+    these answers' sizes.
     """
     if not answers:
         return [], standing
     sizes = np.array([[_size(r.derivatives), _size(r.head_derivatives)] for _, r in answers])
     known = np.concatenate([standing.sizes, sizes])
-    limits = BOUND * np.quantile(known, _QUANTILE, axis=0, method="lower")
+    limits = np.quantile(known, _QUANTILE, axis=0, method="lower")
     factors = np.where(sizes > limits, limits / np.maximum(sizes, np.finfo(float).tiny), 1.0)
     most = statistics.median_low([report.n_examples for _, report in answers])
     found = [

