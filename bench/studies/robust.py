@@ -47,6 +47,13 @@ class Ended:
     seconds: float
 
 
+class Attackers(Fleet):
+    """A fleet in which exactly the share of clients attacks, in tenths; a Fleet draws them."""
+
+    def attack_of(self, seed: int, client: int) -> str | None:
+        return self.attack if client % 10 < round(10 * self.hostile) else None
+
+
 def config_of(rule: str, seed: int, rounds: int, **changes: Any) -> FederationConfig:
     """The settings of a run. changes: over those of all runs."""
     common = {"per_round": 10, "batch_size": 4, "max_tokens": 16, "eval_every": 0}
@@ -141,9 +148,9 @@ def main() -> None:
 
 def _measure_all(options: argparse.Namespace) -> None:
     shares = [float(share) for share in options.shares.split(",")]
-    fleets = [Fleet()] if 0 in shares else []
+    fleets = [Attackers()] if 0 in shares else []
     for attack in options.attacks.split(";"):
-        fleets += [Fleet(hostile=share, attack=attack) for share in shares if share > 0]
+        fleets += [Attackers(hostile=share, attack=attack) for share in shares if share > 0]
     for seed in map(int, options.seeds.split(",")):
         for fleet in fleets:
             for rule in options.rules.split(";"):

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 import robust
-from robust import Ended
-
-from fwdllm.federation.fleet import Fleet
+from robust import Attackers, Ended
 
 
 def row(rule: str, attack: str, share: float, accuracy: float, seed: int = 0) -> Ended:
@@ -38,6 +36,12 @@ def test_a_line_for_each_attack() -> None:
     ]
 
 
+def test_exactly_the_share_attacks() -> None:
+    found = [Attackers(hostile=0.3, attack="flip").attack_of(0, client) for client in range(40)]
+    assert (found.count("flip"), found.count(None)) == (12, 28)
+    assert Attackers().attack_of(0, 0) is None
+
+
 @pytest.mark.parametrize("rule", ["mean", "screened"])
 def test_a_run_starts(rule: str, shared: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
@@ -46,7 +50,7 @@ def test_a_run_starts(rule: str, shared: Path, tmp_path: Path) -> None:
     config = robust.config_of(rule, 3, 2, per_round=3, batch_size=2)
     assert (config.aggregate, config.split, config.rounds) == (rule, True, 2)
     model = shared / "models/minilm-l6-v2.Q4_0.gguf"
-    ended = robust.measure(model, data, config, Fleet(hostile=0.5, attack="flip"), "iid", 8, 40)
+    ended = robust.measure(model, data, config, Attackers(hostile=0.5, attack="flip"), "iid", 8, 40)
     assert (ended.rule, ended.attack, ended.share, ended.n_clients) == (rule, "flip", 0.5, 8)
     assert ended.accuracy is not None
     assert 0 < ended.loss < 2

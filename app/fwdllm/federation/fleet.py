@@ -12,7 +12,7 @@ from fwdllm.engine.errors import ConfigError
 from fwdllm.protocol import wire
 from fwdllm.protocol.plan import Assignment
 from fwdllm.protocol.report import Report
-from fwdllm.protocol.space import HEAD, Space
+from fwdllm.protocol.space import HEAD, Layers, Space
 
 # Attacks that are drawn at random unless one is named, and those that pass all checks of a report.
 MIXED = ("nan", "huge", "reverse", "garbage", "replay", "claim")
@@ -83,17 +83,15 @@ def attacked(
     r = report
     if kind == "garbage":
         return b"\x01\x02" + bytes(range(200))
-    if kind == "replay" and before is not None:
-        return before
+    if kind == "replay":
+        return wire.encode_report(r) if before is None else before
     if kind == "claim":
         return wire.encode_report(dataclasses.replace(r, n_examples=2**32 - 1))
     slopes, heads, vector = r.derivatives, r.head_derivatives, r.vector
     if kind == "collude":
         target = _target(space)
-        slopes = space.dot(target, assignment.layers, assignment.seeds.ravel())
-        slopes = slopes.reshape(r.derivatives.shape)
-        heads = space.dot(target, HEAD, assignment.head_seeds.ravel())
-        heads = heads.reshape(r.head_derivatives.shape)
+        slopes = _along(space, target, assignment.layers, assignment.seeds, slopes)
+        heads = _along(space, target, HEAD, assignment.head_seeds, heads)
         vector = None if vector is None else space.pack(target, assignment.layers)
     else:
         most = space.config.max_derivative
@@ -113,8 +111,18 @@ def _lie(kind: str, values: np.ndarray, most: float) -> np.ndarray:
     """Numbers in place of the true ones. most: the largest that are accepted."""
     if kind in ("nan", "huge", "constant"):
         return np.full_like(values, {"nan": np.nan, "huge": 1e30, "constant": 1.0}[kind])
-    factor = {"reverse": -10, "flip": -1, "scale": -100}.get(kind, 1)
-    return values * factor if kind == "reverse" else np.clip(values * factor, -most, most)
+    if kind == "reverse":
+        return values * -10
+    return np.clip(values * {"flip": -1, "scale": -100}[kind], -most, most)
+
+
+def _along(
+    space: Space, target: np.ndarray, layers: Layers, seeds: np.ndarray, slopes: np.ndarray
+) -> np.ndarray:
+    """Slopes of the target in place of a report's own; none where clients upload weights."""
+    if not slopes.size:
+        return slopes
+    return space.dot(target, layers, seeds.ravel()).reshape(slopes.shape)
 
 
 def _target(space: Space) -> np.ndarray:
