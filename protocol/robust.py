@@ -100,7 +100,7 @@ class Standing:
         found = np.array([_agreements(space, self.reference, *answer) for answer in answers])
         evidence = dict(self.evidence)
         for group in range(_GROUPS) if answers else []:
-            known = np.flatnonzero(~np.isnan(found[:, group]))
+            known: list[int] = np.flatnonzero(~np.isnan(found[:, group])).tolist()
             trusted = np.array([self.share(answers[i][0].client) >= 0.5 for i in known], bool)
             deviations = _deviations(found[known, group], trusted)
             for i, deviation in zip(known, deviations, strict=True):
