@@ -37,15 +37,27 @@ class Term:
     weight: float
 
 
-def terms_of(config: FederationConfig, answers: Sequence[Answer], part: int) -> list[Term]:
-    """The terms of a part's accepted answers. answers: must be sorted by client."""
+def terms_of(
+    config: FederationConfig,
+    answers: Sequence[Answer],
+    part: int,
+    weights: Sequence[float] | None = None,
+) -> list[Term]:
+    """The terms of a part's accepted answers. answers: must be sorted by client.
+
+    weights: of the answers, above 0, where clients have seeds of their own; by default
+    ``weight_of``.
+    """
     if config.seeds == "shared" and config.one_step_of_seeds:
         return _shared_terms(config, answers)
+    if weights is None:
+        weights = [weight_of(config, report) for _, report in answers]
+    weighed = list(zip(answers, weights, strict=True))
     found = []
     for layers in dict.fromkeys(assignment.layers for assignment, _ in answers):
-        members = [answer for answer in answers if answer[0].layers == layers]
+        members = [one for one in weighed if one[0][0].layers == layers]
         found += _own_terms(config, layers, members, part)
-    return found + _own_terms(config, HEAD, answers, part)
+    return found + _own_terms(config, HEAD, weighed, part)
 
 
 def private_terms(
@@ -73,24 +85,24 @@ def private_terms(
 
 
 def _own_terms(
-    config: FederationConfig, layers: Layers, answers: Sequence[Answer], part: int
+    config: FederationConfig, layers: Layers, weighed: Sequence[tuple[Answer, float]], part: int
 ) -> list[Term]:
     """Terms of clients with seeds of their own: each counts by its weight alone, whatever the
-    number of its perturbations.
+    number of its perturbations. weighed: answers, each with its weight.
 
     Every other client goes to the other half; of a single client, every other seed. A single client
     with a single seed goes to the half of the part's parity.
     """
     step = config.client_learning_rate if config.upload == "steps" else 1.0
     rows = []
-    for assignment, report in answers:
+    for (assignment, report), weight in weighed:
         is_head = layers == HEAD
         seeds = assignment.head_seeds if is_head else assignment.seeds
         slopes = report.head_derivatives if is_head else report.derivatives
         # What a perturbation of its counts for: less where ``adaptive`` has given it more of them.
         usual = config.head_perturbations if is_head else config.perturbations
         share = usual / max(1, seeds.shape[1])
-        rows.append((seeds, slopes, _weight(config, report) * share))
+        rows.append((seeds, slopes, weight * share))
     if not rows or rows[0][0].size == 0:
         return []
     if len(rows) > 1:
@@ -126,7 +138,7 @@ def _shared_terms(config: FederationConfig, answers: Sequence[Answer]) -> list[T
         slopes = np.stack(
             [(r.head_derivatives if is_head else r.derivatives)[0] for _, r in members]
         )
-        weights = np.array([_weight(config, report) for _, report in members])
+        weights = np.array([weight_of(config, report) for _, report in members])
         weight = float(weights.sum())
         seeds = (first.head_seeds if is_head else first.seeds)[0]
         found += _halves(layers, seeds, weight * combine(config, slopes, weights), weight)
@@ -175,7 +187,7 @@ def mean_vector(
         members = [(a, r) for a, r in answers if unit == HEAD or covers(a.layers, unit)]
         if not members:
             continue
-        weights = np.array([_weight(config, report) for _, report in members])
+        weights = np.array([weight_of(config, report) for _, report in members])
         vectors = [space.unpack(_vector(report), a.layers) for a, report in members]
         for start, end in space.ranges(unit):
             values = np.stack([vector[start:end] for vector in vectors])
@@ -228,7 +240,7 @@ class Sums:
         return sum(w for (half, layers), w in found if half in halves and covers(layers, unit))
 
 
-def _weight(config: FederationConfig, report: Report) -> float:
+def weight_of(config: FederationConfig, report: Report) -> float:
     """What a report counts. The sum of many has the sum of their weights for its examples."""
     return float(report.n_examples) if config.weighted or config.secure else 1.0
 

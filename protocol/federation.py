@@ -27,7 +27,7 @@ WEIGHTED_POOL = "weighted-pool"
 POOLS = ("pool", WEIGHTED_POOL)
 SEEDS = ("own", "shared", *POOLS)
 UPLOADS = ("scalars", "steps", "projection", "weights")
-AGGREGATES = ("mean", "trimmed", "median")
+AGGREGATES = ("mean", "bounded", "screened", "trimmed", "median")
 # The server holds no model weights, so directions that need weights or data are left out.
 FEDERATED_DIRECTIONS = ("normal", "rademacher", "lora-fa", "subzero")
 
@@ -63,6 +63,9 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
     less, so that clients of a part take about equally long; as many perturbations in all.
     aggregate: "mean"; or, coordinate by coordinate, "median" or "trimmed": the mean without the
     share ``trim`` at either end. "median" and "trimmed" need shared seeds or uploaded weights.
+    Where clients have directions of their own, "bounded" scales slopes down that are larger than
+    others', and "screened" also counts clients less whose slopes agree with earlier gradients
+    unlike the others'.
     pacing: ask for more perturbations of the same adapter, in at most max_parts parts, until the
     variance is at most variance_threshold.  variance_threshold: None: the median variance of the
     first calibration_rounds.
@@ -144,6 +147,7 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
 
     def _contradictions(self) -> list[tuple[bool, str]]:
         scalars, along_seeds = self.upload == "scalars", self.upload in ("steps", "weights")
+        by_coordinate = self.aggregate in ("trimmed", "median")
         robust, private = self.aggregate != "mean", self.sigma > 0
         shared_scalars = self.one_step_of_seeds and self.seeds == "shared"
         return [
@@ -170,8 +174,16 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
                 "a weighted pool goes by scalars, which clients that upload weights do not send",
             ),
             (
-                robust and not (self.upload == "weights" or shared_scalars),
-                f"{self.aggregate} compares clients, so it needs shared seeds or weights",
+                by_coordinate and not (self.upload == "weights" or shared_scalars),
+                f"{self.aggregate} compares clients, so it needs shared seeds or weights; with "
+                "seeds of their own there are bounded and screened",
+            ),
+            (
+                robust
+                and not by_coordinate
+                and (self.upload == "weights" or self.seeds == "shared"),
+                f"{self.aggregate} is for scalars along seeds of a client's own; with shared seeds "
+                "or weights there are median and trimmed",
             ),
             (
                 self.split and self.directions not in ("normal", "rademacher"),

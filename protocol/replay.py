@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fwdllm.protocol import wire
+from fwdllm.protocol.gathered import step_of
 from fwdllm.protocol.journal import BYTES, Head, Journal, Rotation
 from fwdllm.protocol.ledger import Ledger, LedgerError, theta_hash
 from fwdllm.protocol.records import Round
 from fwdllm.protocol.replica import Replica
-from fwdllm.protocol.server import sense_of, update_of
+from fwdllm.protocol.server import sense_of
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,10 @@ def replay(ledger: Ledger, on_round: Callable[[Round], None] = lambda closed: No
 
 
 def _replay_round(ledger: Ledger, replica: Replica, closed: Round) -> None:
-    update, gradient = update_of(ledger, replica, closed.round)
+    update, gradient, standing = step_of(ledger, replica, closed.round)
     message = None if update.vector is not None else wire.encode_update(update)
     if closed.message is not None and message != closed.message:
         raise LedgerError(f"round {closed.round + 1} has another update than recorded")
-    replica.apply(update, gradient)
+    replica.apply(update, gradient, standing)
     if theta_hash(replica.theta) != closed.theta:
         raise LedgerError(f"round {closed.round + 1} leads to another adapter than recorded")

@@ -14,14 +14,12 @@ from fwdllm.protocol.descent import descend
 from fwdllm.protocol.federation import WEIGHTED_POOL, FederationConfig
 from fwdllm.protocol.optimizers import OptimizerState
 from fwdllm.protocol.pool import WeightedPool
+from fwdllm.protocol.robust import Standing
 from fwdllm.protocol.schedule import lr_factor
 from fwdllm.protocol.space import HEAD, Space
 
 # A seed and its coefficient in a message.
 _SEED_BYTES = 12
-
-# Arrays of a state that only the server needs.
-_SERVERS_OWN = frozenset(("gradient", "amplitudes", "draws"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +56,8 @@ class Replica:
 
     theta: the adapter's parameters, changed in place.  optimizer: state of the server's optimizer.
     gradient: of the last round that had one, or None.  pool: what the rounds told of the seeds of a
-    weighted pool, None in runs without one.
+    weighted pool, None in runs without one.  standing: what earlier answers say about
+    clients, None where that does not matter, and on clients.
     """
 
     def __init__(self, config: FederationConfig, adapter: Adapter) -> None:
@@ -68,16 +67,23 @@ class Replica:
         self.optimizer = OptimizerState.initial(config, self.space.size)
         self.gradient: np.ndarray | None = None
         self.pool = WeightedPool.of(config) if config.seeds == WEIGHTED_POOL else None
+        self.standing: Standing | None = None
 
     @property
     def theta(self) -> np.ndarray:
         return self.space.adapter.theta
 
-    def apply(self, update: Update, gradient: np.ndarray | None = None) -> None:
+    def apply(
+        self,
+        update: Update,
+        gradient: np.ndarray | None = None,
+        standing: Standing | None = None,
+    ) -> None:
         """Step to the state after ``update``.
 
-        gradient: of the update, if it is known already.  ValueError for an update of another
-        round; NumericsError, with the state unchanged, if the step is not finite.
+        gradient: of the update, if it is known already.  standing: of clients after the round.
+        ValueError for an update of another round; NumericsError, with the state unchanged, if the
+        step is not finite.
         """
         if update.round != self.round:
             raise ValueError(f"an update of round {update.round} does not follow {self.round}")
@@ -87,6 +93,7 @@ class Replica:
                 for term in update.terms:
                     if term.layers != HEAD:  # a head's seeds are of no pool
                         self.pool.count(term.seeds, term.coefficients)
+        self.standing = standing
         self.round += 1
 
     def gradient_of(self, update: Update) -> np.ndarray:
@@ -108,17 +115,20 @@ class Replica:
         head = base if config.head_learning_rate is None else config.head_learning_rate
         return base * factor, head * factor
 
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """The state as plain arrays."""
+    def to_arrays(self, *, public: bool = False) -> dict[str, np.ndarray]:
+        """The state as plain arrays.
+
+        public: without what only the server needs, to choose seeds and to judge clients.
+        """
         optimizer = {f"optimizer.{k}": v for k, v in self.optimizer.to_arrays().items()}
         arrays = {"round": np.array(self.round, np.int64), "theta": self.theta, **optimizer}
-        if self.pool is not None:
+        if self.pool is not None and not public:
             arrays |= {"amplitudes": self.pool.amplitudes, "draws": self.pool.draws}
-        return arrays if self.gradient is None else {**arrays, "gradient": self.gradient}
-
-    def to_public_arrays(self) -> dict[str, np.ndarray]:
-        """As ``to_arrays``, for clients: without what only the server needs, to choose seeds."""
-        return {name: a for name, a in self.to_arrays().items() if name not in _SERVERS_OWN}
+        if self.gradient is not None and not public:
+            arrays["gradient"] = self.gradient
+        if self.standing is not None and not public:
+            arrays |= {f"standing.{k}": v for k, v in self.standing.to_arrays().items()}
+        return arrays
 
     def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Load a state from ``to_arrays``; ValueError if its arrays do not fit this run."""
@@ -130,9 +140,11 @@ class Replica:
             raise ValueError(f"{theta.size} adapter weights are not {self.theta.size}")
         if gradient is not None and gradient.shape != (self.space.size,):
             raise ValueError(f"a gradient of {gradient.size} is not {self.space.size}")
-        saved = {k.removeprefix("optimizer."): v for k, v in arrays.items() if "." in k}
+        of_optimizer, of_standing = _named("optimizer.", arrays), _named("standing.", arrays)
+        standing = Standing.from_arrays(of_standing, self.space.size) if of_standing else None
         config = self.config
-        self.optimizer = OptimizerState.from_arrays(config, self.space.size, saved)
+        self.optimizer = OptimizerState.from_arrays(config, self.space.size, of_optimizer)
+        self.standing = standing
         self.gradient = None if gradient is None else gradient.copy()
         if self.pool is not None:
             self.pool.load(arrays.get("amplitudes"), arrays.get("draws"))
@@ -160,3 +172,8 @@ class Replica:
                 f"round {self.round + 1} made adapter weights infinite; lower the learning rate"
             )
         self.gradient = gradient
+
+
+def _named(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays whose names begin with a prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}

@@ -19,26 +19,17 @@ import numpy as np
 
 from fwdllm.engine.errors import FwdllmError
 from fwdllm.protocol import wire
-from fwdllm.protocol.aggregate import (
-    Answer,
-    Sums,
-    Term,
-    mean_vector,
-    private_terms,
-    terms_of,
-)
 from fwdllm.protocol.federation import COHORT
+from fwdllm.protocol.gathered import Gathered, step_of
 from fwdllm.protocol.ledger import Ledger, LedgerError, theta_hash
 from fwdllm.protocol.load import most_perturbations
 from fwdllm.protocol.pacing import enough, variance
-from fwdllm.protocol.plan import Assignment, plan_part, shared_head_seeds, shared_seeds
+from fwdllm.protocol.plan import Assignment, plan_part
 from fwdllm.protocol.records import Round
-from fwdllm.protocol.replica import Replica, Update
+from fwdllm.protocol.replica import Replica
 from fwdllm.protocol.report import expected_shapes, fault
 from fwdllm.protocol.secure import sums
 from fwdllm.protocol.secure.letters import Letter, Stage
-from fwdllm.protocol.seeds import derive_seeds
-from fwdllm.protocol.space import Space
 from fwdllm.protocol.speeds import Speeds
 from fwdllm.protocol.wire import WireError
 
@@ -71,8 +62,7 @@ class Server:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger, self.config = ledger, ledger.meta.config
         self.replica = restore(ledger)
-        self._sums: Sums | None = None
-        self._terms: list[Term] = []
+        self._gathered = Gathered(ledger, self.replica)
         self._variances: list[float | None] = []
         self._part, self._part_is_closed = -1, False
         self._lost: set[int] = set()
@@ -137,7 +127,7 @@ class Server:
         first = self._base(client)
         size = self.ledger.messages_size(first)
         if size is None or size > self._state_size:
-            return wire.encode_many([wire.encode_state(self.replica.to_public_arrays())])
+            return wire.encode_many([wire.encode_state(self.replica.to_arrays(public=True))])
         return wire.encode_many([r.message or b"" for r in self.ledger.rounds(first)])
 
     def synchronization_size(self, client: int) -> int:
@@ -233,8 +223,7 @@ class Server:
     def _close_part(self, now: float) -> Closed | None:
         config, part = self.config, self._part
         asked = self.ledger.assignments(self.round, part)
-        answers = self._answers(self.round, part)
-        self._take(answers, part)
+        self._take(part)
         self._part_is_closed = True
         self._observe(self.round, part)
         is_last = part + 1 >= config.max_parts
@@ -249,7 +238,7 @@ class Server:
 
     @cached_property
     def _state_size(self) -> int:  # the same after every round
-        return len(wire.encode_state(self.replica.to_public_arrays())) + 4
+        return len(wire.encode_state(self.replica.to_arrays(public=True))) + 4
 
     def _base(self, client: int) -> int:
         """The round whose state a client has."""
@@ -328,26 +317,16 @@ class Server:
         head = config.seed_steps, config.head_perturbations if n_head else 0
         return wire.report_size((slopes, head, 0))
 
-    def _answers(self, round: int, part: int) -> list[Answer]:
-        return answers_of(self.ledger, round, part)
-
-    def _take(self, answers: Sequence[Answer], part: int) -> None:
+    def _take(self, part: int) -> None:
         """Add a part's answers to those of the round's earlier parts."""
-        if self.config.upload == "weights":
-            self._variances.append(None)
-            return
-        terms = part_terms(self.ledger, self.replica.space, self.round, part, answers)
-        if self._sums is None:
-            self._sums = Sums(self.replica.space)
-        self._sums.add(terms)
-        self._terms += terms
-        self._variances.append(variance(self._sums))
+        self._gathered.take(self.round, part)
+        self._variances.append(variance(self._gathered.sums) if self._gathered.sums else None)
 
     def _close_round(self, now: float) -> Closed:
         parts = range(self._part + 1)
-        answers = [answer for part in parts for answer in self._answers(self.round, part)]
-        update, gradient = self._update(answers)
-        self.replica.apply(update, gradient)
+        answers = self._gathered.answers
+        update, gradient, standing = self._gathered.step(self.round)
+        self.replica.apply(update, gradient, standing)
         losses = [report.loss for _, report in answers if not math.isnan(report.loss)]
         n_accepted = sum(self.ledger.n_accepted(update.round, part) for part in parts)
         closed = Round(
@@ -379,15 +358,9 @@ class Server:
             not update.empty,
         )
 
-    def _update(self, answers: Sequence[Answer]) -> tuple[Update, np.ndarray | None]:
-        if self.config.upload == "weights":
-            vector = mean_vector(self.config, self.replica.space, answers)
-            return Update(self.round, vector=vector), vector
-        return _by_terms(self.round, self._terms, self._sums)
-
     def _between_rounds(self) -> None:
         self._part, self._part_is_closed = -1, False
-        self._sums, self._terms, self._variances = None, [], []
+        self._gathered, self._variances = Gathered(self.ledger, self.replica), []
 
     def _resume_round(self) -> None:
         """Resume the open round, if there is one: only its last part is still open."""
@@ -398,71 +371,13 @@ class Server:
                 self._speeds.observe_rounds(self.ledger)
         parts = self.ledger.parts(self.round)
         for part, _, _ in parts[:-1]:
-            self._take(self._answers(self.round, part), part)
+            self._take(part)
             self._observe(self.round, part)
         self._part = len(parts) - 1
 
     def _observe(self, round: int, part: int) -> None:
         if self.config.adaptive:
             self._speeds.observe(self.ledger, round, part)
-
-
-def answers_of(ledger: Ledger, round: int, part: int) -> list[Answer]:
-    """Assignments and accepted reports of a part, by client; only one where sums alone are seen."""
-    messages, found = dict(ledger.assignments(round, part)), []
-    if ledger.meta.config.secure:
-        # All clients of the part have its seeds; who they are does not matter to the sum.
-        messages = {COHORT: next(iter(messages.values()), b"")}
-    for client, data in ledger.reports(round, part):
-        if client not in messages:
-            raise LedgerError(
-                f"client {client} was not asked in round {round + 1} of {ledger.path}"
-            )
-        assignment = wire.decode_assignment(messages[client], client)
-        found.append((assignment, wire.decode_report(data)))
-    return found
-
-
-def part_terms(
-    ledger: Ledger, space: Space, round: int, part: int, answers: Sequence[Answer]
-) -> list[Term]:
-    """The terms of a part; with differential privacy, noise included."""
-    config = ledger.meta.config
-    if config.sigma == 0 or (config.secure and not answers):
-        return terms_of(config, answers, part)
-    n_available = ledger.parts(round)[part][2]
-    return private_terms(
-        config,
-        answers,
-        shared_seeds(config, round, part)[0],
-        shared_head_seeds(config, space, round, part)[0],
-        max(1, min(config.per_round, n_available)),
-        int(derive_seeds(ledger.meta.noise_seed, round, 1, part)[0]),
-    )
-
-
-def update_of(ledger: Ledger, replica: Replica, round: int) -> tuple[Update, np.ndarray | None]:
-    """A closed round's update and gradient, computed again from its contributions."""
-    parts = [part for part, _, _ in ledger.parts(round)]
-    if ledger.meta.config.upload == "weights":
-        answers = [answer for part in parts for answer in answers_of(ledger, round, part)]
-        vector = mean_vector(ledger.meta.config, replica.space, answers)
-        return Update(round, vector=vector), vector
-    sums, terms = Sums(replica.space), []
-    for part in parts:
-        found = part_terms(ledger, replica.space, round, part, answers_of(ledger, round, part))
-        sums.add(found)
-        terms += found
-    return _by_terms(round, terms, sums)
-
-
-def _by_terms(
-    round: int, terms: Sequence[Term], sums: Sums | None
-) -> tuple[Update, np.ndarray | None]:
-    if not terms or sums is None:
-        return Update(round), None
-    gradient = sums.gradient()
-    return Update.of(round, terms, gradient, sums.space.adapter.n_head), gradient
 
 
 def restore(ledger: Ledger) -> Replica:
@@ -473,7 +388,7 @@ def restore(ledger: Ledger) -> Replica:
         if state is not None:
             replica.load_arrays(wire.decode_state(state))
         for round in range(replica.round, ledger.n_rounds):
-            replica.apply(*update_of(ledger, replica, round))
+            replica.apply(*step_of(ledger, replica, round))
         return replica
 
 

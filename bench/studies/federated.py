@@ -434,7 +434,7 @@ def _mean_length(task: Task, config: FederationConfig) -> float:
     return statistics.mean(len(t.ids) for t in tokens)
 
 
-def _setting(text: str) -> tuple[str, Any]:
+def setting(text: str) -> tuple[str, Any]:
     """A setting and its value, a word where it is not JSON."""
     name, separator, value = text.partition("=")
     if not separator:
@@ -456,7 +456,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=BUDGET)
     parser.add_argument("--held-out", type=int, default=HELD_OUT)
     parser.add_argument("--target-loss", type=float)
-    parser.add_argument("--set", type=_setting, nargs="*", default=[], metavar="name=value")
+    parser.add_argument("--set", type=setting, nargs="*", default=[], metavar="name=value")
     parser.add_argument("--report", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()

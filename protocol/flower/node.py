@@ -116,7 +116,8 @@ class Node:
             member.check(settings.federation, replica.space, assignment)
         if not synchronize(replica, saved.state, task.synchronization, assignment.round):
             return None, saved
-        saved = dataclasses.replace(saved, state=wire.encode_state(replica.to_public_arrays()))
+        state = wire.encode_state(replica.to_arrays(public=True))
+        saved = dataclasses.replace(saved, state=state)
         report = answer(engine, replica.space, assignment, self._read(settings, engine))
         return dataclasses.replace(report, seconds=time.perf_counter() - began), saved
 

@@ -21,7 +21,7 @@ from fwdllm.engine.engine import Engine
 from fwdllm.engine.errors import ConfigError, DataError
 from fwdllm.engine.settings import LoRAConfig
 from fwdllm.federation.app_directory import init
-from fwdllm.federation.fleet import Fleet
+from fwdllm.federation.fleet import MIXED, Fleet
 from fwdllm.federation.partition import by_user, dirichlet, iid
 from fwdllm.federation.simulation import Partition, SimulationResult, simulate
 from fwdllm.federation.summary import summarize
@@ -247,11 +247,53 @@ def test_robust_means_withstand_liars(bundled: Path, data: Path, few: Path, tmp_
         assert losses["mean"] > losses[kind] + 0.3
 
 
+@pytest.mark.parametrize("attack", ["flip", "scale", "constant", "collude"])
+@pytest.mark.parametrize("upload", ["scalars", "weights"])
+def test_lies_that_pass_all_checks_are_taken(
+    attack: str, upload: str, bundled: Path, data: Path, few: Path, tmp_path: Path
+) -> None:
+    config = FederationConfig(rounds=2, upload=upload, perturbations=2, max_derivative=50, **SMALL)
+    found = []
+    for name, fleet in (("lies", Fleet(hostile=0.5, attack=attack)), ("truth", Fleet())):
+        result = simulated(bundled, data, few, tmp_path / name, config, fleet=fleet)
+        assert (result.n_contributions, result.n_rejected) == (8, 0)
+        found.append(theta_of(tmp_path / name))
+    assert found[0] != found[1]
+
+
+def test_a_screened_run_with_liars_resumes_to_the_same_adapter(
+    bundled: Path, data: Path, few: Path, tmp_path: Path
+) -> None:
+    config = FederationConfig(rounds=4, aggregate="screened", **{**SMALL, "snapshot_every": 3})
+    options = {"fleet": Fleet(hostile=0.3, attack="flip")}
+    simulated(bundled, data, few, tmp_path / "whole", config, **options)
+    events: list[object] = []
+    simulated(
+        bundled, data, few, tmp_path / "run", config,
+        on_event=events.append, should_stop=lambda: len(events) > 2, **options,
+    )  # fmt: skip
+    simulated(bundled, data, few, tmp_path / "run", config, resume=True, **options)
+    assert theta_of(tmp_path / "run") == theta_of(tmp_path / "whole")
+
+
+def test_attacks_are_drawn_or_named() -> None:
+    drawn = [Fleet(hostile=0.5).attack_of(3, client) for client in range(200)]
+    assert set(drawn) == {None, *MIXED}
+    named = [Fleet(hostile=0.5, attack="flip").attack_of(3, client) for client in range(200)]
+    assert [kind is None for kind in named] == [kind is None for kind in drawn]
+    assert set(named) == {None, "flip"}
+    # As older versions recorded fleets, whose runs can be gone on with.
+    assert "attack" not in Fleet(hostile=0.5).recorded()
+    assert Fleet(hostile=0.5, attack="flip").recorded()["attack"] == "flip"
+    with pytest.raises(ConfigError, match=r"attacks are nan, .*collude, not 'lie'"):
+        Fleet(attack="lie")
+
+
 class _Flippers(Fleet):
     """Clients 0 and 1 turn their slopes round."""
 
-    def attack(self, seed: int, client: int) -> str | None:
-        return "flip" if client < 2 else None
+    def attack_of(self, seed: int, client: int) -> str | None:
+        return "reverse" if client < 2 else None
 
 
 def test_events_and_stopping(bundled: Path, data: Path, few: Path, tmp_path: Path) -> None:

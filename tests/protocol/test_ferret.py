@@ -15,12 +15,13 @@ from fwdllm.bench.inputs import half_trained
 from fwdllm.engine import Engine, Example, LoRAConfig, read_jsonl
 from fwdllm.kernels import reference
 from fwdllm.protocol import wire
+from fwdllm.protocol.aggregate import Term
 from fwdllm.protocol.client import answer, answer_all
 from fwdllm.protocol.federation import FederationConfig
 from fwdllm.protocol.plan import Assignment, plan_part
 from fwdllm.protocol.replay import replay
 from fwdllm.protocol.report import Report, expected_shapes, fault
-from fwdllm.protocol.server import Server, part_terms
+from fwdllm.protocol.server import Server
 from fwdllm.protocol.space import Space
 
 __all__ = ["path"]  # a fixture
@@ -223,6 +224,16 @@ def test_a_replay_gives_the_bits_and_clients_need_terms_alone(path: Path) -> Non
             assert wire.decode_update(closed.message).vector is None
 
 
+def terms_after(server: Server, answers: list[tuple[Assignment, Report]]) -> tuple[Term, ...]:
+    """The terms of the round that these answers close."""
+    for a, report in answers:
+        assert server.receive(a.client, wire.encode_report(report), 1.0) is None
+    assert server.close_part(2.0) is not None
+    message = server.ledger.rounds()[-1].message
+    assert message is not None
+    return wire.decode_update(message).terms
+
+
 def test_a_median_is_over_clients_by_seed(path: Path) -> None:
     with create(path, **PROJECTION, seeds="shared", aggregate="median") as ledger:
         server = Server(ledger)
@@ -230,7 +241,7 @@ def test_a_median_is_over_clients_by_seed(path: Path) -> None:
         answers = [(a, contribution(server.replica, a)) for a in plans]
         median = np.median([report.derivatives[0] for _, report in answers], axis=0)
         want = dict(zip(plans[0].seeds[0].tolist(), median, strict=True))
-        terms = part_terms(ledger, server.replica.space, 0, 0, answers)
+        terms = terms_after(server, answers)
         of_lora = [term for term in terms if term.layers is None]
         assert sum(len(term.seeds) for term in of_lora) == len(want) == 4
         for term in of_lora:
@@ -247,7 +258,7 @@ def test_noise_of_privacy_is_added_to_projections(path: Path) -> None:
         for a in server.open_part(range(N_CLIENTS), 0.0):
             report = contribution(server.replica, a)
             answers.append((a, report))
-        found = part_terms(ledger, server.replica.space, 0, 0, answers)
+        found = terms_after(server, answers)
         clear = {
             int(seed): sum(float(r.derivatives[0, k]) for _, r in answers)
             for k, seed in enumerate(answers[0][0].seeds[0])

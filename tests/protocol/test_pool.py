@@ -191,7 +191,7 @@ def test_clients_are_not_sent_what_only_the_server_needs(path: Path) -> None:
         server = Server(ledger)
         finish(server)
         assert {"amplitudes", "draws"} <= server.replica.to_arrays().keys()
-        state = wire.decode_state(wire.encode_state(server.replica.to_public_arrays()))
+        state = wire.decode_state(wire.encode_state(server.replica.to_arrays(public=True)))
         assert not {"amplitudes", "draws", "gradient"} & state.keys()
         client = type(server.replica)(server.config, ledger.meta.empty_adapter())
         client.load_arrays(state)

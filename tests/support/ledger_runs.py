@@ -68,6 +68,15 @@ RUNS: dict[str, dict[str, Any]] = {
     "projection": {**PROJECTION, "split": True, "snapshot_every": 2},
     "shared projection": {**PROJECTION, "seeds": "shared", "aggregate": "median"},
     "weights": {"upload": "weights", "local_steps": 2, "split": True, "snapshot_every": 2},
+    "bounded": {"aggregate": "bounded", "split": True},
+    "screened": {"aggregate": "screened", "head_perturbations": 8, "snapshot_every": 2},
+    "screened, paced": {
+        "aggregate": "screened",
+        "perturbations": 8,
+        "pacing": True,
+        "variance_threshold": 0.05,
+        "max_parts": 3,
+    },
 }
 
 

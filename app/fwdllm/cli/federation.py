@@ -69,6 +69,13 @@ def simulate(
     snr_db: Annotated[
         float | None, typer.Option(help="A client's power over the channel's noise, in decibels.")
     ] = None,
+    attack: Annotated[
+        str | None,
+        typer.Option(
+            help="How: flip, scale, constant, collude, or what docs/federated.md lists.",
+            show_default="a mixture",
+        ),
+    ] = None,
     client_speed: Annotated[
         float, typer.Option(help="Lane-tokens a second of the median client.")
     ] = 1000.0,
@@ -113,7 +120,11 @@ def simulate(
             lora=lora,
             partition=Partition(clients, dirichlet, user_field),
             fleet=Fleet(
-                tokens_per_s=client_speed, dropout=dropout, stragglers=stragglers, hostile=hostile
+                tokens_per_s=client_speed,
+                dropout=dropout,
+                stragglers=stragglers,
+                hostile=hostile,
+                attack=attack,
             ),
             channel=None if channel is None or snr_db is None else Channel(channel, snr_db),
             eval_data=eval_data,

@@ -174,7 +174,7 @@ def simulate(
     engine.check_method(config.method)
     settings = {
         "partition": dataclasses.asdict(partition),
-        "fleet": dataclasses.asdict(fleet),
+        "fleet": fleet.recorded(),
         "channel": None if channel is None else dataclasses.asdict(channel),
         "n_examples": len(examples),
         "n_held_out": len(held_out),
@@ -283,7 +283,7 @@ class _Simulation:
             client = assignment.client
             seconds = self.fleet.seconds(seed, client, report.n_tokens)
             report = dataclasses.replace(report, seconds=seconds)
-            message = self._message(client, report, len(willing))
+            message = self._message(assignment, report, len(willing))
             arrivals.append((opened + seconds, client, message))
         in_time = sorted(a for a in arrivals if a[0] <= deadline)
         with self.server.ledger.batch():
@@ -300,19 +300,20 @@ class _Simulation:
             return []  # a vector that comes late is in no sum, and nothing of it is known
         return [(client, message) for at, client, message in sorted(arrivals) if at > deadline]
 
-    def _message(self, client: int, report: Report, n_members: int) -> bytes:
+    def _message(self, assignment: Assignment, report: Report, n_members: int) -> bytes:
         """What a client sends. n_members: clients that have begun, where sums alone are seen."""
         if self.channel is not None:
             return sums.scalars_of(self.config, report).tobytes()
         if self.config.secure:
-            name = f"{self.config.seed} {report.round} {report.part} {client}"
+            name = f"{self.config.seed} {report.round} {report.part} {assignment.client}"
             # Not secret, as runs repeat; and without masks, as they are taken off again.
             vector = sums.encode(self.config, report, n_members, random.Random(name).randrange)
             return vector.astype("<u8").tobytes()
-        kind = self.fleet.attack(self.config.seed, client)
+        kind = self.fleet.attack_of(self.config.seed, assignment.client)
         if kind is None:
             return wire.encode_report(report)
-        return attacked(kind, report, self.server.ledger.first_message_of(client))
+        before = self.server.ledger.first_message_of(assignment.client)
+        return attacked(kind, report, before, assignment, self.server.replica.space)
 
     def _receive_sum(self, arrivals: Sequence[tuple[float, int, bytes]], n_members: int) -> None:
         """Hand over the sum of the vectors that have come. arrivals: in their order."""
