@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fwdllm.engine.errors import ConfigError
-from fwdllm.engine.settings import DirectionsConfig, check, described, setting, settings_of
+from fwdllm.engine.settings import (
+    DirectionsConfig,
+    check,
+    described,
+    estimating,
+    setting,
+    settings_of,
+)
 from fwdllm.protocol.settings import (
     MAX_INDEX,
     MAX_ROUNDS,
@@ -18,8 +25,10 @@ from fwdllm.protocol.settings import (
 SEEDS = ("own", "shared", "pool")
 UPLOADS = ("scalars", "steps", "weights")
 AGGREGATES = ("mean", "trimmed", "median")
-# The server holds no model weights, so directions that need weights or data are left out.
-FEDERATED_DIRECTIONS = ("normal", "rademacher", "lora-fa", "subzero")
+# The server holds no model weights, so directions that need weights are left out; the sparse ones,
+# which need data elsewhere, are chosen here by the clients' slopes.
+SPARSE_DIRECTIONS = ("sparse", "spiel")
+FEDERATED_DIRECTIONS = ("normal", "rademacher", "lora-fa", "subzero", *SPARSE_DIRECTIONS)
 
 MAX_PARTS = 64
 MAX_CLIENTS = 1 << 22
@@ -69,6 +78,20 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
         low=1,
         high=MAX_INDEX,
     )
+    keep: float = setting(
+        DirectionsConfig.keep,
+        settings_of(DirectionsConfig)["keep"].help,
+        low=0,
+        high=1,
+        open="l",
+    )
+    reselect: int = setting(
+        DirectionsConfig.reselect,
+        "Rounds between choices of what spiel trains; a fourth of them come before the first "
+        "choice, spiel's or sparse's.",
+        low=1,
+        high=MAX_INDEX,
+    )
     split: bool = setting(False, "Every client perturbs its share of the layers.")
     local_steps: int = setting(1, "Steps of a client in a part.", low=1, high=4096)
     client_optimizer: str = setting("sgd", "Of local steps.", choices=OPTIMIZERS)
@@ -109,6 +132,7 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
     def _contradictions(self) -> list[tuple[bool, str]]:
         scalars, local = self.upload == "scalars", self.upload in ("steps", "weights")
         robust, private = self.aggregate != "mean", self.sigma > 0
+        sparse = self.directions in SPARSE_DIRECTIONS
         return [
             (
                 scalars and self.local_steps != 1,
@@ -125,8 +149,22 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
                 f"{self.aggregate} compares clients, so it needs shared seeds or weights",
             ),
             (
-                self.split and self.directions not in ("normal", "rademacher"),
+                self.split and not sparse and self.directions not in ("normal", "rademacher"),
                 f"layers cannot be split among clients with directions {self.directions}",
+            ),
+            (
+                sparse and not scalars,
+                f"directions {self.directions} are chosen by the clients' scalars: upload those",
+            ),
+            (
+                sparse and self.pacing,
+                f"pacing needs one threshold, and directions {self.directions} estimate now more "
+                "parameters, now fewer",
+            ),
+            (
+                sparse and self.rounds <= estimating(self.reselect),
+                f"{self.rounds} rounds are over before directions {self.directions} have been "
+                f"chosen, after {estimating(self.reselect)}: make more, or lower reselect",
             ),
             (
                 self.pacing and not (scalars or self.upload == "steps"),

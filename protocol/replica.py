@@ -14,6 +14,7 @@ from fwdllm.protocol.descent import descend
 from fwdllm.protocol.federation import FederationConfig
 from fwdllm.protocol.optimizers import OptimizerState
 from fwdllm.protocol.schedule import lr_factor
+from fwdllm.protocol.selection import Selection
 from fwdllm.protocol.space import HEAD, Space
 
 # A seed and its coefficient in a message.
@@ -53,7 +54,8 @@ class Replica:
     """An adapter after ``round`` rounds.
 
     theta: the adapter's parameters, changed in place.  optimizer: state of the server's optimizer.
-    gradient: of the last round that had one, or None.
+    selection: what of a sparse adapter is trained, None of others.  gradient: of the last round
+    that had one, or None.
     """
 
     def __init__(self, config: FederationConfig, adapter: Adapter) -> None:
@@ -61,6 +63,7 @@ class Replica:
         self.space = Space(adapter, config)
         self.round = 0
         self.optimizer = OptimizerState.initial(config, self.space.size)
+        self.selection = Selection.of(self.space.directions(None), config.rounds, config.seed)
         self.gradient: np.ndarray | None = None
 
     @property
@@ -75,8 +78,13 @@ class Replica:
         """
         if update.round != self.round:
             raise ValueError(f"an update of round {update.round} does not follow {self.round}")
-        if not update.empty:
-            self._step(self.gradient_of(update) if gradient is None else gradient)
+        if update.empty:
+            gradient = None
+        else:
+            gradient = self.gradient_of(update) if gradient is None else gradient
+            self._step(gradient)
+        if self.selection is not None:
+            self.selection.advance(self.round, gradient, self.theta, self.optimizer)
         self.round += 1
 
     def gradient_of(self, update: Update) -> np.ndarray:
@@ -102,6 +110,8 @@ class Replica:
         """The state as plain arrays."""
         optimizer = {f"optimizer.{k}": v for k, v in self.optimizer.to_arrays().items()}
         arrays = {"round": np.array(self.round, np.int64), "theta": self.theta, **optimizer}
+        if self.selection is not None:
+            arrays |= self.selection.to_arrays()
         return arrays if self.gradient is None else {**arrays, "gradient": self.gradient}
 
     def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -116,7 +126,10 @@ class Replica:
             raise ValueError(f"a gradient of {gradient.size} is not {self.space.size}")
         saved = {k.removeprefix("optimizer."): v for k, v in arrays.items() if "." in k}
         config = self.config
-        self.optimizer = OptimizerState.from_arrays(config, self.space.size, saved)
+        optimizer = OptimizerState.from_arrays(config, self.space.size, saved)
+        if self.selection is not None:
+            self.selection.load_arrays(int(arrays["round"]), arrays)
+        self.optimizer = optimizer
         self.gradient = None if gradient is None else gradient.copy()
         self.theta[:] = theta
         self.round = int(arrays["round"])
@@ -127,13 +140,14 @@ class Replica:
             self.optimizer.step, {k: v.copy() for k, v in self.optimizer.slots.items()}
         )
         directions = self.space.directions(None)
+        moving = gradient if self.selection is None else self.selection.of_trained(gradient)
         with np.errstate(over="ignore", invalid="ignore"):
             descend(
                 self.space.adapter,
                 directions,
                 self.config,
                 self.optimizer,
-                gradient,
+                moving,
                 *self.rates(),
             )
         if not np.isfinite(self.theta).all():

@@ -57,6 +57,21 @@ RUNS: dict[str, dict[str, Any]] = {
     # One seed of the head, which is less than the head itself.
     "small": {"seeds": "shared", "head_perturbations": 1, "snapshot_every": 2},
     "steps": {"upload": "steps", "local_steps": 2, "seeds": "pool", "pool_size": 64},
+    # Snapshots between the rounds that choose, when their sums are not complete.
+    "sparse": {
+        "directions": "sparse",
+        "keep": 0.5,
+        "reselect": 8,
+        "split": True,
+        "snapshot_every": 1,
+    },
+    "spiel": {
+        "directions": "spiel",
+        "keep": 0.9,
+        "reselect": 2,
+        "optimizer": "yogi",
+        "snapshot_every": 3,
+    },
     "weights": {"upload": "weights", "local_steps": 2, "split": True, "snapshot_every": 2},
 }
 
