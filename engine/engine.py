@@ -175,7 +175,7 @@ class Engine:
     ) -> None:
         """Use the directions of ``config`` by default from now on; see ``make_directions``.
 
-        examples: data by which "sparse" chooses its mask and "spiel" its columns.
+        examples: data by which "sparse" chooses its mask.
         """
         if self.adapter is None:
             raise ConfigError("directions need an adapter to perturb")

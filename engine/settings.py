@@ -233,9 +233,7 @@ class DirectionsConfig:
     )
     dimension: int = setting(8, "Of subzero's subspaces.", low=1, high=2**28)
     keep: float = setting(0.1, "Share that sparse or spiel trains.", low=0, high=1, open="l")
-    reselect: int = setting(
-        40, "Updates between choices of what spiel trains.", low=1, high=2**28
-    )
+    reselect: int = setting(40, "Updates between choices of what spiel trains.", low=1, high=2**28)
     scope: Scope | None = None
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 
-from fwdllm.engine.directions import Directions
+from fwdllm.engine.directions import Directions, Sparse
 from fwdllm.engine.errors import DataError, NumericsError
 from fwdllm.engine.settings import EXACT_METHODS
 from fwdllm.protocol.config import TrainConfig
@@ -115,7 +115,8 @@ class StepResult:
 
     derivatives: of the accepted contributions; empty, as there are too many to keep, where every
     example or activation has its own, or none.  lr: the adapter's rate.  gradient_norm: L2 of
-    what is trained of the gradient, head included, before it is scaled down.  n_tokens: lane-tokens forwarded.
+    what is trained of the gradient, head included, before it is scaled down.  n_tokens: lane-tokens
+    forwarded.
     """
 
     step: int
@@ -284,6 +285,12 @@ def n_trainable(engine: TrainingEngine) -> int:
     """What the optimizer sees: coordinates of the directions, then the head's parameters."""
     adapter = engine.adapter
     return engine.directions.size + adapter.theta.size - adapter.n_lora
+
+
+def n_trained(engine: TrainingEngine) -> int:
+    """As ``n_trainable``, without coordinates that sparse directions leave alone."""
+    directions, n = engine.directions, n_trainable(engine)
+    return n - directions.size + directions.n_trained if isinstance(directions, Sparse) else n
 
 
 def forward_gradient(

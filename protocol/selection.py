@@ -41,7 +41,6 @@ class Selection:
             raise ConfigError(too_short(steps, choice.reselect))
         n = len(choice.candidates)
         self._keys = entry_keys(seed, n)
-        self._n_trained = max(1, round(choice.keep * n))
         self._trained = np.zeros(n, bool)
         self._sums = np.zeros(n, np.float32)
         self._prepare(0)
@@ -75,7 +74,7 @@ class Selection:
         if gradient is not None and self._estimates(step):
             self._sums += gradient[self._choice.candidates]
         if step + 1 == self._window:
-            self._trained[self._best(self._sums, self._n_trained)] = True
+            self._trained[self._best(self._sums, self._choice.n_trained)] = True
             self._sums[:] = 0
         elif self._replaces(step) and (step + 1) % self._choice.reselect == 0:
             self._replace(step, theta, optimizer)
@@ -122,11 +121,11 @@ class Selection:
     def _replace(self, step: int, theta: np.ndarray, optimizer: OptimizerState) -> None:
         trained, candidates = self._trained, self._choice.candidates
         share = _REPLACED * (1 - (step + 1) / self._steps)
-        n = min(int(share * self._n_trained), len(trained) - self._n_trained)
+        n = min(int(share * self._choice.n_trained), len(trained) - self._choice.n_trained)
         # An entry was zero when it was taken, so its value is what it has moved.
         moved = np.where(trained, theta[candidates], np.inf)
         dropped = np.lexsort((self._keys, np.abs(moved)))[:n]
-        taken = self._best(np.where(trained, 0, self._sums), n + self._n_trained)
+        taken = self._best(np.where(trained, 0, self._sums), n + self._choice.n_trained)
         taken = taken[~trained[taken]][:n]
         trained[dropped], trained[taken] = False, True
         theta[candidates[dropped]] = 0

@@ -26,10 +26,10 @@ def make_directions(
 ) -> Directions:
     """The directions for an adapter that is not trained yet; "lora-xs" and "spiel" also set its A.
 
-    seed: of the random subspaces of "subzero".  mean_squares: returns the mean squares of the
-    targets' inputs, for the mask of "sparse" and the columns of "spiel"; see ``foresight_mask`` and
-    ``spiel``. None where there is no model: "sparse" then chooses in training, once.  decoded:
-    returns a target's weight, float32 [n_out, n_in].
+    seed: of the random subspaces of "subzero" and the columns of "spiel".  mean_squares: returns
+    the mean squares of the targets' inputs, for the mask of "sparse"; see ``foresight_mask``. None
+    where there is no model: its mask is then chosen in training, once.  decoded: returns a target's
+    weight, float32 [n_out, n_in].
     """
     if config.kind == "lora-fa":
         return lora_fa(adapter, config.scope)
@@ -43,5 +43,5 @@ def make_directions(
             return chosen_in_training(dense, config.keep, config.reselect, again=False)
         return Sparse(dense, foresight_mask(adapter, mean_squares(), config.keep))
     if config.kind == "spiel":
-        return spiel(adapter, config, seed, mean_squares() if mean_squares else None)
+        return spiel(adapter, config, seed)
     return Dense(adapter, config.kind, config.scope)

@@ -27,6 +27,11 @@ class Choice:
     reselect: int
     again: bool
 
+    @property
+    def n_trained(self) -> int:
+        """How many of the candidates are trained at a time."""
+        return max(1, round(self.keep * len(self.candidates)))
+
 
 @dataclass(frozen=True, eq=False)
 class Sparse:
@@ -56,6 +61,11 @@ class Sparse:
     @property
     def targets(self) -> tuple[Target, ...]:
         return self.dense.targets
+
+    @property
+    def n_trained(self) -> int:
+        """How many parameters are trained at a time."""
+        return self.choice.n_trained if self.choice else int(self.mask.sum())
 
     def lora(self, target: Target, theta: Array | None = None) -> LoRA:
         rank = self.dense.adapter.config.rank

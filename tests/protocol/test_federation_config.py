@@ -190,7 +190,10 @@ CONTRADICTIONS = {
     "a split of lora-fa": ({"split": True, "directions": "lora-fa"}, "split.*lora-fa"),
     "a split of subzero": ({"split": True, "directions": "subzero"}, "split.*subzero"),
     "sparse weights": ({"directions": "sparse", "upload": "weights"}, "sparse are chosen by.*scal"),
-    "steps of spiel": ({"directions": "spiel", "upload": "steps"}, "spiel are chosen by .* scalars"),
+    "steps of spiel": (
+        {"directions": "spiel", "upload": "steps"},
+        "spiel are chosen by .* scalars",
+    ),
     "paced sparse directions": ({"directions": "spiel", "pacing": True}, "one threshold"),
     "a run that ends before a choice": (
         {"directions": "sparse", "reselect": 40},
