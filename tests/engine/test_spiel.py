@@ -9,10 +9,20 @@ import numpy as np
 import pytest
 from cli_runs import MODEL, make_cli, pirate_rows, write_rows
 
-from fwdllm import DirectionsConfig, Engine, LoRAConfig, TrainConfig, evaluate, recipe, tune
+from fwdllm import (
+    DirectionsConfig,
+    Engine,
+    LoRAConfig,
+    TrainConfig,
+    evaluate,
+    read_jsonl,
+    recipe,
+    tune,
+)
 from fwdllm.engine.adapters.adapter import Adapter
 from fwdllm.engine.directions import spiel
 from fwdllm.engine.errors import ConfigError
+from fwdllm.engine.llamacpp import generation
 from fwdllm.engine.settings import METHODS, Scope
 from fwdllm.kernels import cpu
 from fwdllm.protocol.local import StepResult
@@ -114,6 +124,18 @@ def test_a_folder_of_peft_has_the_same_entries(data: Path, tmp_path: Path) -> No
     assert entries(gguf.adapter) == entries(peft.adapter)
     losses = [evaluate(MODEL, data, adapter=r.adapter).loss for r in (gguf, peft)]
     assert losses[0] == losses[1]
+
+
+def test_llama_cpp_computes_with_it(data: Path, tmp_path: Path) -> None:
+    result = run(data, tmp_path / "a.gguf", "backprop")
+    ids = Engine.load(MODEL).encode(read_jsonl(data)[:1]).ids.tolist()
+    plain, want, found = (
+        Engine.load(MODEL, exact=True).logits(ids),
+        Engine.load(MODEL, adapter=result.adapter, exact=True).logits(ids),
+        generation.logits(MODEL, ids, result.adapter),
+    )
+    moved = np.linalg.norm(want - plain)
+    assert np.linalg.norm(found - want) < 0.1 * moved
 
 
 def test_a_run_stopped_anywhere_comes_to_the_same_bytes(data: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,22 @@ from fwdllm.engine.adapters.adapter import Adapter
 from fwdllm.engine.directions import Dense, Sparse
 from fwdllm.engine.directions.sparse import chosen_in_training
 from fwdllm.engine.engine import Engine
+from fwdllm.engine.files import fingerprint
 from fwdllm.engine.settings import LoRAConfig, estimating
 from fwdllm.federation.simulation import Closed, Event, Partition, simulate
 from fwdllm.federation.summary import check_adapter
 from fwdllm.kernels import cpu
+from fwdllm.protocol import wire
 from fwdllm.protocol.federation import FederationConfig
+from fwdllm.protocol.flower.messages import Settings, Task
+from fwdllm.protocol.flower.node import Node, NodeConfig
 from fwdllm.protocol.ledger import NAME, Ledger
 from fwdllm.protocol.optimizers import OptimizerState
 from fwdllm.protocol.presets import preset
+from fwdllm.protocol.records import Meta
 from fwdllm.protocol.replay import verify
 from fwdllm.protocol.selection import Selection
+from fwdllm.protocol.server import Server
 
 STEPS, RESELECT = 100, 8
 WINDOW = estimating(RESELECT)
@@ -232,3 +239,32 @@ def test_a_federation_stopped_and_resumed_replays(
     n_trained = round(0.25 * sum(lora.b.size for lora in factors))
     assert 0.9 * n_trained < sum(np.count_nonzero(lora.b) for lora in factors) <= n_trained
     assert all(np.count_nonzero(f.a) == len(f.a) for f in factors) == (directions == "spiel")
+
+
+def test_a_node_follows_from_state_to_state(bundled: Path, tmp_path: Path) -> None:
+    """What it keeps between messages has what a choice is made of."""
+    config = preset(
+        "spry", rounds=9, directions="spiel", reselect=4, batch_size=2, max_tokens=24, split=False
+    )
+    settings = Settings(config, LoRAConfig(2, 4), (), str(bundled), "", "", 1)
+    adapter = settings.engine(str(bundled)).adapter
+    assert adapter is not None
+    meta = Meta.of(config, adapter, config.seed, dict(fingerprint(bundled)), 1)
+    node = Node(NodeConfig(str(write_rows(tmp_path / "few.jsonl", pirate_rows(10)))))
+    state: bytes | None = None
+    with Ledger.create(tmp_path / NAME, meta) as ledger:
+        server = Server(ledger)
+        while not server.done:
+            (a,) = server.open_part([0], 0.0)
+            task = Task(
+                wire.encode_assignment(a), server.synchronize(0), json.dumps(ledger.meta.model)
+            )
+            report, state = node.answer(settings, task, state)
+            assert report is not None
+            assert state is not None
+            kept = wire.decode_state(state)
+            want = server.replica.to_arrays()
+            assert all(kept[n].tobytes() == want[n].tobytes() for n in ("theta", "trained", "sums"))
+            assert server.receive(0, report, 1.0) is None
+            server.close_part(1.0)
+        assert server.replica.theta[: adapter.n_lora].any()
