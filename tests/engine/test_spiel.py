@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,16 @@ def test_a_checkpoint_of_other_directions_is_refused(data: Path, tmp_path: Path)
     with pytest.raises(ConfigError, match="does not fit: it is of a sparse adapter"):
         run(data, result.adapter, "backprop", 4, directions=DirectionsConfig(
             "normal", keep=0.25, reselect=4), resume=True)  # fmt: skip
+
+
+def test_a_run_that_an_older_version_began_goes_on(data: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"steps": 2, "directions": DirectionsConfig("lora-fa")}
+    result = run(data, tmp_path / "a.gguf", "backprop", **options)
+    config = result.run_dir / "config.json"
+    recorded = json.loads(config.read_text())
+    del recorded["directions"]["reselect"]
+    config.write_text(json.dumps(recorded))
+    assert run(data, tmp_path / "a.gguf", "backprop", **options, resume=True).steps == 2
 
 
 def test_a_run_too_short_to_choose_leaves_a_sentence_and_no_files(
