@@ -22,7 +22,7 @@ EXACT_METHODS = ("backprop", "readout")
 METHODS = SLOPE_METHODS + EXACT_METHODS
 # Of these and of ``estimators.activation``, those that need a graph of our own.
 OWN_METHODS = ("forward-ad", "backprop", "activation")
-DIRECTIONS = ("normal", "rademacher", "lora-fa", "lora-xs", "subzero", "sparse")
+DIRECTIONS = ("normal", "rademacher", "lora-fa", "lora-xs", "subzero", "sparse", "spiel")
 
 # Step along a direction of unit variance per parameter; docs/decisions.md has the sweep.
 DEFAULT_EPSILON = 1e-3
@@ -222,21 +222,32 @@ def _listed(values: Sequence[object]) -> str:
 class DirectionsConfig:
     """Which directions a run uses; ``engine.directions.make`` makes them.
 
-    kind: one of DIRECTIONS.  dimension: of subzero's subspaces.  keep: share of the parameters that
-    sparse trains, above 0 and at most 1.
-    scope: the part of the adapter that is trained.  Errors: ConfigError.
+    kind: one of DIRECTIONS.  dimension: of subzero's subspaces.  keep: share that is trained, of
+    the parameters by sparse, of the entries of the chosen columns by spiel; above 0 and at most 1.
+    reselect: see ``estimating``.  scope: the part of the adapter that is trained.
+    Errors: ConfigError.
     """
 
     kind: str = setting(
         "normal", f"{', '.join(DIRECTIONS[:-1])} or {DIRECTIONS[-1]}.", flags=("--directions",)
     )
     dimension: int = setting(8, "Of subzero's subspaces.", low=1, high=2**28)
-    keep: float = setting(0.1, "Share of the parameters sparse trains.", low=0, high=1, open="l")
+    keep: float = setting(0.1, "Share that sparse or spiel trains.", low=0, high=1, open="l")
+    reselect: int = setting(40, "Updates between choices of what spiel trains.", low=1, high=2**28)
     scope: Scope | None = None
 
     def __post_init__(self) -> None:
+        check(self)
         if self.kind not in DIRECTIONS:
             raise ConfigError(f"directions are {', '.join(DIRECTIONS)}, not {self.kind!r}")
+
+
+def estimating(reselect: int) -> int:
+    """How many updates before a choice of what is trained estimate all that could be.
+
+    reselect: updates from one choice to the next, at least 1.
+    """
+    return max(1, reselect // 4)
 
 
 def is_whole(value: object) -> bool:

@@ -11,6 +11,7 @@ from fwdllm.engine.settings import (
     DirectionsConfig,
     check,
     described,
+    estimating,
     setting,
     settings_of,
 )
@@ -28,8 +29,10 @@ POOLS = ("pool", WEIGHTED_POOL)
 SEEDS = ("own", "shared", *POOLS)
 UPLOADS = ("scalars", "steps", "projection", "weights")
 AGGREGATES = ("mean", "bounded", "screened", "trimmed", "median")
-# The server holds no model weights, so directions that need weights or data are left out.
-FEDERATED_DIRECTIONS = ("normal", "rademacher", "lora-fa", "subzero")
+# The server holds no model weights, so directions that need weights are left out; the sparse ones,
+# which need data elsewhere, are chosen here by the clients' slopes.
+SPARSE_DIRECTIONS = ("sparse", "spiel")
+FEDERATED_DIRECTIONS = ("normal", "rademacher", "lora-fa", "subzero", *SPARSE_DIRECTIONS)
 
 # Flags that came after the first ledgers.
 _LATER = ("adaptive", "secure")
@@ -96,6 +99,20 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
         low=1,
         high=MAX_INDEX,
     )
+    keep: float = setting(
+        DirectionsConfig.keep,
+        settings_of(DirectionsConfig)["keep"].help,
+        low=0,
+        high=1,
+        open="l",
+    )
+    reselect: int = setting(
+        DirectionsConfig.reselect,
+        "Rounds between choices of what spiel trains; a fourth of them come before the first "
+        "choice, spiel's or sparse's.",
+        low=1,
+        high=MAX_INDEX,
+    )
     split: bool = setting(False, "Every client perturbs its share of the layers.")
     adaptive: bool = setting(False, "Slower clients get less to do.")
     local_steps: int = setting(1, "Steps of a client in a part.", low=1, high=4096)
@@ -150,6 +167,7 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
         by_coordinate = self.aggregate in ("trimmed", "median")
         robust, private = self.aggregate != "mean", self.sigma > 0
         shared_scalars = self.one_step_of_seeds and self.seeds == "shared"
+        sparse = self.directions in SPARSE_DIRECTIONS
         return [
             (
                 scalars and self.local_steps != 1,
@@ -186,7 +204,7 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
                 "or weights there are median and trimmed",
             ),
             (
-                self.split and self.directions not in ("normal", "rademacher"),
+                self.split and not sparse and self.directions not in ("normal", "rademacher"),
                 f"layers cannot be split among clients with directions {self.directions}",
             ),
             (
@@ -204,6 +222,20 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
                 and (self.per_round < 2 or (self.perturbations < 2 and not self.split)),
                 "adaptive deals out the perturbations of a part again, so it needs two clients and "
                 "two perturbations, or a split",
+            ),
+            (
+                sparse and not scalars,
+                f"directions {self.directions} are chosen by the clients' scalars: upload those",
+            ),
+            (
+                sparse and self.pacing,
+                f"pacing needs one threshold, and directions {self.directions} estimate now more "
+                "parameters, now fewer",
+            ),
+            (
+                sparse and self.rounds <= estimating(self.reselect),
+                f"{self.rounds} rounds are over before directions {self.directions} have been "
+                f"chosen, after {estimating(self.reselect)}: make more, or lower reselect",
             ),
             (
                 self.pacing and self.upload == "weights",

@@ -8,13 +8,13 @@ happens here: the caller prints, saves and stops by consuming the events.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 
-from fwdllm.engine.directions import Directions
+from fwdllm.engine.directions import Directions, Sparse
 from fwdllm.engine.errors import DataError, NumericsError
 from fwdllm.engine.settings import EXACT_METHODS
 from fwdllm.protocol.config import TrainConfig
@@ -24,6 +24,7 @@ from fwdllm.protocol.optimizers import OptimizerState
 from fwdllm.protocol.phases import ActivationEngine, Phases, activation_step
 from fwdllm.protocol.schedule import lr_factor
 from fwdllm.protocol.seeds import batch_indices, derive_seeds
+from fwdllm.protocol.selection import Selection
 
 if TYPE_CHECKING:
     from fwdllm.engine.data.batch import Batch
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from fwdllm.engine.estimators.activation import Gradient
     from fwdllm.engine.estimators.plan import Probe
     from fwdllm.engine.evaluation import Evaluation
+
+
+# In the names of a checkpoint's arrays.
+_SELECTION = "selection."
 
 
 class TrainingEngine(ActivationEngine, Protocol):
@@ -66,17 +71,42 @@ class TrainingEngine(ActivationEngine, Protocol):
 class TrainState:
     """What a run resumes from, together with theta.
 
-    step: updates completed.  optimizer: the optimizer's running averages.
+    step: updates completed.  optimizer: the optimizer's running averages.  selection: what of a
+    sparse adapter is trained, None of others.
     """
 
     step: int
     optimizer: OptimizerState
+    selection: Selection | None = None
 
     @staticmethod
     def initial(config: TrainConfig, engine: TrainingEngine) -> TrainState:
         """The state before the first step."""
-        n = n_trainable(engine)
-        return TrainState(0, OptimizerState.initial(config, n))
+        optimizer = OptimizerState.initial(config, n_trainable(engine))
+        selection = Selection.of(engine.directions, config.steps, config.seed)
+        return TrainState(0, optimizer, selection)
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """What a checkpoint keeps beside theta and the step, as plain arrays."""
+        chosen = {} if self.selection is None else self.selection.to_arrays()
+        names = {_SELECTION + name: array for name, array in chosen.items()}
+        return {**self.optimizer.to_arrays(), **names}
+
+    @staticmethod
+    def from_arrays(
+        config: TrainConfig, engine: TrainingEngine, step: int, arrays: Mapping[str, np.ndarray]
+    ) -> TrainState:
+        """The state after ``step`` updates from ``to_arrays``; ValueError if it does not fit."""
+        state = TrainState.initial(config, engine)
+        chosen = {n.removeprefix(_SELECTION): a for n, a in arrays.items() if _SELECTION in n}
+        others = {name: a for name, a in arrays.items() if _SELECTION not in name}
+        state.optimizer = OptimizerState.from_arrays(config, n_trainable(engine), others)
+        if state.selection is not None:
+            state.selection.load_arrays(step, chosen)
+        elif chosen:
+            raise ValueError("it is of a sparse adapter")
+        state.step = step
+        return state
 
 
 @dataclass(frozen=True)
@@ -85,7 +115,8 @@ class StepResult:
 
     derivatives: of the accepted contributions; empty, as there are too many to keep, where every
     example or activation has its own, or none.  lr: the adapter's rate.  gradient_norm: L2 of
-    the gradient, head included, before it is scaled down.  n_tokens: lane-tokens forwarded.
+    what is trained of the gradient, head included, before it is scaled down.  n_tokens: lane-tokens
+    forwarded.
     """
 
     step: int
@@ -164,7 +195,8 @@ def train_step(
         found = _of_gradient(engine, engine.gradient(batch, config.method))
     else:
         found = _by_perturbations(engine, config, state, batch, seeds, len(chosen))
-    gradient = found.gradient
+    selection = state.selection
+    gradient = found.gradient if selection is None else selection.of_trained(found.gradient)
     norm = _norm(gradient)
     if not math.isfinite(norm):
         raise NumericsError(f"the gradient of step {state.step + 1} is not finite")
@@ -172,6 +204,8 @@ def train_step(
     if most is not None and norm > most:
         gradient = gradient * np.float32(most / norm)
     lr = _update(engine, config, state, gradient)
+    if selection is not None:
+        selection.advance(state.step - 1, found.gradient, engine.adapter.theta, state.optimizer)
     return StepResult(
         step=state.step,
         loss=found.loss,
@@ -251,6 +285,12 @@ def n_trainable(engine: TrainingEngine) -> int:
     """What the optimizer sees: coordinates of the directions, then the head's parameters."""
     adapter = engine.adapter
     return engine.directions.size + adapter.theta.size - adapter.n_lora
+
+
+def n_trained(engine: TrainingEngine) -> int:
+    """As ``n_trainable``, without coordinates that sparse directions leave alone."""
+    directions, n = engine.directions, n_trainable(engine)
+    return n - directions.size + directions.n_trained if isinstance(directions, Sparse) else n
 
 
 def forward_gradient(

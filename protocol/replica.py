@@ -16,6 +16,7 @@ from fwdllm.protocol.optimizers import OptimizerState
 from fwdllm.protocol.pool import WeightedPool
 from fwdllm.protocol.robust import Standing
 from fwdllm.protocol.schedule import lr_factor
+from fwdllm.protocol.selection import Selection
 from fwdllm.protocol.space import HEAD, Space
 
 # A seed and its coefficient in a message.
@@ -55,9 +56,10 @@ class Replica:
     """An adapter after ``round`` rounds.
 
     theta: the adapter's parameters, changed in place.  optimizer: state of the server's optimizer.
-    gradient: of the last round that had one, or None.  pool: what the rounds told of the seeds of a
-    weighted pool, None in runs without one.  standing: what earlier answers say about
-    clients, None where that does not matter, and on clients.
+    selection: what of a sparse adapter is trained, None of others.  gradient: of the last round
+    that had one, or None.  pool: what the rounds told of the seeds of a weighted pool, None in runs
+    without one.  standing: what earlier answers say about clients, None where that does not matter,
+    and on clients.
     """
 
     def __init__(self, config: FederationConfig, adapter: Adapter) -> None:
@@ -65,6 +67,7 @@ class Replica:
         self.space = Space(adapter, config)
         self.round = 0
         self.optimizer = OptimizerState.initial(config, self.space.size)
+        self.selection = Selection.of(self.space.directions(None), config.rounds, config.seed)
         self.gradient: np.ndarray | None = None
         self.pool = WeightedPool.of(config) if config.seeds == WEIGHTED_POOL else None
         self.standing: Standing | None = None
@@ -87,12 +90,17 @@ class Replica:
         """
         if update.round != self.round:
             raise ValueError(f"an update of round {update.round} does not follow {self.round}")
-        if not update.empty:
-            self._step(self.gradient_of(update) if gradient is None else gradient)
+        if update.empty:
+            gradient = None
+        else:
+            gradient = self.gradient_of(update) if gradient is None else gradient
+            self._step(gradient)
             if self.pool is not None:
                 for term in update.terms:
                     if term.layers != HEAD:  # a head's seeds are of no pool
                         self.pool.count(term.seeds, term.coefficients)
+        if self.selection is not None:
+            self.selection.advance(self.round, gradient, self.theta, self.optimizer)
         self.standing = standing
         self.round += 1
 
@@ -122,6 +130,8 @@ class Replica:
         """
         optimizer = {f"optimizer.{k}": v for k, v in self.optimizer.to_arrays().items()}
         arrays = {"round": np.array(self.round, np.int64), "theta": self.theta, **optimizer}
+        if self.selection is not None:
+            arrays |= self.selection.to_arrays()
         if self.pool is not None and not public:
             arrays |= {"amplitudes": self.pool.amplitudes, "draws": self.pool.draws}
         if self.gradient is not None and not public:
@@ -143,7 +153,10 @@ class Replica:
         of_optimizer, of_standing = _named("optimizer.", arrays), _named("standing.", arrays)
         standing = Standing.from_arrays(of_standing, self.space.size) if of_standing else None
         config = self.config
-        self.optimizer = OptimizerState.from_arrays(config, self.space.size, of_optimizer)
+        optimizer = OptimizerState.from_arrays(config, self.space.size, of_optimizer)
+        if self.selection is not None:
+            self.selection.load_arrays(int(arrays["round"]), arrays)
+        self.optimizer = optimizer
         self.standing = standing
         self.gradient = None if gradient is None else gradient.copy()
         if self.pool is not None:
@@ -157,13 +170,14 @@ class Replica:
             self.optimizer.step, {k: v.copy() for k, v in self.optimizer.slots.items()}
         )
         directions = self.space.directions(None)
+        moving = gradient if self.selection is None else self.selection.of_trained(gradient)
         with np.errstate(over="ignore", invalid="ignore"):
             descend(
                 self.space.adapter,
                 directions,
                 self.config,
                 self.optimizer,
-                gradient,
+                moving,
                 *self.rates(),
             )
         if not np.isfinite(self.theta).all():

@@ -37,6 +37,14 @@ def client_keys(run_seed: int, round: int, count: int, first: int = 0) -> np.nda
     return _draw(run_seed, _CLIENTS, round, count, first)
 
 
+def entry_keys(run_seed: int, count: int) -> np.ndarray:
+    """One random number for each entry of a sparse adapter: uint64 [count].
+
+    Errors: as ``derive_seeds``.
+    """
+    return _draw(run_seed, _CLIENTS, MAX_ROUNDS - 1, count)  # a round that no run has
+
+
 def batch_indices(run_seed: int, step: int, n_examples: int, batch_size: int) -> np.ndarray:
     """The examples of step ``step``: int64 [min(batch_size, n_examples)].
 

@@ -6,14 +6,14 @@ of layers, None for all layers of the adapter, or HEAD for the classification he
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NoReturn, TypeAlias
 
 import numpy as np
 
 from fwdllm.engine.adapters.adapter import Adapter
-from fwdllm.engine.directions import Directions, make_directions
+from fwdllm.engine.directions import Directions, Sparse, make_directions
 from fwdllm.engine.directions.dense import Dense
 from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.settings import DirectionsConfig, Scope
@@ -50,12 +50,9 @@ class Space:
         return tuple(sorted({t.layer for t in self.adapter.targets}))
 
     def directions(self, layers: Layers) -> Directions:
-        """The directions that seeds stand for in a scope."""
+        """The directions that seeds stand for in a scope; sparse ones have one mask for all."""
         if layers not in self._directions:
-            scope = Scope(layers)
-            config = DirectionsConfig(self.config.directions, self.config.dimension, scope=scope)
-            made = make_directions(config, self.adapter, self.config.seed, _no_weights, _no_weights)
-            self._directions[layers] = made
+            self._directions[layers] = self._made(layers)
         return self._directions[layers]
 
     def add(
@@ -95,6 +92,8 @@ class Space:
         if layers == HEAD:
             return [(self.n_coordinates, self.size)]
         directions = self.directions(layers)
+        if isinstance(directions, Sparse):
+            directions = directions.dense
         if layers is None or not isinstance(directions, Dense):
             return [(0, self.n_coordinates)]
         return directions.ranges  # in split runs coordinates are parameters
@@ -114,6 +113,14 @@ class Space:
     def packed_size(self, layers: Layers) -> int:
         """Number of elements that ``pack`` returns."""
         return sum(end - start for start, end in self._ranges(layers))
+
+    def _made(self, layers: Layers) -> Directions:
+        c, scope = self.config, Scope(layers)
+        whole = None if layers is None else self.directions(None)
+        if isinstance(whole, Sparse):
+            return replace(whole, dense=replace(whole.dense, scope=scope))
+        config = DirectionsConfig(c.directions, c.dimension, c.keep, c.reselect, scope)
+        return make_directions(config, self.adapter, c.seed, None, _no_weights)
 
     def _ranges(self, layers: Layers) -> list[tuple[int, int]]:
         return [*self.ranges(layers), *self.ranges(HEAD)]

@@ -116,6 +116,8 @@ _FEDKSEED = {
     "client_learning_rate": 1e-2,
     "head_learning_rate": 30.0,
 }
+# A choice of what is trained after 5 rounds; of spiel another after every 20.
+_SPARSE = {"head_learning_rate": 1e-2, "reselect": 20}
 
 _LOCAL = {**_FEDAVG, "local_steps": 4}
 _ALL = {"per_round": 100, "batch_size": 2, "max_tokens": 192}
@@ -145,6 +147,8 @@ RUNS = {
             "head_learning_rate": 1e-2,
         },
     ),
+    "spry, sparse": Run("spry", {**_SPARSE, "directions": "sparse", "learning_rate": 3e-2}),
+    "spry, spiel": Run("spry", {**_SPARSE, "directions": "spiel", "learning_rate": 3e-3}),
     "mezo": Run("mezo", {"learning_rate": 1e-3, "head_learning_rate": 1.0}),
     # Everybody takes part in every round, with little: noise is for the sum, whoever is in it.
     # epsilon = 8 after the 48 rounds that the budget buys.

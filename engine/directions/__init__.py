@@ -12,12 +12,14 @@ from fwdllm.engine.directions.frozen_a import lora_fa
 from fwdllm.engine.directions.frozen_b import frozen_b
 from fwdllm.engine.directions.lora_xs import lora_xs
 from fwdllm.engine.directions.make import make_directions
-from fwdllm.engine.directions.sparse import Sparse, foresight_mask
+from fwdllm.engine.directions.sparse import Choice, Sparse, foresight_mask
+from fwdllm.engine.directions.spiel import spiel
 from fwdllm.engine.directions.subspace import Bases, Subspace
 from fwdllm.engine.directions.subzero import subzero
 
 __all__ = [
     "Bases",
+    "Choice",
     "Dense",
     "Directions",
     "Sparse",
@@ -27,5 +29,6 @@ __all__ = [
     "lora_fa",
     "lora_xs",
     "make_directions",
+    "spiel",
     "subzero",
 ]

@@ -15,11 +15,34 @@ from fwdllm.kernels.types import LoRA
 
 
 @dataclass(frozen=True, eq=False)
+class Choice:
+    """That training itself chooses the mask, see ``protocol.selection``.
+
+    candidates: int64, ascending; the parameters among which it chooses.  keep: the share of them
+    that is trained.  reselect: updates between choices.  again: False: the first choice stays.
+    """
+
+    candidates: np.ndarray
+    keep: float
+    reselect: int
+    again: bool
+
+    @property
+    def n_trained(self) -> int:
+        """How many of the candidates are trained at a time."""
+        return max(1, round(self.keep * len(self.candidates)))
+
+
+@dataclass(frozen=True, eq=False)
 class Sparse:
-    """Normal numbers where mask, float32 [n_lora], is 1; parameters with a 0 are frozen."""
+    """Normal numbers where mask, float32 [n_lora], is 1; parameters with a 0 are frozen.
+
+    choice: if there is one, the mask changes in place between steps.
+    """
 
     dense: Dense
     mask: np.ndarray
+    choice: Choice | None = None
 
     def __post_init__(self) -> None:
         if self.mask.shape != (self.dense.size,) or self.mask.dtype != np.float32:
@@ -39,6 +62,11 @@ class Sparse:
     def targets(self) -> tuple[Target, ...]:
         return self.dense.targets
 
+    @property
+    def n_trained(self) -> int:
+        """How many parameters are trained at a time."""
+        return self.choice.n_trained if self.choice else int(self.mask.sum())
+
     def lora(self, target: Target, theta: Array | None = None) -> LoRA:
         rank = self.dense.adapter.config.rank
         mask = self.mask[target.offset : target.offset + target.size(rank)]
@@ -55,6 +83,18 @@ class Sparse:
 
     def project(self, theta: np.ndarray) -> np.ndarray:
         return self.dense.project(theta) * self.mask
+
+
+def chosen_in_training(dense: Dense, keep: float, reselect: int, again: bool) -> Sparse:
+    """Directions of entries of B, which training chooses; at first of all of them. See ``Choice``.
+
+    A is frozen: while B is zero its gradient is zero, too, which says nothing about its parameters.
+    """
+    mask = np.zeros(dense.size, np.float32)
+    for target in dense.targets:
+        end = target.offset + target.size(dense.adapter.config.rank)
+        mask[end - dense.adapter.factors(target).b.size : end] = 1
+    return Sparse(dense, mask, Choice(np.flatnonzero(mask), keep, reselect, again))
 
 
 def foresight_mask(

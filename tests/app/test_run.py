@@ -284,7 +284,7 @@ def test_no_damage_to_a_checkpoint_goes_unnoticed(tmp_path: Path) -> None:
         if found is not None:
             assert found.theta.tobytes() == saved.theta.tobytes()
             assert found.step == 2
-            for name, array in found.optimizer.items():
+            for name, array in found.state.items():
                 assert array.tobytes() == optimizer[name].tobytes()
     assert passed_over >= len(cuts) + len(flips) // 2
 

@@ -53,13 +53,13 @@ ROWS = [row(seed=s, round=r) for s in (0, 1) for r in (0, 1, 2 + s)] + [
 
 @pytest.fixture
 def task(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
-    """Ten clients with twenty examples each, for about a round."""
+    """Ten clients with twenty examples each, for about a round; sparse runs choose after one."""
     partitions = {"iid": Partition(10), "dirichlet": Partition(10, alpha=0.5)}
     monkeypatch.setattr(federated, "PARTITIONS", partitions)
     data = tmp_path / "data.jsonl"
     lines = (shared / "data/agnews.train.jsonl").read_bytes().split(b"\n")[:240]
     data.write_bytes(b"\n".join(lines))
-    changes = {"per_round": 2, "batch_size": 2, "max_tokens": 16}
+    changes = {"per_round": 2, "batch_size": 2, "max_tokens": 16, "reselect": 1}
     return Task(shared / "models/minilm-l6-v2.Q4_0.gguf", data, 100, 40, changes)
 
 

@@ -22,6 +22,7 @@ from fwdllm.engine.directions import (
     foresight_mask,
     lora_fa,
     lora_xs,
+    spiel,
     subzero,
 )
 from fwdllm.engine.errors import ConfigError
@@ -49,6 +50,7 @@ MAKERS: dict[str, Callable[[Adapter], Directions]] = {
     "rademacher": lambda a: Dense(a, "rademacher"),
     "scope": lambda a: Dense(a, scope=Scope(layers=(1,), targets=("attn_q", "ffn_up"))),
     "sparse": checkered,
+    "spiel": lambda a: spiel(a, DirectionsConfig("spiel"), 3),
     "lora-fa": lora_fa,
     "lora-xs": lambda a: lora_xs(a, random_weight),
     "subzero": lambda a: subzero(a, 5, seed=3),
@@ -227,6 +229,8 @@ def test_foresight_keeps_what_can_move_the_output(path: Path) -> None:
         (lambda a: Sparse(Dense(a), np.ones(3, np.float32)), "mask"),
         (lambda a: foresight_mask(a, {}, 0.0), "share of parameters"),
         (lambda a: DirectionsConfig("dense"), "directions are normal"),
+        (lambda a: DirectionsConfig("spiel", keep=0.0), "keep must be a number above 0"),
+        (lambda a: DirectionsConfig("spiel", reselect=0), "reselect must be a whole number from 1"),
     ],
 )
 def test_bad_directions(path: Path, make, message: str) -> None:

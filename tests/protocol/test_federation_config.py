@@ -22,6 +22,7 @@ INTEGERS = {
     "batch_size": 1,
     "max_tokens": 2,
     "dimension": 1,
+    "reselect": 1,
     "local_steps": 1,
     "calibration_rounds": 1,
     "max_parts": 1,
@@ -67,6 +68,7 @@ CHOICES = (
     "optimizer",
     "schedule",
 )
+SHARES = ("quorum", "keep")
 FLAGS = ("split", "adaptive", "weighted", "pacing", "secure", "literal")
 NOT_NUMBERS = ("1", True, False, [1], {}, 1j)
 
@@ -82,7 +84,7 @@ def assert_refused(name: str, value: Any) -> None:
 
 def test_every_setting_is_in_one_of_these_tables() -> None:
     # So that a new setting cannot come without a look at its bad values.
-    known = {*INTEGERS, *POSITIVE, *NOT_NEGATIVE, *BELOW, *CHOICES, *FLAGS, "quorum"}
+    known = {*INTEGERS, *POSITIVE, *NOT_NEGATIVE, *BELOW, *CHOICES, *FLAGS, *SHARES}
     assert {field.name for field in fields(FederationConfig)} == known
 
 
@@ -100,7 +102,7 @@ def test_numbers_beyond_what_seeds_and_messages_hold(name: str) -> None:
     assert_refused(name, TOO_LARGE[name])
 
 
-@pytest.mark.parametrize("name", [*POSITIVE, *NOT_NEGATIVE, *BELOW, "quorum"])
+@pytest.mark.parametrize("name", [*POSITIVE, *NOT_NEGATIVE, *BELOW, *SHARES])
 def test_numbers_that_are_none(name: str) -> None:
     for value in (math.nan, math.inf, -math.inf, -1e-9, *NOT_NUMBERS):
         assert_refused(name, value)
@@ -108,7 +110,7 @@ def test_numbers_that_are_none(name: str) -> None:
         assert_refused(name, None)
 
 
-@pytest.mark.parametrize("name", [*POSITIVE, "quorum", "delta"])
+@pytest.mark.parametrize("name", [*POSITIVE, *SHARES, "delta"])
 def test_numbers_above_zero(name: str) -> None:
     assert_refused(name, 0)
     assert_refused(name, 0.0)
@@ -127,14 +129,15 @@ def test_numbers_below_a_border(name: str) -> None:
     assert getattr(make(**{name: inside}), name) == inside
 
 
-def test_a_quorum_may_be_all_and_a_derivative_no_more_than_float32() -> None:
-    assert make(quorum=1).quorum == 1
-    assert_refused("quorum", 1.0000001)
+def test_a_share_may_be_all_and_a_derivative_no_more_than_float32() -> None:
+    for name in SHARES:
+        assert getattr(make(**{name: 1}), name) == 1
+        assert_refused(name, 1.0000001)
     assert make(max_derivative=3e38).max_derivative == 3e38
     assert_refused("max_derivative", 3.5e38)
 
 
-@pytest.mark.parametrize("name", [*POSITIVE, *NOT_NEGATIVE, *BELOW, "quorum"])
+@pytest.mark.parametrize("name", [*POSITIVE, *NOT_NEGATIVE, *BELOW, *SHARES])
 def test_whole_numbers_too_large_for_a_float(name: str) -> None:
     for value in (10**400, -(10**400), 2**1024):
         assert_refused(name, value)
@@ -168,9 +171,8 @@ def test_choices_are_listed(name: str) -> None:
         make(**{name: "none such"})
 
 
-@pytest.mark.parametrize("directions", ["lora-xs", "sparse"])
-def test_directions_that_need_the_model_are_not_for_a_server(directions: str) -> None:
-    assert_refused("directions", directions)
+def test_directions_that_need_the_model_are_not_for_a_server() -> None:
+    assert_refused("directions", "lora-xs")
 
 
 PRIVATE = {"sigma": 1.0, "seeds": "shared", "weighted": False}
@@ -213,6 +215,16 @@ CONTRADICTIONS = {
     ),
     "a split of lora-fa": ({"split": True, "directions": "lora-fa"}, "split.*lora-fa"),
     "a split of subzero": ({"split": True, "directions": "subzero"}, "split.*subzero"),
+    "sparse weights": ({"directions": "sparse", "upload": "weights"}, "sparse are chosen by.*scal"),
+    "steps of spiel": (
+        {"directions": "spiel", "upload": "steps"},
+        "spiel are chosen by .* scalars",
+    ),
+    "paced sparse directions": ({"directions": "spiel", "pacing": True}, "one threshold"),
+    "a run that ends before a choice": (
+        {"directions": "sparse", "reselect": 40},
+        "10 rounds are over before directions sparse have been chosen, after 10",
+    ),
     "pacing of weights": ({"pacing": True, "upload": "weights"}, "^pacing compares scalars"),
     "pacing of one shared perturbation": (
         {"pacing": True, "seeds": "shared", "perturbations": 1},
@@ -268,6 +280,7 @@ def test_contradictions_are_told_in_a_sentence(name: str) -> None:
         {"aggregate": "screened", "upload": "steps", "local_steps": 2, "seeds": "pool"},
         {"candidates": 2},
         {"split": True, "directions": "rademacher"},
+        {"split": True, "directions": "spiel", "reselect": 36},
         PRIVATE,
         {"warmup": 10},
     ],

@@ -67,6 +67,21 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "projection": {**PROJECTION, "split": True, "snapshot_every": 2},
     "shared projection": {**PROJECTION, "seeds": "shared", "aggregate": "median"},
+    # Snapshots between the rounds that choose, when their sums are not complete.
+    "sparse": {
+        "directions": "sparse",
+        "keep": 0.5,
+        "reselect": 8,
+        "split": True,
+        "snapshot_every": 1,
+    },
+    "spiel": {
+        "directions": "spiel",
+        "keep": 0.9,
+        "reselect": 2,
+        "optimizer": "yogi",
+        "snapshot_every": 3,
+    },
     "weights": {"upload": "weights", "local_steps": 2, "split": True, "snapshot_every": 2},
     "bounded": {"aggregate": "bounded", "split": True},
     "screened": {"aggregate": "screened", "head_perturbations": 8, "snapshot_every": 2},

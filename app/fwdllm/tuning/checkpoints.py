@@ -1,4 +1,4 @@
-"""Checkpoint files: step-N.npz holds theta, the optimizer's arrays and the step.
+"""Checkpoint files: step-N.npz holds theta, the arrays of the run's state and the step.
 
 Files are written atomically. The npz container has a CRC-32 of every array, so a file that is
 damaged later is recognised when it is read.
@@ -21,7 +21,7 @@ from fwdllm.engine.files import atomic_write
 KEEP = 2
 
 _NAME = re.compile(r"step-(\d+)\.npz")
-_OPTIMIZER = "optimizer."
+_STATE = "optimizer."  # that was all there was of it at first
 
 
 class _Damaged(Exception):
@@ -30,18 +30,18 @@ class _Damaged(Exception):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """theta: float32 [n].  optimizer: ``OptimizerState.to_arrays`` of the same step."""
+    """theta: float32 [n].  state: ``TrainState.to_arrays`` of the same step."""
 
     step: int
     theta: np.ndarray
-    optimizer: dict[str, np.ndarray]
+    state: dict[str, np.ndarray]
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint durably, then delete all but the newest ``KEEP``."""
     path = folder / f"step-{checkpoint.step}.npz"
     arrays: dict[str, Any] = {"step": np.int64(checkpoint.step), "theta": checkpoint.theta}
-    arrays |= {_OPTIMIZER + name: array for name, array in checkpoint.optimizer.items()}
+    arrays |= {_STATE + name: array for name, array in checkpoint.state.items()}
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
     for old in _by_step(folder)[:-KEEP]:
@@ -71,12 +71,12 @@ def set_aside(path: Path) -> Path:
 def _parse(data: bytes, step: int) -> Checkpoint:
     try:
         arrays = _read_npz(data)
-        optimizer = {
-            name.removeprefix(_OPTIMIZER): array
+        state = {
+            name.removeprefix(_STATE): array
             for name, array in arrays.items()
-            if name.startswith(_OPTIMIZER)
+            if name.startswith(_STATE)
         }
-        checkpoint = Checkpoint(int(arrays["step"]), arrays["theta"], optimizer)
+        checkpoint = Checkpoint(int(arrays["step"]), arrays["theta"], state)
     except MemoryError:
         raise
     except Exception as error:  # the zip and npy readers fail in a dozen ways on damaged bytes

@@ -33,17 +33,18 @@ from fwdllm.protocol.local import (
     StepResult,
     TrainingEngine,
     TrainState,
-    n_trainable,
     train,
 )
-from fwdllm.protocol.optimizers import OptimizerState
 from fwdllm.protocol.records import difference
 from fwdllm.resources import rss_bytes
 from fwdllm.tuning import checkpoints
 
 # Settings that earlier versions did not record, with the only value they supported.
 _UNRECORDED = {"device": "cpu", "backend": "fwdllm", "started": None}
-_UNRECORDED_TRAIN: dict[str, Any] = {"max_gradient_norm": None, "literal": True}
+_UNRECORDED_OF: dict[str, dict[str, Any]] = {
+    "train": {"max_gradient_norm": None, "literal": True},
+    "directions": {"reselect": 40},
+}
 
 
 def recorded_start(path: Path) -> datetime | None:
@@ -119,11 +120,11 @@ class RunDirectory:
                 f"adapter {theta.size}; resume with the model and adapter of the run"
             )
         try:
-            optimizer = OptimizerState.from_arrays(config, n_trainable(engine), saved.optimizer)
+            state = TrainState.from_arrays(config, engine, saved.step, saved.state)
         except ValueError as error:
             raise ConfigError(f"the checkpoint in {self.path} does not fit: {error}") from error
         theta[:] = saved.theta
-        return TrainState(saved.step, optimizer)
+        return state
 
     def check(self) -> None:
         """ConfigError if the directory was deleted; there may be one of another run now."""
@@ -142,7 +143,7 @@ class RunDirectory:
         """Write a checkpoint of the state durably; the metrics so far reach the disk before it."""
         self.check()
         os.fsync(self._metrics_file.fileno())
-        checkpoint = checkpoints.Checkpoint(state.step, theta, state.optimizer.to_arrays())
+        checkpoint = checkpoints.Checkpoint(state.step, theta, state.to_arrays())
         return checkpoints.save(self._checkpoints, checkpoint)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -194,12 +195,11 @@ class RunDirectory:
             raise ConfigError(f"{self._config} is damaged: {error}") from error
         unrecorded = {name: _UNRECORDED[name] for name in _UNRECORDED.keys() & config.keys()}
         saved = {**unrecorded, **saved}
-        train = config.get("train")
-        if isinstance(train, dict) and isinstance(saved.get("train"), dict):
-            unrecorded = {
-                name: _UNRECORDED_TRAIN[name] for name in _UNRECORDED_TRAIN.keys() & train.keys()
-            }
-            saved["train"] = {**unrecorded, **saved["train"]}
+        for group, values in _UNRECORDED_OF.items():
+            given = config.get(group)
+            if isinstance(given, dict) and isinstance(saved.get(group), dict):
+                unrecorded = {name: values[name] for name in values.keys() & given.keys()}
+                saved[group] = {**unrecorded, **saved[group]}
         changed = difference(saved, json.loads(json.dumps(config)))
         if changed is not None:
             raise ConfigError(

@@ -33,7 +33,7 @@ from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.engine.settings import EXACT_METHODS, METHODS, DirectionsConfig, LoRAConfig
 from fwdllm.hub import local_path
 from fwdllm.protocol.config import AUTO, TrainConfig
-from fwdllm.protocol.local import Event, StepResult, n_trainable
+from fwdllm.protocol.local import Event, StepResult, n_trained
 from fwdllm.resources import peak_rss_bytes
 from fwdllm.tuning.recipes import recipe_for
 from fwdllm.tuning.run_directory import RunDirectory, recorded_start, train_recorded
@@ -185,7 +185,7 @@ def tune(
         run_dir=folder,
         tokens_per_s=work.n_tokens / work.seconds if work.seconds else 0.0,
         stopped_early=work.step < train.steps,
-        n_trainable=n_trainable(task.engine),
+        n_trainable=n_trained(task.engine),
     )
 
 
@@ -337,7 +337,7 @@ def _follow(
         step,
         train.steps,
         train.method,
-        n_trainable(task.engine),
+        n_trained(task.engine),
         len(task.examples),
         len(task.held_out),
         task.step_tokens,
