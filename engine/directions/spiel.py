@@ -21,8 +21,7 @@ from fwdllm.kernels.reference import philox
 def spiel(adapter: Adapter, config: DirectionsConfig, seed: int) -> Sparse:
     """Directions of the entries of B that training chooses; also sets every A to its columns.
 
-    seed: draws the columns, the same on every machine. Those with the largest inputs, whose
-    gradients are the largest, learn less: their inputs hardly differ between tokens
+    seed: draws the columns, the same on every machine; those with the largest inputs learn less
     (docs/estimators.md).  ConfigError if a target has fewer columns than the rank.
     """
     dense = Dense(adapter, scope=config.scope)
