@@ -21,7 +21,7 @@ from fwdllm.federation.summary import check_adapter
 from fwdllm.kernels import cpu
 from fwdllm.protocol import wire
 from fwdllm.protocol.federation import FederationConfig
-from fwdllm.protocol.flower.messages import Settings, Task
+from fwdllm.protocol.flower.messages import Saved, Settings, Task
 from fwdllm.protocol.flower.node import Node, NodeConfig
 from fwdllm.protocol.ledger import NAME, Ledger
 from fwdllm.protocol.optimizers import OptimizerState
@@ -251,7 +251,7 @@ def test_a_node_follows_from_state_to_state(bundled: Path, tmp_path: Path) -> No
     assert adapter is not None
     meta = Meta.of(config, adapter, config.seed, dict(fingerprint(bundled)), 1)
     node = Node(NodeConfig(str(write_rows(tmp_path / "few.jsonl", pirate_rows(10)))))
-    state: bytes | None = None
+    saved = Saved()
     with Ledger.create(tmp_path / NAME, meta) as ledger:
         server = Server(ledger)
         while not server.done:
@@ -259,10 +259,10 @@ def test_a_node_follows_from_state_to_state(bundled: Path, tmp_path: Path) -> No
             task = Task(
                 wire.encode_assignment(a), server.synchronize(0), json.dumps(ledger.meta.model)
             )
-            report, state = node.answer(settings, task, state)
+            report, saved = node.answer(settings, task, saved)
             assert report is not None
-            assert state is not None
-            kept = wire.decode_state(state)
+            assert saved.state is not None
+            kept = wire.decode_state(saved.state)
             want = server.replica.to_arrays()
             assert all(kept[n].tobytes() == want[n].tobytes() for n in ("theta", "trained", "sums"))
             assert server.receive(0, report, 1.0) is None
