@@ -179,18 +179,20 @@ class Member:
         if data is None:
             return Member()
         raw = json.loads(data)
-        tables = {
-            name: {int(client): bytes.fromhex(row) for client, row in raw[name].items()}
-            for name in ("roster", "shares")
-        }
-        secret = {n: bytes.fromhex(raw[n]) for n in ("seal_secret", "mask_secret", "seed")}
-        places = {name: tuple(raw[name]) for name in ("last", "here")}
+
+        def table(name: str) -> dict[int, bytes]:
+            return {int(client): bytes.fromhex(row) for client, row in raw[name].items()}
+
         return Member(
-            **places,
-            **secret,
-            **tables,
+            last=tuple(raw["last"]),
             client=raw["client"],
+            here=tuple(raw["here"]),
             expected=Stage(raw["expected"]),
+            seal_secret=bytes.fromhex(raw["seal_secret"]),
+            mask_secret=bytes.fromhex(raw["mask_secret"]),
+            seed=bytes.fromhex(raw["seed"]),
+            roster=table("roster"),
+            shares=table("shares"),
         )
 
 

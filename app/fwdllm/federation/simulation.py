@@ -327,7 +327,7 @@ class _Simulation:
             self.server.receive_sum(dict.fromkeys(vectors, b""), heard, arrivals[-1][0])
             return
         values = [np.frombuffer(vector, "<u8") for vector in vectors.values()]
-        total = np.sum(values, axis=0, dtype=np.uint64)
+        total = np.stack(values).sum(axis=0, dtype=np.uint64)
         self.server.receive_sum(vectors, total, arrivals[-1][0])
 
     def _examples(self, client: int) -> Sequence[Example]:
