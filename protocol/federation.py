@@ -53,6 +53,7 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
     pacing: ask for more perturbations of the same adapter, in at most max_parts parts, until the
     variance is at most variance_threshold.  variance_threshold: None: the median variance of the
     first calibration_rounds.
+    keep, reselect: of directions "sparse" and "spiel", see ``protocol.selection``.
     clip, sigma, delta: client-level differential privacy (DPZero). clip bounds the L2 norm of a
     client's scalars; the sum over clients gets noise of standard deviation sigma * clip. A sigma of
     0 means no privacy.
