@@ -72,6 +72,7 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
     pacing: ask for more perturbations of the same adapter, in at most max_parts parts, until the
     variance is at most variance_threshold.  variance_threshold: None: the median variance of the
     first calibration_rounds.
+    keep, reselect: of directions "sparse" and "spiel", see ``protocol.selection``.
     secure: clients' scalars are added under masks, so that the server sees sums alone, of more than
     half of a part's clients (``protocol.secure``). With sigma > 0 the clients add the noise, too.
     clip, sigma, delta: client-level differential privacy (DPZero). clip bounds the L2 norm of a
