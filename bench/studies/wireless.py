@@ -33,7 +33,7 @@ from fwdllm.protocol.privacy import spent_epsilon
 # Of 64 slopes of the head, whose norm is about 16. With K of them it is sqrt(K / 64) of that.
 CLIP = 3.0
 # With 64 directions. A gradient estimated from K of them is sqrt(64 / K) times as long.
-RATE, HEAD_RATE = 1e-3, 1.0
+RATE, HEAD_RATE = 4e-3, 4.0
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def measure(
 
 def report(rows: list[Row]) -> str:
     """Accuracies by K and channel; in brackets the epsilon that was spent."""
-    columns = list(dict.fromkeys((row.snr_db, row.target) for row in rows))
+    columns = sorted({(row.snr_db, row.target) for row in rows}, key=lambda c: (c[1] or 0, c[0]))
     heads = [f"{snr:g} dB" + (f", epsilon {e:g}" if e else "") for snr, e in columns]
     lines = ["| K | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
     found = {(row.k, row.snr_db, row.target): row for row in rows}
