@@ -20,7 +20,7 @@ _Path = str | os.PathLike[str]
 _PYPROJECT = """\
 # A Flower app that fine-tunes {model_name} by forward passes. Start it with
 #     flwr run {folder} YOUR-SUPERLINK
-# docs/federated.md of fwdllm has the whole way, with TLS and authenticated nodes.
+# docs/deployment.md of fwdllm has the whole way, with TLS and authenticated nodes.
 [project]
 name = "fwdllm-federation"
 version = "1.0.0"
