@@ -124,7 +124,7 @@ def test_by_python(setting: tuple[str, type, str, Any]) -> None:
     if table == "federation":
         with_it = {"upload": {"local_steps": 3}, "local_steps": {"upload": "steps"}}
         needed |= with_it.get(name, {})
-        needed |= {"seeds": "shared"} if name in ("aggregate", "sigma") else {}
+        needed |= {"seeds": "shared"} if name in ("aggregate", "sigma", "secure") else {}
         needed |= {"weighted": False} if name == "sigma" else {}
         needed |= {"upload": "weights", "local_steps": 3} if name == "client_optimizer" else {}
         needed |= {"upload": "steps", "local_steps": 3} if name == "seeds" else {}
