@@ -62,8 +62,8 @@ def spent_epsilon(config: FederationConfig, available: Sequence[int]) -> float |
 
     accountant = rdp.RdpAccountant()
     if config.secure:
-        n_parts = sum(n > 0 for n in available)
-        accountant.compose(dp_accounting.ZCDpEvent(0.5 / config.sigma**2), n_parts)
+        for _ in filter(None, available):
+            accountant.compose(dp_accounting.ZCDpEvent(0.5 / config.sigma**2))
         return float(accountant.get_epsilon(config.delta))
     for n_clients, n_parts in Counter(n for n in available if n).items():
         share = min(1.0, config.per_round / n_clients)

@@ -337,6 +337,7 @@ def test_epsilon_is_the_library_s_without_amplification() -> None:
     accountant = rdp.RdpAccountant()
     accountant.compose(dp.GaussianDpEvent(4.42), 48)
     wanted = accountant.get_epsilon(1e-5)
+    assert spent_epsilon(config, []) == spent_epsilon(config, [0]) == 0
     # However many could have been asked: the server knows who was.
     for n in (6, 600):
         assert spent_epsilon(config, [n] * 48) == pytest.approx(wanted, rel=1e-9)
