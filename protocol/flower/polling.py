@@ -7,8 +7,14 @@ import time
 # Flower's own programs look every three seconds. Here at most a quarter of the waiting so far is
 # lost, and a wait of a minute takes 35 looks instead of 20.
 _SHARE, _LEAST, _MOST = 0.25, 0.1, 3.0
+# A look that takes long tells of a server with many others: 200 nodes that look every three seconds
+# are all that one can do. Each then looks a thirtieth of the time, and the server has half of its.
+_BUSY = 30.0
 
 
-def pause(waited: float) -> None:
-    """Sleep until the next look. waited: seconds since the waiting began."""
-    time.sleep(min(max(_SHARE * waited, _LEAST), _MOST))
+def pause(waited: float, took: float = 0.0) -> None:
+    """Sleep until the next look.
+
+    waited: seconds since the waiting began.  took: of them those that the last look took.
+    """
+    time.sleep(max(min(max(_SHARE * waited, _LEAST), _MOST), _BUSY * took))

@@ -112,15 +112,16 @@ class _Node:
         """Answer messages, one after the other, for as long as the connection holds."""
         since = time.monotonic()
         while True:
+            began = time.monotonic()
             found = self._next()
             if found is not None:
                 self._try(*found)
                 since = time.monotonic()
                 continue
-            waited = time.monotonic() - since
-            if waited > _IDLE:
+            now = time.monotonic()
+            if now - since > _IDLE:
                 self._worker.end()
-            pause(waited)
+            pause(now - since, now - began)
 
     def _next(self) -> tuple[Message, Any] | None:
         try:
