@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))
 from flower_network import HOST, FlowerNetwork
 
 from fwdllm.federation.app_directory import init
+from fwdllm.protocol.figures import traffic_by_client
 from fwdllm.protocol.flower.node import NodeConfig
 from fwdllm.protocol.flower.supernode import Link, serve
 from fwdllm.protocol.flower.worker import Worker
@@ -158,7 +159,7 @@ def report(run_dir: Path, seconds: float, memory: Memory) -> None:
         verify(ledger)
         replay(ledger)
         closed = [r.closed for r in ledger.rounds()]
-        traffic = ledger.traffic_by_client()
+        traffic = traffic_by_client(ledger)
         rejected = len(ledger.rejections())
     between = [b - a for a, b in itertools.pairwise(closed)]
     print(
