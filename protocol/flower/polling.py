@@ -8,8 +8,8 @@ import time
 # lost, and a wait of a minute takes 35 looks instead of 20.
 _SHARE, _LEAST, _MOST = 0.25, 0.1, 3.0
 # A look that takes long tells of a server with many others: 200 nodes that look every three seconds
-# are all that one can do. Each then looks a thirtieth of the time, and the server has half of its; a
-# look that had to wait for a server to come back tells nothing, so the pause has a limit.
+# are all that one can do. Each then looks a thirtieth of the time, and the server has half of its.
+# A look that had to wait for a server to come back tells nothing, so the pause has a limit.
 _BUSY, _LONGEST = 30.0, 30.0
 
 

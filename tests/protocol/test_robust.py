@@ -284,6 +284,16 @@ def test_a_few_slopes_and_an_unknown_gradient_say_nothing() -> None:
     )
 
 
+def test_old_answers_are_forgotten() -> None:
+    space = space_of(perturbations=8, head_perturbations=8)
+    standing = Standing(np.ones(space.size, np.float32), {}, NO_SIZES)
+    for _ in range(200):
+        standing = standing.heard(space, answers_of(space, 6, 7))
+    assert len(standing.evidence) == 6
+    for evidence in standing.evidence.values():
+        assert evidence[0, 1] == pytest.approx(1 / (1 - 0.95**2), rel=1e-3)  # of 200 answers, 10
+
+
 def test_a_standing_survives_as_arrays() -> None:
     standing = standing_after(3, "flip", (1,))
     again = Standing.from_arrays(standing.to_arrays(), SPACE.size)
