@@ -52,12 +52,8 @@ def host(link: Link, data: Path, n_nodes: int) -> None:
 
 def await_online(network: FlowerNetwork, n_nodes: int) -> None:
     """Wait until SuperLink knows so many nodes."""
-    while True:
-        with closing(sqlite3.connect(network.database, timeout=10)) as database:
-            found = database.execute("SELECT count(*) FROM node").fetchone()[0]
-        if found >= n_nodes:
-            return
-        time.sleep(1)
+    while len(network.flwr("supernode", "list", "test")["nodes"]) < n_nodes:
+        time.sleep(5)
 
 
 def drive(network: FlowerNetwork, app: Path, kills: int) -> None:
@@ -119,10 +115,11 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     for name, default in (("nodes", 200), ("rounds", 20), ("kills", 0), ("processes", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--in-memory", action="store_true")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fwdllm-") as name:
         folder = Path(name)
-        network = FlowerNetwork(folder / "flower", 0, registered=False)
+        network = FlowerNetwork(folder / "flower", 0, registered=False, in_memory=given.in_memory)
         changes = {"per_round": given.nodes, "batch_size": 1, "perturbations": 1, "max_tokens": 32}
         app = init(
             folder / "app",

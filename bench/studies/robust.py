@@ -2,7 +2,7 @@
 
     python bench/studies/robust.py MODEL.gguf TRAIN.jsonl OUT.jsonl [--rules mean;screened]
         [--attacks flip;scale;constant;collude] [--shares 0,0.1,0.2,0.3] [--partition iid]
-        [--seeds 0] [--clients 40] [--rounds 40] [--set name=value ...]
+        [--seeds 0] [--clients 40] [--rounds 40] [--held-out 400] [--set name=value ...]
     python bench/studies/robust.py --report OUT.jsonl
 
 Runs of ``spry`` on labelled examples, with rates and adapter of ``federated.py``, ten clients asked
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +28,6 @@ from fwdllm.federation.simulation import Partition, simulate
 from fwdllm.protocol.federation import FederationConfig
 from fwdllm.protocol.presets import preset
 
-HELD_OUT = 400
 PARTITIONS: dict[str, float | None] = {"iid": None, "dirichlet": 0.5}
 
 
@@ -77,7 +77,7 @@ def measure(
     fleet: Fleet,
     partition: str,
     n_clients: int,
-    n_held_out: int = HELD_OUT,
+    n_held_out: int,
 ) -> Ended:
     """Train one run to its end."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -108,21 +108,30 @@ def measure(
 
 
 def report(rows: Sequence[Ended]) -> str:
-    """Markdown: of each partition and seed a table of accuracy and loss, one line an attack."""
+    """Markdown: of each partition a table of accuracies, medians and ranges of the seeds."""
     parts = []
-    for partition, seed in dict.fromkeys((row.partition, row.seed) for row in rows):
-        mine = [row for row in rows if (row.partition, row.seed) == (partition, seed)]
+    for partition in dict.fromkeys(row.partition for row in rows):
+        mine = [row for row in rows if row.partition == partition]
         rules = list(dict.fromkeys(row.rule for row in mine))
-        found = {(r.rule, r.attack, r.share): f"{r.accuracy:.1%}, {r.loss:.3f}" for r in mine}
         lines = [
             f"| attack | hostile | {' | '.join(rules)} |",
             "| --- | --- |" + " --- |" * len(rules),
         ]
         for attack, share in dict.fromkeys((row.attack, row.share) for row in mine):
-            cells = [found.get((rule, attack, share), "") for rule in rules]
+            of_attack = [row for row in mine if (row.attack, row.share) == (attack, share)]
+            cells = [_cell([row for row in of_attack if row.rule == rule]) for rule in rules]
             lines.append(f"| {attack} | {share:.0%} | {' | '.join(cells)} |")
-        parts.append("\n".join([f"### {partition}, seed {seed}", "", *lines]))
+        n_seeds = len({row.seed for row in mine})
+        parts.append("\n".join([f"### {partition}, {n_seeds} seeds", "", *lines]))
     return "\n\n".join(parts)
+
+
+def _cell(rows: Sequence[Ended]) -> str:
+    found = sorted(row.accuracy or 0.0 for row in rows)
+    if not found:
+        return ""
+    middle = f"{statistics.median(found):.1%}"
+    return middle if len(found) == 1 else f"{middle} ({found[0]:.1%} to {found[-1]:.1%})"
 
 
 def main() -> None:
@@ -137,6 +146,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--clients", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--held-out", type=int, default=400)
     parser.add_argument("--set", type=setting, nargs="*", default=[], metavar="name=value")
     parser.add_argument("--report", type=Path)
     options = parser.parse_args()
@@ -156,7 +166,13 @@ def _measure_all(options: argparse.Namespace) -> None:
             for rule in options.rules.split(";"):
                 config = config_of(rule, seed, options.rounds, **dict(options.set))
                 row = measure(
-                    options.model, options.data, config, fleet, options.partition, options.clients
+                    options.model,
+                    options.data,
+                    config,
+                    fleet,
+                    options.partition,
+                    options.clients,
+                    options.held_out,
                 )
                 with open(options.output, "a", encoding="utf-8") as out:
                     out.write(json.dumps(asdict(row)) + "\n")

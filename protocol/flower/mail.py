@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable
 from logging import INFO
@@ -12,6 +13,9 @@ from flwr.serverapp import Grid
 
 from fwdllm.protocol.flower.polling import pause
 
+# Messages sent at once. Flower tells nodes of all of them and then brings their parts, by three
+# requests each; a node that is told asks for them again and again until they are there.
+_TOGETHER = 8
 # Seconds for which a late reply is looked for. Each look names all messages that it is for, and a
 # node that has vanished leaves one with every request that it was sent.
 _LATE = 3600.0
@@ -35,8 +39,9 @@ class Mail:
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
         """As Flower's, and with the replies to earlier messages that have come meanwhile."""
-        began = time.monotonic()
-        sent = {id for id in self._grid.push_messages(messages) if id}
+        began, left, sent = time.monotonic(), iter(messages), set()
+        while some := list(itertools.islice(left, _TOGETHER)):
+            sent |= {id for id in self._grid.push_messages(some) if id}
         self._open |= dict.fromkeys(sent, began)
         replies: list[Message] = []
         while sent:

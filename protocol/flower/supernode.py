@@ -110,18 +110,19 @@ class _Node:
 
     def serve(self) -> None:
         """Answer messages, one after the other, for as long as the connection holds."""
-        since = time.monotonic()
+        since, usual = time.monotonic(), 0.0
         while True:
             began = time.monotonic()
             found = self._next()
             if found is not None:
+                usual = began - since
                 self._try(*found)
                 since = time.monotonic()
                 continue
             now = time.monotonic()
             if now - since > _IDLE:
                 self._worker.end()
-            pause(now - since, now - began)
+            pause(now - since, now - began, usual)
 
     def _next(self) -> tuple[Message, Any] | None:
         try:

@@ -19,20 +19,15 @@ def test_a_line_for_each_attack() -> None:
         row("screened", "none", 0, 0.86),
         row("screened", "flip", 0.2, 0.85),
         row("mean", "none", 0, 0.8, seed=1),
+        row("mean", "none", 0, 0.82, seed=2),
     ]
     assert robust.report(rows).splitlines() == [
-        "### iid, seed 0",
+        "### iid, 3 seeds",
         "",
         "| attack | hostile | mean | screened |",
         "| --- | --- | --- | --- |",
-        "| none | 0% | 87.0%, 0.500 | 86.0%, 0.500 |",
-        "| flip | 20% |  | 85.0%, 0.500 |",
-        "",
-        "### iid, seed 1",
-        "",
-        "| attack | hostile | mean |",
-        "| --- | --- | --- |",
-        "| none | 0% | 80.0%, 0.500 |",
+        "| none | 0% | 82.0% (80.0% to 87.0%) | 86.0% |",
+        "| flip | 20% |  | 85.0% |",
     ]
 
 

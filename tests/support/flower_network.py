@@ -245,7 +245,9 @@ class FlowerNetwork:
     Node ``i`` gets ``partition-id`` and ``num-partitions``, and what ``node_config(i)`` adds, as
     its ``context.node_config``. ``environment`` is added to that of every process, apps included.
     ``warm`` nodes are those of ``fwdllm federate node`` instead of Flower's own. Without
-    ``registered`` SuperLink takes in any node.
+    ``registered`` SuperLink takes in any node. ``in_memory``, as is its default, SuperLink has no
+    database, and when it ends everything is lost. Nodes connect to ``node_port``, where a proxy may
+    listen.
     """
 
     def __init__(
@@ -257,11 +259,12 @@ class FlowerNetwork:
         environment: Mapping[str, str] | None = None,
         warm: bool = False,
         registered: bool = True,
+        in_memory: bool = False,
     ) -> None:
         self.folder = folder.resolve()
         self.nodes = nodes
-        self.port = free_port()
-        self.database = self.folder / "superlink.db"
+        self.port = self.node_port = free_port()
+        self.database = None if in_memory else self.folder / "superlink.db"
         self.certificates = write_certificates(self.folder / "tls")
         self.node_ids: list[int] = []
         self._node_config = node_config
@@ -313,7 +316,7 @@ class FlowerNetwork:
         command += ["--ssl-ca-certfile", self.certificates.authority]
         command += ["--ssl-certfile", self.certificates.server]
         command += ["--ssl-keyfile", self.certificates.server_key]
-        command += ["--database", self.database]
+        command += ["--database", self.database] if self.database else []
         command += ["--enable-supernode-auth"] if self._registered else []
         command += ["--disable-runtime-dependency-installation"]
         superlink = self._spawn("superlink", ["flower-superlink", *command])
@@ -423,14 +426,16 @@ class FlowerNetwork:
                 said = f"ServerApp:\n{_tail(self.server_log(run_id))}\n{self._tails()}"
                 status = self.status(run_id)
                 raise TimeoutError(f"run {run_id} is {status} after {timeout} s\n{said}")
-            time.sleep(0.2)
+            time.sleep(0.2 if self.database else 3)
         return self.status(run_id)
 
     def finished(self, run_id: int) -> bool:
-        """Whether a run is over, from SuperLink's database.
+        """Whether a run is over, from SuperLink's database, if it has one.
 
         Asking ``flwr`` every second would keep a processor busy with importing it.
         """
+        if self.database is None:
+            return self.status(run_id).startswith("finished")
         sql = """
             SELECT finished_at FROM run JOIN task ON task_id = primary_task_id WHERE run.run_id = ?
         """
@@ -495,7 +500,7 @@ class FlowerNetwork:
 
     def _spawn_warm(self, name: str, config: Mapping[str, Scalar], key: Path) -> Member:
         command: list[object] = [sys.executable, "-m", "fwdllm", "federate", "node"]
-        command += ["--superlink", f"{HOST}:{self.port}"]
+        command += ["--superlink", f"{HOST}:{self.node_port}"]
         command += ["--root-certificates", self.certificates.authority]
         command += ["--auth-supernode-private-key", key]
         for option, value in config.items():
@@ -510,7 +515,8 @@ class FlowerNetwork:
         authority: Path | None,
         arguments: Sequence[object],
     ) -> Member:
-        command = ["--superlink", f"{HOST}:{self.port}", "--host", HOST, "--port", free_port()]
+        command = ["--superlink", f"{HOST}:{self.node_port}"]
+        command += ["--host", HOST, "--port", free_port()]
         command += ["--root-certificates", authority] if authority else ["--insecure"]
         command += ["--auth-supernode-private-key", key] if key else []
         if config:
