@@ -1,11 +1,12 @@
 """How many nodes one SuperLink carries: rounds a minute, memory, replies lost, servers killed.
 
     python tests/many_nodes.py MODEL.gguf DATA.jsonl [--nodes 200] [--rounds 20]
-        [--kills 10] [--processes 4]
+        [--kills 10] [--processes 4] [--in-memory]
 
 Flower's SuperLink and ServerApp, and nodes of ``fwdllm federate node`` over TLS on loopback. Nodes
 of a process are threads with a connection, a key and a state of their own each, and share the
 process that computes. With kills the ServerApp is killed at random moments and started again.
+SuperLink keeps its state in a database or, with --in-memory, as is its default, in memory.
 """
 
 from __future__ import annotations
@@ -87,12 +88,12 @@ class Memory(threading.Thread):
 
     def __init__(self, network: FlowerNetwork, hosts: list[Any]) -> None:
         super().__init__(daemon=True)
-        self._network, self._hosts = network, hosts
+        self._superlink, self._hosts = network.superlink_pid, hosts
         self.superlink = self.nodes = 0
 
     def run(self) -> None:
         while True:
-            self.superlink = max(self.superlink, resident(self._network.superlink_pid))
+            self.superlink = max(self.superlink, resident(self._superlink))
             self.nodes = max(self.nodes, sum(resident(host.pid) for host in self._hosts))
             time.sleep(1)
 
