@@ -71,7 +71,10 @@ def unseal(key: bytes, sender: int, context: bytes, data: bytes) -> bytes:
     try:
         return ChaCha20Poly1305(key).decrypt(_nonce(sender), data, context)
     except InvalidTag:
-        raise SecureError(f"what client {sender} has sealed was changed on its way") from None
+        raise SecureError(
+            f"what client {sender} has sealed was changed on its way, or is for another part or "
+            "with other keys"
+        ) from None
 
 
 def split(secret: bytes, threshold: int, n: int) -> list[bytes]:

@@ -33,12 +33,16 @@ Below = Callable[[int], int]
 def threshold(config: FederationConfig, n_clients: int) -> int:
     """How many of a part's clients have to stay until its sum is known.
 
-    More than half, so that no second group could be asked for the rest of a client's secrets, and
-    three, as one of two would know the other's.
+    More than half would be enough to keep both of a client's secrets from being asked for. More
+    than two thirds, as a server that tells everybody another story of who has left would get the
+    keys of all with whom a client shares masks: n clients give n - threshold shares of keys each at
+    most, which makes n (n - threshold) / threshold keys, so that threshold minus as many clients,
+    three at least, stay under masks that only their sum is without.
+    Three, as one of two would know the other's.
     """
     # The 1e-9 is for rounding errors: 0.28 * 25 is slightly above 7.
     by_quorum = math.ceil(config.quorum * n_clients - 1e-9)
-    return max(3, n_clients // 2 + 1, by_quorum)
+    return max(3, 2 * n_clients // 3 + 1, by_quorum)
 
 
 def size(config: FederationConfig, assignment: Assignment) -> int:
