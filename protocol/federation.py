@@ -74,7 +74,7 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
     first calibration_rounds.
     keep, reselect: of directions "sparse" and "spiel", see ``protocol.selection``.
     secure: clients' scalars are added under masks, so that the server sees sums alone, of more than
-    two thirds of a part's clients (``protocol.secure``). With sigma > 0 the clients add the noise, too.
+    two thirds of a part's clients (``protocol.secure``). With sigma > 0 clients add the noise, too.
     clip, sigma, delta: client-level differential privacy (DPZero). clip bounds the L2 norm of a
     client's scalars; the sum over clients gets noise of standard deviation sigma * clip. A sigma of
     0 means no privacy.

@@ -39,7 +39,8 @@ class FwdLLMStrategy(Strategy):
     ``num_rounds=strategy.rounds_left``. ``timeout`` of ``start`` limits the first request of a
     round; ``FederationConfig.deadline`` limits further ones. A round closes with a quorum
     (``FederationConfig.quorum``) of answers; nodes that have vanished cost nothing but the wait.
-    Answers that come later are rejected as late.
+    Answers that come later are rejected as late. Where sums alone are seen, a part that was open
+    when a run was stopped is closed without asking anybody again.
     One Flower round is one update of the adapter, in as many requests as pacing wants.
 
     Clients are numbered in the order in which their nodes first appear.
@@ -67,6 +68,10 @@ class FwdLLMStrategy(Strategy):
         self._timeout = self.server.config.deadline
         # When a Flower run begins, no node holds any state.
         self.server.forget_all()
+        if self.server.config.secure and self.server.part >= 0:
+            # A sum of it may have been opened, in a run of Flower's that nodes no longer know. With
+            # a second one of the same part, the difference of both could be one client's scalars.
+            self.server.close_part(self._clock())
 
     @property
     def rounds_left(self) -> int:

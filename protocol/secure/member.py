@@ -24,8 +24,8 @@ from fwdllm.protocol.space import Space
 class Member:
     """What a client has to remember from one message of a run to the next, secrets included.
 
-    last: the last round and part in which it opened masks; it takes part in later ones only, as the
-    difference of two sums of one part could be a single client's vector.  client: its number.
+    last: the last round and part of which it sent a vector; it takes part in later ones only, as
+    the difference of two sums of one part could be a single client's vector.  client: its number.
     roster: public keys and commitments of all members.  shares: of the others' secrets.
     """
 
@@ -79,6 +79,8 @@ class Member:
         Else a server could have the same scalars of a client in two sums, and know them by the
         difference.
         """
+        if self.expected != Stage.VECTOR:
+            raise SecureError("a vector is asked for, and there are no keys for its masks")
         round, part = self.here
         a = assignment
         keys = client_keys(config.seed, round, self.client + 1)
@@ -96,7 +98,7 @@ class Member:
     def _keys(self, letter: Letter, draw: Callable[[int], bytes]) -> Letter:
         here = letter.round, letter.part
         if here <= self.last:
-            raise SecureError(f"the sum of round {letter.round + 1} has been opened already")
+            raise SecureError(f"this client is in a sum of round {letter.round + 1} already")
         if len(letter.rows) != 1:
             raise SecureError("an invitation to secure aggregation names one client")
         self.client, self.here, self.expected = next(iter(letter.rows)), here, Stage.SHARES
@@ -148,6 +150,7 @@ class Member:
                 public = mask_key_of(self.roster[other])
                 key = masks.agreed(self.mask_secret, public, "pair mask")
                 masked = masked + masks.pair_mask(key, self.client, other, len(vector))
+        self.last = self.here
         return masked.astype("<u8").tobytes()
 
     def _opening(self, config: FederationConfig, rows: Mapping[int, bytes]) -> dict[int, bytes]:
@@ -160,7 +163,7 @@ class Member:
         for client, shares in self.shares.items():
             of_key, of_seed = shares[: masks.SECRET], shares[masks.SECRET :]
             opened[client] = of_seed if client in rows else of_key
-        vars(self).update(vars(Member(last=self.here)))  # nothing is left that could open more
+        vars(self).update(vars(Member(last=self.last)))  # nothing is left that could open more
         return opened
 
     def _seal_key(self, other: int) -> bytes:

@@ -177,7 +177,7 @@ def test_a_part_is_opened_once_and_in_order() -> None:
     part.answer(0, letters[0])
     with pytest.raises(SecureError, match="not the one that follows"):
         part.answer(0, letters[0])
-    with pytest.raises(SecureError, match="has been opened already"):
+    with pytest.raises(SecureError, match="is in a sum of round 1 already"):
         part.answer(0, Letter(0, 0, Stage.KEYS, {0: b""}))
     part.answer(0, Letter(0, 1, Stage.KEYS, {0: b""}))  # the next part may begin
     with pytest.raises(SecureError, match="not the one that follows"):

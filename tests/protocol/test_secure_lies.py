@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from collections.abc import Iterable, Mapping
 
@@ -9,11 +10,16 @@ import numpy as np
 import pytest
 
 pytest.importorskip("Crypto", reason="PyCryptodome comes with fwdllm[federation]")
+from fwdllm.engine.adapters.adapter import Adapter
+from fwdllm.engine.settings import LoRAConfig
+from fwdllm.kernels import cpu
 from fwdllm.protocol.federation import FederationConfig
+from fwdllm.protocol.plan import Assignment, plan_part
 from fwdllm.protocol.secure import masks
 from fwdllm.protocol.secure.letters import Letter, SecureError, Stage
 from fwdllm.protocol.secure.member import Member, mask_key_of
 from fwdllm.protocol.secure.sums import threshold
+from fwdllm.protocol.space import Space
 
 CONFIG = FederationConfig(4, per_round=5, seeds="shared", secure=True)
 N, SIZE = 5, 7
@@ -118,3 +124,41 @@ def test_the_servers_own_keys_among_true_ones_give_no_vector() -> None:
 
     with pytest.raises(SecureError, match="with other keys"):
         assert attack() == vector_of(0).tolist()
+
+
+def test_a_vector_is_sent_once_a_part_whether_it_is_opened_or_not() -> None:
+    """Else a client could be in one sum of a part, leave, and be in another one."""
+    clients = Clients()
+    clients.masked(0, clients.sealed(clients.keys()), EVERYBODY)
+    with pytest.raises(SecureError, match="is in a sum of round 1 already"):
+        clients.ask(0, Stage.KEYS, {0: b""})
+    before = Clients()
+    before.sealed(before.keys())
+    before.ask(0, Stage.KEYS, {0: b""})  # no vector of it was sent
+
+
+def planned(space: Space, part: int = 0) -> Assignment:
+    return plan_part(CONFIG, space, 0, part, EVERYBODY, None, {}, 0)[0]
+
+
+def test_a_vector_is_of_the_work_that_the_settings_give_the_part() -> None:
+    shapes = {f"blk.{layer}.attn_q": (4, 6) for layer in range(3)}
+    lora = LoRAConfig(rank=2, targets=("attn_q",))
+    space = Space(Adapter.create("llama", shapes, lora, 1, cpu), CONFIG)
+    clients, right = Clients(), planned(space)
+    with pytest.raises(SecureError, match="no keys for its masks"):  # as after a node's restart
+        clients.members[0].check(CONFIG, space, right)
+    clients.sealed(clients.keys())
+    clients.members[0].check(CONFIG, space, right)
+    for changes in (
+        {"round": 1},
+        {"part": 1},
+        {"layers": (0,)},
+        {"batch_seed": right.batch_seed + 1},
+        {"first_step": 1},
+        {"seeds": planned(space, 1).seeds},
+        {"head_seeds": right.seeds},
+    ):
+        changed = dataclasses.replace(right, **changes)  # type: ignore[arg-type]
+        with pytest.raises(SecureError, match="not the one of this part"):
+            clients.members[0].check(CONFIG, space, changed)
