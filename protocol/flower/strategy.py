@@ -50,7 +50,7 @@ class FwdLLMStrategy(Strategy):
     ledger : Ledger
         Of a new run (``Ledger.create``) or of the run to resume; writable.
     min_nodes : int (default: 2)
-        Nodes that must be connected before a request.
+        Nodes that must be connected before a request; where sums alone are seen, three at least.
     clock : Callable[[], float] (default: time.time)
         The current time in seconds, recorded in the ledger.
     """
@@ -59,7 +59,7 @@ class FwdLLMStrategy(Strategy):
         self, ledger: Ledger, min_nodes: int = 2, clock: Callable[[], float] = time.time
     ) -> None:
         self.server = Server(ledger)
-        self.min_nodes = min_nodes
+        self.min_nodes = max(min_nodes, sums.LEAST) if self.server.config.secure else min_nodes
         self.closed: Closed | None = None
         self._clock = clock
         self._model = json.dumps(ledger.meta.model)

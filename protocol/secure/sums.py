@@ -23,6 +23,9 @@ SCALE = 1 << 24
 
 _MOST_SECONDS, _MOST_TOKENS = 1e6, 1 << 40
 
+# Clients of a sum: of one or two each would know the other's.
+LEAST = 3
+
 # What precedes the scalars without differential privacy.
 _FIGURES = 4
 
@@ -38,11 +41,10 @@ def threshold(config: FederationConfig, n_clients: int) -> int:
     keys of all with whom a client shares masks: n clients give n - threshold shares of keys each at
     most, which makes n (n - threshold) / threshold keys, so that threshold minus as many clients,
     three at least, stay under masks that only their sum is without.
-    Three, as one of two would know the other's.
     """
     # The 1e-9 is for rounding errors: 0.28 * 25 is slightly above 7.
     by_quorum = math.ceil(config.quorum * n_clients - 1e-9)
-    return max(3, 2 * n_clients // 3 + 1, by_quorum)
+    return max(LEAST, 2 * n_clients // 3 + 1, by_quorum)
 
 
 def size(config: FederationConfig, assignment: Assignment) -> int:

@@ -17,6 +17,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from ledger_runs import N_CLIENTS, contribution, create, path
 
 from fwdllm.protocol import wire
+from fwdllm.protocol.flower import strategy as module
 from fwdllm.protocol.flower.messages import Reply, Task
 from fwdllm.protocol.flower.strategy import FwdLLMStrategy
 from fwdllm.protocol.ledger import Ledger
@@ -116,3 +117,16 @@ def test_no_part_is_added_up_twice_after_a_kill(
         assert grids[0].parts == {(0, 0)}
         assert not grids[0].parts & grids[1].parts
         assert len(ledger.contributions(0, 0)) == (N_CLIENTS + 1 if recorded else 0)
+
+
+def test_rounds_do_not_pass_while_there_are_too_few_for_a_sum(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_POLL", 0.0)
+    with create(path, **RUN) as ledger:
+        strategy = FwdLLMStrategy(ledger, min_nodes=2, clock=lambda: 0.0)
+        grid = Grid(strategy.server, range(3))
+        seen = iter([[0], [0, 1], [0, 1]])
+        grid.get_node_ids = lambda: next(seen, grid.nodes)  # type: ignore[method-assign]
+        strategy.start(grid, strategy.arrays, num_rounds=3, timeout=5.0)  # type: ignore[arg-type]
+        assert [ledger.n_accepted(round, 0) for round in range(3)] == [3, 3, 3]
