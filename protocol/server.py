@@ -28,7 +28,7 @@ from fwdllm.protocol.plan import Assignment, plan_part
 from fwdllm.protocol.records import Round
 from fwdllm.protocol.replica import Replica
 from fwdllm.protocol.report import expected_shapes, fault
-from fwdllm.protocol.secure import sums
+from fwdllm.protocol.secure import history, sums
 from fwdllm.protocol.secure.letters import Letter, Stage
 from fwdllm.protocol.speeds import Speeds
 from fwdllm.protocol.wire import WireError
@@ -121,19 +121,23 @@ class Server:
         """A message that brings a client to the current state, which its assignment is about.
 
         It holds the updates since the round that the client last contributed to, or the whole
-        state, whichever is smaller. A client that has never contributed starts from the empty
-        adapter.
+        state, whichever is smaller; where sums alone are seen, the updates, see ``history``. A
+        client that has never contributed starts from the empty adapter.
         """
-        first = self._base(client)
-        size = self.ledger.messages_size(first)
-        if size is None or size > self._state_size:
+        if self._updates_size(client) is None:
             return wire.encode_many([wire.encode_state(self.replica.to_arrays(public=True))])
-        return wire.encode_many([r.message or b"" for r in self.ledger.rounds(first)])
+        rounds = self.ledger.rounds(self._base(client))
+        return wire.encode_many([r.message or b"" for r in rounds])
 
     def synchronization_size(self, client: int) -> int:
         """The size in bytes of ``synchronize``'s message, without making it."""
-        size = self.ledger.messages_size(self._base(client))
-        return 6 + (self._state_size if size is None else min(size, self._state_size))
+        size = self._updates_size(client)
+        return 6 + (self._state_size if size is None else size)
+
+    def history(self) -> bytes:
+        """What clients have been told up to the open round (``secure.history``)."""
+        updates = [r.message or b"" for r in self.ledger.rounds()]
+        return history.after(history.beginning(self.ledger.meta), updates)
 
     def forget(self, client: int) -> None:
         """Note that a client has lost its state and holds only the empty adapter."""
@@ -239,6 +243,13 @@ class Server:
     @cached_property
     def _state_size(self) -> int:  # the same after every round
         return len(wire.encode_state(self.replica.to_arrays(public=True))) + 4
+
+    def _updates_size(self, client: int) -> int | None:
+        """Bytes of the updates that a client has missed; None if it is to get the state instead."""
+        size = self.ledger.messages_size(self._base(client))
+        if self.config.secure or (size is not None and size <= self._state_size):
+            return size
+        return None
 
     def _base(self, client: int) -> int:
         """The round whose state a client has."""

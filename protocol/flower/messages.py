@@ -62,10 +62,12 @@ class Saved:
     """What a client remembers of a run from one message to the next.
 
     state: of the adapter, see ``wire.encode_state``.  member: see ``secure.member.Member``.
+    history: what has led to the state, where sums alone are seen, see ``secure.history``.
     """
 
     state: bytes | None = None
     member: bytes | None = None
+    history: bytes | None = None
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,11 @@ from fwdllm.engine.gguf.file import GGUFFile
 from fwdllm.protocol import wire
 from fwdllm.protocol.client import answer
 from fwdllm.protocol.flower.messages import Saved, Settings, Task
+from fwdllm.protocol.records import Meta
 from fwdllm.protocol.replica import Replica
 from fwdllm.protocol.report import Report
-from fwdllm.protocol.secure import sums
-from fwdllm.protocol.secure.letters import Stage
+from fwdllm.protocol.secure import history, sums
+from fwdllm.protocol.secure.letters import SecureError, Stage
 from fwdllm.protocol.secure.member import Member
 
 
@@ -100,7 +101,9 @@ class Node:
             if report is None:
                 return None, saved
             vector = sums.encode(config, report, member.n_members, secrets.randbelow)
-        answer = wire.encode_letter(member.answer(config, letter, secrets.token_bytes, vector))
+        answer = wire.encode_letter(
+            member.answer(config, letter, secrets.token_bytes, vector, saved.history or b"")
+        )
         return answer, dataclasses.replace(saved, member=member.to_bytes())
 
     def _report(
@@ -114,10 +117,11 @@ class Node:
         assignment = wire.decode_assignment(task.assignment)
         if member is not None:
             member.check(settings.federation, replica.space, assignment)
-        if not synchronize(replica, saved.state, task.synchronization, assignment.round):
+        told = saved if member is None else _told(settings, engine, task, saved)
+        if not synchronize(replica, told.state, task.synchronization, assignment.round):
             return None, saved
         state = wire.encode_state(replica.to_arrays(public=True))
-        saved = dataclasses.replace(saved, state=state)
+        saved = dataclasses.replace(told, state=state)
         report = answer(engine, replica.space, assignment, self._read(settings, engine))
         return dataclasses.replace(report, seconds=time.perf_counter() - began), saved
 
@@ -145,6 +149,28 @@ class Node:
             self._examples = engine.separate(examples)
             self._version = version
         return self._examples
+
+
+def _told(settings: Settings, engine: Engine, task: Task, saved: Saved) -> Saved:
+    """With the history that a message adds to. Errors: SecureError, WireError.
+
+    A state has no history, so others might have got another one, and a saved one without is of no
+    use.
+    """
+    updates = wire.decode_many(task.synchronization)
+    if any(map(wire.is_state, updates)):
+        raise SecureError("the server sends a state in place of updates, maybe another to others")
+    config, adapter = settings.federation, engine.adapter
+    assert adapter is not None
+    if saved.state is None or saved.history is None:
+        meta = Meta.of(config, adapter, config.seed, json.loads(task.model), 0)
+        saved = Saved(None, saved.member, history.beginning(meta))
+        known = 0
+    else:
+        known = int(wire.decode_state(saved.state)["round"])
+    new = [update for update in updates if wire.decode_update(update).round >= known]
+    assert saved.history is not None
+    return dataclasses.replace(saved, history=history.after(saved.history, new))
 
 
 def _version_of(path: Path) -> tuple[int, ...]:

@@ -154,7 +154,7 @@ class FwdLLMStrategy(Strategy):
         if not clients:
             return
         size = sums.size(server.config, assignments[0])
-        cohort = Cohort(server.config, server.round, server.part, clients, size)
+        cohort = Cohort(server.config, server.round, server.part, clients, size, server.history())
         try:
             while not cohort.done:
                 lost = self._exchange(cohort, assignments, clients)

@@ -23,14 +23,22 @@ _WIDTHS = {
 class Cohort:
     """A part's clients. A client that leaves a stage out is left out of those that follow.
 
-    size: of a vector.  ``letters`` are to be sent, answers to be given to ``take``, and ``close``
-    goes on to the next stage, until ``vectors`` and ``total`` are known after the last.
+    size: of a vector.  history: see ``Server.history``.  ``letters`` are to be sent, answers to be
+    given to ``take``, and ``close`` goes on to the next stage, until ``vectors`` and ``total`` are
+    known after the last.
     """
 
     def __init__(
-        self, config: FederationConfig, round: int, part: int, clients: Sequence[int], size: int
+        self,
+        config: FederationConfig,
+        round: int,
+        part: int,
+        clients: Sequence[int],
+        size: int,
+        history: bytes,
     ) -> None:
         self._config, self._here, self._size = config, (round, part), size
+        self._history = history
         self._stage = Stage.KEYS
         self._asked = set(clients)
         self._answers: dict[int, dict[int, bytes]] = {}
@@ -121,6 +129,6 @@ class Cohort:
             if masks.public_key(secret) != mask_key_of(self._roster[client]):
                 raise SecureError(f"the shares of client {client}'s key do not fit")
             for other in self.vectors:  # its pairs' masks are in their vectors alone
-                key = masks.agreed(secret, mask_key_of(self._roster[other]), "pair mask")
+                key = masks.pair_key(secret, mask_key_of(self._roster[other]), self._history)
                 total += masks.pair_mask(key, client, other, self._size)
         self.total = total

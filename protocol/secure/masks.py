@@ -55,6 +55,11 @@ def own_mask(seed: bytes, size: int) -> np.ndarray:
     return _stream(_derived(seed, "own mask"), size)
 
 
+def pair_key(secret: bytes, public: bytes, history: bytes) -> bytes:
+    """The key of ``pair_mask`` for two clients that were told the same (``secure.history``)."""
+    return agreed(secret, public, f"pair mask {history.hex()}")
+
+
 def pair_mask(key: bytes, client: int, other: int, size: int) -> np.ndarray:
     """What client adds, and the other one adds negated: uint64 [size]. key: their agreed one."""
     mask = _stream(key, size)

@@ -50,10 +50,12 @@ class Member:
         letter: Letter,
         draw: Callable[[int], bytes],
         vector: np.ndarray | None = None,
+        history: bytes = b"",
     ) -> Letter:
         """The answer to the server's letter.
 
-        draw: so many bytes that nobody can guess.  vector: the client's, uint64 [n], at its stage.
+        draw: so many bytes that nobody can guess.  vector: the client's, uint64 [n], at its stage;
+        history: what it was told until then (``secure.history``).
         SecureError for a letter that is out of order or asks for what would give a vector away.
         """
         if letter.stage == Stage.KEYS:
@@ -67,7 +69,7 @@ class Member:
             rows = self._sealed(config, letter.rows)
         elif letter.stage == Stage.VECTOR:
             assert vector is not None
-            rows = {self.client: self._masked(config, letter.rows, vector)}
+            rows = {self.client: self._masked(config, letter.rows, vector, history)}
         else:
             return dataclasses.replace(letter, rows=self._opening(config, letter.rows))
         self.expected = Stage(letter.stage + 1)
@@ -134,7 +136,11 @@ class Member:
         return sealed
 
     def _masked(
-        self, config: FederationConfig, rows: Mapping[int, bytes], vector: np.ndarray
+        self,
+        config: FederationConfig,
+        rows: Mapping[int, bytes],
+        vector: np.ndarray,
+        history: bytes,
     ) -> bytes:
         """The vector with all masks: bytes [8 n]."""
         for sender, sealed in rows.items():
@@ -148,7 +154,7 @@ class Member:
         for other in self.shares:
             if other != self.client:
                 public = mask_key_of(self.roster[other])
-                key = masks.agreed(self.mask_secret, public, "pair mask")
+                key = masks.pair_key(self.mask_secret, public, history)
                 masked = masked + masks.pair_mask(key, self.client, other, len(vector))
         self.last = self.here
         return masked.astype("<u8").tobytes()

@@ -51,7 +51,7 @@ class Part:
     """A part's clients, whose memory is bytes between messages, and the server's cohort."""
 
     def __init__(self, n: int, config: FederationConfig = CONFIG) -> None:
-        self.config, self.cohort = config, Cohort(config, 0, 0, range(n), SIZE)
+        self.config, self.cohort = config, Cohort(config, 0, 0, range(n), SIZE, b"")
         self.memory: dict[int, bytes | None] = dict.fromkeys(range(n))
         self.seen: list[bytes] = []
 
@@ -227,8 +227,9 @@ def test_shares_and_masks() -> None:
         assert masks.combine([(i, shares[i]) for i in places]) == secret
     assert masks.combine([(i, shares[i]) for i in (0, 1)]) != secret
     a, b = bytes(16), bytes([1] * 16)
-    key = masks.agreed(a, masks.public_key(b), "pair mask")
-    assert key == masks.agreed(b, masks.public_key(a), "pair mask")
+    key = masks.pair_key(a, masks.public_key(b), b"told")
+    assert key == masks.pair_key(b, masks.public_key(a), b"told")
+    assert key != masks.pair_key(b, masks.public_key(a), b"another")
     assert key != masks.agreed(b, masks.public_key(a), "seal")
     total = masks.pair_mask(key, 1, 2, 5) + masks.pair_mask(key, 2, 1, 5)
     assert not total.any()

@@ -58,7 +58,7 @@ def vector_of(client: int) -> np.ndarray:
 def without(masked: np.ndarray, keys: Mapping[int, bytes], known: Mapping[int, bytes]) -> list[int]:
     """Client 0's vector without its masks with others. known: their secrets."""
     for other, secret in known.items():
-        key = masks.agreed(secret, mask_key_of(keys[0]), "pair mask")
+        key = masks.pair_key(secret, mask_key_of(keys[0]), b"")
         masked = masked - masks.pair_mask(key, 0, other, SIZE)
     return [int(x) for x in masked]
 

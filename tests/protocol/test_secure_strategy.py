@@ -67,7 +67,9 @@ class Grid:
             member.check(config, self.server.replica.space, assignment)
             report = contribution(self.server.replica, assignment)
             vector = sums.encode(config, report, member.n_members, secrets.randbelow)
-        return wire.encode_letter(member.answer(config, letter, secrets.token_bytes, vector))
+        told = self.server.history()
+        answer = member.answer(config, letter, secrets.token_bytes, vector, told)
+        return wire.encode_letter(answer)
 
 
 def start(ledger: Ledger, nodes: Iterable[int]) -> Grid:
