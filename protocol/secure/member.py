@@ -82,7 +82,7 @@ class Member:
         difference.
         """
         if self.expected != Stage.VECTOR:
-            raise SecureError("a vector is asked for, and there are no keys for its masks")
+            raise SecureError("a vector is asked for out of turn, or of before this node's start")
         round, part = self.here
         a = assignment
         keys = client_keys(config.seed, round, self.client + 1)
