@@ -33,8 +33,7 @@ def bytes_in_all(ledger: Ledger) -> tuple[int, int]:
     down = ledger.query("SELECT sum(bytes_down) FROM assignment")[0][0]
     up = ledger.query(
         "SELECT (SELECT coalesce(sum(length(message)), 0) FROM contribution WHERE client < ?)"
-        " + (SELECT coalesce(sum(n_bytes), 0) FROM rejection WHERE client < ?)",
-        COHORT,
+        " + (SELECT coalesce(sum(n_bytes), 0) FROM rejection)",
         COHORT,
     )[0][0]
     return int(down or 0), int(up)

@@ -193,7 +193,8 @@ class Server:
         message = wire.encode_report(report)
         with self.ledger.batch():
             if reason is not None:
-                self.ledger.reject(round, part, COHORT, now, reason, len(message))
+                n_bytes = sum(map(len, vectors.values()))
+                self.ledger.reject(round, part, COHORT, now, reason, n_bytes)
                 return reason
             for client, vector in vectors.items():
                 letter = Letter(round, part, Stage.VECTOR, {client: vector})

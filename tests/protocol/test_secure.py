@@ -21,6 +21,7 @@ from ledger_runs import N_CLIENTS, contribution, create, path
 from fwdllm.engine.errors import ConfigError
 from fwdllm.protocol import wire
 from fwdllm.protocol.federation import FederationConfig
+from fwdllm.protocol.figures import bytes_in_all, traffic
 from fwdllm.protocol.ledger import Ledger
 from fwdllm.protocol.plan import Assignment
 from fwdllm.protocol.privacy import spent_epsilon
@@ -432,6 +433,8 @@ def test_a_sum_that_no_honest_clients_make_is_rejected(path: Path) -> None:
             assert match in reason
             assert ledger.rejections()[-1][3] == reason
         assert not ledger.contributions(0, 0)
+        up = 3 * 8 * size  # the vectors came, whatever is made of them
+        assert [row[3] for row in traffic(ledger)] == [bytes_in_all(ledger)[1]] == [up]
         with pytest.raises(ValueError, match="asked"):
             server.receive_sum({99: bytes(8 * size)}, huge, 1.0)
 
