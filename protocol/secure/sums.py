@@ -75,11 +75,14 @@ def encode(config: FederationConfig, report: Report, n_members: int, below: Belo
 def scalars_of(config: FederationConfig, report: Report) -> np.ndarray:
     """What a client adds to those of others, not clipped yet: float64 [n].
 
-    ConfigError for a report that the server would refuse, as it will not see it.
+    ConfigError for a report that the server would refuse, as it will not see it. The error goes to
+    the server, which sets max_derivative: it must not have a number of the client's.
     """
-    wrong = fault(config, report)
-    if wrong is not None:
-        raise ConfigError(f"the answer cannot be added to others: {wrong}")
+    if fault(config, report) is not None:
+        raise ConfigError(
+            "the answer cannot be added to others: a number of it is not finite, or out of the "
+            "run's range"
+        )
     return np.concatenate([report.derivatives[0], report.head_derivatives[0]]).astype(np.float64)
 
 

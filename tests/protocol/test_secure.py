@@ -272,13 +272,18 @@ def test_a_sum_is_the_weighted_mean_to_the_last_units(weighted: bool) -> None:
 
 def test_an_answer_that_would_be_refused_is_not_added() -> None:
     report = report_of(np.random.default_rng(0))
+    sentences = set()
     for changes in (
         {"derivatives": np.full((1, 3), np.nan, np.float32)},
         {"head_derivatives": np.full((1, 2), 2e4, np.float32)},
+        {"head_derivatives": np.full((1, 2), 3e4, np.float32)},
+        {"loss": 2e4},
         {"n_examples": 10**6},
     ):
-        with pytest.raises(ConfigError, match="cannot be added"):
+        with pytest.raises(ConfigError, match="cannot be added") as raised:
             sums.encode(CONFIG, dataclasses.replace(report, **changes), 3, pytest.fail)  # type: ignore[arg-type]
+        sentences.add(str(raised.value))
+    assert len(sentences) == 1  # the server gets it, and it tells nothing of the client's numbers
 
 
 def test_noise_is_shared_and_the_clip_holds() -> None:
