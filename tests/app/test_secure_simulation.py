@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from fwdllm.engine.errors import ConfigError
 from fwdllm.engine.settings import LoRAConfig
 from fwdllm.federation.fleet import Fleet
 from fwdllm.federation.simulation import Partition, simulate
@@ -18,7 +20,9 @@ LORA = LoRAConfig(2, 4)
 SMALL = {"per_round": 6, "batch_size": 1, "max_tokens": 16, "eval_every": 0, "secure": True}
 
 
-def run(bundled: Path, folder: Path, dropout: float, rounds: int, **changes: object) -> Path:
+def run(
+    bundled: Path, folder: Path, dropout: float, rounds: int, n: int = 6, **changes: object
+) -> Path:
     data = folder / "data.jsonl"
     lines = (bundled.parent / "pirate.train.jsonl").read_text(encoding="utf-8").splitlines()
     data.write_text("\n".join(lines[:24]) + "\n", encoding="utf-8")
@@ -29,7 +33,7 @@ def run(bundled: Path, folder: Path, dropout: float, rounds: int, **changes: obj
         folder / "run",
         config,
         lora=LORA,
-        partition=Partition(6),
+        partition=Partition(n),
         fleet=Fleet(dropout=dropout),
     )
     return folder / "run" / NAME
@@ -59,3 +63,8 @@ def test_sums_are_the_plain_means_to_rounding(bundled: Path, tmp_path: Path) -> 
             thetas.append(replay(ledger).theta)
     assert np.abs(thetas[0]).max() > 0
     np.testing.assert_allclose(thetas[1], thetas[0], rtol=1e-4, atol=1e-6)
+
+
+def test_two_clients_are_too_few(bundled: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs three clients, and there are 2"):
+        run(bundled, tmp_path, 0.0, 2, n=2)

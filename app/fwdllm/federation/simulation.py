@@ -184,6 +184,8 @@ def simulate(
     assert engine.adapter is not None
     if channel is not None:
         config = channel.settings(config, has_head=engine.adapter.head is not None)
+    if config.secure and len(shares) < sums.LEAST:
+        raise ConfigError(f"a sum needs three clients, and there are {len(shares)}")
     model_of = {**fingerprint(*engine.file.paths), **settings}
     meta = Meta.of(config, engine.adapter, config.seed, model_of, secrets.randbits(64))
     with open_run(Path(run_dir), meta, resume) as ledger:
