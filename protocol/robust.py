@@ -57,7 +57,7 @@ def bounded(answers: Sequence[Answer], standing: Standing) -> tuple[list[Answer]
         return [], standing
     sizes = np.array([[_size(r.derivatives), _size(r.head_derivatives)] for _, r in answers])
     known = np.concatenate([standing.sizes, sizes])
-    limits = np.quantile(known, _QUANTILE, axis=0, method="lower")
+    limits = np.array([_usual(*columns) for columns in zip(standing.sizes.T, sizes.T, strict=True)])
     factors = np.where(sizes > limits, limits / np.maximum(sizes, np.finfo(float).tiny), 1.0)
     most = statistics.median_low([report.n_examples for _, report in answers])
     found = [
@@ -156,6 +156,16 @@ def screened(
     shares = [standing.share(assignment.client) for assignment, _ in answers]
     kept = [(answer, share) for answer, share in zip(answers, shares, strict=True) if share > 0]
     return [answer for answer, _ in kept], [weight_of(config, a[1]) * share for a, share in kept]
+
+
+def _usual(before: np.ndarray, sizes: np.ndarray) -> float:
+    """The most that slopes of a part may have, by its sizes and those of earlier answers.
+
+    Earlier ones of 0 say nothing: in the first round of a run with a head all slopes of the adapter
+    are, as the head is empty, and those of the second round would be scaled to nothing.
+    """
+    known = np.concatenate([before[before > 0], sizes])
+    return float(np.quantile(known, _QUANTILE, method="lower"))
 
 
 def _size(values: np.ndarray) -> float:

@@ -111,6 +111,16 @@ def test_nobody_counts_for_more_than_the_bound(
         assert ratio.min() == pytest.approx(ratio.max(), rel=1e-5)  # scaled, not cut
 
 
+def test_slopes_of_zero_do_not_bound_others() -> None:
+    # As those of the adapter in the first round of a run with a head.
+    zeros = [scaled(answer, 0.0) for answer in answers_of(SPACE, 6, 0)]
+    found, standing = bounded(zeros, Standing.initial(SPACE))
+    assert gradient(SPACE, found) == pytest.approx(0.0)
+    answers = answers_of(SPACE, 6, 1)
+    after, _ = bounded(answers, standing)
+    assert gradient(SPACE, after) == pytest.approx(gradient(SPACE, alone(answers)))
+
+
 def test_beyond_the_bound_it_does_not_matter_how_much_a_liar_scales() -> None:
     answers = answers_of(SPACE, 7, 1)
     found = []
