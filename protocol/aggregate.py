@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from fwdllm.protocol.federation import FederationConfig
+from fwdllm.protocol.federation import COHORT, FederationConfig
 from fwdllm.protocol.plan import Assignment
 from fwdllm.protocol.privacy import private_sum
 from fwdllm.protocol.report import Report
@@ -51,7 +51,7 @@ def terms_of(
     if config.seeds == "shared" and config.one_step_of_seeds:
         return _shared_terms(config, answers)
     if weights is None:
-        weights = [weight_of(config, report) for _, report in answers]
+        weights = [weight_of(config, answer) for answer in answers]
     weighed = list(zip(answers, weights, strict=True))
     found = []
     for layers in dict.fromkeys(assignment.layers for assignment, _ in answers):
@@ -138,7 +138,7 @@ def _shared_terms(config: FederationConfig, answers: Sequence[Answer]) -> list[T
         slopes = np.stack(
             [(r.head_derivatives if is_head else r.derivatives)[0] for _, r in members]
         )
-        weights = np.array([weight_of(config, report) for _, report in members])
+        weights = np.array([weight_of(config, answer) for answer in members])
         weight = float(weights.sum())
         seeds = (first.head_seeds if is_head else first.seeds)[0]
         found += _halves(layers, seeds, weight * combine(config, slopes, weights), weight)
@@ -187,7 +187,7 @@ def mean_vector(
         members = [(a, r) for a, r in answers if unit == HEAD or covers(a.layers, unit)]
         if not members:
             continue
-        weights = np.array([weight_of(config, report) for _, report in members])
+        weights = np.array([weight_of(config, answer) for answer in members])
         vectors = [space.unpack(_vector(report), a.layers) for a, report in members]
         for start, end in space.ranges(unit):
             values = np.stack([vector[start:end] for vector in vectors])
@@ -240,9 +240,10 @@ class Sums:
         return sum(w for (half, layers), w in found if half in halves and covers(layers, unit))
 
 
-def weight_of(config: FederationConfig, report: Report) -> float:
-    """What a report counts. The sum of many has the sum of their weights for its examples."""
-    return float(report.n_examples) if config.weighted or config.secure else 1.0
+def weight_of(config: FederationConfig, answer: Answer) -> float:
+    """What an answer counts. The sum of many has the sum of their weights for its examples."""
+    assignment, report = answer
+    return float(report.n_examples) if config.weighted or assignment.client == COHORT else 1.0
 
 
 def _vector(report: Report) -> np.ndarray:

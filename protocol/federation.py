@@ -42,8 +42,8 @@ MAX_CLIENTS = 1 << 22
 # The client that a part's sum stands for where clients' own answers are not seen.
 COHORT = MAX_CLIENTS
 
-# Sums of secure aggregation stay below it: 64 bits with a sign, 24 bits of them a fraction.
-_SUM = 1 << 38
+# Sums as integers stay below it: 64 bits with a sign, 24 bits of them a fraction.
+MOST_OF_A_SUM = 1 << 38
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,7 +277,7 @@ class FederationConfig(EstimatorConfig, OptimizerConfig, ScheduleConfig):
                 "secure aggregation needs three clients a part: of two each would know the other's",
             ),
             (
-                self.secure and self.per_round * self._largest_share > _SUM,
+                self.secure and self.per_round * self._largest_share > MOST_OF_A_SUM,
                 f"secure sums have no room for {self.per_round} clients with scalars of that size; "
                 "lower max_derivative",
             ),

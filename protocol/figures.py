@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fwdllm.protocol.federation import COHORT
 from fwdllm.protocol.ledger import Ledger
+from fwdllm.protocol.shards.root import n_accepted, n_asked
 
 
 def traffic(ledger: Ledger, first: int = 0) -> list[tuple[int, int, int, int]]:
@@ -18,13 +19,17 @@ def traffic(ledger: Ledger, first: int = 0) -> list[tuple[int, int, int, int]]:
 
 
 def traffic_by_client(ledger: Ledger) -> list[tuple[int, int, int, int, int]]:
-    """For each client: the client, times asked, answers accepted, bytes down and bytes up."""
+    """For each client: the client, times asked, answers accepted, bytes down and bytes up.
+
+    Of a run with shards nobody, as their ledgers have it.
+    """
     return ledger.query(
         "SELECT a.client, count(*), count(c.message), sum(a.bytes_down),"
         " coalesce(sum(length(c.message)), 0)"
         " + (SELECT coalesce(sum(n_bytes), 0) FROM rejection r WHERE r.client = a.client)"
         " FROM assignment a LEFT JOIN contribution c USING (round, part, client)"
-        " GROUP BY a.client ORDER BY a.client"
+        " WHERE a.client < ? GROUP BY a.client ORDER BY a.client",
+        COHORT,
     )
 
 
@@ -41,11 +46,8 @@ def bytes_in_all(ledger: Ledger) -> tuple[int, int]:
 
 def answers_in_part(ledger: Ledger, round: int, part: int) -> tuple[int, int, float | None]:
     """Of a part: clients asked, answers accepted, when the last one came."""
-    where = "WHERE round = ? AND part = ?"
-    asked = ledger.query(f"SELECT count(*) FROM assignment {where}", round, part)[0][0]
-    query = f"SELECT count(*), max(received) FROM contribution {where} AND client < ?"
-    answered, last = ledger.query(query, round, part, COHORT)[0]
-    return asked, answered, last
+    asked, answered = n_asked(ledger, round, part), n_accepted(ledger, round, part)
+    return asked, answered, max(ledger.arrivals(round, part), default=None)
 
 
 def last_answers(ledger: Ledger) -> list[tuple[int, str | None, int, int | None]]:

@@ -22,6 +22,7 @@ from fwdllm.protocol.plan import shared_head_seeds, shared_seeds
 from fwdllm.protocol.replica import Replica, Update
 from fwdllm.protocol.robust import Standing, bounded, screened
 from fwdllm.protocol.seeds import derive_seeds
+from fwdllm.protocol.shards.root import answer_of
 
 # What ``Replica.apply`` takes.
 Step: TypeAlias = "tuple[Update, np.ndarray | None, Standing | None]"
@@ -98,6 +99,9 @@ class Gathered:
 
 def answers_of(ledger: Ledger, round: int, part: int) -> list[Answer]:
     """Assignments and accepted reports of a part, by client; only one where sums alone are seen."""
+    if ledger.meta.shards:
+        answer = answer_of(ledger, round, part)
+        return [] if answer is None else [answer]
     messages, found = dict(ledger.assignments(round, part)), []
     if ledger.meta.config.secure:
         # All clients of the part have its seeds; who they are does not matter to the sum.

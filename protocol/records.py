@@ -13,6 +13,7 @@ from fwdllm.engine.adapters.adapter import LAYOUT_VERSION, Adapter, Head, Target
 from fwdllm.engine.settings import LoRAConfig
 from fwdllm.kernels import cpu
 from fwdllm.protocol.federation import FederationConfig
+from fwdllm.protocol.shards.messages import check_shards
 
 # Raised whenever a ledger's tables or messages change. Format 1 has no journal. A ledger whose key
 # was changed has a table more, by which versions that do not know of that refuse it.
@@ -25,6 +26,7 @@ class Meta:
 
     adapter_seed: seed of the empty adapter.  model: see ``engine.files.fingerprint``.
     noise_seed: seed of differential privacy's noise; secret.  format: 1 or ``FORMAT``.
+    shards: processes that take the reports, see ``protocol.shards``; 0: the server itself.
     """
 
     config: FederationConfig
@@ -36,6 +38,16 @@ class Meta:
     model: dict[str, Any]
     noise_seed: int
     format: int = FORMAT
+    shards: int = 0
+
+    def __post_init__(self) -> None:
+        if self.shards:
+            check_shards(self.config, self.shards)
+
+    @property
+    def sums_alone(self) -> bool:
+        """Whether the ledger has sums of clients' scalars, and no reports of one."""
+        return self.config.secure or self.shards > 0
 
     @staticmethod
     def of(
@@ -44,11 +56,20 @@ class Meta:
         adapter_seed: int,
         model: dict[str, Any],
         noise_seed: int,
+        shards: int = 0,
     ) -> Meta:
         """The description of a run whose empty adapter has the shape of ``adapter``."""
         a = adapter
         return Meta(
-            config, a.architecture, a.config, a.targets, a.head, adapter_seed, model, noise_seed
+            config,
+            a.architecture,
+            a.config,
+            a.targets,
+            a.head,
+            adapter_seed,
+            model,
+            noise_seed,
+            shards=shards,
         )
 
     def empty_adapter(self) -> Adapter:
@@ -72,6 +93,8 @@ class Meta:
         fields = dataclasses.asdict(self)
         versions = {"format": fields.pop("format"), "layout_version": LAYOUT_VERSION}
         fields |= {"config": self.config.recorded(), "lora": self.lora.recorded()}
+        if not self.shards:  # as older versions do
+            del fields["shards"]
         return json.dumps({**versions, **fields})
 
     @staticmethod
@@ -90,6 +113,7 @@ class Meta:
             raw["model"],
             raw["noise_seed"],
             raw["format"],
+            raw.get("shards", 0),
         )
 
 

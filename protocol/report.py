@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fwdllm.protocol.federation import FederationConfig
 from fwdllm.protocol.plan import Assignment
@@ -46,21 +47,52 @@ def expected_shapes(
     return assignment.seeds.shape, assignment.head_seeds.shape, 0
 
 
+def usable(
+    config: FederationConfig,
+    n_examples: ArrayLike,
+    seconds: ArrayLike,
+    loss: ArrayLike,
+    scalars: np.ndarray,
+    n_clients: int = 1,
+) -> np.ndarray:
+    """Whether reports may be used as far as their numbers go: bool [n], or [] of one report.
+
+    n_examples, seconds, loss: of each report, [n].  scalars: [n, k].  n_clients: that each stands
+    for.
+    """
+    n, most = np.asarray(n_examples), _most_examples(config, n_clients)
+    time, limit = np.asarray(seconds), config.max_derivative
+    # In double precision, as a limit need not be a number of single precision. NaN is no less.
+    fits = np.abs(np.asarray(loss, np.float64)) <= limit
+    fits &= (np.abs(scalars, dtype=np.float64) <= limit).all(axis=-1)
+    fits &= (n >= 1) & (n <= most) & (time >= 0) & (time < math.inf)
+    return np.asarray(fits)
+
+
+def _most_examples(config: FederationConfig, n_clients: int) -> int:
+    return config.batch_size * config.local_steps * n_clients
+
+
 def fault(config: FederationConfig, report: Report, n_clients: int = 1) -> str | None:
     """Why a report may not be used, in a few words, or None. n_clients: that it stands for."""
-    most = config.batch_size * config.local_steps * n_clients
+    r, most = report, _most_examples(config, n_clients)
+    arrays = {"derivative": r.derivatives, "head derivative": r.head_derivatives}
+    if r.vector is not None:
+        arrays["weight"] = r.vector
+    if all(
+        usable(config, r.n_examples, r.seconds, r.loss, values.ravel(), n_clients)
+        for values in arrays.values()
+    ):
+        return None
     if not 1 <= report.n_examples <= most:
         return f"{report.n_examples} examples are not between 1 and {most}"
     if not abs(report.loss) <= config.max_derivative:
         return f"a loss of {report.loss:.3g} is beyond {config.max_derivative:g}"
     if not 0 <= report.seconds < math.inf:
         return f"{report.seconds} seconds are no time"
-    arrays = {"derivative": report.derivatives, "head derivative": report.head_derivatives}
-    if report.vector is not None:
-        arrays["weight"] = report.vector
     for name, values in arrays.items():
         if values.size and not np.isfinite(values).all():
             return f"a {name} is not finite"
         if values.size and (largest := float(np.abs(values).max())) > config.max_derivative:
             return f"a {name} of {largest:.3g} is beyond {config.max_derivative:g}"
-    return None
+    raise AssertionError("a report is refused without a reason")

@@ -155,7 +155,7 @@ def screened(
     """
     shares = [standing.share(assignment.client) for assignment, _ in answers]
     kept = [(answer, share) for answer, share in zip(answers, shares, strict=True) if share > 0]
-    return [answer for answer, _ in kept], [weight_of(config, a[1]) * share for a, share in kept]
+    return [answer for answer, _ in kept], [weight_of(config, a) * share for a, share in kept]
 
 
 def _usual(before: np.ndarray, sizes: np.ndarray) -> float:

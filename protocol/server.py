@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -21,8 +21,8 @@ from fwdllm.engine.errors import FwdllmError
 from fwdllm.protocol import wire
 from fwdllm.protocol.federation import COHORT
 from fwdllm.protocol.gathered import Gathered, step_of
+from fwdllm.protocol.intake import examine, largest_report
 from fwdllm.protocol.ledger import Ledger, LedgerError, theta_hash
-from fwdllm.protocol.load import most_perturbations
 from fwdllm.protocol.pacing import enough, variance
 from fwdllm.protocol.plan import Assignment, plan_part
 from fwdllm.protocol.records import Round
@@ -30,8 +30,9 @@ from fwdllm.protocol.replica import Replica
 from fwdllm.protocol.report import expected_shapes, fault
 from fwdllm.protocol.secure import history, sums
 from fwdllm.protocol.secure.letters import Letter, Stage
+from fwdllm.protocol.shards.messages import FIRST
+from fwdllm.protocol.shards.root import clients_asked, n_accepted, n_asked, plan_orders, why_not
 from fwdllm.protocol.speeds import Speeds
-from fwdllm.protocol.wire import WireError
 
 
 @dataclass(frozen=True)
@@ -106,16 +107,22 @@ class Server:
         clients are not returned, but count as unanswered until the part is closed.
         ValueError if all rounds are done.
         """
-        if self.done:
-            raise ValueError("all rounds are done")
-        if self._part < 0 or self._part_is_closed:
-            self._new_part(clients, now)
+        self._ensure_part(clients, now)
         waiting = set(clients).intersection(self.outstanding())
         return [
             wire.decode_assignment(message, client)
             for client, message in self.ledger.assignments(self.round, self._part)
             if client in waiting
         ]
+
+    def open_shards(self, clients: Sequence[int], now: float) -> list[tuple[int, bytes]]:
+        """As ``open_part``, of a run with shards: those without a sum yet, and their orders.
+
+        clients: that can be asked, of all shards.
+        """
+        self._ensure_part(clients, now)
+        waiting, rows = set(self.outstanding()), self.ledger.assignments(self.round, self._part)
+        return [(row - FIRST, message) for row, message in rows if row in waiting]
 
     def synchronize(self, client: int) -> bytes:
         """A message that brings a client to the current state, which its assignment is about.
@@ -204,6 +211,16 @@ class Server:
         self._holders |= vectors.keys()
         return None
 
+    def receive_shard(self, shard: int, data: bytes, now: float) -> str | None:
+        """As ``receive``, for what ``Shard.close`` has given."""
+        here, is_open = (self.round, max(self._part, 0)), not self._part_is_closed
+        reason = why_not(self.ledger, here, is_open, FIRST + shard, data)
+        if reason:
+            self.ledger.reject(*here, FIRST + shard, now, reason, len(data))
+            return reason
+        self.ledger.accept(*here, FIRST + shard, now, data)
+        return None
+
     def left_out(self, client: int, version: int, now: float) -> str:
         """Record that a client speaks another version of the protocol; gives the reason."""
         reason = wire.why_left_out(version)
@@ -227,14 +244,13 @@ class Server:
 
     def _close_part(self, now: float) -> Closed | None:
         config, part = self.config, self._part
-        asked = self.ledger.assignments(self.round, part)
         self._take(part)
         self._part_is_closed = True
         self._observe(self.round, part)
         is_last = part + 1 >= config.max_parts
         # The 1e-9 is for rounding errors: 0.28 * 25 is slightly above 7.
-        n_accepted = self.ledger.n_accepted(self.round, part)
-        if n_accepted < math.ceil(config.quorum * len(asked) - 1e-9) and not is_last:
+        needed = math.ceil(config.quorum * n_asked(self.ledger, self.round, part) - 1e-9)
+        if n_accepted(self.ledger, self.round, part) < needed and not is_last:
             return None
         firsts = [r.first_variance for r in self.ledger.rounds() if r.first_variance is not None]
         if not enough(config, part, self._variances[-1], firsts):
@@ -258,14 +274,26 @@ class Server:
             return 0
         return self.ledger.last_round_of(client) or 0
 
+    def _ensure_part(self, clients: Sequence[int], now: float) -> None:
+        if self.done:
+            raise ValueError("all rounds are done")
+        if self._part < 0 or self._part_is_closed:
+            self._new_part(clients, now)
+
     def _new_part(self, clients: Sequence[int], now: float) -> None:
         part = self._part + 1
         space, gradient = self.replica.space, self.replica.gradient
         asked = Counter(
             client
             for before in range(part)
-            for client, _ in self.ledger.assignments(self.round, before)
+            for client in clients_asked(self.ledger, self.round, before)
         )
+        if self.ledger.meta.shards:
+            orders = plan_orders(self.ledger, space, self.round, part, clients, asked)
+            rows = [(row, message, len(message)) for row, message in orders]
+            self.ledger.open_part(self.round, part, now, len(clients), rows)
+            self._part, self._part_is_closed = part, False
+            return
         planned = plan_part(
             self.config,
             space,
@@ -287,47 +315,14 @@ class Server:
         self._part, self._part_is_closed = part, False
 
     def _examine(self, client: int, data: bytes) -> tuple[str | None, int, int]:
-        """Why a report is rejected, or None, and its round and part.
-
-        Reports that cannot be decoded, were not asked for or came before: the open round and part.
-        """
+        """As ``intake.examine``."""
         here = self.round, max(self._part, 0)
-        most, version = self._largest_report, wire.version_of_report(data)
-        if version is not None:
-            return wire.why_left_out(version), *here
-        if self.config.secure:
+        if self.ledger.meta.sums_alone and wire.version_of_report(data) is None:
             return "foreign: this run takes sums alone", *here
-        if len(data) > most:
-            return f"malformed: {len(data)} bytes instead of at most {most}", *here
-        try:
-            report = wire.decode_report(data)
-        except WireError as error:
-            return f"malformed: {error}", *here
-        round, part = report.round, report.part
-        message = self.ledger.assignment(round, part, client)
-        if message is None:
-            return "foreign: it was not asked for", *here
-        if self.ledger.has_contribution(round, part, client):
-            return "duplicate" if (round, part) == (self.round, self._part) else "replayed", *here
-        if (round, part) != (self.round, self._part) or self._part_is_closed:
-            return "late", round, part
-        assignment = wire.decode_assignment(message, client)
-        slopes, head, vector = expected_shapes(self.config, self.replica.space, assignment)
-        shapes = report.derivatives.shape, report.head_derivatives.shape
-        found = 0 if report.vector is None else report.vector.size
-        if (*shapes, found) != (slopes, head, vector):
-            return f"malformed: scalars {shapes[0]}, {shapes[1]}, {found} weights", round, part
-        return fault(self.config, report), round, part
-
-    @property
-    def _largest_report(self) -> int:
-        """Size in bytes of the largest valid report."""
-        config, n_head = self.config, self.replica.space.adapter.n_head
-        if config.upload == "weights":
-            return wire.report_size(((0, 0), (0, 0), self.replica.space.size))
-        slopes = config.seed_steps, most_perturbations(config)
-        head = config.seed_steps, config.head_perturbations if n_head else 0
-        return wire.report_size((slopes, head, 0))
+        space, is_open = self.replica.space, not self._part_is_closed
+        shapes_of = partial(expected_shapes, self.config, space)
+        most = largest_report(self.config, space)
+        return examine(self.config, self.ledger, here, is_open, shapes_of, most, client, data)
 
     def _take(self, part: int) -> None:
         """Add a part's answers to those of the round's earlier parts."""
@@ -340,7 +335,7 @@ class Server:
         update, gradient, standing = self._gathered.step(self.round)
         self.replica.apply(update, gradient, standing)
         losses = [report.loss for _, report in answers if not math.isnan(report.loss)]
-        n_accepted = sum(self.ledger.n_accepted(update.round, part) for part in parts)
+        accepted = sum(n_accepted(self.ledger, update.round, part) for part in parts)
         closed = Round(
             update.round,
             now,
@@ -348,8 +343,8 @@ class Server:
             float(np.mean(losses)) if losses else None,
             self._variances[0],
             self._variances[-1],
-            n_accepted * self.config.perturbations
-            if self.config.secure
+            accepted * self.config.perturbations
+            if self.ledger.meta.sums_alone
             else sum(assignment.seeds.size for assignment, _ in answers),
             theta_hash(self.replica.theta),
         )
@@ -360,8 +355,8 @@ class Server:
         return Closed(
             self.round,
             len(parts),
-            sum(len(self.ledger.assignments(update.round, part)) for part in parts),
-            n_accepted,
+            sum(n_asked(self.ledger, update.round, part) for part in parts),
+            accepted,
             closed.n_perturbations,
             sum(report.n_tokens for _, report in answers),
             sum(report.seconds for _, report in answers),

@@ -22,12 +22,13 @@ from fwdllm.protocol.plan import Assignment
 from fwdllm.protocol.replica import Update
 from fwdllm.protocol.report import Report
 from fwdllm.protocol.secure.letters import Letter, Stage
+from fwdllm.protocol.shards.messages import Order, ShardSum
 from fwdllm.protocol.space import Layers
 
 # Raised whenever the bytes of messages, or what they mean, change; and ``records.FORMAT`` with it.
 VERSION = 1
 
-_ASSIGNMENT, _REPORT, _UPDATE, _STATE, _MANY, _LETTER = range(1, 7)
+_ASSIGNMENT, _REPORT, _UPDATE, _STATE, _MANY, _LETTER, _ORDER, _BATCH, _SUM = range(1, 10)
 _KINDS = {
     _ASSIGNMENT: "an assignment",
     _REPORT: "a report",
@@ -35,6 +36,9 @@ _KINDS = {
     _STATE: "a state",
     _MANY: "a list of messages",
     _LETTER: "a letter of secure aggregation",
+    _ORDER: "an order for a shard",
+    _BATCH: "a batch of reports",
+    _SUM: "a sum of a shard's",
 }
 
 # In place of the number of layers: means all layers.
@@ -152,6 +156,14 @@ def report_size(shapes: tuple[tuple[int, ...], tuple[int, ...], int]) -> int:
     return 34 + 4 * (slopes[0] * slopes[1] + head[0] * head[1] + vector)
 
 
+def report_dtype(n_scalars: int) -> np.dtype:
+    """The fields of reports with so many scalars, without gaps: many of them as one array."""
+    fields = [("version", "u1"), ("kind", "u1"), ("round", "<u4"), ("part", "<u2")]
+    fields += [("n_examples", "<u4"), ("n_tokens", "<u4"), ("seconds", "<f4"), ("loss", "<f4")]
+    fields += [("steps", "<u2"), ("perturbations", "<u2"), ("head", "<u2"), ("count", "<u4")]
+    return np.dtype([*fields, ("scalars", "<f4", (n_scalars,))])
+
+
 def encode_update(update: Update) -> bytes:
     """An update as bytes: what a client needs to follow a round.
 
@@ -259,6 +271,62 @@ def decode_letter(data: bytes) -> Letter:
     if len(dict(rows)) < count:
         raise WireError("a letter names a client twice")
     return Letter(round, part, Stage(stage), dict(rows))
+
+
+def encode_order(order: Order) -> bytes:
+    """A shard's order as bytes: those of the assignment, and 4 for each client."""
+    out, message = _Writer(_ORDER), encode_assignment(order.assignment)
+    out.put("I", len(message))
+    out.raw(message)
+    out.array(order.clients, "<u4")
+    return out.done()
+
+
+def decode_order(data: bytes) -> Order:
+    """The inverse of ``encode_order``. Errors: WireError."""
+    into = _Reader(data, _ORDER)
+    assignment = decode_assignment(into.raw(into.take("I")[0]))
+    clients = into.array("<u4")
+    into.end()
+    if not len(clients) or (clients[1:] <= clients[:-1]).any():
+        raise WireError("an order has no clients, or not in order")
+    return Order(assignment, clients)
+
+
+def encode_batch(clients: np.ndarray, reports: bytes) -> bytes:
+    """Reports of the same size, one after another, and their clients: uint32 [n], n > 0."""
+    out = _Writer(_BATCH)
+    out.array(clients, "<u4")
+    out.put("I", len(reports) // len(clients))
+    out.raw(reports)
+    return out.done()
+
+
+def decode_batch(data: bytes) -> tuple[np.ndarray, bytes]:
+    """The clients of a batch and their reports, one after another. Errors: WireError."""
+    into = _Reader(data, _BATCH)
+    clients = into.array("<u4")
+    reports = into.raw(into.take("I")[0] * len(clients))
+    into.end()
+    return clients, reports
+
+
+def encode_sum(found: ShardSum) -> bytes:
+    """A shard's sum as bytes: 48, and 8 for each number."""
+    out = _Writer(_SUM)
+    out.put("IHI", found.round, found.part, found.n_clients)
+    out.raw(found.head)
+    out.array(found.total, "<u8")
+    return out.done()
+
+
+def decode_sum(data: bytes) -> ShardSum:
+    """The inverse of ``encode_sum``. Errors: WireError."""
+    into = _Reader(data, _SUM)
+    round, part, n_clients = into.take("IHI")
+    head, total = into.raw(32), into.array("<u8")
+    into.end()
+    return ShardSum(round, part, n_clients, head, total)
 
 
 def is_state(message: bytes) -> bool:

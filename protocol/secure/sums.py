@@ -21,7 +21,8 @@ from fwdllm.protocol.secure.noise import discrete_gaussian
 # Half of float32's own step at 1; ``FederationConfig`` keeps sums below 2^38 units.
 SCALE = 1 << 24
 
-_MOST_SECONDS, _MOST_TOKENS = 1e6, 1 << 40
+# So that sums of ``MAX_CLIENTS`` stay below 2^63, too.
+_MOST_SECONDS, _MOST_TOKENS = 1e5, 1 << 40
 
 # Clients of a sum: of one or two each would know the other's.
 LEAST = 3
@@ -65,11 +66,30 @@ def encode(config: FederationConfig, report: Report, n_members: int, below: Belo
         share = noise_variance(config, n_members)
         values += np.array([discrete_gaussian(share, below) for _ in values], np.int64)
         return values.view(np.uint64)
-    weight = report.n_examples if config.weighted else 1
-    seconds = min(report.seconds, _MOST_SECONDS)
-    figures = [weight, min(report.n_tokens, _MOST_TOKENS), round(seconds * SCALE)]
-    products = np.round(np.concatenate([[report.loss], scalars]) * weight * SCALE)
-    return np.concatenate([np.array(figures, np.int64), products.astype(np.int64)]).view(np.uint64)
+    examples, tokens = np.array([report.n_examples]), np.array([report.n_tokens])
+    seconds, loss = np.array([report.seconds]), np.array([report.loss])
+    return vectors(config, examples, tokens, seconds, loss, scalars[None])[0]
+
+
+def vectors(
+    config: FederationConfig,
+    n_examples: np.ndarray,
+    n_tokens: np.ndarray,
+    seconds: np.ndarray,
+    loss: np.ndarray,
+    scalars: np.ndarray,
+) -> np.ndarray:
+    """The vectors of n reports that were checked, without privacy: uint64 [n, size].
+
+    n_examples, n_tokens, seconds, loss: of each report, [n].  scalars: [n, k].
+    """
+    weight = n_examples.astype(np.int64) if config.weighted else np.ones(len(loss), np.int64)
+    tokens = np.minimum(n_tokens.astype(np.int64), _MOST_TOKENS)
+    time = np.rint(np.minimum(seconds.astype(np.float64), _MOST_SECONDS) * SCALE)
+    means = np.column_stack([loss, scalars]).astype(np.float64)
+    products = np.rint(means * weight[:, None] * SCALE).astype(np.int64)
+    found = np.column_stack([weight, tokens, time.astype(np.int64), products])
+    return found.view(np.uint64)
 
 
 def scalars_of(config: FederationConfig, report: Report) -> np.ndarray:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fwdllm.engine.adapters.io import save_gguf
-from fwdllm.protocol import wire
 from fwdllm.protocol.figures import traffic
+from fwdllm.protocol.gathered import answers_of
 from fwdllm.protocol.ledger import Ledger, LedgerError
 from fwdllm.protocol.privacy import spent_epsilon
 from fwdllm.protocol.replay import replay
+from fwdllm.protocol.shards.root import n_accepted, n_asked
 
 
 @dataclass(frozen=True)
@@ -50,20 +51,20 @@ def summarize(ledger: Ledger) -> list[RoundSummary]:
     for closed in ledger.rounds():
         r = closed.round
         parts = ledger.parts(r)
-        messages = [m for part, _, _ in parts for _, m in ledger.reports(r, part)]
-        _, asked, down, up = sent.get(r, (r, 0, 0, 0))
+        answers = [answer for part, _, _ in parts for answer in answers_of(ledger, r, part)]
+        _, _, down, up = sent.get(r, (r, 0, 0, 0))
         evaluation = evaluations.get(r + 1)
         found.append(
             RoundSummary(
                 round=r + 1,
                 parts=len(parts),
-                n_asked=asked,
-                n_accepted=sum(ledger.n_accepted(r, part) for part, _, _ in parts),
+                n_asked=sum(n_asked(ledger, r, part) for part, _, _ in parts),
+                n_accepted=sum(n_accepted(ledger, r, part) for part, _, _ in parts),
                 n_rejected=rejected[r],
                 n_perturbations=closed.n_perturbations,
                 loss=closed.loss,
                 variance=closed.variance,
-                client_seconds=sum(wire.decode_report(m).seconds for m in messages),
+                client_seconds=sum(report.seconds for _, report in answers),
                 bytes_up=up,
                 bytes_down=down,
                 held_out_loss=evaluation[1] if evaluation else None,
