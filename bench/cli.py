@@ -193,6 +193,11 @@ def protocol(
     perturbations: Annotated[
         int, typer.Option("--perturbations", "-k", help="Scalars of each.")
     ] = 1,
+    reports: Annotated[
+        int | None,
+        typer.Option(help="Instead: reports of a round along shared directions, by processes."),
+    ] = None,
+    processes: Annotated[int, typer.Option(help="That take --reports.")] = 1,
     rounds: Rounds = 3,
     json: Json = False,
     save: Save = None,
@@ -200,9 +205,15 @@ def protocol(
 ) -> None:
     """A server's time for a round of a 7B adapter, beside generating its directions alone."""
     from fwdllm.bench.protocol import measure_protocol
-    from fwdllm.bench.report import render_protocol
+    from fwdllm.bench.report import render_protocol, render_shards
+    from fwdllm.bench.shards import measure_shards
 
     finish = _prepare("protocol", json, None, save, compare)
+    if reports is not None:
+        with _status():
+            result = measure_shards(reports, processes, perturbations, rounds)
+        finish(result, render_shards)
+        return
     with _status():
         result = measure_protocol(contributions, perturbations, rounds)
     finish(result, render_protocol)

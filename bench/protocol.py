@@ -52,7 +52,7 @@ def measure_protocol(contributions: int, perturbations: int, rounds: int) -> dic
         snapshot_every=rounds + 2,
     )
     with tempfile.TemporaryDirectory(prefix="fwdllm-") as folder:
-        adapter = _adapter(config)
+        adapter = make_adapter(config)
         meta = Meta.of(config, adapter, config.seed, {}, 0)
         with Ledger.create(Path(folder) / NAME, meta) as ledger:
             return _measure(Server(ledger), contributions, perturbations, rounds)
@@ -100,7 +100,8 @@ def _measure(server: Server, contributions: int, perturbations: int, rounds: int
     }
 
 
-def _adapter(config: FederationConfig) -> Adapter:
+def make_adapter(config: FederationConfig) -> Adapter:
+    """The empty adapter of the module."""
     shapes = {
         f"blk.{layer}.{name}": (WIDTH, WIDTH)
         for layer in range(LAYERS)

@@ -89,6 +89,29 @@ def render_protocol(result: Mapping[str, Any]) -> RenderableType:
     return Group(_settings(result), "", table)
 
 
+def render_shards(result: Mapping[str, Any]) -> RenderableType:
+    """A result of ``bench.shards`` as a table."""
+    table = _table("", "figure")
+    rows = {
+        "reports taken in a second": f"{result['reports_per_s']:,.0f}",
+        "taking them": f"{result['take_seconds']:.2f} s",
+        "all cores' time in it": f"{result['take_core_seconds']:.2f} s",
+        "planning the round": f"{result['plan_seconds']:.2f} s",
+        "closing it": f"{result['close_seconds']:.2f} s",
+        "the round": f"{result['round_seconds']:.2f} s",
+        "bytes of a report": f"{result['report_bytes']:,}",
+        "ledgers of the processes, a round": f"{result['shards_bytes'] / 1e6:,.1f} MB",
+        "the run's ledger, a round": f"{result['ledger_bytes'] / 1e6:,.1f} MB",
+        "most memory of a process, with its reports": (
+            f"{result['shard_peak_rss_bytes'] / 1e6:,.0f} MB"
+        ),
+        "most memory of the root": f"{result['peak_rss_bytes'] / 1e6:,.0f} MB",
+    }
+    for name, figure in rows.items():
+        table.add_row(name, figure)
+    return Group(_settings(result), "", table)
+
+
 def render_serve(result: Mapping[str, Any]) -> RenderableType:
     """A result of ``bench.serve`` as a table."""
     pace = result["steps_per_s"]

@@ -96,22 +96,25 @@ def choose(
     Under differential privacy each client takes part with probability per_round / len(clients), as
     the accountant assumes. The draw uses the seed ``secret``: nobody else may know who took part.
     """
-    clients = sorted(clients)
-    if not clients:
+    if not len(clients):
         return []
-    if not 0 <= clients[0] <= clients[-1] < MAX_CLIENTS:
+    numbers = np.sort(np.array(clients, np.int64))
+    if not 0 <= numbers[0] <= numbers[-1] < MAX_CLIENTS:
         raise ConfigError(f"clients are numbered from 0 to {MAX_CLIENTS - 1}")
-    n = clients[-1] + 1
+    n = int(numbers[-1]) + 1
     if config.sigma > 0:
-        if config.per_round >= len(clients):
-            return clients
-        limit = np.uint64(config.per_round / len(clients) * 2.0**64)
-        keys = client_keys(secret, round, n, part * MAX_CLIENTS)
-        return [client for client in clients if keys[client] < limit]
+        if config.per_round < len(numbers):
+            limit = np.uint64(config.per_round / len(numbers) * 2.0**64)
+            keys = client_keys(secret, round, n, part * MAX_CLIENTS)
+            numbers = numbers[keys[numbers] < limit]
+        return [int(client) for client in numbers]
     keys = client_keys(config.seed, round, n)
-    times = np.array([asked.get(client, 0) for client in clients])
-    order = np.lexsort((keys[clients], times))[: config.per_round]
-    return [clients[i] for i in sorted(order)]
+    times = np.zeros(n, np.int64)
+    for client, count in asked.items():
+        if client < n:
+            times[client] = count
+    order = np.lexsort((keys[numbers], times[numbers]))[: config.per_round]
+    return [int(client) for client in numbers[np.sort(order)]]
 
 
 def deal(layers: Sequence[int], n_clients: int, round: int) -> list[Layers]:

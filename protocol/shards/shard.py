@@ -44,7 +44,7 @@ class Shard:
         return None if self._part is None else self._part.place
 
     def outstanding(self) -> np.ndarray:
-        """Clients of the last order that have not answered: uint32 [n], ascending."""
+        """Clients of the last order that have not answered: int64 [n], ascending."""
         part = self._ordered()
         return part.clients[~part.answered]
 
@@ -103,6 +103,7 @@ class Shard:
         # Of a client's reports the first good one counts.
         good = np.flatnonzero(is_good)
         accepted = np.sort(good[np.unique(rows[good], return_index=True)[1]])
+        odd = np.delete(np.arange(len(numbers)), accepted)
         refused: dict[int, str] = {}
         try:
             with self.ledger.batch():
@@ -112,7 +113,7 @@ class Shard:
                     self.ledger.accept(*part.place, row, now, batch)
                     part.add(self.config, reports[accepted])
                 done = 0
-                for at in np.setdiff1d(np.arange(len(numbers)), accepted):
+                for at in odd:
                     # What was accepted before this one came: it may be a duplicate.
                     before = int(np.searchsorted(accepted, at))
                     part.answered[rows[accepted[done:before]]] = True
@@ -163,7 +164,7 @@ class Shard:
 class _Part:
     """A part of a shard.
 
-    clients: uint32 [n], ascending.  answered: bool [n].  total: of the vectors of those who have,
+    clients: int64 [n], ascending.  answered: bool [n].  total: of the vectors of those who have,
     uint64.  n_batches: in the ledger.  closed: the sum's message, None while it is open.
     """
 
@@ -177,7 +178,9 @@ class _Part:
     @staticmethod
     def of(config: FederationConfig, order: Order) -> _Part:
         total = np.zeros(sums.size(config, order.assignment), np.uint64)
-        return _Part(order.assignment, order.clients, np.zeros(len(order.clients), bool), total)
+        # Of the type that clients come in: a search would convert all of them each time.
+        clients = order.clients.astype(np.int64)
+        return _Part(order.assignment, clients, np.zeros(len(clients), bool), total)
 
     @property
     def place(self) -> tuple[int, int]:
@@ -194,7 +197,7 @@ class _Part:
     ) -> tuple[np.ndarray, np.ndarray]:
         """As ``judge``, for messages of any size."""
         size = len(self._blank)
-        if any(len(message) != size for message in messages):
+        if not {size}.issuperset(map(len, messages)):
             messages = [m if len(m) == size else self._blank for m in messages]
         return self.judge(config, b"".join(messages))
 
