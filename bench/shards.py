@@ -21,6 +21,7 @@ import numpy as np
 from fwdllm.bench.protocol import make_adapter
 from fwdllm.bench.worker import Worker
 from fwdllm.engine.errors import ConfigError
+from fwdllm.federation.shards import folder_of
 from fwdllm.kernels import cpu
 from fwdllm.protocol import wire
 from fwdllm.protocol.federation import MAX_CLIENTS, FederationConfig
@@ -59,7 +60,7 @@ def measure_shards(reports: int, processes: int, perturbations: int, rounds: int
         snapshot_every=rounds + 2,
     )
     with tempfile.TemporaryDirectory(prefix="fwdllm-") as name:
-        folders = [Path(name) / f"shard-{i}" for i in range(processes)]
+        folders = [folder_of(Path(name), i) for i in range(processes)]
         meta = Meta.of(config, make_adapter(config), config.seed, {}, 0, processes)
         for folder in folders:
             folder.mkdir()

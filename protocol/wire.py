@@ -308,6 +308,8 @@ def decode_batch(data: bytes) -> tuple[np.ndarray, bytes]:
     clients = into.array("<u4")
     reports = into.raw(into.take("I")[0] * len(clients))
     into.end()
+    if not len(clients):
+        raise WireError("a batch has no reports")
     return clients, reports
 
 

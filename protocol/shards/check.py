@@ -13,34 +13,57 @@ from fwdllm.protocol.shards.messages import FIRST
 from fwdllm.protocol.shards.shard import recorded_part
 
 
+def has_orders_of_shards(ledger: Ledger) -> bool:
+    """Whether a ledger is a run's whose shards have been asked for something."""
+    query = "SELECT 1 FROM assignment WHERE client >= ? LIMIT 1"
+    return bool(ledger.query(query, FIRST))
+
+
 def check_sums(ledger: Ledger, shards: Sequence[Ledger]) -> int:
     """LedgerError unless each sum is what the reports in its shard's ledger add to.
 
-    ledger: the run's, itself checked by ``verify``.  shards: all of them, in their order.
-    Gives the number of reports. Reports of parts whose sums the run has not are not counted.
+    ledger: the run's, itself checked by ``verify``.  shards: all of them, in their order; they are
+    checked by ``verify``, too, with the heads that the run's ledger has.
+    Gives the number of reports. Those of parts whose sums the run has not are not counted.
     """
     if len(shards) != ledger.meta.shards:
         raise LedgerError(f"{ledger.path} is of a run with {ledger.meta.shards} shards")
-    return sum(_check_shard(ledger, FIRST + at, shard) for at, shard in enumerate(shards))
+    return sum(_compare(ledger, FIRST + at, shard) for at, shard in enumerate(shards))
 
 
-def _check_shard(ledger: Ledger, row: int, shard: Ledger) -> int:
+def check_shard(shard: Ledger) -> int:
+    """LedgerError unless each sum in a shard's ledger is what its reports add to; their number."""
+    n_reports = 0
+    for round, part, message in _sums(shard, COHORT):
+        with sense_of(shard):
+            found, told = recorded_part(shard, round, part), wire.decode_sum(message)
+        n_clients = int(found.answered.sum())
+        if n_clients != told.n_clients or found.total.tobytes() != told.total.tobytes():
+            where = f"round {round + 1}, part {part + 1}"
+            raise LedgerError(f"the reports of {where} in {shard.path} add to another sum")
+        n_reports += n_clients
+    return n_reports
+
+
+def _compare(ledger: Ledger, row: int, shard: Ledger) -> int:
     different = ledger.meta.difference(shard.meta)
     if different is not None:
         raise LedgerError(f"{shard.path} is of another run: {different}")
-    query = "SELECT round, part, message FROM contribution WHERE client = ? ORDER BY round, part"
     head, n_reports = None, 0
-    for round, part, message in ledger.query(query, row):
-        what = f"round {round + 1}, part {part + 1}"
+    for round, part, message in _sums(ledger, row):
+        where = f"round {round + 1}, part {part + 1}"
         if dict(shard.contributions(round, part)).get(COHORT) != message:
-            raise LedgerError(f"{shard.path} has another sum of {what} than {ledger.path}")
+            raise LedgerError(f"{shard.path} has another sum of {where} than {ledger.path}")
         if shard.assignment(round, part, COHORT) != ledger.assignment(round, part, row):
-            raise LedgerError(f"{shard.path} has another order of {what} than {ledger.path}")
-        with sense_of(shard):
-            found, told = recorded_part(shard, round, part), wire.decode_sum(message)
-        same = (found.total == told.total).all() and found.answered.sum() == told.n_clients
-        if not same:
-            raise LedgerError(f"the reports of {what} in {shard.path} add to another sum")
+            raise LedgerError(f"{shard.path} has another order of {where} than {ledger.path}")
+        told = wire.decode_sum(message)
         head, n_reports = told.head, n_reports + told.n_clients
     verify(shard, head=head)
+    check_shard(shard)
     return n_reports
+
+
+def _sums(ledger: Ledger, row: int) -> list[tuple[int, int, bytes]]:
+    """Round, part and message of all sums that a ledger has of a shard."""
+    query = "SELECT round, part, message FROM contribution WHERE client = ? ORDER BY round, part"
+    return ledger.query(query, row)

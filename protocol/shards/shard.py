@@ -113,12 +113,12 @@ class Shard:
                     self.ledger.accept(*part.place, row, now, batch)
                     part.add(self.config, reports[accepted])
                 done = 0
-                for at in odd:
+                for at in map(int, odd):
                     # What was accepted before this one came: it may be a duplicate.
                     before = int(np.searchsorted(accepted, at))
                     part.answered[rows[accepted[done:before]]] = True
                     done = before
-                    refused[int(at)] = self._reject(int(numbers[at]), messages[at], now)
+                    refused[at] = self._reject(int(numbers[at]), messages[at], now)
                 part.answered[rows[accepted[done:]]] = True
         except BaseException:
             self._part = self._last_part()

@@ -205,6 +205,20 @@ def test_protocol(fwdllm: Cli) -> None:
     assert "generating its normal numbers alone" in shown
 
 
+def test_reports_by_processes(fwdllm: Cli) -> None:
+    arguments = ("--reports", 5000, "--processes", 2, "-k", 3, "--rounds", 1)
+    result = fwdllm("bench", "protocol", *arguments, "--json").json
+    assert result["settings"]["reports"] == 5000
+    assert result["report_bytes"] == 34 + 4 * 3
+    assert result["shards_bytes"] > 5000 * 46
+    assert result["ledger_bytes"] > 5000 * 4
+    parts = [result[f"{name}_seconds"] for name in ("plan", "take", "close")]
+    assert result["round_seconds"] == sum(parts)
+    assert result["reports_per_s"] == 5000 / result["take_seconds"]
+    shown = fwdllm("bench", "protocol", *arguments).out
+    assert "reports taken in a second" in shown
+
+
 def test_serve(fwdllm: Cli) -> None:
     pytest.importorskip("fastapi")
     arguments = ("--clients", 3, "--seconds", 5)
@@ -283,6 +297,9 @@ def test_figures_are_compared_by_name() -> None:
         (["step", MODEL, "--memory-budget", "much"], "an amount of memory is like"),
         (["kernels", "--isa", "mmx"], "this machine has no 'mmx'"),
         (["protocol", "--contributions", "0"], "must be at least 1"),
+        (["protocol", "--reports", "0"], "reports must be 1 to 4194304"),
+        (["protocol", "--reports", "3", "--processes", "4"], "no more than reports"),
+        (["protocol", "--reports", "4000000"], "lower max_derivative"),
         (["serve", "--clients", "0"], "must be above 0"),
         (["attack", "--clients", "0"], "must be above 0"),
         (["kernels", "--type", "Q9"], "these are: F32, F16, "),

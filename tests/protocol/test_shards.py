@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ledger_runs import change, fast
+from ledger_runs import fast
 from shard_runs import (
     N_CLIENTS,
     PACED,
@@ -24,7 +24,7 @@ from shard_runs import (
     running,
 )
 
-from fwdllm.engine.errors import ConfigError, FwdllmError
+from fwdllm.engine.errors import ConfigError
 from fwdllm.federation.summary import summarize
 from fwdllm.protocol import wire
 from fwdllm.protocol.figures import answers_in_part
@@ -395,73 +395,6 @@ def test_the_largest_figures_of_all_clients_fit_a_sum() -> None:
     assert all(abs(number) < 2**63 for number in exact[:3])
     assert all(abs(number) // n * config.per_round < 2**63 for number in exact)
     assert all(number > 0 for number in exact[:4])
-
-
-# A change of what a shard has
-
-
-def one_round(folder: Path, noise: bytes | None = None) -> Run:
-    run = Run(folder, 2, rounds=1)
-    run.open()
-    if noise is not None:
-        assert 0 in run.shards[0].receive([0], [noise], 1.0)
-    run.finish()
-    for ledger in (run.ledger, *(shard.ledger for shard in run.shards)):
-        ledger.close()
-    return run
-
-
-BATCH = f"client = {FIRST}"
-
-
-@pytest.mark.parametrize(
-    ("query", "sentence"),
-    [
-        (f"DELETE FROM contribution WHERE {BATCH}", "add to another sum"),
-        ("DELETE FROM contribution WHERE client = 4194304", "another sum of round 1, part 1"),
-        (
-            "UPDATE assignment SET message = CAST(message || x'00' AS BLOB)",
-            "another order of round 1",
-        ),
-        (f"UPDATE contribution SET received = 3 WHERE {BATCH}", "contribution 0 0 4194305 has"),
-        (
-            f"UPDATE contribution SET message = (SELECT message FROM contribution WHERE "
-            f"client = {FIRST + 1}) WHERE {BATCH}",
-            "is not of its order",
-        ),
-        (f"UPDATE contribution SET message = x'0108' WHERE {BATCH}", "a message ends"),
-        ("DELETE FROM entry WHERE name LIKE 'contribution%'", "has been changed"),
-    ],
-)
-def test_a_change_of_a_shards_ledger_is_seen(tmp_path: Path, query: str, sentence: str) -> None:
-    run = one_round(tmp_path / "run")
-    ledgers = [tmp_path / "run" / "root.sqlite", *run.paths]
-    change(run.paths[1], query)
-    with contextlib.ExitStack() as stack:
-        root, *shards = (stack.enter_context(Ledger(path)) for path in ledgers)
-        with pytest.raises(FwdllmError, match=sentence):
-            check_sums(root, shards)
-
-
-def test_other_shards_are_seen(tmp_path: Path) -> None:
-    run = one_round(tmp_path / "run")
-    other = one_round(tmp_path / "other", noise=b"nonsense")
-    third = Run(tmp_path / "third", 1)
-    third.ledger.close()
-    third.shards[0].ledger.close()
-    with contextlib.ExitStack() as stack:
-        paths = [tmp_path / "run" / "root.sqlite", *run.paths, *other.paths, *third.paths]
-        root, a, b, c, d, e = (stack.enter_context(Ledger(path)) for path in paths)
-        assert check_sums(root, [a, b]) == 25
-        with pytest.raises(LedgerError, match="a run with 2 shards"):
-            check_sums(root, [a])
-        with pytest.raises(LedgerError, match=r"another (order|sum)"):
-            check_sums(root, [b, a])
-        # The same reports, but not the ledger whose head the root has.
-        with pytest.raises(LedgerError, match="another sum"):
-            check_sums(root, [c, d])
-        with pytest.raises(LedgerError, match=r"of another run: config\.rounds is 4, but 1"):
-            check_sums(root, [a, e])
 
 
 # kill -9

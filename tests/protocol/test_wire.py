@@ -19,6 +19,7 @@ from fwdllm.protocol.federation import FederationConfig
 from fwdllm.protocol.plan import Assignment
 from fwdllm.protocol.replica import Update
 from fwdllm.protocol.report import Report
+from fwdllm.protocol.shards.messages import Order, ShardSum
 from fwdllm.protocol.space import HEAD
 from fwdllm.protocol.wire import VersionError, WireError
 
@@ -29,6 +30,9 @@ DECODERS: dict[str, Callable[[bytes], Any]] = {
     "an update": wire.decode_update,
     "a state": wire.decode_state,
     "a list of messages": wire.decode_many,
+    "an order for a shard": wire.decode_order,
+    "a batch of reports": wire.decode_batch,
+    "a sum of a shard's": wire.decode_sum,
 }
 ENCODERS: dict[str, Callable[[Any], bytes]] = {
     "an assignment": wire.encode_assignment,
@@ -36,9 +40,12 @@ ENCODERS: dict[str, Callable[[Any], bytes]] = {
     "an update": wire.encode_update,
     "a state": wire.encode_state,
     "a list of messages": wire.encode_many,
+    "an order for a shard": wire.encode_order,
+    "a batch of reports": lambda found: wire.encode_batch(*found),
+    "a sum of a shard's": wire.encode_sum,
 }
 # The version and a kind, with which every message begins.
-BEGINNINGS = [bytes([1, kind]) for kind in range(1, 6)]
+BEGINNINGS = [bytes([1, kind]) for kind in (1, 2, 3, 4, 5, 7, 8, 9)]
 
 
 # Arrays of any bits, so that floats are NaN with payloads, infinite or denormal too.
@@ -120,6 +127,16 @@ def states() -> st.SearchStrategy[dict[str, np.ndarray]]:
     return st.dictionaries(st.text(max_size=9), vector | number, max_size=4)
 
 
+def clients() -> st.SearchStrategy[np.ndarray]:
+    numbers = st.lists(st.integers(0, U32), min_size=1, max_size=4, unique=True)
+    return numbers.map(lambda found: np.array(sorted(found), np.uint32))
+
+
+def shard_sums() -> st.SearchStrategy[ShardSum]:
+    whole = st.integers(0, U32), st.integers(0, U16), st.integers(0, U32)
+    return st.builds(ShardSum, *whole, st.binary(min_size=32, max_size=32), vectors("<u8"))
+
+
 def messages() -> st.SearchStrategy[bytes]:
     return st.one_of(
         assignments().map(wire.encode_assignment),
@@ -127,6 +144,11 @@ def messages() -> st.SearchStrategy[bytes]:
         updates().map(wire.encode_update),
         states().map(wire.encode_state),
         st.lists(st.binary(max_size=6), max_size=3).map(wire.encode_many),
+        st.builds(Order, assignments(), clients()).map(wire.encode_order),
+        st.tuples(clients(), st.binary(max_size=6)).map(
+            lambda found: wire.encode_batch(found[0], found[1] * len(found[0]))
+        ),
+        shard_sums().map(wire.encode_sum),
     )
 
 
@@ -402,6 +424,14 @@ SAMPLES = {
     ),
     "a state": wire.encode_state({"round": np.array(3), "theta": np.ones(3, np.float32)}),
     "a list of messages": wire.encode_many([b"one", b"", b"three"]),
+    "an order for a shard": wire.encode_order(
+        Order(
+            Assignment(1, 2, 0, None, np.ones((1, 2), np.uint64), np.ones((1, 1), np.uint64), 5, 6),
+            np.arange(3, dtype=np.uint32),
+        )
+    ),
+    "a batch of reports": wire.encode_batch(np.arange(3, dtype=np.uint32), bytes(12)),
+    "a sum of a shard's": wire.encode_sum(ShardSum(1, 2, 3, bytes(32), np.ones(4, np.uint64))),
 }
 
 # Where in the samples the lengths of arrays, matrices and messages are, and how long those are.
@@ -413,6 +443,9 @@ LENGTHS = {
     "an update with a head": {8: 3, 35: 2, 55: 2},
     "a state": {11: 1, 31: 3},
     "a list of messages": {2: 3, 6: 3, 13: 0, 17: 5},
+    "an order for a shard": {2: 70, 28: 1, 32: 2, 36: 2, 56: 1, 60: 1, 64: 1, 76: 3},
+    "a batch of reports": {2: 3, 18: 4},
+    "a sum of a shard's": {44: 4},
 }
 
 

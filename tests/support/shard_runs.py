@@ -22,9 +22,10 @@ from ledger_runs import HEAD_OF_2, SHAPES, contribution, fast, make
 
 from fwdllm.engine.adapters.adapter import Adapter
 from fwdllm.engine.settings import LoRAConfig
+from fwdllm.federation.shards import folder_of
 from fwdllm.kernels import cpu
 from fwdllm.protocol import wire
-from fwdllm.protocol.ledger import Ledger
+from fwdllm.protocol.ledger import NAME, Ledger, open_run
 from fwdllm.protocol.plan import Assignment
 from fwdllm.protocol.records import Meta
 from fwdllm.protocol.report import Report
@@ -46,11 +47,11 @@ class Run:
     """A root and its shards, in one process."""
 
     def __init__(self, folder: Path, n_shards: int, **changes: Any) -> None:
-        folder.mkdir(exist_ok=True)
         meta = meta_of(n_shards, **changes)
-        self.paths = [folder / f"{i}.sqlite" for i in range(n_shards)]
+        self.paths = [folder_of(folder, i) / NAME for i in range(n_shards)]
         self.ledger, *ledgers = (
-            fast(Ledger.create(path, meta)) for path in (folder / "root.sqlite", *self.paths)
+            fast(open_run(path, meta, resume=False))
+            for path in (folder, *(path.parent for path in self.paths))
         )
         self.server, self.shards = Server(self.ledger), [Shard(ledger) for ledger in ledgers]
 

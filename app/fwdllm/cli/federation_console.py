@@ -173,7 +173,10 @@ def print_ledger(ledger: Ledger) -> None:
     # On a narrow terminal, lines that wrap are better than columns that are cut off.
     Terminal(width=max(console.width, 100)).print(table)
     clients = traffic_by_client(ledger)
-    console.print(f"\n{len(clients)} clients were asked; those that received most:")
+    if ledger.meta.shards:
+        console.print(f"\nclients' reports are in the ledgers of {ledger.meta.shards} shards")
+    else:
+        console.print(f"\n{len(clients)} clients were asked; those that received most:")
     busiest = sorted(clients, key=lambda row: -row[3])[:_LISTED]
     for client, asked, accepted, down, up in busiest:
         console.print(

@@ -61,6 +61,7 @@ def verify_run(
 ) -> None:
     """Check that nothing in a ledger was changed, and print what that does not tell."""
     from fwdllm.cli.federation_console import not_covered_by, print_verified
+    from fwdllm.federation.shards import check_shards
     from fwdllm.federation.summary import check_adapter
     from fwdllm.protocol.ledger import NAME, Ledger
     from fwdllm.protocol.replay import verify
@@ -69,11 +70,14 @@ def verify_run(
     given_key, given_head = (_digest(name, text) for name, text in pinned.items())
     with Ledger(run_dir / NAME) as record:
         found = verify(record, given_key, given_head)
+        n_shards, n_reports = record.meta.shards, check_shards(record, run_dir)
         if replay:
             check_adapter(record, run_dir / "adapter.gguf")
     told = not_covered_by(found, given_key, with_adapter=replay)
     if not json:
         print_verified(found, told)
+        if n_shards:
+            say(f"sums of {n_reports:,} reports: they are what the ledgers of shards add to")
         return
     print_json(
         {
@@ -84,6 +88,7 @@ def verify_run(
             "key": found.key.hex() if found.key else None,
             "earlier_keys": [rotation.old.hex() for rotation in found.rotations],
             "since_head": found.since,
+            "reports_of_shards": n_reports if n_shards else None,
             "not_covered": told,
         }
     )

@@ -10,6 +10,7 @@ from fwdllm.engine.sqlite import ERRORS, copy_to
 from fwdllm.protocol import keys
 from fwdllm.protocol.ledger import NAME, Ledger, LedgerError
 from fwdllm.protocol.replay import Verified, verify
+from fwdllm.protocol.shards.check import has_orders_of_shards
 
 
 def back_up(run_dir: Path, destination: Path, *, with_key: bool = False) -> Verified:
@@ -51,6 +52,11 @@ def _copied(source: Path, to: Path) -> Verified:
     try:
         copy_to(source, to)
         with Ledger(to) as record:
+            if has_orders_of_shards(record):
+                raise ConfigError(
+                    f"the reports of {source} are in the ledgers of {record.meta.shards} shards, "
+                    "and a backup is of one ledger: stop the run and copy its folder"
+                )
             return verify(record)
     except LedgerError as error:  # a copy has the faults of what it is of
         raise LedgerError(str(error).replace(str(to), str(source))) from error
