@@ -75,9 +75,10 @@ def asked_and_answered(ledger: Ledger, first: int, end: int) -> list[tuple[int, 
     return ledger.query(
         "SELECT a.client, count(*), count(c.message)"
         " FROM assignment a LEFT JOIN contribution c USING (round, part, client)"
-        " WHERE a.round >= ? AND a.round < ? GROUP BY a.client",
+        " WHERE a.round >= ? AND a.round < ? AND a.client < ? GROUP BY a.client",
         first,
         end,
+        COHORT,
     )
 
 

@@ -49,21 +49,18 @@ class Shard:
         return part.clients[~part.answered]
 
     def assignment(self, round: int, part: int, client: int) -> bytes | None:
-        """The message for a client that was asked, else None; in parts before the last for any."""
-        if (round, part) == self.part:
-            order = self._ordered()
-            if not order.asked(np.array([client]))[1][0]:
-                return None
-            assignment = order.assignment
-        else:
-            message = self.ledger.assignment(round, part, COHORT)
-            if message is None:
-                return None
-            assignment = wire.decode_order(message).assignment
+        """The message for a client that was asked in the last part, else None.
+
+        Of parts before it the clients are not known: an empty message for any.
+        """
+        if (round, part) != self.part:
+            return b"" if part in [number for number, *_ in self.ledger.parts(round)] else None
+        order = self._ordered()
+        if not order.asked(np.array([client]))[1][0]:
+            return None
         key = int(client_keys(self.config.seed, round, 1, client)[0])
-        return wire.encode_assignment(
-            dataclasses.replace(assignment, client=client, batch_seed=key)
-        )
+        assignment = dataclasses.replace(order.assignment, client=client, batch_seed=key)
+        return wire.encode_assignment(assignment)
 
     def has_contribution(self, round: int, part: int, client: int) -> bool:
         """Whether a client's report was accepted in the last part; of others it is not known."""
@@ -121,6 +118,7 @@ class Shard:
                     refused[at] = self._reject(int(numbers[at]), messages[at], now)
                 part.answered[rows[accepted[done:]]] = True
         except BaseException:
+            self._part = None  # in case that the ledger cannot be read, either
             self._part = self._last_part()
             raise
         return refused

@@ -136,7 +136,8 @@ def mutations(run: Run, old: dict[int, bytes]) -> list[tuple[int, bytes]]:
         messages = [*map(wire.encode_report, odd), *flipped, data[:-1], data + b"\0", b"", data]
         sent = rng.choice(len(messages), 4)
         found += [(client, messages[i]) for i in sent] + [(client, data)] * (client % 3)
-        found += [(int(rng.integers(N_CLIENTS)), data)]
+        found += [(stranger, data) for stranger in (int(rng.integers(N_CLIENTS)), 10**9)]
+        found += [(10**9, old[client])] if client in old else []
         found += [(client, b"\2" + data[1:])] if client % 5 == 0 else []
         found += [(client, old[client])] if client in old else []
         old[client] = data
