@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from fwdllm.protocol.federation import FederationConfig
 from fwdllm.protocol.plan import Assignment
 from fwdllm.protocol.space import Space
+
+# Of one report, or of many.
+Figure: TypeAlias = "np.ndarray | float"
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,24 +52,21 @@ def expected_shapes(
 
 def usable(
     config: FederationConfig,
-    n_examples: ArrayLike,
-    seconds: ArrayLike,
-    loss: ArrayLike,
+    n_examples: Figure,
+    seconds: Figure,
+    loss: Figure,
     scalars: np.ndarray,
     n_clients: int = 1,
 ) -> np.ndarray:
-    """Whether reports may be used as far as their numbers go: bool [n], or [] of one report.
+    """Whether reports may be used as far as their numbers go: bool [n], [1] of one report.
 
     n_examples, seconds, loss: of each report, [n].  scalars: [n, k].  n_clients: that each stands
     for.
     """
-    n, most = np.asarray(n_examples), _most_examples(config, n_clients)
-    time, limit = np.asarray(seconds), config.max_derivative
-    # In double precision, as a limit need not be a number of single precision. NaN is no less.
-    fits = np.abs(np.asarray(loss, np.float64)) <= limit
-    fits &= (np.abs(scalars, dtype=np.float64) <= limit).all(axis=-1)
-    fits &= (n >= 1) & (n <= most) & (time >= 0) & (time < math.inf)
-    return np.asarray(fits)
+    # An array, so that every NumPy compares in double precision. NaN is no less than anything.
+    limit, most = np.array([config.max_derivative]), _most_examples(config, n_clients)
+    fits = (n_examples >= 1) & (n_examples <= most) & (seconds >= 0) & (seconds < math.inf)
+    return (np.abs(scalars) <= limit).all(axis=-1) & fits & (abs(loss) <= limit)
 
 
 def _most_examples(config: FederationConfig, n_clients: int) -> int:
@@ -79,10 +79,8 @@ def fault(config: FederationConfig, report: Report, n_clients: int = 1) -> str |
     arrays = {"derivative": r.derivatives, "head derivative": r.head_derivatives}
     if r.vector is not None:
         arrays["weight"] = r.vector
-    if all(
-        usable(config, r.n_examples, r.seconds, r.loss, values.ravel(), n_clients)
-        for values in arrays.values()
-    ):
+    scalars = np.concatenate([values.ravel() for values in arrays.values()])
+    if usable(config, r.n_examples, r.seconds, r.loss, scalars, n_clients):
         return None
     if not 1 <= report.n_examples <= most:
         return f"{report.n_examples} examples are not between 1 and {most}"

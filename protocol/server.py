@@ -107,6 +107,8 @@ class Server:
         clients are not returned, but count as unanswered until the part is closed.
         ValueError if all rounds are done.
         """
+        if self.ledger.meta.shards:
+            raise ValueError("the clients of this run are asked by its shards")
         self._ensure_part(clients, now)
         waiting = set(clients).intersection(self.outstanding())
         return [
@@ -120,6 +122,8 @@ class Server:
 
         clients: that can be asked, of all shards.
         """
+        if not self.ledger.meta.shards:
+            raise ValueError("this run has no shards")
         self._ensure_part(clients, now)
         waiting, rows = set(self.outstanding()), self.ledger.assignments(self.round, self._part)
         return [(row - FIRST, message) for row, message in rows if row in waiting]

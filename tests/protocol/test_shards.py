@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ledger_runs import fast
+from ledger_runs import fast, make
 from shard_runs import (
     N_CLIENTS,
     PACED,
@@ -31,7 +31,7 @@ from fwdllm.protocol.figures import answers_in_part
 from fwdllm.protocol.ledger import Ledger, LedgerError
 from fwdllm.protocol.records import Meta
 from fwdllm.protocol.replay import replay, verify
-from fwdllm.protocol.report import Report
+from fwdllm.protocol.report import Report, fault, usable
 from fwdllm.protocol.secure import sums
 from fwdllm.protocol.seeds import client_keys
 from fwdllm.protocol.server import Server
@@ -180,6 +180,31 @@ def known(run: Run, data: bytes) -> bool:
     with contextlib.suppress(wire.WireError):
         return wire.decode_report(data).round < run.server.round
     return False
+
+
+def test_many_reports_are_judged_as_one_is() -> None:
+    config = make(max_derivative=LIMIT)
+    good = Report(0, 0, 8, 9, 1.0, 2.0, np.full((1, 2), 9, np.float32), np.ones((1, 1), np.float32))
+    above = np.float32(LIMIT)
+    assert float(above) > LIMIT
+    odd: list[dict[str, Any]] = [
+        *({"n_examples": n} for n in (0, 9)),
+        *({"seconds": x} for x in (-1.0, np.inf, np.nan)),
+        *({"loss": x} for x in (float(above), -np.inf, np.nan)),
+        *({"derivatives": np.array([[1, x]], np.float32)} for x in (above, -above, np.nan)),
+        {"head_derivatives": np.array([[np.inf]], np.float32)},
+    ]
+    reports = [good, *(dataclasses.replace(good, **changes) for changes in odd)]
+    told = [fault(config, report) is None for report in reports]
+    assert told == [True] + [False] * len(odd)
+    found = usable(
+        config,
+        np.array([r.n_examples for r in reports], np.uint32),
+        np.array([r.seconds for r in reports], np.float32),
+        np.array([r.loss for r in reports], np.float32),
+        np.stack([np.append(r.derivatives, r.head_derivatives) for r in reports]),
+    )
+    assert found.tolist() == told
 
 
 def test_a_batch_of_nothing_changes_nothing(tmp_path: Path) -> None:
@@ -385,6 +410,18 @@ def test_a_plain_ledger_has_no_shard(tmp_path: Path) -> None:
         pytest.raises(LedgerError, match="not of a run with shards"),
     ):
         Shard(ledger)
+
+
+def test_a_server_asks_either_clients_or_shards(tmp_path: Path) -> None:
+    with (
+        fast(Ledger.create(tmp_path / "plain.sqlite", meta_of(0))) as ledger,
+        pytest.raises(ValueError, match="no shards"),
+    ):
+        Server(ledger).open_shards(range(N_CLIENTS), 0.0)
+    with running(tmp_path / "run", 1) as run:
+        with pytest.raises(ValueError, match="asked by its shards"):
+            run.server.open_part(range(N_CLIENTS), 0.0)
+        assert run.server.part == -1
 
 
 def test_the_largest_figures_of_all_clients_fit_a_sum() -> None:
