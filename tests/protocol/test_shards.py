@@ -44,7 +44,7 @@ from fwdllm.protocol.shards.shard import Shard
 
 @pytest.mark.parametrize(
     "changes",
-    [SHARED, PACED, {**SHARED, "weighted": False, "optimizer": "sgd", "head_perturbations": 1}],
+    [SHARED, PACED, {**PACED, "weighted": False, "optimizer": "sgd", "head_perturbations": 1}],
     ids=["shared", "paced", "unweighted"],
 )
 def test_any_number_of_shards_comes_to_the_same_bits_and_close_to_the_plain_server(
@@ -52,6 +52,7 @@ def test_any_number_of_shards_comes_to_the_same_bits_and_close_to_the_plain_serv
 ) -> None:
     want, rounds = plain(tmp_path, **changes)
     assert np.abs(want).max() > 0.05
+    assert (max(closed.parts for closed in rounds) > 1) == bool(changes.get("pacing"))
     found = {}
     for n_shards in (1, 2, 3):
         with running(tmp_path / str(n_shards), n_shards, **changes) as run:
@@ -353,6 +354,14 @@ def test_a_shard_that_is_gone_counts_as_clients_without_an_answer(tmp_path: Path
         assert (closed.n_asked, closed.parts) == (60, 2)
         assert 30 < closed.n_accepted < 60
         assert replay(run.ledger).theta.tobytes() == run.server.replica.theta.tobytes()
+        check_sums(run.ledger, [shard.ledger for shard in run.shards])
+
+
+def test_a_shard_without_a_client_is_not_asked(tmp_path: Path) -> None:
+    with running(tmp_path / "run", 8, per_round=2, rounds=2) as run:
+        assert len(run.open()) == 2
+        closed = run.finish()
+        assert [one.n_asked for one in closed] == [2, 2]
         check_sums(run.ledger, [shard.ledger for shard in run.shards])
 
 

@@ -476,6 +476,11 @@ def test_truncations_and_extensions_of_any_message_are_no_messages(
     assert decode_any(message + data.draw(st.binary(min_size=1, max_size=9))) is None
 
 
+def test_a_batch_has_reports() -> None:
+    with pytest.raises(WireError, match="a batch has no reports"):
+        wire.decode_batch(BEGINNINGS[6] + bytes(8))
+
+
 @pytest.mark.parametrize("want", DECODERS)
 @pytest.mark.parametrize("found", DECODERS)
 def test_a_message_of_another_kind_is_named(want: str, found: str) -> None:
