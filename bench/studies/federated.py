@@ -460,7 +460,9 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=BUDGET)
     parser.add_argument("--held-out", type=int, default=HELD_OUT)
     parser.add_argument("--target-loss", type=float)
-    parser.add_argument("--set", type=setting, nargs="*", default=[], metavar="name=value")
+    parser.add_argument(
+        "--set", type=setting, nargs="*", action="extend", default=[], metavar="name=value"
+    )
     parser.add_argument("--report", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()

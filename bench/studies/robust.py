@@ -147,7 +147,9 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--held-out", type=int, default=400)
-    parser.add_argument("--set", type=setting, nargs="*", default=[], metavar="name=value")
+    parser.add_argument(
+        "--set", type=setting, nargs="*", action="extend", default=[], metavar="name=value"
+    )
     parser.add_argument("--report", type=Path)
     options = parser.parse_args()
     if not options.report:

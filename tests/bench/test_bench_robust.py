@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import robust
 from robust import Attackers, Ended
+
+from fwdllm.protocol.federation import FederationConfig
 
 
 def row(rule: str, attack: str, share: float, accuracy: float, seed: int = 0) -> Ended:
@@ -49,3 +52,18 @@ def test_a_run_starts(rule: str, shared: Path, tmp_path: Path) -> None:
     assert (ended.rule, ended.attack, ended.share, ended.n_clients) == (rule, "flip", 0.5, 8)
     assert ended.accuracy is not None
     assert 0 < ended.loss < 2
+
+
+def test_every_set_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = []
+
+    def measure(_: Path, __: Path, config: FederationConfig, *rest: object) -> Ended:
+        seen.append((config.quorum, config.batch_size))
+        return row("mean", "none", 0, 0.5)
+
+    monkeypatch.setattr(robust, "measure", measure)
+    options = "--rules mean --shares 0 --set quorum=0.9 --set batch_size=2"
+    arguments = ["robust.py", "model", "data", str(tmp_path / "out.jsonl"), *options.split()]
+    monkeypatch.setattr(sys, "argv", arguments)
+    robust.main()
+    assert seen == [(0.9, 2)]
