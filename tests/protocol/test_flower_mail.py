@@ -32,11 +32,13 @@ class FakeGrid:
     def __init__(self, clock: Clock, due: dict[str, float | None]) -> None:
         self.clock, self.due = clock, due
         self.looks: list[list[str]] = []
+        self.pushes: list[int] = []
 
     def get_node_ids(self) -> list[int]:
         return [7]
 
-    def push_messages(self, messages: Iterable[str]) -> list[str | None]:
+    def push_messages(self, messages: Sequence[str]) -> list[str | None]:
+        self.pushes.append(len(messages))
         return [message if message in self.due else None for message in messages]
 
     def pull_messages(self, ids: Sequence[str]) -> list[Any]:
@@ -64,6 +66,13 @@ def test_a_request_ends_with_its_last_reply(clock: Clock) -> None:
     assert replies(mail.send_and_receive(["a", "b"], timeout=600)) == ["a", "b"]
     assert 8.0 <= clock.now < 8.0 * 1.25 + 0.1
     assert list(mail.get_node_ids()) == [7]
+
+
+def test_many_messages_are_sent_in_groups(clock: Clock) -> None:
+    grid = FakeGrid(clock, {f"{i}": 1.0 for i in range(19)})
+    found = replies(Mail(grid).send_and_receive(iter(grid.due), timeout=600))
+    assert sorted(found) == sorted(grid.due)
+    assert grid.pushes == [8, 8, 3]
 
 
 def test_late_replies_come_with_the_next_request_and_do_not_prolong_it(clock: Clock) -> None:
